@@ -1,0 +1,1 @@
+"""Discrete optimal transport between neurons: cost, plan, coupling. POT underneath."""

@@ -1,0 +1,13 @@
+"""Adapters to inference runtimes: one file each, and one line in BUILT_IN.
+
+Nothing here imports a runtime: `dotexport.export.find_target` imports the one file whose name
+is asked for.
+"""
+
+if __name__ == "targets":
+    raise ImportError("import it as dotexport.targets: a bare `targets` would clash with others")
+
+BUILT_IN = {
+    "hf": "dotexport.targets.hf:HuggingFace",
+    "ort-cpu": "dotexport.targets.ort:OrtCpu",
+}
