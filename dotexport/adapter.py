@@ -1,0 +1,157 @@
+"""Targets: what an adapter to one runtime must offer, and how one is found by its name.
+
+Shapes: B sequences of a batch, L tokens of the longest one, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dotexport.checkpoint import Checkpoint
+from dotexport.errors import RuntimeMissingError, UsageError
+
+GROUP = "dotexport.targets"
+
+Tokens = NDArray[np.int64]
+Logits = NDArray[np.float32]
+
+
+class Session(Protocol):
+    """One artifact, loaded in its own runtime, with its KV cache."""
+
+    def start(self, tokens_BL: Tokens, lengths_B: Sequence[int] | None = None) -> Logits:
+        """Prefill: empty the cache, read the prompts, return logits_BLV.
+
+        Prompts shorter than L are padded on the right; `lengths_B` says how long each one is
+        (None: all are L). Logits at padded positions mean nothing.
+        """
+        ...
+
+    def step(self, tokens_B: Tokens) -> Logits:
+        """Decode: append one token to every sequence of the cache, return its logits_BV."""
+        ...
+
+
+class Target(Protocol):
+    """An adapter to one runtime. `export`, `verify` and `bench` use nothing but this."""
+
+    name: str
+    summary: str
+    """What it is, in one line."""
+
+    precisions: tuple[str, ...]
+    """What it can write, the default first."""
+
+    def missing(self) -> list[str]:
+        """What has to be installed before this target can write and run; empty: ready."""
+        ...
+
+    def problems(self, checkpoint: Checkpoint, precision: str) -> list[str]:
+        """Every reason why this target cannot hold this model; empty: it can."""
+        ...
+
+    def write(self, checkpoint: Checkpoint, folder: Path, precision: str) -> None:
+        """Write the artifact of a stock checkpoint into an empty folder."""
+        ...
+
+    def open(self, folder: Path, *, threads: int | None = None) -> Session:
+        """Load what `write` made, on `threads` CPU threads (None: the runtime's own choice).
+
+        Raises:
+            RuntimeMissingError: the runtime is not installed, or its provider fell back.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class TargetRow:
+    """One line of `dotexport targets`."""
+
+    name: str
+    precisions: tuple[str, ...]
+    missing: tuple[str, ...]
+    summary: str
+
+
+def target_names() -> list[str]:
+    """Names of all targets: the built-in ones, then those of installed packages."""
+    return list(_known())
+
+
+def find_target(name: str) -> Target:
+    """Import the one adapter of this name and make it.
+
+    Raises:
+        UsageError: no target has this name.
+        RuntimeMissingError: its file cannot be imported here.
+    """
+    known = _known()
+    if name not in known:
+        raise UsageError(f"no target is called {name!r}; known targets: {', '.join(known)}")
+    module, _, attribute = known[name].partition(":")
+    try:
+        target: Target = getattr(importlib.import_module(module), attribute)()
+    except ImportError as error:
+        raise RuntimeMissingError(
+            f"target {name} cannot be used here: {error}; install what it needs"
+        ) from error
+    return target
+
+
+def parse_spec(spec: str) -> tuple[str, str | None]:
+    """Split what `--target` takes.
+
+    >>> parse_spec("ort-cpu:int4"), parse_spec("hf")
+    (('ort-cpu', 'int4'), ('hf', None))
+    """
+    found = re.fullmatch(r"([^:\s]+)(?::([^:\s]+))?", spec)
+    if found is None:
+        raise UsageError(
+            f"target {spec!r} cannot be read; expected NAME or NAME:PRECISION, such as ort-cpu:int4"
+        )
+    return found[1], found[2]
+
+
+def resolve(spec: str) -> tuple[Target, str]:
+    """The target of a spec and the precision to write, its default where the spec names none.
+
+    Raises:
+        UsageError: unknown target, or a precision that it cannot write.
+    """
+    name, precision = parse_spec(spec)
+    target = find_target(name)
+    if precision is not None and precision not in target.precisions:
+        raise UsageError(
+            f"target {name} cannot write {precision!r}; it writes {', '.join(target.precisions)}"
+        )
+    return target, precision or target.precisions[0]
+
+
+def list_targets() -> list[TargetRow]:
+    """What `dotexport targets` shows; a target that cannot be imported is listed with the reason."""
+    return [_row(name) for name in target_names()]
+
+
+def _row(name: str) -> TargetRow:
+    try:
+        target = find_target(name)
+    except RuntimeMissingError as error:
+        return TargetRow(name, (), (str(error),), "")
+    return TargetRow(name, target.precisions, tuple(target.missing()), target.summary)
+
+
+def _known() -> dict[str, str]:
+    """Name -> "module:Class". A built-in name cannot be taken over by another package."""
+    from dotexport.targets import BUILT_IN
+
+    others = {point.name: point.value for point in entry_points(group=GROUP)}
+    return {**BUILT_IN, **{name: value for name, value in others.items() if name not in BUILT_IN}}
