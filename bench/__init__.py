@@ -2,3 +2,21 @@
 
 if __name__ == "bench":
     raise ImportError("import it as dotexport.bench: a bare `bench` would clash with others")
+
+from .measure import bench, noise_check
+from .result import BenchResult, Measurement, Sample
+from .statistics import Comparison, Summary, compare, summarize
+from .workload import Workload
+
+__all__ = [
+    "BenchResult",
+    "Comparison",
+    "Measurement",
+    "Sample",
+    "Summary",
+    "Workload",
+    "bench",
+    "compare",
+    "noise_check",
+    "summarize",
+]
