@@ -51,6 +51,10 @@ class Target(Protocol):
     precisions: tuple[str, ...]
     """What it can write, the default first."""
 
+    exact_rounding: tuple[str, ...]
+    """Those of them that round weights just as `dotexport.reference.rounded_to_4_bits` does; their
+    artifacts are held against torch with the same rounding as well. Usually empty."""
+
     def missing(self) -> list[str]:
         """What has to be installed before this target can write and run; empty: ready."""
         ...
@@ -137,7 +141,7 @@ def resolve(spec: str) -> tuple[Target, str]:
 
 
 def list_targets() -> list[TargetRow]:
-    """What `dotexport targets` shows; a target that cannot be imported is listed with the reason."""
+    """What `dotexport targets` shows; one that cannot be imported is listed with the reason."""
     return [_row(name) for name in target_names()]
 
 
@@ -151,7 +155,6 @@ def _row(name: str) -> TargetRow:
 
 def _known() -> dict[str, str]:
     """Name -> "module:Class". A built-in name cannot be taken over by another package."""
-    from dotexport.targets import BUILT_IN
-
+    built_in: dict[str, str] = importlib.import_module("dotexport.targets").BUILT_IN
     others = {point.name: point.value for point in entry_points(group=GROUP)}
-    return {**BUILT_IN, **{name: value for name, value in others.items() if name not in BUILT_IN}}
+    return built_in | {name: value for name, value in others.items() if name not in built_in}

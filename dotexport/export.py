@@ -5,6 +5,13 @@ What a target is stands in adapter.py; its names can be imported from here as we
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dotexport import manifest
 from dotexport.adapter import (
     Logits,
     Session,
@@ -17,16 +24,206 @@ from dotexport.adapter import (
     resolve,
     target_names,
 )
+from dotexport.checkpoint import Checkpoint
+from dotexport.errors import ParityError, SizeError, UsageError
+from dotexport.output import check_free, new_folder
+from dotexport.parity import Parity
+from dotexport.reference import Reference, compute_reference
+from dotexport.verify import REPORT, STOCK, check, require, require_runtime, write_report
 
 __all__ = [
+    "Artifact",
     "Logits",
     "Session",
     "Target",
     "TargetRow",
     "Tokens",
+    "export",
     "find_target",
     "list_targets",
     "parse_spec",
     "resolve",
     "target_names",
 ]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What one target wrote: `files` maps names below `folder` to bytes and SHA-256."""
+
+    target: str
+    precision: str
+    folder: Path
+    files: Mapping[str, Mapping[str, Any]]
+    parity: Parity | None = None
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(entry["bytes"] for entry in self.files.values())
+
+
+@dataclass(frozen=True)
+class Request:
+    """One artifact that was asked for."""
+
+    target: Target
+    precision: str
+
+    @property
+    def name(self) -> str:
+        """Of its folder below OUT; the stock checkpoint has only one form."""
+        name = self.target.name
+        return name if name == STOCK else f"{name}-{self.precision}"
+
+
+def export(
+    model: Path,
+    specs: Sequence[str],
+    *,
+    out: Path | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+    threads: int | None = None,
+) -> list[Artifact]:
+    """Write one artifact per spec (NAME or NAME:PRECISION) and hold each against torch.
+
+    An output of dotexport takes its artifacts into itself; a plain model folder needs `out`, which
+    becomes such an output with a copy of the checkpoint in hf/.
+
+    Raises:
+        RuntimeMissingError: a target's runtime is not installed.
+        SizeError: targets that cannot hold this model, with every reason of each.
+        ParityError: artifacts that do not compute what torch computes; they are not kept.
+    """
+    requests = list({r.name: r for r in (Request(*resolve(spec)) for spec in specs)}.values())
+    home = _output_of(model)
+    _check_home(model, home, out)
+    _check_targets(requests, Checkpoint.open(home / STOCK if home else model))
+    if home is None:
+        assert out is not None  # _check_home saw to it
+        home = _start_output(model, out, overwrite=overwrite)
+    for request in requests:
+        if request.name != STOCK:
+            check_free(home / request.name, overwrite=overwrite)
+    checkpoint = Checkpoint.open(home / STOCK)
+    reference = compute_reference(checkpoint) if verify else None
+    return _export_all(requests, checkpoint, home, reference, overwrite, threads)
+
+
+def _output_of(model: Path) -> Path | None:
+    """The output folder that this is, or whose hf/ this is; None: a plain model folder."""
+    inside = model.resolve()
+    parents = (inside, inside.parent) if inside.name == STOCK else (inside,)
+    return next((folder for folder in parents if manifest.is_output(folder)), None)
+
+
+def _check_home(model: Path, home: Path | None, out: Path | None) -> None:
+    if home is not None and out is not None and out.resolve() != home:
+        raise UsageError(
+            f"{model} is an output of dotexport, which takes its artifacts into itself; "
+            "leave the output folder (-o) away"
+        )
+    if home is None and out is None:
+        raise UsageError(
+            f"{model} is a plain model folder, and nothing is written into it; "
+            "give an output folder with -o"
+        )
+
+
+def _check_targets(requests: Sequence[Request], checkpoint: Checkpoint) -> None:
+    for request in requests:
+        require_runtime(request.target)
+    problems = [
+        f"  {request.name}: {problem}"
+        for request in requests
+        for problem in request.target.problems(checkpoint, request.precision)
+    ]
+    if problems:
+        raise SizeError(f"{checkpoint.folder} cannot be exported:\n" + "\n".join(problems))
+
+
+def _start_output(model: Path, out: Path, *, overwrite: bool) -> Path:
+    source = Checkpoint.open(model)
+    with new_folder(out, overwrite=overwrite) as partial:
+        (partial / STOCK).mkdir()
+        find_target(STOCK).write(source, partial / STOCK, "as-stored")
+        hashes = manifest.hash_files(source.folder, set(source.files.values()))
+        manifest.update(partial, source={"folder": str(model), "files": hashes})
+    return out.resolve()
+
+
+def _export_all(
+    requests: Sequence[Request],
+    checkpoint: Checkpoint,
+    home: Path,
+    reference: Reference | None,
+    overwrite: bool,
+    threads: int | None,
+) -> list[Artifact]:
+    artifacts, failed = [], []
+    for request in requests:
+        try:
+            artifact = _export_one(request, checkpoint, home, reference, overwrite, threads)
+        except _NotExactError as error:
+            failed.append(error.parity)
+            continue
+        artifacts.append(artifact)
+        _record(home, artifact)
+        logger.info("wrote %s: %d bytes", artifact.name, artifact.num_bytes)
+    require(failed, note=f"; nothing of it was kept. Figures: {home / REPORT}")
+    return artifacts
+
+
+def _export_one(
+    request: Request,
+    checkpoint: Checkpoint,
+    home: Path,
+    reference: Reference | None,
+    overwrite: bool,
+    threads: int | None,
+) -> Artifact:
+    def proven(folder: Path) -> Artifact:
+        parity = None
+        if reference is not None:
+            target, precision = request.target, request.precision
+            parity = check(
+                target, precision, folder, reference, artifact=request.name, threads=threads
+            )
+            write_report(home, [parity], reference)
+            if not parity.passed:
+                raise _NotExactError(parity)
+        files = manifest.hash_files(folder)
+        final = home / request.name
+        return Artifact(request.target.name, request.precision, final, files, parity)
+
+    if request.name == STOCK:
+        return proven(home / STOCK)  # every output holds it already
+    with new_folder(home / request.name, overwrite=overwrite) as partial:
+        request.target.write(checkpoint, partial, request.precision)
+        return proven(partial)
+
+
+class _NotExactError(ParityError):
+    """Carries the figures of a failed artifact out of its folder, which is then removed."""
+
+    def __init__(self, parity: Parity) -> None:
+        super().__init__(parity.artifact)
+        self.parity = parity
+
+
+def _record(home: Path, artifact: Artifact) -> None:
+    entry = {
+        "target": artifact.target,
+        "precision": artifact.precision,
+        "bytes": artifact.num_bytes,
+        "files": artifact.files,
+        "parity": artifact.parity.as_dict() if artifact.parity else None,
+    }
+    artifacts = manifest.read(home).get("artifacts", {})
+    manifest.update(home, artifacts={**artifacts, artifact.name: entry})

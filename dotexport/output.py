@@ -32,7 +32,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         DotexportError: the disk is full.
     """
     path = path.expanduser().resolve()
-    _check_free(path, overwrite=overwrite)
+    check_free(path, overwrite=overwrite)
     partial = _hidden(path, "partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,12 +75,12 @@ def write_json(path: Path, obj: Any) -> None:
     write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """Refuse a path that `new_folder` could not give to something new.
 
-
-def _check_free(path: Path, *, overwrite: bool) -> None:
+    Raises:
+        UsageError: a file, or a folder with content that may not be replaced.
+    """
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; give a folder that does not exist yet")
     if not path.exists() or not any(path.iterdir()):
@@ -94,6 +94,11 @@ def _check_free(path: Path, *, overwrite: bool) -> None:
             f"{path} was not written by dotexport (no {MANIFEST}), so --overwrite does not touch "
             "it; give another folder, or empty this one yourself"
         )
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _is_ours(path: Path) -> bool:

@@ -1,0 +1,158 @@
+"""The verify verb: every artifact of an output, its bytes and what it computes, against torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dotexport import manifest
+from dotexport.adapter import Target, find_target, resolve
+from dotexport.checkpoint import Checkpoint
+from dotexport.errors import ParityError, RuntimeMissingError, UsageError
+from dotexport.output import write_json
+from dotexport.parity import Parity, measure, rounding_kl
+from dotexport.reference import Reference, compute_reference
+
+logger = logging.getLogger(__name__)
+
+REPORT = "reports/verify.json"
+STOCK = "hf"  # the checkpoint that every output holds, and its target's name
+
+
+def verify(
+    out: Path, targets: Sequence[str] | None = None, *, threads: int | None = None
+) -> list[Parity]:
+    """Hold the artifacts of an output against torch, and write reports/verify.json.
+
+    `targets` picks some by NAME or NAME:PRECISION; without it, all are verified. A failing
+    artifact is in the list like the others: ask `passed`, or call `require`.
+
+    Raises:
+        CheckpointError: `out` is not an output of dotexport.
+        UsageError: `targets` names something that is not there.
+    """
+    listed = _listed(out)
+    picked = _pick(listed, targets)
+    needs_rounding = any(entry["precision"].startswith("int") for entry in picked.values())
+    reference = compute_reference(Checkpoint.open(out / STOCK), rounded=needs_rounding)
+    parities = []
+    for name, entry in picked.items():
+        target = find_target(entry["target"])
+        parity = check(
+            target, entry["precision"], out / name, reference, artifact=name, threads=threads
+        )
+        parities.append(_with_problems(parity, changed_files(out / name, entry["files"])))
+    write_report(out, parities, reference)
+    return parities
+
+
+def check(
+    target: Target,
+    precision: str,
+    folder: Path,
+    reference: Reference,
+    *,
+    artifact: str,
+    threads: int | None = None,
+) -> Parity:
+    """Load one artifact and measure it; one that cannot be run has failed."""
+    require_runtime(target)
+    try:
+        session = target.open(folder, threads=threads)
+        return measure(
+            session,
+            reference,
+            artifact=artifact,
+            target=target.name,
+            precision=precision,
+            exact_rounding=precision in target.exact_rounding,
+        )
+    except (RuntimeMissingError, MemoryError):
+        raise
+    except Exception as error:  # each runtime has its own; all of them mean "does not run"
+        logger.debug("%s cannot be run", artifact, exc_info=True)
+        problem = f"it cannot be run: {type(error).__name__}: {error}"
+        return Parity(artifact, target.name, precision, problems=(problem,))
+
+
+def require_runtime(target: Target) -> None:
+    """Refuse a target whose runtime is not installed."""
+    missing = target.missing()
+    if missing:
+        raise RuntimeMissingError(f"target {target.name} needs: {'; '.join(missing)}")
+
+
+def require(parities: Iterable[Parity], *, note: str = "") -> None:
+    """Raise for those that failed.
+
+    Raises:
+        ParityError: with every problem of every failed artifact.
+    """
+    failed = [parity for parity in parities if not parity.passed]
+    if failed:
+        lines = [
+            f"  {parity.artifact}: {problem}" for parity in failed for problem in parity.problems
+        ]
+        names = ", ".join(parity.artifact for parity in failed)
+        raise ParityError(f"{names}: not what the torch model computes{note}\n" + "\n".join(lines))
+
+
+def changed_files(folder: Path, expected: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What differs from the bytes and hashes that the manifest recorded."""
+    problems = []
+    for name, entry in expected.items():
+        file = folder / name
+        if not file.is_file():
+            problems.append(f"{name} is missing; export it again")
+        elif file.stat().st_size != entry["bytes"] or manifest.sha256(file) != entry["sha256"]:
+            problems.append(f"{name} was changed after the export; export it again")
+    return problems
+
+
+def write_report(out: Path, parities: Iterable[Parity], reference: Reference) -> None:
+    """Add these figures to reports/verify.json, keeping those of other artifacts."""
+    file = out / REPORT
+    report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    artifacts = report.get("artifacts", {}) | {p.artifact: p.as_dict() for p in parities}
+    workload = {
+        "prompt_lengths": reference.prompt_lengths,
+        "sampled_from_model": reference.is_text,
+        "decode_steps": reference.num_steps,
+        "int4_rounding_kl": rounding_kl(reference) if reference.rounded else None,
+    }
+    sections = {"environment": manifest.environment(), "prompts": workload, "artifacts": artifacts}
+    write_json(file, report | sections)
+
+
+def _listed(out: Path) -> dict[str, dict[str, Any]]:
+    artifacts: dict[str, dict[str, Any]] = manifest.read(out).get("artifacts", {})
+    stock = {"target": STOCK, "precision": "as-stored", "files": {}}
+    return {STOCK: stock} | artifacts
+
+
+def _pick(
+    listed: Mapping[str, dict[str, Any]], targets: Sequence[str] | None
+) -> dict[str, dict[str, Any]]:
+    if targets is None:
+        return dict(listed)
+    picked: dict[str, dict[str, Any]] = {}
+    for spec in targets:
+        target, precision = resolve(spec)
+        any_precision = ":" not in spec
+        found = {
+            name: entry
+            for name, entry in listed.items()
+            if entry["target"] == target.name and (any_precision or entry["precision"] == precision)
+        }
+        if not found:
+            raise UsageError(f"no artifact of {spec} here; there are: {', '.join(listed)}")
+        picked |= found
+    return picked
+
+
+def _with_problems(parity: Parity, problems: Sequence[str]) -> Parity:
+    return replace(parity, problems=(*problems, *parity.problems))
