@@ -235,7 +235,8 @@ def _kl(torch_PV: NDArray[Any], mine_PV: NDArray[Any]) -> float:
 
 
 def _log_softmax(logits_PV: NDArray[Any]) -> Float:
-    shifted: Float = logits_PV.astype(np.float64) - logits_PV.max(-1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # infinite logits are counted and reported on their own
+        shifted: Float = logits_PV.astype(np.float64) - logits_PV.max(-1, keepdims=True)
     log_probability: Float = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return log_probability
 

@@ -185,5 +185,7 @@ def rounded_to_4_bits(weight_OI: torch.Tensor, *, block: int = QUANTISED_BLOCK) 
     blocks = torch.nn.functional.pad(weight_OI, (0, -I % block)).reshape(O, -1, block)
     largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
     scale = torch.where(largest == 0, 1, largest / -8)
-    rounded: torch.Tensor = (blocks / scale).round().clamp(-8, 7) * scale
+    # Halves go up, as in ONNX Runtime's quantiser: bfloat16 weights lie halfway quite often.
+    level = (blocks * (1 / scale) + 8.5).floor().clamp(0, 15)
+    rounded: torch.Tensor = (level - 8) * scale
     return rounded.reshape(O, -1)[:, :I]

@@ -1,0 +1,86 @@
+"""Models for tests: tiny ones made here, and the real small one where it is at hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# Tiny models gain nothing from threads, and waiting for a busy core makes them slow.
+torch.set_num_threads(1)
+
+BASE = {
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 90,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+# What each is there for: heads x head_dim unlike hidden; one KV head, tied, stored in bfloat16;
+# heads of 8; biases everywhere.
+LLAMAS: dict[str, dict[str, Any]] = {
+    "wide-heads": {},
+    "tied-bf16": {"num_key_value_heads": 1, "tie_word_embeddings": True, "dtype": torch.bfloat16},
+    "heads-of-8": {"head_dim": 8},
+    "biased": {"attention_bias": True, "mlp_bias": True},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Name in LLAMAS -> its folder, written once."""
+    folders: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp(name) / "model"
+            write_llama(folders[name], **LLAMAS[name])
+            write_tokenizer(folders[name])
+        return folders[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder of real models and texts; the test is skipped where there is none."""
+    beside = Path(__file__).resolve().parents[1] / "../shared/assets"
+    folder = Path(os.environ.get("DOTEXPORT_ASSETS", beside))
+    if not folder.is_dir():
+        pytest.skip("set DOTEXPORT_ASSETS to a folder with real models and texts")
+    return folder.resolve()
+
+
+def write_llama(folder: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{"tie_word_embeddings": False, **BASE, **changes}))
+    for name, parameter in model.named_parameters():
+        # Large enough that every layer matters: with the usual 0.02 two swapped ones hardly show.
+        centre = 1.0 if "norm" in name else 0.0
+        torch.nn.init.normal_(parameter, centre, 0.1 if parameter.ndim == 1 else 0.15)
+    model.to(dtype).save_pretrained(folder)
+
+
+def write_tokenizer(folder: Path, *, size: int = 90) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>", *(f"w{n}" for n in range(size - 3))]
+    vocab = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)

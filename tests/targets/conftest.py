@@ -1,0 +1,55 @@
+"""Every built-in target in every precision, exported once per model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dotexport.adapter import find_target, target_names
+from dotexport.checkpoint import Checkpoint
+from dotexport.export import export
+from dotexport.reference import Reference, compute_reference
+
+Exported = Callable[[str], Path]
+
+
+def specs() -> list[str]:
+    """NAME:PRECISION of all targets whose runtime is installed here."""
+    targets = [find_target(name) for name in target_names()]
+    return [f"{t.name}:{p}" for t in targets if not t.missing() for p in t.precisions]
+
+
+@pytest.fixture(params=specs())
+def spec(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def exported(
+    tiny_llama: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Exported:
+    """Name of a tiny model -> an output with every artifact of it, not verified."""
+    outs: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in outs:
+            outs[name] = tmp_path_factory.mktemp(f"out-{name}") / "out"
+            export(tiny_llama(name), specs(), out=outs[name], verify=False)
+        return outs[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference_of(exported: Exported) -> Callable[[str], Reference]:
+    """Name of a tiny model -> what torch says."""
+    references: dict[str, Reference] = {}
+
+    def make(name: str) -> Reference:
+        if name not in references:
+            references[name] = compute_reference(Checkpoint.open(exported(name) / "hf"))
+        return references[name]
+
+    return make
