@@ -78,8 +78,8 @@ def main(
     )
     with Console(stderr=True).status("starting") as status:
 
-        def show(message: str, share: float) -> None:
-            status.update(f"{message} {share:.0%}" if share else message)
+        def show(stage: str, done: int, total: int) -> None:
+            status.update(f"{stage}, {done} of {total} %" if done else stage)
 
         if baseline is None:
             result = noise_check(

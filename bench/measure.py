@@ -23,8 +23,8 @@ from .workload import Workload
 
 REPORT = Path("reports/bench.json")
 
-Progress = Callable[[str, float], None]
-"""Called with what is going on and the share of the measuring that is done, never while timing."""
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, and how many percent of the measuring are; never while timing."""
 
 
 def bench(
@@ -119,12 +119,12 @@ def _subjects(
     candidate: Path, baseline: Path, target: Target, precision: str, progress: Progress
 ) -> Iterator[tuple[Subject, Subject]]:
     with tempfile.TemporaryDirectory(prefix="dotexport-bench-") as scratch:
-        progress("preparing the candidate", 0.0)
+        progress("preparing the candidate", 0, 100)
         first = find_subject("candidate", candidate, target, precision, Path(scratch))
         if candidate.resolve() == baseline.resolve():
             yield first, replace(first, name="baseline")
             return
-        progress("preparing the baseline", 0.0)
+        progress("preparing the baseline", 0, 100)
         second = find_subject("baseline", baseline, target, precision, Path(scratch))
         yield first, second
 
@@ -190,7 +190,7 @@ def _measure(
         _check_same_providers(first, second)
         vocabulary = min(first.loaded["vocabulary"], second.loaded["vocabulary"])
         for runner in (first, second):
-            progress(f"warming up the {runner.subject.name}", 0.0)
+            progress(f"warming up the {runner.subject.name}", 0, 100)
             runner.warmed = runner.worker.ask("warm_up", vocabulary=vocabulary)
         _take_turns(first, second, workload, progress)
         return first.measurement(), second.measurement()
@@ -199,7 +199,7 @@ def _measure(
 def _loaded(
     subject: Subject, target: str, workload: Workload, progress: Progress, stack: ExitStack
 ) -> _Runner:
-    progress(f"loading the {subject.name}", 0.0)
+    progress(f"loading the {subject.name}", 0, 100)
     label = f"{subject.name} {subject.source}"
     worker = stack.enter_context(Worker(label, threads=workload.threads))
     loaded = worker.ask(
@@ -226,12 +226,12 @@ def _take_turns(first: _Runner, second: _Runner, workload: Workload, progress: P
     iterations = _block_size(workload, min(r.warmed["iteration_s"] for r in (first, second)))
     group = 0
     while (done := _share_done(first, second, group, workload)) < 1:
-        progress("measuring", done)
+        progress("measuring", int(100 * done), 100)
         outer, inner = (first, second) if group % 2 == 0 else (second, first)
         for runner in (outer, inner, inner, outer):
             runner.run(group, iterations)
         group += 1
-    progress("measured", 1.0)
+    progress("measured", 100, 100)
 
 
 def _block_size(workload: Workload, iteration_s: float) -> int:
@@ -249,5 +249,5 @@ def _share_done(first: _Runner, second: _Runner, groups: int, workload: Workload
     return min(shares)
 
 
-def _silent(message: str, share: float) -> None:
+def _silent(stage: str, done: int, total: int) -> None:
     pass

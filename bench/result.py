@@ -21,7 +21,7 @@ from .workload import Workload
 SCHEMA = "dotexport.bench/1"
 
 METRICS = {
-    "ttft": "time to first token: one prefill of the whole prompt",
+    "ttft": "time to first token: one prefill of the whole prompt, logits of every position",
     "tpot": "time per output token: (end-to-end - TTFT) / (tokens - 1)",
     "itl": "inter-token latency: each gap between two tokens",
     "e2el": "end-to-end latency: one request, prefill and all decode steps",

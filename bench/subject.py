@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dotexport.adapter import Target
-from dotexport.checkpoint import Checkpoint
 from dotexport.errors import DotexportError, UnsupportedModelError, UsageError
 from dotexport.output import folder_bytes
+
+if TYPE_CHECKING:
+    from dotexport.checkpoint import Checkpoint
 
 STOCK = "hf"
 
@@ -96,10 +99,20 @@ def _existing(source: Path, target: Target, precision: str) -> Path | None:
 
 def _checkpoint(source: Path) -> Checkpoint | None:
     """The stock checkpoint in, at, or (for an artifact inside an output) beside this folder."""
-    for folder in (source / STOCK, source, source.resolve().parent / STOCK):
-        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
-            return Checkpoint.open(folder)
-    return None
+    folders = (source / STOCK, source, source.resolve().parent / STOCK)
+    return next((_open(folder) for folder in folders if _is_checkpoint(folder)), None)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def _open(folder: Path) -> Checkpoint:
+    # Imported late, for torch comes with it: the workers import this package too, and the memory
+    # of a runtime that needs no torch should not hold it.
+    from dotexport.checkpoint import Checkpoint
+
+    return Checkpoint.open(folder)
 
 
 def _as_artifact(name: str, source: Path, target: Target) -> Path:
@@ -135,8 +148,8 @@ def _export(
 
 def _num_bytes(artifact: Path) -> int:
     """Bytes of an artifact; of a checkpoint, whose folder may hold anything, only its own files."""
-    if (artifact / "config.json").is_file() and any(artifact.glob("*.safetensors")):
-        checkpoint = Checkpoint.open(artifact)
+    if _is_checkpoint(artifact):
+        checkpoint = _open(artifact)
         files = {*checkpoint.files.values(), artifact / "config.json", *checkpoint.companions()}
         return sum(file.stat().st_size for file in files)
     return folder_bytes(artifact)

@@ -47,6 +47,8 @@ def rows(result: BenchResult) -> Iterator[Row]:
     yield _row("first run, ms", ours.first_run_ms, theirs.first_run_ms, ".1f")
     yield _row("artifact, MB", ours.artifact_bytes / 1e6, theirs.artifact_bytes / 1e6, ".2f")
     yield _row("peak memory, MB", ours.peak_rss_bytes / 1e6, theirs.peak_rss_bytes / 1e6, ".1f")
+    mine, other = ((m.peak_rss_bytes - m.rss_before_load_bytes) / 1e6 for m in (ours, theirs))
+    yield _row("... for runtime and model", mine, other, ".1f")
     if ours.num_parameters and theirs.num_parameters:
         yield _row("parameters, M", ours.num_parameters / 1e6, theirs.num_parameters / 1e6, ".2f")
 
@@ -67,8 +69,8 @@ def conditions(result: BenchResult) -> Iterator[str]:
         "in each interval"
     )
     yield (
-        "peak memory: all of the process, of which "
-        f"{ours.rss_before_load_bytes / 1e6:.0f} MB before runtime and model"
+        "peak memory: most that the process ever held; "
+        f"{ours.rss_before_load_bytes / 1e6:.0f} MB of it before runtime and model were loaded"
     )
     for model in (ours, theirs):
         yield from _doubts(model)

@@ -22,17 +22,17 @@ def children() -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize(
-    ("step_ms", "word"), [(8.0, "faster"), (10.0, "no measurable gain"), (12.0, "slower")]
+    ("wait_ms", "word"), [(16.0, "faster"), (20.0, "no measurable gain"), (24.0, "slower")]
 )
 def test_a_planted_difference_is_found(
-    plant: Plant, small: Workload, step_ms: float, word: str
+    plant: Plant, small: Workload, wait_ms: float, word: str
 ) -> None:
-    candidate = plant("candidate", start_ms=step_ms, step_ms=step_ms)
-    baseline = plant("baseline", start_ms=10, step_ms=10)
-    result = bench(candidate, baseline, "planted", workload=small)
+    candidate = plant("candidate", start_ms=wait_ms, step_ms=wait_ms)
+    baseline = plant("baseline", start_ms=20, step_ms=20)
+    result = bench(candidate, baseline, "planted", workload=replace(small, min_iterations=20))
     assert word in result.verdict
     # Waits end late by far less than 5 %; a planted 20 % is not mistaken for another figure.
-    assert result.comparisons["tpot"].ratio == pytest.approx(step_ms / 10, rel=0.05)
+    assert result.comparisons["tpot"].ratio == pytest.approx(wait_ms / 20, rel=0.05)
 
 
 def test_prefill_and_decode_are_told_apart(plant: Plant, small: Workload) -> None:
@@ -132,8 +132,8 @@ def test_a_provider_that_fell_back_fails_the_run(plant: Plant, small: Workload) 
 
 
 def test_an_interrupt_leaves_no_process_behind(plant: Plant, small: Workload) -> None:
-    def interrupt(message: str, share: float) -> None:
-        if message == "measuring":
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if stage == "measuring":
             assert len(children()) == 2
             raise KeyboardInterrupt
 
@@ -142,13 +142,13 @@ def test_an_interrupt_leaves_no_process_behind(plant: Plant, small: Workload) ->
     assert children() == []
 
 
-def test_progress_ends_at_one(plant: Plant, small: Workload) -> None:
-    seen: list[float] = []
+def test_progress_only_grows_until_it_is_whole(plant: Plant, small: Workload) -> None:
+    seen: list[int] = []
     noise_check(
-        plant("model"), "planted", workload=small, progress=lambda _, share: seen.append(share)
+        plant("model"), "planted", workload=small, progress=lambda _, done, __: seen.append(done)
     )
     assert seen == sorted(seen)
-    assert seen[-1] == 1
+    assert seen[-1] == 100
 
 
 @pytest.mark.parametrize(

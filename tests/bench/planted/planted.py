@@ -51,8 +51,9 @@ class Waiting:
 
     def _misbehave(self) -> None:
         self.runs += 1
-        print("chatter on stdout that is no part of the protocol")
-        os.system("echo chatter of a child process")
+        if self.runs == 1:
+            print("chatter on stdout that is no part of the protocol")
+            os.system("echo chatter of a child process")
         if self.runs == self.plan.get("crash_at"):
             sys.exit("planted crash: the roof fell in")
 
