@@ -52,8 +52,8 @@ class Target(Protocol):
     """What it can write, the default first."""
 
     exact_rounding: tuple[str, ...]
-    """Those of them that round weights just as `dotexport.reference.rounded_to_4_bits` does; their
-    artifacts are held against torch with the same rounding as well. Usually empty."""
+    """Those that round weights as `dotexport.reference.rounded_to_4_bits` does; their artifacts are
+    held against torch with the same rounding as well. Usually empty."""
 
     def missing(self) -> list[str]:
         """What has to be installed before this target can write and run; empty: ready."""

@@ -40,9 +40,13 @@ def test_a_folder_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
 def test_nothing_is_left_of_a_folder_that_failed(
     tmp_path: Path, error: type[BaseException]
 ) -> None:
-    with pytest.raises(error), new_folder(tmp_path / "out") as partial:
-        (partial / "half").touch()
-        raise error
+    def interrupted() -> None:
+        with new_folder(tmp_path / "out") as partial:
+            (partial / "half").touch()
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
     assert names(tmp_path) == []
 
 
@@ -136,9 +140,11 @@ def test_a_file_is_refused_as_output(tmp_path: Path) -> None:
     [OSError(errno.ENOSPC, "full"), RuntimeError("IoError: No space left on device (os error 28)")],
 )
 def test_a_full_disk_is_named_with_what_is_free(tmp_path: Path, error: Exception) -> None:
-    with pytest.raises(DotexportError, match=r"is full: .* GB are free now"):
-        with new_folder(tmp_path / "out"):
-            raise error
+    with (
+        pytest.raises(DotexportError, match=r"is full: .* GB are free now"),
+        new_folder(tmp_path / "out"),
+    ):
+        raise error
     assert names(tmp_path) == []
 
 

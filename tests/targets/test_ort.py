@@ -1,0 +1,130 @@
+"""The ONNX Runtime target: what only it has to do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dotexport.adapter import find_target
+from dotexport.checkpoint import Checkpoint
+from dotexport.errors import DotexportError, RuntimeMissingError, UsageError
+
+pytest.importorskip("onnxruntime_genai")
+onnx: Any = pytest.importorskip("onnx")
+
+# In a process of its own: the library loads a second onnxruntime.
+GENERATE = """
+import json, sys
+import onnxruntime_genai as og
+model = og.Model(sys.argv[1])
+params = og.GeneratorParams(model)
+params.set_search_options(max_length=25, do_sample=False)
+generator = og.Generator(model, params)
+generator.append_tokens(json.loads(sys.argv[2]))
+while not generator.is_done():
+    generator.generate_next_token()
+print(json.dumps(generator.get_sequence(0).tolist()))
+"""
+
+
+@pytest.mark.parametrize("model", ["wide-heads", "tied-bf16", "heads-of-8", "biased"])
+def test_onnxruntime_genai_generates_the_greedy_tokens_of_torch(
+    model: str, exported: Any, reference_of: Any
+) -> None:
+    reference = reference_of(model)
+    tokens_L, length = reference.sequences[1], reference.prompt_lengths[1]
+    folder = exported(model) / "ort-cpu-fp32"
+    command = [sys.executable, "-c", GENERATE, str(folder), json.dumps(tokens_L[:length].tolist())]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    generated = json.loads(done.stdout)
+    expected = tokens_L.tolist()
+    if 2 in expected[length:]:  # generation stops before the end-of-text token
+        expected = expected[: expected.index(2, length)]
+    assert generated == expected
+
+
+def test_the_tied_table_is_stored_once(exported: Any) -> None:
+    folder = exported("tied-bf16")
+    table = 90 * 48 * 4
+    names = [i.name for i in load(folder / "ort-cpu-fp32").graph.initializer]
+    assert "model.embed_tokens.weight" not in names
+    parameters = Checkpoint.open(folder / "hf").num_parameters
+    rotary = 512 * 32 * 4
+    stored = (folder / "ort-cpu-fp32" / "model.onnx.data").stat().st_size
+    assert stored < parameters * 4 + rotary + table / 2
+
+
+def test_int4_rounds_every_matrix_product(exported: Any) -> None:
+    operators = [node.op_type for node in load(exported("biased") / "ort-cpu-int4").graph.node]
+    assert "MatMul" not in operators
+    assert operators.count("MatMulNBits") == 3 * 5 + 1  # qkv, o, gate, up, down; the output head
+
+
+def test_rotary_is_inside_the_attention_where_the_heads_allow(exported: Any) -> None:
+    inside = load(exported("wide-heads") / "ort-cpu-fp32")
+    outside = load(exported("heads-of-8") / "ort-cpu-fp32")
+    assert "RotaryEmbedding" not in [node.op_type for node in inside.graph.node]
+    assert "RotaryEmbedding" in [node.op_type for node in outside.graph.node]
+
+
+def test_all_problems_are_listed_at_once(tiny_llama: Callable[[str], Path]) -> None:
+    whole = Checkpoint.open(tiny_llama("wide-heads"))
+    config = {
+        **whole.config,
+        "architectures": ["FancyForCausalLM"],
+        "head_dim": 12,
+        "num_attention_heads": 5,
+        "intermediate_size": 90,
+    }
+    problems = find_target("ort-cpu").problems(Checkpoint(Path("/none"), config, {}), "fp32")
+    for wanted in ("FancyForCausalLM", "head_dim 12", "5 query heads", "vocab_size", "tokenizer"):
+        assert sum(wanted in problem for problem in problems) == 1, (wanted, problems)
+
+
+def test_a_failing_builder_is_quoted(tiny_llama: Callable[[str], Path], tmp_path: Path) -> None:
+    broken = Checkpoint(tmp_path, Checkpoint.open(tiny_llama("wide-heads")).config, {})
+    with pytest.raises(DotexportError, match="model builder") as caught:
+        find_target("ort-cpu").write(broken, tmp_path / "out", "fp32")
+    assert "Error" in str(caught.value)
+
+
+def test_a_prompt_beyond_the_context_is_refused(exported: Any) -> None:
+    session = find_target("ort-cpu").open(exported("wide-heads") / "ort-cpu-fp32")
+    session.start(np.ones((1, 512), dtype=np.int64))
+    with pytest.raises(UsageError, match="context of 512"):
+        session.step(np.array([1]))
+
+
+def test_a_fallen_back_provider_is_an_error(exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda self: ["Other"])
+    with pytest.raises(RuntimeMissingError, match="got Other"):
+        find_target("ort-cpu").open(exported("wide-heads") / "ort-cpu-fp32")
+
+
+def test_threads_are_honoured(exported: Any) -> None:
+    session: Any = find_target("ort-cpu").open(exported("wide-heads") / "ort-cpu-fp32", threads=1)
+    assert session.session.get_session_options().intra_op_num_threads == 1
+
+
+def test_nothing_but_the_artifact_is_in_its_folder(exported: Any) -> None:
+    found = {file.name for file in (exported("wide-heads") / "ort-cpu-fp32").iterdir()}
+    assert found == {
+        "genai_config.json",
+        "model.onnx",
+        "model.onnx.data",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+
+
+def load(folder: Path) -> Any:
+    return onnx.load(folder / "model.onnx", load_external_data=False)
