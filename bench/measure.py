@@ -93,8 +93,8 @@ def _compare(
     workload = (workload or Workload()).with_threads()
     adapter = _ready(target)
     precision = choose_precision(adapter, precision, candidate, baseline)
+    environment = _environment(workload)  # before an export raises the load average
     with _subjects(candidate, baseline, adapter, precision, progress) as subjects:
-        environment = _environment(workload)
         measured = _measure(subjects, target, workload, progress)
     return BenchResult(
         target=target,

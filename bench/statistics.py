@@ -18,6 +18,9 @@ PERCENTILES = (50, 90, 95, 99)
 # Memory layout alone makes two processes of one program differ by about this much; no number of
 # iterations inside those two processes averages it away, so nothing smaller is claimed.
 RESOLUTION = 0.01
+# Simulated with wandering, bursting and heavy-tailed noise, the interval covers the truth in 92 to
+# 97 of 100 runs of 15 groups, in 84 of 6, and in 50 of 2: with fewer than this, nothing is claimed.
+ENOUGH_GROUPS = 8
 MAX_CELLS = 4_000_000  # of resampled timings held at once: 32 MB
 
 
@@ -49,25 +52,31 @@ def summarize(values: ArrayLike) -> Summary:
 class Comparison:
     """Candidate over baseline: the ratio of their median times at equal pace; below 1 is faster.
 
-    `low` and `high` bound the ratio with `confidence`.
+    `low` and `high` bound the ratio with `confidence`, as far as so many groups can tell.
     """
 
     ratio: float
     low: float
     high: float
+    groups: int
     confidence: float = CONFIDENCE
 
     @property
     def faster(self) -> bool:
-        return self.high < 1 - RESOLUTION
+        return self.groups >= ENOUGH_GROUPS and self.high < 1 - RESOLUTION
 
     @property
     def slower(self) -> bool:
-        return self.low > 1 + RESOLUTION
+        return self.groups >= ENOUGH_GROUPS and self.low > 1 + RESOLUTION
 
     @property
     def verdict(self) -> str:
         """The comparison in words."""
+        if self.groups < ENOUGH_GROUPS:
+            return (
+                f"no verdict: {self.groups} groups of requests, {ENOUGH_GROUPS} are needed: "
+                f"measure {2 * ENOUGH_GROUPS} requests or more"
+            )
         percent = f"{self.confidence:.0%}".replace("%", " %")
         if self.slower:
             low, high = self.low, self.high
@@ -107,7 +116,7 @@ def compare(
     ratios_R = _resampled_ratios(candidate, baseline, resamples, np.random.default_rng(seed))
     tail = _tail_probability(len(candidate))
     low, high = np.quantile(ratios_R, [tail, 1 - tail])
-    return Comparison(ratio, float(low), float(high))
+    return Comparison(ratio, float(low), float(high), len(candidate))
 
 
 def _groups(timings_GS: ArrayLike) -> Array:

@@ -8,9 +8,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from .result import METRICS, BenchResult, Measurement
+from .result import METRICS, BenchResult
 
 Row = tuple[str, str, str, str]
+BUSY = 0.5  # load average of the minute before; an idle machine has next to none
 
 
 def render(result: BenchResult) -> Group:
@@ -56,7 +57,7 @@ def rows(result: BenchResult) -> Iterator[Row]:
 def conditions(result: BenchResult) -> Iterator[str]:
     """What the figures depend on, what to doubt, and what each metric is."""
     asked, machine = result.workload, result.environment
-    ours, theirs = result.candidate, result.baseline
+    ours = result.candidate
     groups = len(ours.by_group("e2el"))
     yield (
         f"prompt {asked.prompt_length}, generated {asked.generation_length}, batch "
@@ -72,15 +73,21 @@ def conditions(result: BenchResult) -> Iterator[str]:
         "peak memory: most that the process ever held; "
         f"{ours.rss_before_load_bytes / 1e6:.0f} MB of it before runtime and model were loaded"
     )
-    for model in (ours, theirs):
-        yield from _doubts(model)
+    yield from _doubts(result)
     for metric, meaning in METRICS.items():
         yield f"{metric.upper()}: {meaning}"
 
 
-def _doubts(model: Measurement) -> Iterator[str]:
-    if not model.warmed_up:
-        yield f"note: the {model.name} was not stable after {model.warmups} warm-up requests"
+def _doubts(result: BenchResult) -> Iterator[str]:
+    for model in (result.candidate, result.baseline):
+        if not model.warmed_up:
+            yield f"note: the {model.name} was not stable after {model.warmups} warm-up requests"
+    load = result.environment["load_average"]
+    if load and load[0] > BUSY:
+        yield (
+            f"note: other work kept {load[0]:.1f} processors busy before this run; absolute times "
+            "are too long, and only the comparison can be trusted"
+        )
 
 
 def _row(label: str, mine: float, other: float, form: str) -> Row:

@@ -40,7 +40,7 @@ def small() -> Workload:
         prompt_length=4,
         generation_length=3,
         threads=1,
-        min_iterations=12,
+        min_iterations=16,
         min_seconds=0,
         min_warmups=0,
         max_warmup_seconds=0,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from dotexport.bench import BenchResult, Workload, bench
+from dotexport.bench import BenchResult, Workload, bench, noise_check
 from dotexport.bench.__main__ import run
 from dotexport.bench.result import METRICS
 from dotexport.bench.table import conditions, rows
@@ -88,6 +89,14 @@ def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     said = capsys.readouterr().out
     assert "Example:" in said
     assert "A B B A" in said
+
+
+def test_a_busy_machine_is_told(plant: Plant, small: Workload) -> None:
+    result = noise_check(plant("a"), "planted", workload=small)
+    for load, doubted in ((0.1, False), (2.0, True)):
+        machine = result.environment | {"load_average": [load] * 3}
+        said = "\n".join(conditions(replace(result, environment=machine)))
+        assert ("other work" in said) == doubted
 
 
 def test_the_report_says_what_it_depends_on(plant: Plant, small: Workload) -> None:

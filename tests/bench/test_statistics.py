@@ -115,14 +115,25 @@ def test_tails_are_those_of_students_distribution() -> None:
 
 
 def test_verdicts_read_as_sentences() -> None:
-    assert Comparison(0.8, 0.78, 0.82).verdict == "1.25x faster (95 % interval 1.22 to 1.28)"
-    assert Comparison(1.25, 1.2, 1.3).verdict == "1.25x slower (95 % interval 1.20 to 1.30)"
-    assert Comparison(1.0, 0.9, 1.1).verdict.startswith("no measurable gain")
+    assert (
+        Comparison(0.8, 0.78, 0.82, GROUPS).verdict == "1.25x faster (95 % interval 1.22 to 1.28)"
+    )
+    assert Comparison(1.25, 1.2, 1.3, GROUPS).verdict == "1.25x slower (95 % interval 1.20 to 1.30)"
+    assert Comparison(1.0, 0.9, 1.1, GROUPS).verdict.startswith("no measurable gain")
 
 
 def test_a_difference_below_the_resolution_is_not_claimed() -> None:
     edge = 1 - RESOLUTION / 2
-    assert Comparison(edge, edge - 1e-4, edge + 1e-4).verdict.startswith("no measurable gain")
+    assert Comparison(edge, edge - 1e-4, edge + 1e-4, GROUPS).verdict.startswith(
+        "no measurable gain"
+    )
+
+
+def test_few_groups_give_no_verdict() -> None:
+    few = Comparison(0.5, 0.4, 0.6, groups=7)
+    assert not few.faster
+    assert few.verdict.startswith("no verdict: 7 groups of requests, 8 are needed")
+    assert Comparison(0.5, 0.4, 0.6, groups=8).faster
 
 
 def test_too_few_groups_or_unlike_ones_are_refused() -> None:
