@@ -79,7 +79,7 @@ class Checkpoint:
         Raises:
             CheckpointError: not a model folder, a missing shard, or a broken weight file.
         """
-        config = _read_config(folder)
+        config = read_config(folder)
         files = {name: file for file in _weight_files(folder) for name in _tensor_names(file)}
         return cls(folder, config, files)
 
@@ -128,7 +128,12 @@ class Checkpoint:
         return sorted({file for glob in COMPANIONS for file in self.folder.glob(glob)})
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as it was written.
+
+    Raises:
+        CheckpointError: there is none, or it is no JSON object.
+    """
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(
@@ -293,7 +298,7 @@ def _reserve(descriptor: int, offset: int, num_bytes: int) -> None:
         os.truncate(descriptor, offset + num_bytes)
 
 
-def find_model(name: str) -> Path:
+def find_model(name: str, *, config_only: bool = False) -> Path:
     """A local folder, or the snapshot of a hub id (downloaded once, weights as safetensors only).
 
     Raises:
@@ -312,9 +317,9 @@ def find_model(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    patterns = ["config.json", "*.safetensors", INDEX, *COMPANIONS, "README.md"]
+    weights = [] if config_only else ["*.safetensors", INDEX, *COMPANIONS]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=["config.json", *weights]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise CheckpointError(
             f"{name} is no folder here and cannot be fetched as a hub id "

@@ -1,0 +1,191 @@
+"""Text to token windows: what the model reads while it is narrowed, and while it is judged.
+
+Shapes: N windows, L tokens per window.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dotexport.errors import CalibrationError, CheckpointError, RuntimeMissingError, UsageError
+
+EMBEDDED = "embedded:"
+DOCUMENT_END = "<|endoftext|>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """Which tokens are read.
+
+    Attributes:
+        source: a .txt file (documents end in <|endoftext|>, if it has that mark), a .jsonl file
+            (one object per line, its field "text"), a folder of .txt files, a dataset id of the
+            hub, or `embedded:calibration` and `embedded:evaluation` (installed Python sources).
+        samples: how many windows, at most.
+        seqlen: tokens per window; None is 2048, or the model's context if that is shorter.
+        skip: windows left out at the start, so that one file can serve two disjoint purposes.
+    """
+
+    source: str
+    samples: int = 128
+    seqlen: int | None = None
+    skip: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 1), ("seqlen", 2), ("skip", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"{name} must be at least {least}, not {value}")
+
+
+def token_windows(model: Path, options: TextOptions) -> torch.Tensor:
+    """Encode documents one by one, join them, cut into windows_NL (int64) without overlap.
+
+    Each document keeps the start token its tokenizer gives it. Fewer than `samples` windows are
+    fine; not one is an error.
+
+    Raises:
+        CalibrationError: no text, or less than one window of it.
+        CheckpointError: the model folder has no usable tokenizer.
+    """
+    context, vocabulary = _limits(model)
+    seqlen = options.seqlen or min(2048, context)
+    if seqlen > context:
+        raise UsageError(f"--seqlen {seqlen} exceeds the model's context of {context} tokens")
+    encode = _encoder(model)
+    wanted = (options.skip + options.samples) * seqlen
+    ids: list[int] = []
+    for document in documents(options.source):
+        ids += encode(document)
+        if len(ids) >= wanted:
+            break
+    if not ids:
+        raise CalibrationError(
+            f"{options.source} holds no text; expected documents to read, in UTF-8"
+        )
+    count = len(ids) // seqlen
+    if count <= options.skip:
+        raise CalibrationError(
+            f"{options.source} gives {len(ids)} tokens, which is less than one window of {seqlen}"
+            + (f" after {options.skip} skipped ones" if options.skip else "")
+            + "; give more text or a smaller --seqlen"
+        )
+    if max(ids) >= vocabulary:
+        raise CheckpointError(
+            f"the tokenizer of {model} gives the token {max(ids)}, beyond the model's vocabulary "
+            f"of {vocabulary}; it belongs to another model"
+        )
+    kept = np.asarray(ids[: count * seqlen], dtype=np.int64).reshape(count, -1)
+    return torch.from_numpy(kept[options.skip : options.skip + options.samples].copy())
+
+
+def _limits(model: Path) -> tuple[int, int]:
+    """Context and vocabulary of a model, in tokens."""
+    from dotexport.checkpoint import read_config
+
+    config = read_config(model)
+    context = config.get("max_position_embeddings") or 2048
+    return int(context), int(config.get("vocab_size") or np.iinfo(np.int64).max)
+
+
+def documents(source: str) -> Iterator[str]:
+    """Non-empty documents of a source, stripped of surrounding white space.
+
+    Raises:
+        CalibrationError: the source does not exist or cannot be read as text.
+    """
+    for document in _raw_documents(source):
+        if stripped := document.strip():
+            yield stripped
+
+
+def _raw_documents(source: str) -> Iterable[str]:
+    if source.startswith(EMBEDDED):
+        return _embedded(source)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return (part for file in sorted(path.rglob("*.txt")) for part in _split(_read(file)))
+    if path.is_file():
+        return _jsonl(path) if path.suffix == ".jsonl" else _split(_read(path))
+    if path.suffix or source.startswith(("/", ".", "~")):
+        raise CalibrationError(f"{source} does not exist; expected a .txt or .jsonl file")
+    return _dataset(source)
+
+
+def _split(text: str) -> list[str]:
+    return text.split(DOCUMENT_END)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first"
+        ) from error
+    except OSError as error:
+        raise CalibrationError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def _jsonl(file: Path) -> Iterator[str]:
+    for number, line in enumerate(_read(file).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise CalibrationError(f"{file}, line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise CalibrationError(
+                f'{file}, line {number} has no "text"; expected {{"text": "..."}} on every line'
+            )
+        yield row["text"]
+
+
+def _embedded(source: str) -> list[str]:
+    from dotexport import embedded
+
+    parts = {
+        f"{EMBEDDED}calibration": embedded.calibration_text,
+        f"{EMBEDDED}evaluation": embedded.evaluation_text,
+    }
+    if source not in parts:
+        raise CalibrationError(f"{source} is not known; expected one of {', '.join(parts)}")
+    return list(parts[source]())
+
+
+def _dataset(name: str) -> Iterator[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise RuntimeMissingError(
+            f"{name} is no file here; to read it as a dataset of the hub, `pip install datasets`"
+        ) from error
+    path, _, subset = name.partition(":")
+    rows = load_dataset(path, subset or None, split="train", streaming=True)
+    for row in rows:
+        if not isinstance(row.get("text"), str):
+            raise CalibrationError(f'{name} has no "text" column; columns: {", ".join(row)}')
+        yield row["text"]
+
+
+def _encoder(model: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{model} has no tokenizer that transformers can load ({error}); "
+            "expected tokenizer.json beside config.json"
+        ) from error
+    # Longer than the context is meant: the windows are cut afterwards.
+    tokenizer.model_max_length = int(1e30)
+    return lambda text: tokenizer(text)["input_ids"]

@@ -1,0 +1,444 @@
+"""The command line: one function per verb, no logic. Heavy imports wait until a verb needs them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dotexport import __version__
+from dotexport.errors import DotexportError
+
+if TYPE_CHECKING:
+    from dotexport.narrow import Progress
+
+app = typer.Typer(
+    name="dotexport",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="""Narrow a trained model by optimal transport, export it to every runtime, prove it.
+
+    [bold]dotexport demo[/bold] shows the whole chain on a model that ships inside, offline.
+
+    Exit codes: 0 ok, 1 failure, 2 usage, 3 parity failed, 4 gate failed, 5 impossible sizes or
+    unsupported model, 6 runtime missing or provider fell back, 130 interrupted.""",
+)
+stderr = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="Model folder (config.json, *.safetensors) or hub id.")]
+Output = Annotated[Path, typer.Argument(help="Output of dotexport shrink, export or run.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder; must be new or empty.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, logs on stderr.")]
+Samples = Annotated[int, typer.Option(help="Windows of text, at most.")]
+Seqlen = Annotated[
+    int | None, typer.Option(help="Tokens per window; default: 2048 or the model's context.")
+]
+Skip = Annotated[int, typer.Option(help="Windows left out at the start of the text.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+TEXT_HELP = (
+    "A .txt file (documents end in <|endoftext|>), a .jsonl file (field text), a folder of .txt, "
+    "a dataset id, embedded:calibration or embedded:evaluation."
+)
+Params = Annotated[
+    str | None, typer.Option(help="Parameter budget: 0.7x, 5.2M, 6e9. Sizes are then chosen.")
+]
+Hidden = Annotated[int | None, typer.Option(help="Residual width (hidden_size).")]
+Intermediate = Annotated[int | None, typer.Option(help="MLP width (intermediate_size).")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"dotexport {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what is done.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+
+
+# Verbs ------------------------------------------------------------------------------------------
+
+
+@app.command()
+def demo(
+    out: Out = Path("dotexport-demo"),
+    print_recipe: Annotated[
+        bool, typer.Option("--print-recipe", help="Print the recipe to edit, and stop.")
+    ] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Shrink, export, verify, evaluate and bench the model that ships inside; no network."""
+    file = Path(__file__).with_name("demo.yaml")
+    if print_recipe:
+        typer.echo(file.read_text(encoding="utf-8"), nl=False)
+        return
+    _run(file, out, overwrite, "auto", as_json)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="recipe.yaml; see dotexport demo --print-recipe.")],
+    out: Out,
+    overwrite: Overwrite = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Run a recipe: the whole chain. Run it again after an interruption and it goes on."""
+    _run(recipe, out, overwrite, device, as_json)
+
+
+@app.command()
+def shrink(
+    model: Model,
+    out: Out,
+    calib: Annotated[str, typer.Option(help=f"Calibration text. {TEXT_HELP}")],
+    params: Params = None,
+    hidden: Hidden = None,
+    intermediate: Intermediate = None,
+    samples: Samples = 128,
+    seqlen: Seqlen = None,
+    skip: Skip = 0,
+    basis: Annotated[str, typer.Option(help="Of the residual stream: pca, dot, select.")] = "pca",
+    mlp: Annotated[
+        str, typer.Option(help="Neurons: dot (OBS and transport), obs, select (magnitude).")
+    ] = "dot",
+    plan: Annotated[
+        str, typer.Option(help="Transport plan: semi-relaxed or balanced.")
+    ] = "semi-relaxed",
+    epsilon: Annotated[
+        float, typer.Option(help="Entropic regularisation of the plan; 0 is exact.")
+    ] = 0.05,
+    refit: Annotated[
+        bool, typer.Option("--refit/--no-refit", help="Closed-form least-squares repair.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    print_recipe: Annotated[
+        bool, typer.Option("--print-recipe", help="Print these choices as a recipe, and stop.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Narrow a model: MODEL in, OUT/hf of the same stock class out.
+
+    Example: dotexport shrink ./llama -o out --params 0.7x --calib text.jsonl
+    """
+    from dotexport.recipe import FILE, Recipe, ShrinkStep
+    from dotexport.output import write_text
+    from dotexport.shrinking import shrink as narrow
+
+    step = ShrinkStep(
+        params=params,
+        hidden=hidden,
+        intermediate=intermediate,
+        calib=calib,
+        samples=samples,
+        seqlen=seqlen,
+        skip=skip,
+        basis=basis,
+        mlp=mlp,
+        plan=plan,
+        epsilon=epsilon,
+        refit=refit,
+        seed=seed,
+    )
+    recipe = Recipe(model=model, shrink=step)
+    if print_recipe:
+        typer.echo(recipe.dump(), nl=False)
+        return
+    with _progress() as progress:
+        shrunk = narrow(
+            model, out, step.options(), overwrite=overwrite, device=device, progress=progress
+        )
+    write_text(out / FILE, recipe.dump())
+    if as_json:
+        _print_json(shrunk.as_dict())
+        return
+    _print_summary(out, f"narrowed in {shrunk.seconds:.0f} s")
+
+
+@app.command()
+def plan(
+    model: Model,
+    params: Params = None,
+    hidden: Hidden = None,
+    intermediate: Intermediate = None,
+    as_json: Json = False,
+) -> None:
+    """Show the sizes that shrink would choose. Reads config.json only."""
+    from dotexport.checkpoint import find_model, read_config
+    from dotexport.sizing import plan as decide
+
+    decided = decide(
+        read_config(find_model(model, config_only=True)),
+        params=params,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+    )
+    if as_json:
+        _print_json(decided.as_dict())
+        return
+    _print_rows("sizes", [], {"sizes": decided.as_dict()})
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="Output of dotexport, or a plain model folder.")],
+    target: Annotated[list[str], typer.Option(help="NAME or NAME:PRECISION, e.g. ort-cpu:int4.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="For a plain model folder: where to.")
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Hold each artifact against torch.")] = True,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write artifacts for runtimes, each held against torch before it is kept.
+
+    Example: dotexport export OUT --target ort-cpu --target ort-cpu:int4
+    """
+    from dotexport import card
+    from dotexport.export import export as write
+
+    with stderr.status(f"exporting {', '.join(target)}"):
+        artifacts = write(model, target, out=out, verify=verify, overwrite=overwrite)
+    home = out or model
+    card.write(home)
+    if as_json:
+        _print_json([artifact.as_dict() for artifact in artifacts])
+        return
+    for artifact in artifacts:
+        stderr.print(f"{artifact.folder}  {artifact.num_bytes / 1e6:.2f} MB")
+
+
+@app.command()
+def verify(
+    out: Output,
+    target: Annotated[list[str] | None, typer.Option(help="Only these; default: all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Hold every artifact against torch: prefill, cached decode, padding, greedy tokens, NaN.
+
+    Exit code 3 if one of them does not compute what torch computes.
+    """
+    from dotexport.verify import require
+    from dotexport.verify import verify as check
+
+    with stderr.status("verifying"):
+        parities = check(out, target)
+    if as_json:
+        _print_json([parity.as_dict() for parity in parities])
+    else:
+        table = Table("artifact", "max abs", "KL, nats", "top-1", "verdict")
+        for parity in parities:
+            verdict = "exact enough" if parity.passed else "; ".join(parity.problems)
+            figures = (f"{parity.max_abs:.2g}", f"{parity.kl:.2g}", f"{parity.top1:.4f}")
+            table.add_row(parity.artifact, *figures, escape(verdict))
+        stderr.print(table)
+    require(parities)
+
+
+@app.command("eval")
+def evaluate(
+    out: Output,
+    baseline: Annotated[str, typer.Option(help="The original: folder or hub id.")],
+    text: Annotated[str, typer.Option(help=f"Held-out text. {TEXT_HELP}")],
+    samples: Samples = 64,
+    seqlen: Seqlen = None,
+    skip: Skip = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Perplexity, KL and top-1 agreement on held-out text, the original beside it."""
+    from dotexport.pipeline import evaluate_into, source_folder
+    from dotexport.recipe import EvalStep
+
+    step = EvalStep(text=text, samples=samples, seqlen=seqlen, skip=skip)
+    with _progress() as progress:
+        record = evaluate_into(
+            out, source_folder(baseline), step, device=device, progress=progress
+        )
+    if as_json:
+        _print_json(record)
+        return
+    _print_rows("quality", [], {"quality": record})
+
+
+@app.command()
+def bench(
+    out: Output,
+    baseline: Annotated[str, typer.Option(help="The original: folder or hub id.")],
+    target: Annotated[str, typer.Option(help="Runtime to measure on; hf is torch.")] = "ort-cpu",
+    precision: Annotated[str | None, typer.Option(help="Precision of both artifacts.")] = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 128,
+    generate: Annotated[int, typer.Option(help="Tokens generated.")] = 64,
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads; default: one per physical core.")
+    ] = None,
+    min_iterations: Annotated[int, typer.Option(help="Requests of each model, at least.")] = 30,
+    min_seconds: Annotated[float, typer.Option(help="Seconds for each model, at least.")] = 10.0,
+    seed: Annotated[int, typer.Option(help="Of token ids and bootstrap.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Latency, throughput, memory and bytes against the original, on this machine.
+
+    Both models run in fresh processes and take turns, A B B A. What has no artifact for the target
+    yet is exported into a temporary folder first.
+    """
+    from dotexport.bench.table import render
+    from dotexport.pipeline import bench_into, source_folder
+    from dotexport.recipe import BenchStep
+
+    step = BenchStep(
+        target=target,
+        precision=precision,
+        prompt=prompt,
+        generate=generate,
+        batch=batch,
+        threads=threads,
+        min_iterations=min_iterations,
+        min_seconds=min_seconds,
+        seed=seed,
+    )
+    with _progress() as progress:
+        result = bench_into(out, source_folder(baseline), step, progress=progress)
+    if as_json:
+        _print_json(result.as_dict())
+        return
+    stderr.print(render(result))
+    _print_json(result.headline())
+
+
+@app.command()
+def targets(as_json: Json = False) -> None:
+    """List what can be exported to, and what is missing to use it here."""
+    from dotexport.adapter import list_targets
+
+    rows = list_targets()
+    if as_json:
+        _print_json([row.as_dict() for row in rows])
+        return
+    table = Table("target", "precisions", "what", "missing here")
+    for row in rows:
+        missing = "; ".join(row.missing) or "nothing"
+        table.add_row(row.name, ", ".join(row.precisions), row.summary, escape(missing))
+    Console().print(table)
+
+
+# Behind the verbs -------------------------------------------------------------------------------
+
+
+def _run(file: Path, out: Path, overwrite: bool, device: str, as_json: bool) -> None:
+    from dotexport.pipeline import run as chain
+    from dotexport.recipe import Recipe
+
+    with _progress() as progress:
+        record = chain(
+            Recipe.load(file), out, overwrite=overwrite, device=device, progress=progress
+        )
+    if as_json:
+        _print_json(record)
+        return
+    _print_summary(out, "done")
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar per stage on stderr, with the time left; a plain stream gets nothing."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:<34}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                for other in tasks.values():
+                    bars.stop_task(other)
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield show
+
+
+def _print_summary(out: Path, title: str) -> None:
+    from dotexport import manifest, summary
+
+    _print_rows(title, list(summary.paths(out)), manifest.read(out))
+
+
+def _print_rows(title: str, paths: list[tuple[str, Path]], record: dict[str, Any]) -> None:
+    from dotexport import summary
+
+    console = Console()
+    table = Table(title=title)
+    for column in ("", "original", "narrowed", "change"):
+        table.add_column(column, justify="right" if column in ("original", "narrowed") else "left")
+    for row in summary.rows(record):
+        table.add_row(*(escape(cell) for cell in row))
+    console.print(table)
+    for label, path in paths:
+        console.print(f"{label:<24} {path}", soft_wrap=True, highlight=False)
+
+
+def _print_json(document: Any) -> None:
+    sys.stdout.write(json.dumps(document) + "\n")
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point: errors become one message and the documented exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)  # so that a stopped run tidies up like Ctrl-C
+    try:
+        app()
+    except DotexportError as error:
+        stderr.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        raise SystemExit(error.exit_code) from error
+    except KeyboardInterrupt:
+        stderr.print("[bold red]interrupted[/]: nothing unfinished was kept")
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        raise SystemExit(1) from None
+
+
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""Model families: per family one table that says which axes of which tensors are the same neurons.
+
+Spaces, and the number of neurons in each (all from config.json):
+
+    residual  hidden_size                          what every norm reads and every writer adds to
+    mlp       intermediate_size                    between gate/up and down
+    query     num_attention_heads * head_dim       between q and o
+    kv        num_key_value_heads * head_dim       k and v
+    vocab     vocab_size
+
+Parameter counts, width checks, legal sizes and the narrowing itself follow from the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dotexport.errors import CheckpointError, UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A torch.nn.Linear: weight (out, in); `bias` names the config flag that gives it one."""
+
+    name: str
+    out: str
+    in_: str
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """Norm, readers of the normalised stream, and one writer that adds back to it."""
+
+    module: str
+    norm: str
+    readers: tuple[Linear, ...]
+    writer: Linear
+
+
+@dataclass(frozen=True)
+class Family:
+    """One stock class of transformers.
+
+    Attributes:
+        gated: the MLP's reader whose nonlinearity forbids a free sign or scale.
+        divides: whether the class insists on hidden_size % num_attention_heads == 0.
+    """
+
+    model_type: str
+    architecture: str
+    embedding: str
+    layer: str
+    sublayers: tuple[Sublayer, ...]
+    final_norm: str
+    head: Linear
+    gated: str
+    divides: bool
+
+    def layer_name(self, layer: int, part: str) -> str:
+        return f"{self.layer.format(layer)}.{part}"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The numbers of config.json that decide every shape."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    num_layers: int
+    vocab_size: int
+    tied: bool
+    biases: frozenset[str] = frozenset()
+
+    @property
+    def spaces(self) -> dict[str, int]:
+        """Space -> number of neurons."""
+        return {
+            "residual": self.hidden_size,
+            "mlp": self.intermediate_size,
+            "query": self.num_attention_heads * self.head_dim,
+            "kv": self.num_key_value_heads * self.head_dim,
+            "vocab": self.vocab_size,
+        }
+
+    def narrowed(self, hidden_size: int, intermediate_size: int) -> Sizes:
+        """The sizes after narrowing.
+
+        Cutting the residual stream folds the final norm into lm_head, which unties it from the
+        embedding; an untouched residual stream keeps its tie.
+        """
+        tied = self.tied and hidden_size == self.hidden_size
+        return replace(
+            self, hidden_size=hidden_size, intermediate_size=intermediate_size, tied=tied
+        )
+
+
+def shapes(family: Family, sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every tensor of a model, by name, in the order in which narrowing makes them."""
+    width = sizes.spaces
+    yield f"{family.embedding}.weight", (sizes.vocab_size, sizes.hidden_size)
+    for layer in range(sizes.num_layers):
+        for sublayer in family.sublayers:
+            yield family.layer_name(layer, f"{sublayer.norm}.weight"), (sizes.hidden_size,)
+            for linear in (*sublayer.readers, sublayer.writer):
+                name = family.layer_name(layer, linear.name)
+                yield f"{name}.weight", (width[linear.out], width[linear.in_])
+                if linear.bias in sizes.biases:
+                    yield f"{name}.bias", (width[linear.out],)
+    yield f"{family.final_norm}.weight", (sizes.hidden_size,)
+    if not sizes.tied:
+        yield f"{family.head.name}.weight", (sizes.vocab_size, sizes.hidden_size)
+
+
+def num_parameters(family: Family, sizes: Sizes) -> int:
+    """Distinct weights; a tied embedding counts once."""
+    total = 0
+    for _, shape in shapes(family, sizes):
+        count = 1
+        for width in shape:
+            count *= width
+        total += count
+    return total
+
+
+def read_sizes(family: Family, config: Mapping[str, Any]) -> Sizes:
+    """The sizes a config.json declares, with the defaults of its class filled in.
+
+    Raises:
+        CheckpointError: a size is missing or not a positive integer.
+    """
+    heads = _size(config, "num_attention_heads")
+    hidden = _size(config, "hidden_size")
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or hidden // heads
+    flags = {linear.bias for sub in family.sublayers for linear in (*sub.readers, sub.writer)}
+    return Sizes(
+        hidden_size=hidden,
+        intermediate_size=_size(config, "intermediate_size"),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        num_layers=_size(config, "num_hidden_layers"),
+        vocab_size=_size(config, "vocab_size"),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        biases=frozenset(flag for flag in flags if flag and config.get(flag)),
+    )
+
+
+def _size(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or value <= 0:
+        raise CheckpointError(
+            f"config.json gives {key} = {value!r}; expected a positive integer: "
+            "is it the config of a decoder model?"
+        )
+    return value
+
+
+def check_shapes(
+    family: Family, sizes: Sizes, found: Mapping[str, tuple[int, ...]], folder: object
+) -> None:
+    """Refuse a checkpoint whose tensors are not those its config declares.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+    """
+    expected = dict(shapes(family, sizes))
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of the {len(expected)} tensors its config.json calls "
+            f"for, first {missing[0]}; take a complete copy of the model"
+        )
+    for name, shape in expected.items():
+        if tuple(found[name]) != shape:
+            raise CheckpointError(
+                f"{name} has shape {tuple(found[name])} where config.json says {shape}; "
+                "config and weights are not of the same model"
+            )
+
+
+def supported() -> dict[str, Family]:
+    """Architecture -> family table."""
+    from dotexport.families.llama import LLAMA
+
+    return {family.architecture: family for family in (LLAMA,)}
+
+
+def find_family(config: Mapping[str, Any]) -> Family:
+    """The table for the architecture that config.json names.
+
+    Raises:
+        UnsupportedModelError: no table describes it.
+    """
+    known = supported()
+    for architecture in config.get("architectures") or []:
+        if architecture in known:
+            return known[architecture]
+    named = ", ".join(config.get("architectures") or []) or f"model_type {config.get('model_type')}"
+    raise UnsupportedModelError(
+        f"{named} is not supported; dotexport narrows {', '.join(sorted(known))}. "
+        "docs/adding-a-family.md shows how to add a table"
+    )
+
+
+def check_quantised(config: Mapping[str, Any]) -> None:
+    """Refuse weights that are already quantised.
+
+    Raises:
+        UnsupportedModelError: config.json has a quantization_config.
+    """
+    if "quantization_config" in config:
+        raise UnsupportedModelError(
+            "the model is already quantised (config.json has quantization_config); "
+            "narrow the float model first, quantise what comes out"
+        )
+
+
+__all__ = [
+    "Family",
+    "Linear",
+    "Sizes",
+    "Sublayer",
+    "check_quantised",
+    "check_shapes",
+    "find_family",
+    "num_parameters",
+    "read_sizes",
+    "shapes",
+    "supported",
+]

@@ -1,0 +1,150 @@
+"""One decoder layer of a stock class, with weights of our choosing and nothing else in memory.
+
+The layer's code is that of transformers, so a narrowed layer computes here what it will compute
+wherever the class is known.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dotexport.families import Family, Sublayer
+
+
+@dataclass(frozen=True)
+class Stock:
+    """The classes of one stock model: what a layer and its rotary embedding are made with."""
+
+    config: Any
+    layer_class: Callable[..., nn.Module]
+    norm_class: Callable[..., nn.Module]
+    rotary: nn.Module
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], device: torch.device) -> Stock:
+        """Look the classes up from a config.json; builds one layer without memory."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        settings = dict(config)
+        stock = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        stock._attn_implementation = "sdpa"
+        single = copy.deepcopy(stock)
+        single.num_hidden_layers = 1
+        if getattr(single, "layer_types", None):
+            single.layer_types = single.layer_types[:1]
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(single)
+        decoder = model.get_decoder()
+        rotary = type(decoder.rotary_emb)(config=stock).to(device)
+        return cls(stock, type(decoder.layers[0]), type(decoder.norm), rotary)
+
+    def layer(self, number: int) -> nn.Module:
+        """A layer without memory behind its weights; assign them before use."""
+        with torch.device("meta"):
+            return self.layer_class(self.config, number).eval()
+
+    def norm(self, device: torch.device) -> nn.Module:
+        """The final norm, with a gamma of ones."""
+        return self.norm_class(self.config.hidden_size, eps=self.config.rms_norm_eps).to(device)
+
+    def positions(self, example_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the rotary embedding for positions 0 .. L - 1."""
+        steps = torch.arange(example_BLD.shape[1], device=example_BLD.device)[None]
+        cos, sin = self.rotary(example_BLD, steps)
+        return cos, sin
+
+
+class Layer:
+    """A decoder layer run sublayer by sublayer, whose weights can be exchanged for narrower ones.
+
+    Writers stand outside the module (an identity takes their place), so that what goes into a
+    writer and what it adds are two separate questions.
+
+    Args:
+        tensors: every parameter of the layer, by its name below the layer.
+        dtypes: what each will be stored as. The layer computes with values rounded to it, so that
+            what is fitted later sees the rounding too. None: no rounding.
+    """
+
+    def __init__(
+        self,
+        stock: Stock,
+        family: Family,
+        number: int,
+        tensors: Mapping[str, Tensor],
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
+        self.stock = stock
+        self.module = stock.layer(number)
+        self._dtypes = dtypes or {}
+        self._tensors: dict[str, Tensor] = {}
+        for sublayer in family.sublayers:
+            owner, _, attribute = sublayer.writer.name.rpartition(".")
+            setattr(self.module.get_submodule(owner), attribute, nn.Identity())
+        for name, tensor in tensors.items():
+            self.assign(name, tensor)
+
+    def assign(self, name: str, tensor: Tensor) -> None:
+        """Give the parameter `name` (below the layer) these values, of whatever width."""
+        stored = tensor.to(self._dtypes.get(name, tensor.dtype)).float()
+        self._tensors[name] = stored
+        owner, _, attribute = name.rpartition(".")
+        module = self.module.get_submodule(owner)
+        if not isinstance(module, nn.Identity):
+            setattr(module, attribute, nn.Parameter(stored, requires_grad=False))
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(self._tensors)
+
+    def normalise(self, sublayer: Sublayer, stream_BLD: Tensor) -> Tensor:
+        """What the readers of this sublayer see."""
+        normed: Tensor = self.module.get_submodule(sublayer.norm)(stream_BLD)
+        return normed
+
+    def inside(self, sublayer: Sublayer, stream_BLD: Tensor) -> Tensor:
+        """What the writer of this sublayer sees: attention outputs, or MLP neurons."""
+        normed_BLD = self.normalise(sublayer, stream_BLD)
+        module = self.module.get_submodule(sublayer.module)
+        if sublayer.module != "self_attn":
+            neurons_BLI: Tensor = module(normed_BLD)
+            return neurons_BLI
+        # Without a mask, sdpa is causal: calibration windows are never padded.
+        heads_BLI: Tensor = module(
+            hidden_states=normed_BLD,
+            position_embeddings=self.stock.positions(normed_BLD),
+            attention_mask=None,
+        )[0]
+        return heads_BLI
+
+    def write(self, sublayer: Sublayer, inside_BLI: Tensor) -> Tensor:
+        """What the writer adds to the stream."""
+        name = sublayer.writer.name
+        bias = self._tensors.get(f"{name}.bias")
+        return F.linear(inside_BLI, self._tensors[f"{name}.weight"], bias)
+
+    def after(self, sublayer: Sublayer, stream_BLD: Tensor) -> Tensor:
+        """The stream behind this sublayer."""
+        return stream_BLD + self.write(sublayer, self.inside(sublayer, stream_BLD))
+
+    def metric(self, sublayer: Sublayer) -> Tensor:
+        """G = sum of W^T W over the readers: how an error in their input is felt."""
+        weights = [self._tensors[f"{linear.name}.weight"].double() for linear in sublayer.readers]
+        return torch.stack([weight.T @ weight for weight in weights]).sum(0)
+
+
+def layer_tensors(
+    family: Family, layer: int, read: Callable[[str], Tensor], names: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """All tensors of one layer, by their name below the layer, as `read` gives them."""
+    prefix = family.layer_name(layer, "")
+    return {name.removeprefix(prefix): read(name) for name in names if name.startswith(prefix)}

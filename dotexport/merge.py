@@ -1,0 +1,126 @@
+"""MLP width: which neurons stay, and what the others leave behind in them.
+
+Targets are chosen by Optimal Brain Surgeon on the writer (down_proj); the removed neurons are
+transported onto them, and their gate and up rows become barycentres. A merge is kept only if
+held-out reconstruction improves, so the result is never worse than the choice alone.
+
+Shapes: N neurons before, K neurons after, O outputs of the writer, T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dotexport.ot.cost import activation_distance, cosine
+from dotexport.ot.coupling import Coupling, TransportOptions, couple
+from dotexport.refit import Moments, ridge_solve
+
+# Smallest |cosine| at which a removed neuron may move into a kept one, strictest first.
+MERGE_LEVELS = (0.9, 0.7, 0.5)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Combination of the N old neurons into K new ones.
+
+    Attributes:
+        kept: indices of the targets, ascending.
+        gate_KN, up_KN: rows of the new readers as weighted sums of the old ones.
+        moved: share of the removed neurons' importance that a target takes over.
+    """
+
+    kept: Tensor
+    gate_KN: Tensor
+    up_KN: Tensor
+    moved: float
+
+    @classmethod
+    def nothing(cls, kept: Tensor, size: int) -> Merge:
+        """The kept neurons as they are."""
+        own_KN = torch.eye(size, dtype=torch.float64, device=kept.device)[kept]
+        return cls(kept, own_KN, own_KN, 0.0)
+
+
+def choose(method: str, moments: Moments, writer_ON: Tensor, width: int) -> Tensor:
+    """Indices of the neurons that stay, ascending: by magnitude for `select`, else by OBS."""
+    chooser = choose_by_magnitude if method == "select" else choose_by_obs
+    return chooser(moments, writer_ON, width)
+
+
+def importance(moments: Moments, writer_ON: Tensor) -> Tensor:
+    """rms activation x norm of the outgoing weights, per neuron."""
+    rms_N = (moments.inputs_II.diagonal() / max(moments.count, 1)).clamp_min(0).sqrt()
+    importance_N: Tensor = rms_N * writer_ON.double().norm(dim=0)
+    return importance_N
+
+
+def choose_by_magnitude(moments: Moments, writer_ON: Tensor, width: int) -> Tensor:
+    """Baseline: the neurons that contribute most, each looked at alone."""
+    order = torch.argsort(importance(moments, writer_ON), descending=True, stable=True)
+    return order[:width].sort().values
+
+
+def choose_by_obs(
+    moments: Moments, writer_ON: Tensor, width: int, *, damping: float = 1e-4
+) -> Tensor:
+    """Greedy Optimal Brain Surgeon: remove argmin |w_i|^2 / [H^-1]_ii, update, repeat.
+
+    H is the damped Gram matrix of the neurons and w_i the column of the least-squares writer, so a
+    score is the exact increase of the reconstruction loss when one neuron leaves and all others
+    are refitted (Hassibi and Stork 1993). Large layers lose several neurons per step, which makes
+    the downdate a matrix product.
+    """
+    size = len(moments.inputs_II)
+    gram_NN = moments.inputs_II / max(moments.count, 1)
+    identity_NN = torch.eye(size, dtype=torch.float64, device=gram_NN.device)
+    inverse_NN = torch.linalg.inv(gram_NN + damping * gram_NN.diagonal().mean() * identity_NN)
+    writer_ON = ridge_solve(moments, writer_ON.double(), damping)
+    alive = torch.ones(size, dtype=torch.bool, device=gram_NN.device)
+    block = max(1, size // 256)
+    while (excess := int(alive.sum()) - width) > 0:
+        score_N = writer_ON.square().sum(0) / inverse_NN.diagonal()
+        score_N[~alive] = torch.inf
+        leaving = torch.argsort(score_N, stable=True)[: min(block, excess)]
+        # W -= W_S (G_SS)^-1 G_S,:  and  G -= G_:,S (G_SS)^-1 G_S,:
+        solved_SN = torch.linalg.solve(inverse_NN[leaving][:, leaving], inverse_NN[leaving])
+        writer_ON = writer_ON - writer_ON[:, leaving] @ solved_SN
+        inverse_NN = inverse_NN - inverse_NN[:, leaving] @ solved_SN
+        alive[leaving] = False
+        inverse_NN[leaving, leaving] = 1.0  # gone: any positive number, its score is infinite
+    return alive.nonzero().flatten()
+
+
+def transport(
+    moments: Moments, writer_ON: Tensor, kept: Tensor, options: TransportOptions
+) -> Coupling:
+    """Move all neurons onto the kept ones; up rows may flip their sign, gate rows may not.
+
+    The sign is that of the neurons' activations, silu(g.x) (u.x), which is odd in u alone.
+    """
+    cost = activation_distance(moments.inputs_II.cpu().numpy(), kept.cpu().numpy(), signed=True)
+    return couple(cost, importance(moments, writer_ON).cpu().numpy(), options)
+
+
+def barycentres(
+    moments: Moments, coupling: Coupling, kept: Tensor, *, least_cosine: float
+) -> Merge:
+    """New reader rows: kept neurons plus those removed ones that resemble their target enough."""
+    gram_NN, kept_K = moments.inputs_II.cpu().numpy(), kept.cpu().numpy()
+    alike_NK = np.abs(cosine(gram_NN, kept_K)) >= least_cosine
+    own_NK = np.zeros_like(alike_NK)
+    own_NK[kept_K, np.arange(len(kept_K))] = True
+    alike_NK[kept_K] = False  # a target gives nothing away
+    plan_NK = np.where(alike_NK | own_NK, coupling.plan_NK, 0.0)
+    plan_NK[own_NK] = np.maximum(coupling.mass_N[kept_K], 1e-300)
+    share_NK = plan_NK / plan_NK.sum(0, keepdims=True)
+    removed_N = np.ones(len(gram_NN), dtype=bool)
+    removed_N[kept_K] = False
+    mass = coupling.mass_N[removed_N].sum()
+    moved = float(plan_NK[removed_N].sum() / mass) if mass > 0 else 0.0
+    gate_KN = torch.from_numpy(share_NK.T.copy()).to(moments.inputs_II.device)
+    up_KN = torch.from_numpy((share_NK * coupling.sign_NK).T.copy()).to(gate_KN.device)
+    return Merge(kept, gate_KN, up_KN, moved)

@@ -1,0 +1,54 @@
+"""Cost between neurons: how unlike two units are, given what each one computes.
+
+Everything is read from a Gram matrix, so the activations themselves never have to be kept.
+
+Shapes: N neurons before, K neurons after (`kept` lists them, each also one of the N), T tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Indices = NDArray[np.intp]
+
+
+class Cost(NamedTuple):
+    """What it costs to let neuron j stand for neuron i, and with which sign it does."""
+
+    cost_NK: Array
+    sign_NK: Array
+
+
+def cosine(gram_NN: Array, kept_K: Indices) -> Array:
+    """Cosine between the activation vectors of every neuron and every kept one.
+
+    `gram_NN` is the sum over tokens of a a^T. A neuron that never fires has cosine 0 with all.
+    """
+    norm_N = np.sqrt(np.maximum(np.diag(gram_NN), 0.0))
+    scale_NK = norm_N[:, None] * norm_N[kept_K][None]
+    cosine_NK: Array = np.divide(
+        gram_NN[:, kept_K], scale_NK, out=np.zeros_like(scale_NK), where=scale_NK > 0
+    )
+    return np.clip(cosine_NK, -1.0, 1.0)
+
+
+def activation_distance(gram_NN: Array, kept_K: Indices, *, signed: bool) -> Cost:
+    """Euclidean distance of unit activation vectors, `|| a_i/|a_i| - s_ij a_j/|a_j| ||_2`.
+
+    The sign s_ij is free where the site lets a neuron stand for another upside down (`signed`).
+    The cost is divided by its maximum, so that a regularisation has one meaning at every site.
+    After DOTResize (arXiv 2507.04517), there without the sign.
+
+    >>> gram = np.array([[1.0, -1.0], [-1.0, 1.0]])  # two neurons, one the other's negative
+    >>> activation_distance(gram, np.array([0]), signed=True).cost_NK.ravel().tolist()
+    [0.0, 0.0]
+    """
+    cosine_NK = cosine(gram_NN, kept_K)
+    sign_NK = np.where(cosine_NK < 0, -1.0, 1.0) if signed else np.ones_like(cosine_NK)
+    distance_NK = np.sqrt(np.maximum(2.0 - 2.0 * sign_NK * cosine_NK, 0.0))
+    largest = distance_NK.max(initial=0.0)
+    return Cost(distance_NK / largest if largest > 0 else distance_NK, sign_NK)

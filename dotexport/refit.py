@@ -1,0 +1,184 @@
+"""Closed-form refit: least squares toward what the teacher computes, with a ridge toward the
+analytic weights.
+
+Every sum over tokens is kept in float64 and every solve is in float64. Sums of two sets of tokens
+add, so data-parallel runs and held-out splits need nothing else.
+
+Shapes: I features that go in, O features that come out, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+Solver = Callable[["Moments", Tensor, float], Tensor]
+
+# In units of the mean diagonal of the inputs' Gram matrix.
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+@dataclass
+class Moments:
+    """Second moments of inputs z and targets t, summed over tokens.
+
+    Attributes:
+        inputs_II: sum of z z^T.
+        cross_OI: sum of t z^T.
+        metric_OO: how errors in t are weighed, e^T metric e; None is the identity.
+        targets: sum of t^T metric t.
+        count: number of tokens.
+    """
+
+    inputs_II: Tensor
+    cross_OI: Tensor
+    metric_OO: Tensor | None = None
+    targets: float = 0.0
+    count: int = 0
+
+    @classmethod
+    def zeros(
+        cls,
+        num_in: int,
+        num_out: int,
+        *,
+        metric_OO: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Moments:
+        inputs_II = torch.zeros(num_in, num_in, dtype=torch.float64, device=device)
+        cross_OI = torch.zeros(num_out, num_in, dtype=torch.float64, device=device)
+        return cls(inputs_II, cross_OI, metric_OO)
+
+    def add(self, inputs_TI: Tensor, targets_TO: Tensor) -> None:
+        """Take up a batch of tokens."""
+        z_TI, t_TO = inputs_TI.double(), targets_TO.double()
+        self.inputs_II += z_TI.T @ z_TI
+        self.cross_OI += t_TO.T @ z_TI
+        self.targets += float((self._weigh(t_TO.T).T * t_TO).sum())
+        self.count += len(z_TI)
+
+    def __add__(self, other: Moments) -> Moments:
+        return replace(
+            self,
+            inputs_II=self.inputs_II + other.inputs_II,
+            cross_OI=self.cross_OI + other.cross_OI,
+            targets=self.targets + other.targets,
+            count=self.count + other.count,
+        )
+
+    def of(self, kept: Tensor) -> Moments:
+        """The same sums for a subset of the inputs."""
+        return replace(
+            self, inputs_II=self.inputs_II[kept][:, kept], cross_OI=self.cross_OI[:, kept]
+        )
+
+    def loss(self, weights_OI: Tensor) -> float:
+        """Mean over tokens of |t - W z|^2 in the metric, from the sums alone."""
+        weighed_OI = self._weigh(weights_OI)
+        explained = 2 * (weighed_OI * self.cross_OI).sum()
+        spent = ((weighed_OI @ self.inputs_II) * weights_OI).sum()
+        return max(float(self.targets - explained + spent) / max(self.count, 1), 0.0)
+
+    @property
+    def energy(self) -> float:
+        """Mean over tokens of |t|^2 in the metric: the loss of answering zero."""
+        return self.targets / max(self.count, 1)
+
+    def _weigh(self, errors_OX: Tensor) -> Tensor:
+        return errors_OX if self.metric_OO is None else self.metric_OO @ errors_OX
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Refitted weights.
+
+    Attributes:
+        ridge: the strength that was chosen; infinity keeps the analytic weights.
+        error: held-out loss relative to the target's energy; 0 is exact, 1 is as good as nothing.
+        analytic_error: the same for the analytic weights.
+    """
+
+    weights_OI: Tensor
+    ridge: float
+    error: float
+    analytic_error: float
+
+    @classmethod
+    def unchanged(cls, prior_OI: Tensor, held_out: Moments) -> Fit:
+        """The analytic weights as they are."""
+        error = held_out.loss(prior_OI) / (held_out.energy or 1.0)
+        return cls(prior_OI, math.inf, error, error)
+
+    def as_dict(self) -> dict[str, float | None]:
+        """What a report says; JSON has no infinity, so kept analytic weights show as null."""
+        ridge = None if math.isinf(self.ridge) else self.ridge
+        return {"error": self.error, "analytic_error": self.analytic_error, "ridge": ridge}
+
+
+def ridge_solve(moments: Moments, prior_OI: Tensor, ridge: float) -> Tensor:
+    """argmin_W  E|t - W z|^2 + lam |W - prior|^2, with lam = ridge x mean diagonal of E z z^T.
+
+    The ridge pulls toward the analytic weights, never toward zero.
+    """
+    size = len(moments.inputs_II)
+    lam = max(ridge * float(moments.inputs_II.diagonal().mean()), 1e-30)
+    identity_II = torch.eye(size, dtype=torch.float64, device=prior_OI.device)
+    residual_OI = moments.cross_OI - prior_OI @ moments.inputs_II
+    factor_II, failed = torch.linalg.cholesky_ex(moments.inputs_II + lam * identity_II)
+    if failed:  # singular beyond what this ridge lifts: the next stronger one
+        return ridge_solve(moments, prior_OI, max(10 * ridge, 1e-12))
+    solved: Tensor = prior_OI + torch.cholesky_solve(residual_OI.T, factor_II).T
+    return solved
+
+
+def gain_solve(moments: Moments, prior_OO: Tensor, ridge: float) -> Tensor:
+    """The same for a diagonal W = diag(g): argmin_g  E|t - g z|^2 in the metric, plus the ridge.
+
+    The normal equations are (G o E z z^T) g = diag(G E t z^T), o the entrywise product.
+    """
+    metric_OO = moments.metric_OO
+    if metric_OO is None:
+        metric_OO = torch.eye(len(prior_OO), dtype=torch.float64, device=prior_OO.device)
+    prior_O = prior_OO.diagonal()
+    normal_OO = metric_OO * moments.inputs_II
+    lam = max(ridge * float(normal_OO.diagonal().mean()), 1e-30)
+    residual_O = (metric_OO @ moments.cross_OI).diagonal() - normal_OO @ prior_O
+    normal_OO = normal_OO + lam * torch.eye(len(prior_O), dtype=torch.float64).to(normal_OO)
+    solved: Tensor = (prior_O + torch.linalg.solve(normal_OO, residual_O)).diag()
+    return solved
+
+
+def fit(
+    train: Moments,
+    held_out: Moments,
+    prior_OI: Tensor,
+    *,
+    solve: Solver = ridge_solve,
+    ridges: Sequence[float] = RIDGES,
+) -> Fit:
+    """Choose the ridge on held-out tokens, then solve once more on all of them.
+
+    The prior itself is a candidate: a refit that does not help held-out tokens is not made.
+    """
+    prior_OI = prior_OI.double()
+    losses = [held_out.loss(solve(train, prior_OI, ridge)) for ridge in ridges]
+    best = min(range(len(losses)), key=losses.__getitem__)
+    unchanged = Fit.unchanged(prior_OI, held_out)
+    error = losses[best] / (held_out.energy or 1.0)
+    if not error < unchanged.error:
+        return unchanged
+    weights_OI = solve(train + held_out, prior_OI, ridges[best])
+    return Fit(weights_OI, ridges[best], error, unchanged.error)
+
+
+def compensate(moments: Moments, weights_OI: Tensor, kept: Tensor, *, damping: float = 1e-6) -> Tensor:
+    """W C[:,S] (C_SS + lam)^-1: what the kept inputs say best in the place of all of them.
+
+    C is the Gram matrix of all inputs; no target is involved, only the weights themselves.
+    """
+    all_to_kept = replace(moments, cross_OI=weights_OI @ moments.inputs_II).of(kept)
+    return ridge_solve(all_to_kept, weights_OI[:, kept], damping)

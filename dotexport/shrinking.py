@@ -1,0 +1,251 @@
+"""The shrink verb: a model folder goes in, OUT/hf of the same stock class comes out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dotexport import card, manifest
+from dotexport.basis import Basis
+from dotexport.calibrate import TextOptions, token_windows
+from dotexport.checkpoint import Checkpoint, CheckpointWriter, TensorSpec, find_model
+from dotexport.errors import CheckpointError, UnsupportedModelError
+from dotexport.families import Family, Sizes, check_quantised, check_shapes, shapes
+from dotexport.layers import Stock
+from dotexport.narrow import Narrowing, Progress
+from dotexport.output import new_folder, write_json
+from dotexport.site import NarrowOptions
+from dotexport.sizing import Plan, plan
+from dotexport.streams import Streams
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinkOptions:
+    """How narrow, and how.
+
+    Attributes:
+        hidden_size, intermediate_size: explicit sizes; None leaves the axis to `params`, or as is.
+        params: budget such as `0.7x`.
+        text: calibration text.
+        narrow: methods.
+        max_shard_bytes: largest weight file.
+    """
+
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    params: str | None = None
+    text: TextOptions
+    narrow: NarrowOptions = field(default_factory=NarrowOptions)
+    max_shard_bytes: int = 4 << 30
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """What shrink made."""
+
+    out: Path
+    plan: Plan
+    basis: str
+    kept_energy: float
+    seconds: float
+    num_windows: int
+    sites: list[dict[str, Any]]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "out": str(self.out),
+            "sizes": self.plan.as_dict(),
+            "basis": {"method": self.basis, "kept_energy": self.kept_energy},
+            "seconds": round(self.seconds, 2),
+            "calibration_windows": self.num_windows,
+            "sites": self.sites,
+        }
+
+
+def shrink(
+    model: str | Path,
+    out: Path,
+    options: ShrinkOptions,
+    *,
+    overwrite: bool = False,
+    device: str = "auto",
+    progress: Progress = lambda stage, done, total: None,
+) -> Shrunk:
+    """Narrow a model and write OUT/hf, OUT/dotexport.json, OUT/README.md and OUT/reports.
+
+    Two runs with the same inputs, options and machine give the same bytes in OUT/hf.
+
+    Raises:
+        CheckpointError, CalibrationError, UnsupportedModelError, SizeError, UsageError.
+    """
+    started = time.perf_counter()
+    source = open_source(find_model(str(model)))
+    decided = plan(
+        source.config,
+        hidden_size=options.hidden_size,
+        intermediate_size=options.intermediate_size,
+        params=options.params,
+    )
+    _check_tensors(source, decided.family, decided.before)
+    with new_folder(out, overwrite=overwrite) as folder:
+        progress("reading the calibration text", 0, 1)
+        windows_NL = token_windows(source.folder, options.text)
+        (folder / "hf").mkdir()
+        run = _narrowing(source, decided, folder, windows_NL, options, device, progress)
+        with torch.inference_mode():
+            basis = run.run()
+        run.writer.finish()
+        _copy_companions(source, folder / "hf")
+        seconds = time.perf_counter() - started
+        shrunk = Shrunk(
+            out, decided, basis.method, basis.kept_energy, seconds, len(windows_NL), run.records
+        )
+        _describe(folder, source, options, shrunk, windows_NL, basis)
+    return shrunk
+
+
+def open_source(folder: Path) -> Checkpoint:
+    """A model that can be narrowed, or the reason why it cannot.
+
+    Raises:
+        CheckpointError, UnsupportedModelError.
+    """
+    if (folder / "model_index.json").is_file():
+        raise UnsupportedModelError(
+            f"{folder} is a diffusion pipeline (model_index.json); this verb narrows decoder LLMs"
+        )
+    checkpoint = Checkpoint.open(folder)
+    check_quantised(checkpoint.config)
+    return checkpoint
+
+
+def _check_tensors(source: Checkpoint, family: Family, sizes: Sizes) -> None:
+    found = {name: spec.shape for name, spec in source.specs.items()}
+    check_shapes(family, sizes, found, source.folder)
+    expected = {name for name, _ in shapes(family, sizes)}
+    # Old Llama files store rotary frequencies, and some tied ones the shared table twice.
+    harmless = (".rotary_emb.inv_freq", f"{family.head.name}.weight")
+    foreign = [n for n in found if n not in expected and not n.endswith(harmless)]
+    if foreign:
+        raise CheckpointError(
+            f"{source.folder} holds {len(foreign)} tensors that {family.architecture} has no place "
+            f"for, first {foreign[0]}; merge adapters into the model first"
+        )
+
+
+def _narrowing(
+    source: Checkpoint,
+    decided: Plan,
+    folder: Path,
+    windows_NL: torch.Tensor,
+    options: ShrinkOptions,
+    device: str,
+    progress: Progress,
+) -> Narrowing:
+    config = narrowed_config(source.config, decided)
+    write_json(folder / "hf" / "config.json", config)
+    specs = _specs(source, decided)
+    where = _device(device)
+    streams = Streams.allocate(
+        windows_NL,
+        decided.before.hidden_size,
+        decided.after.hidden_size,
+        seed=options.narrow.seed,
+        device=where,
+        scratch=folder,
+    )
+    return Narrowing(
+        source,
+        decided.family,
+        decided.before,
+        decided.after,
+        Stock.of(source.config, where),
+        Stock.of(config, where),
+        streams,
+        CheckpointWriter(folder / "hf", specs, max_shard_bytes=options.max_shard_bytes),
+        options.narrow,
+        progress,
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def narrowed_config(config: Mapping[str, Any], decided: Plan) -> dict[str, Any]:
+    """config.json of the narrower model: the same keys, other numbers.
+
+    head_dim is explicit because hidden_size / heads no longer gives it; rms_norm_eps is rescaled by
+    D / K, which together with sqrt(D / K) in the readers makes the narrower norm exact.
+    """
+    before, after = decided.before, decided.after
+    changed = dict(config)
+    changed["hidden_size"] = after.hidden_size
+    changed["intermediate_size"] = after.intermediate_size
+    changed["head_dim"] = after.head_dim
+    changed["tie_word_embeddings"] = after.tied
+    if after.hidden_size != before.hidden_size:
+        epsilon = config.get("rms_norm_eps", 1e-6)
+        changed["rms_norm_eps"] = epsilon * before.hidden_size / after.hidden_size
+    changed.pop("_name_or_path", None)
+    return changed
+
+
+def _specs(source: Checkpoint, decided: Plan) -> dict[str, TensorSpec]:
+    family = decided.family
+    stored = source.specs
+    table = stored[f"{family.embedding}.weight"].dtype
+    return {
+        name: TensorSpec(shape, stored[name].dtype if name in stored else table)
+        for name, shape in shapes(family, decided.after)
+    }
+
+
+def _copy_companions(source: Checkpoint, folder: Path) -> None:
+    for file in source.companions():
+        shutil.copyfile(file, folder / file.name)
+
+
+def _describe(
+    folder: Path,
+    source: Checkpoint,
+    options: ShrinkOptions,
+    shrunk: Shrunk,
+    windows_NL: torch.Tensor,
+    basis: Basis,
+) -> None:
+    files = sorted({*source.files.values(), source.folder / "config.json"})
+    recipe = json.loads(json.dumps(asdict(options)))
+    manifest.update(
+        folder,
+        source={
+            "model": source.folder.name,
+            "folder": str(source.folder),
+            "bytes": source.num_bytes,
+            "sha256": {file.name: manifest.sha256(file) for file in files},
+        },
+        shrink=recipe | {"sha256": hashlib.sha256(json.dumps(recipe).encode()).hexdigest()},
+        calibration={
+            "source": options.text.source,
+            "windows": len(windows_NL),
+            "seqlen": windows_NL.shape[1],
+            "sha256": hashlib.sha256(windows_NL.numpy().tobytes()).hexdigest(),
+        },
+        sizes=shrunk.plan.as_dict(),
+        basis={"method": basis.method, "kept_energy": basis.kept_energy}
+        | (basis.coupling.as_dict() if basis.coupling else {}),
+        timings={"shrink_seconds": round(shrunk.seconds, 2)},
+        environment=manifest.environment(),
+    )
+    write_json(folder / "reports" / "shrink.json", shrunk.as_dict())
+    card.write(folder)

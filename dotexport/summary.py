@@ -1,0 +1,86 @@
+"""What was made and what it costs and gains: rows for the closing table and the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dotexport import manifest
+
+
+class Row(NamedTuple):
+    """One line: a figure of the original, of the narrowed model, and how they compare."""
+
+    label: str
+    original: str
+    narrowed: str
+    change: str
+
+
+def rows(record: Mapping[str, Any]) -> Iterator[Row]:
+    """All rows that a manifest holds figures for: size, then quality, then speed."""
+    yield from _size(record)
+    if quality := record.get("quality"):
+        yield from _quality(quality)
+    for name, measured in record.get("bench", {}).items():
+        yield from _speed(name, measured)
+
+
+def _size(record: Mapping[str, Any]) -> Iterator[Row]:
+    labels = ("hidden_size", "intermediate_size", "num_key_value_heads", "parameters")
+    for label in labels:
+        if label in record.get("sizes", {}):
+            before, after = record["sizes"][label]
+            yield Row(label, f"{before:,}", f"{after:,}", _ratio(after, before))
+    source, stock = record.get("source"), record.get("artifacts", {}).get("hf")
+    if source and stock:
+        before, after = source["bytes"], stock.get("weight_bytes", stock["bytes"])
+        yield Row("weights in hf/, MB", *_megabytes(before, after), _ratio(after, before))
+
+
+def _quality(quality: Mapping[str, Any]) -> Iterator[Row]:
+    before, after = quality["baseline_perplexity"], quality["perplexity"]
+    yield Row("perplexity, held-out text", f"{before:.3f}", f"{after:.3f}", _ratio(after, before))
+    yield Row("KL to the original, nats/token", "0", f"{quality['kl']:.4f}", "")
+    yield Row("top-1 agreement", "100 %", f"{quality['top1_agreement']:.1%}", "")
+
+
+def _speed(name: str, measured: Mapping[str, Any]) -> Iterator[Row]:
+    before, after = measured["baseline"], measured["candidate"]
+    for metric, label in (("prefill_tok_s", "prefill tok/s"), ("decode_tok_s", "decode tok/s")):
+        times = measured["comparisons"]["ttft" if metric == "prefill_tok_s" else "tpot"]
+        yield Row(
+            f"{name} {label}",
+            f"{before[metric]:,.0f}",
+            f"{after[metric]:,.0f}",
+            _faster(times),
+        )
+    for metric, label in (("artifact_bytes", "file, MB"), ("peak_rss_bytes", "peak memory, MB")):
+        pair = (before[metric], after[metric])
+        yield Row(f"{name} {label}", *_megabytes(*pair), _ratio(pair[1], pair[0]))
+
+
+def _faster(times: Mapping[str, Any]) -> str:
+    """A ratio of times as a ratio of rates, with its interval; no gain is said in words."""
+    low, high = 1 / times["high"], 1 / times["low"]
+    figures = f"{1 / times['ratio']:.2f}x ({low:.2f} to {high:.2f})"
+    return f"{figures}, no measurable gain" if low <= 1 <= high else figures
+
+
+def _megabytes(*sizes: int) -> tuple[str, str]:
+    before, after = (f"{size / 1e6:.2f}" for size in sizes)
+    return before, after
+
+
+def _ratio(after: float, before: float) -> str:
+    return f"{after / before:.3f}x" if before else ""
+
+
+def paths(out: Path) -> Iterator[tuple[str, Path]]:
+    """What lies in an output folder, for the closing lines."""
+    for name in manifest.read(out).get("artifacts", {}):
+        yield f"artifact {name}", out / name
+    for label, name in (("report", "reports"), ("model card", "README.md"), ("recipe", "recipe.yaml")):
+        if (out / name).exists():
+            yield label, out / name
