@@ -76,9 +76,9 @@ def _export(recipe: Recipe, out: Path, progress: Progress) -> None:
     from dotexport.adapter import resolve
     from dotexport.export import Request, export
 
-    wanted = {Request(*resolve(spec)).name: spec for spec in recipe.export}
-    made = manifest.read(out).get("artifacts", {})
-    left = [spec for name, spec in wanted.items() if name not in made]
+    wanted = {Request(*resolve(spec)).name: spec for spec in ("hf", *recipe.export)}
+    made = manifest.read(out)["artifacts"]
+    left = [spec for name, spec in wanted.items() if not made.get(name, {}).get("parity")]
     for number, spec in enumerate(left):
         progress(f"exporting and verifying {spec}", number, len(left))
         export(out, [spec])

@@ -99,7 +99,7 @@ def shrink(
         progress("reading the calibration text", 0, 1)
         windows_NL = token_windows(source.folder, options.text)
         (folder / "hf").mkdir()
-        run = _narrowing(source, decided, folder, windows_NL, options, device, progress)
+        run = prepare(source, decided, folder, windows_NL, options, device, progress)
         with torch.inference_mode():
             basis = run.run()
         run.writer.finish()
@@ -141,15 +141,16 @@ def _check_tensors(source: Checkpoint, family: Family, sizes: Sizes) -> None:
         )
 
 
-def _narrowing(
+def prepare(
     source: Checkpoint,
     decided: Plan,
     folder: Path,
     windows_NL: torch.Tensor,
     options: ShrinkOptions,
-    device: str,
-    progress: Progress,
+    device: str = "cpu",
+    progress: Progress = lambda stage, done, total: None,
 ) -> Narrowing:
+    """Everything a run needs, with config.json and empty weight files already in FOLDER/hf."""
     config = narrowed_config(source.config, decided)
     write_json(folder / "hf" / "config.json", config)
     specs = _specs(source, decided)
@@ -211,6 +212,14 @@ def _specs(source: Checkpoint, decided: Plan) -> dict[str, TensorSpec]:
     }
 
 
+def _artifact(folder: Path) -> dict[str, Any]:
+    """The stock checkpoint is an artifact too, of the target `hf`."""
+    files = manifest.hash_files(folder)
+    num_bytes = sum(entry["bytes"] for entry in files.values())
+    stored = {"target": "hf", "precision": "as-stored", "bytes": num_bytes}
+    return stored | {"files": files, "parity": None}
+
+
 def _copy_companions(source: Checkpoint, folder: Path) -> None:
     for file in source.companions():
         shutil.copyfile(file, folder / file.name)
@@ -244,6 +253,7 @@ def _describe(
         sizes=shrunk.plan.as_dict(),
         basis={"method": basis.method, "kept_energy": basis.kept_energy}
         | (basis.coupling.as_dict() if basis.coupling else {}),
+        artifacts={"hf": _artifact(folder / "hf")},
         timings={"shrink_seconds": round(shrunk.seconds, 2)},
         environment=manifest.environment(),
     )

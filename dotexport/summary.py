@@ -35,7 +35,9 @@ def _size(record: Mapping[str, Any]) -> Iterator[Row]:
             yield Row(label, f"{before:,}", f"{after:,}", _ratio(after, before))
     source, stock = record.get("source"), record.get("artifacts", {}).get("hf")
     if source and stock:
-        before, after = source["bytes"], stock.get("weight_bytes", stock["bytes"])
+        files = stock["files"].items()
+        after = sum(entry["bytes"] for name, entry in files if name.endswith(".safetensors"))
+        before = source["bytes"]
         yield Row("weights in hf/, MB", *_megabytes(before, after), _ratio(after, before))
 
 
