@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pytest
 from dotexport.bench import Workload
-from dotexport.bench.process import Worker
+from dotexport.bench.process import PATIENCE_S, Worker
 from dotexport.bench.worker import harness_overhead_us, is_stable, iterate, serve
 
 Plant = Callable[..., Path]
@@ -97,6 +100,22 @@ def test_warming_up_goes_on_until_times_are_stable(plant: Plant) -> None:
     assert warmed["warmups"] >= 10  # five times, and five before them to compare with
 
 
+def test_an_interrupt_while_measuring_ends_the_worker_at_once(
+    plant: Plant, small: Workload
+) -> None:
+    worker = Worker("model", threads=1)
+    process = psutil.Process(worker._process.pid)
+    with pytest.raises(KeyboardInterrupt), worker:
+        worker.ask("load", target="planted", folder=str(plant("m")), workload=small.as_dict())
+        worker.ask("warm_up", vocabulary=50)
+        start = time.monotonic()
+        threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+        worker.ask("measure", iterations=10**6)
+    # Killed, not waited for: PATIENCE_S is how long a worker may take to end by itself.
+    assert time.monotonic() - start < PATIENCE_S
+    assert not process.is_running()
+
+
 def test_a_worker_ends_when_its_parent_is_killed(plant: Plant) -> None:
     workload = Workload(prompt_length=2, generation_length=2, threads=1)
     program = (
@@ -116,6 +135,7 @@ def test_a_worker_ends_when_its_parent_is_killed(plant: Plant) -> None:
     assert parent.stdout is not None
     with parent:
         worker = psutil.Process(int(parent.stdout.readline()))
+        time.sleep(1)  # the worker is busy by now and does not look at its stdin
         parent.kill()
     # A request takes a few milliseconds, and the worker looks for its parent before each.
     deadline = time.monotonic() + 20
