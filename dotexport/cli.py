@@ -274,9 +274,7 @@ def evaluate(
 
     step = EvalStep(text=text, samples=samples, seqlen=seqlen, skip=skip)
     with _progress() as progress:
-        record = evaluate_into(
-            out, source_folder(baseline), step, device=device, progress=progress
-        )
+        record = evaluate_into(out, source_folder(baseline), step, device=device, progress=progress)
     if as_json:
         _print_json(record)
         return
@@ -436,8 +434,6 @@ def main() -> None:
         raise SystemExit(130) from None
     except BrokenPipeError:
         raise SystemExit(1) from None
-
-
 
 
 if __name__ == "__main__":

@@ -111,9 +111,14 @@ def export(
     for request in requests:
         if request.name != STOCK:
             check_free(home / request.name, overwrite=overwrite)
-    checkpoint = Checkpoint.open(home / STOCK)
-    reference = compute_reference(checkpoint) if verify else None
-    return _export_all(requests, checkpoint, home, reference, overwrite, threads)
+    exporting = _Exporting(
+        checkpoint=Checkpoint.open(home / STOCK),
+        home=home,
+        reference=_reference(home, requests) if verify else None,
+        overwrite=overwrite,
+        threads=threads,
+    )
+    return exporting.run(requests)
 
 
 def _output_of(model: Path) -> Path | None:
@@ -158,55 +163,56 @@ def _start_output(model: Path, out: Path, *, overwrite: bool) -> Path:
     return out.resolve()
 
 
-def _export_all(
-    requests: Sequence[Request],
-    checkpoint: Checkpoint,
-    home: Path,
-    reference: Reference | None,
-    overwrite: bool,
-    threads: int | None,
-) -> list[Artifact]:
-    artifacts, failed = [], []
-    for request in requests:
-        try:
-            artifact = _export_one(request, checkpoint, home, reference, overwrite, threads)
-        except _NotExactError as error:
-            failed.append(error.parity)
-            continue
-        artifacts.append(artifact)
-        _record(home, artifact)
-        logger.info("wrote %s: %d bytes", artifact.name, artifact.num_bytes)
-    require(failed, note=f"; nothing of it was kept. Figures: {home / REPORT}")
-    return artifacts
+def _reference(home: Path, requests: Sequence[Request]) -> Reference:
+    rounded = any(request.precision.startswith("int") for request in requests)
+    return compute_reference(Checkpoint.open(home / STOCK), rounded=rounded)
 
 
-def _export_one(
-    request: Request,
-    checkpoint: Checkpoint,
-    home: Path,
-    reference: Reference | None,
-    overwrite: bool,
-    threads: int | None,
-) -> Artifact:
-    def proven(folder: Path) -> Artifact:
+@dataclass(frozen=True, kw_only=True)
+class _Exporting:
+    """Everything that the artifacts of one call share."""
+
+    checkpoint: Checkpoint
+    home: Path
+    reference: Reference | None
+    overwrite: bool
+    threads: int | None
+
+    def run(self, requests: Sequence[Request]) -> list[Artifact]:
+        artifacts, failed = [], []
+        for request in requests:
+            try:
+                artifact = self.write(request)
+            except _NotExactError as error:
+                failed.append(error.parity)
+                continue
+            artifacts.append(artifact)
+            _record(self.home, artifact)
+            logger.info("wrote %s: %d bytes", artifact.name, artifact.num_bytes)
+        require(failed, note=f" (an artifact that fails is removed; figures: {self.home / REPORT})")
+        return artifacts
+
+    def write(self, request: Request) -> Artifact:
+        if request.name == STOCK:
+            return self.prove(request, self.home / STOCK)  # every output holds it already
+        with new_folder(self.home / request.name, overwrite=self.overwrite) as partial:
+            request.target.write(self.checkpoint, partial, request.precision)
+            return self.prove(request, partial)
+
+    def prove(self, request: Request, folder: Path) -> Artifact:
+        """Hold what lies in `folder` against torch before it gets its name."""
+        target, precision = request.target, request.precision
         parity = None
-        if reference is not None:
-            target, precision = request.target, request.precision
+        if self.reference is not None:
+            name, threads = request.name, self.threads
             parity = check(
-                target, precision, folder, reference, artifact=request.name, threads=threads
+                target, precision, folder, self.reference, artifact=name, threads=threads
             )
-            write_report(home, [parity], reference)
+            write_report(self.home, [parity], self.reference)
             if not parity.passed:
                 raise _NotExactError(parity)
         files = manifest.hash_files(folder)
-        final = home / request.name
-        return Artifact(request.target.name, request.precision, final, files, parity)
-
-    if request.name == STOCK:
-        return proven(home / STOCK)  # every output holds it already
-    with new_folder(home / request.name, overwrite=overwrite) as partial:
-        request.target.write(checkpoint, partial, request.precision)
-        return proven(partial)
+        return Artifact(target.name, precision, self.home / request.name, files, parity)
 
 
 class _NotExactError(ParityError):

@@ -241,4 +241,3 @@ def gram(weights_OI: Tensor, *, rows: int = 16384) -> Tensor:
     for block_OI in weights_OI.split(rows):
         total_II += block_OI.double().T @ block_OI.double()
     return total_II
-

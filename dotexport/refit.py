@@ -175,7 +175,9 @@ def fit(
     return Fit(weights_OI, ridges[best], error, unchanged.error)
 
 
-def compensate(moments: Moments, weights_OI: Tensor, kept: Tensor, *, damping: float = 1e-6) -> Tensor:
+def compensate(
+    moments: Moments, weights_OI: Tensor, kept: Tensor, *, damping: float = 1e-6
+) -> Tensor:
     """W C[:,S] (C_SS + lam)^-1: what the kept inputs say best in the place of all of them.
 
     C is the Gram matrix of all inputs; no target is involved, only the weights themselves.

@@ -193,4 +193,3 @@ def _merge_report(merge: Merge | None, coupling: Coupling | None) -> dict[str, A
         return {}
     report: dict[str, Any] = {"kept": len(merge.kept), "moved_mass": merge.moved}
     return report | (coupling.as_dict() if coupling else {})
-

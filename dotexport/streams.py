@@ -88,9 +88,7 @@ class Streams:
         for rows in self.batches():
             self.narrowed_NLK[rows] = step(self.narrowed(rows)).to(self.narrowed_NLK.device)
 
-    def moments(
-        self, read: Read, *, metric_OO: Tensor | None = None
-    ) -> tuple[Moments, Moments]:
+    def moments(self, read: Read, *, metric_OO: Tensor | None = None) -> tuple[Moments, Moments]:
         """Moments of the inputs and targets (B, L, features) that `read` gives for some windows.
 
         Returns those of the windows to fit on, and those of the held-out ones.

@@ -83,6 +83,10 @@ def paths(out: Path) -> Iterator[tuple[str, Path]]:
     """What lies in an output folder, for the closing lines."""
     for name in manifest.read(out).get("artifacts", {}):
         yield f"artifact {name}", out / name
-    for label, name in (("report", "reports"), ("model card", "README.md"), ("recipe", "recipe.yaml")):
+    for label, name in (
+        ("report", "reports"),
+        ("model card", "README.md"),
+        ("recipe", "recipe.yaml"),
+    ):
         if (out / name).exists():
             yield label, out / name
