@@ -30,6 +30,7 @@ from dotexport.reference import QUANTISED_BLOCK
 Array = NDArray[np.float32]
 
 PROVIDER = "CPUExecutionProvider"
+SILENTLY_WRONG_ROPE = {"linear", "dynamic", "yarn"}  # found by verify
 HEADROOM = 256  # free cache slots after the prompt; when they are used up, the cache doubles
 
 
@@ -81,7 +82,8 @@ class OrtCpu:
 
 
 def _options(checkpoint: Checkpoint, precision: str) -> list[str]:
-    options = ["hf_token=false"]
+    # Sliding windows stay, but over a whole cache: one that evicts cannot be right-padded.
+    options = ["hf_token=false", "windowed_kv_cache=false"]
     if _head_dim(checkpoint.config) % 16:
         options.append("fuse_qkv=false")  # a separate rotary operator reads q and k separately
     if precision == "int4":
@@ -141,12 +143,29 @@ def _config_problems(config: Any) -> list[str]:
             f"head_dim {head_dim} is no multiple of 8, which GroupQueryAttention needs; "
             "choose a model with other heads"
         )
+    rope = _rope_type(config)
+    if rope in SILENTLY_WRONG_ROPE:
+        problems.append(
+            f"rope_type {rope!r} is written by the model builder as plain rotary embedding, "
+            "without a word; export it with another target"
+        )
+    window, context = config.get("sliding_window"), config.get("max_position_embeddings") or 0
+    if architecture == "MistralForCausalLM" and window and window < context:
+        problems.append(
+            f"sliding_window {window} is left out by the model builder, which is exact only for "
+            f"contexts up to it; lower max_position_embeddings from {context} to {window}"
+        )
     return problems + _confused_widths(config, heads * head_dim, kv_heads * head_dim)
 
 
 def _head_dim(config: Any) -> int:
     heads = config.get("num_attention_heads") or 1
     return int(config.get("head_dim") or config.get("hidden_size", 0) // heads)
+
+
+def _rope_type(config: Any) -> str:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return str(rope.get("rope_type") or rope.get("type") or "default")
 
 
 def _confused_widths(config: Any, q_width: int, kv_width: int) -> list[str]:

@@ -82,10 +82,27 @@ def test_all_problems_are_listed_at_once(tiny_llama: Callable[[str], Path]) -> N
         "head_dim": 12,
         "num_attention_heads": 5,
         "intermediate_size": 90,
+        "rope_parameters": {"rope_type": "yarn"},
     }
     problems = find_target("ort-cpu").problems(Checkpoint(Path("/none"), config, {}), "fp32")
-    for wanted in ("FancyForCausalLM", "head_dim 12", "5 query heads", "vocab_size", "tokenizer"):
-        assert sum(wanted in problem for problem in problems) == 1, (wanted, problems)
+    wanted = ["FancyForCausalLM", "5 query heads", "head_dim 12", "yarn", "vocab_size", "tokenizer"]
+    assert len(problems) == len(wanted)
+    for word, problem in zip(wanted, problems, strict=True):
+        assert word in problem
+
+
+def test_a_window_that_the_builder_leaves_out_is_refused(
+    tiny_llama: Callable[[str], Path],
+) -> None:
+    folder = tiny_llama("wide-heads")
+    config = {**Checkpoint.open(folder).config, "architectures": ["MistralForCausalLM"]}
+
+    def problems(window: int | None) -> list[str]:
+        windowed = Checkpoint(folder, {**config, "sliding_window": window}, {})
+        return find_target("ort-cpu").problems(windowed, "fp32")
+
+    assert problems(None) == problems(512) == []
+    assert "max_position_embeddings from 512 to 64" in problems(64)[0]
 
 
 def test_a_failing_builder_is_quoted(tiny_llama: Callable[[str], Path], tmp_path: Path) -> None:
