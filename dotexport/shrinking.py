@@ -118,13 +118,24 @@ def open_source(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError, UnsupportedModelError.
     """
-    if (folder / "model_index.json").is_file():
+    if not (folder / "config.json").is_file() and (library := library_of(folder)):
         raise UnsupportedModelError(
-            f"{folder} is a diffusion pipeline (model_index.json); this verb narrows decoder LLMs"
+            f"{folder} is a model of the library {library}; this verb narrows decoder LLMs of "
+            "transformers (config.json and *.safetensors)"
         )
     checkpoint = Checkpoint.open(folder)
     check_quantised(checkpoint.config)
     return checkpoint
+
+
+def library_of(folder: Path) -> str | None:
+    """The library that a folder without config.json belongs to, if Optimum knows it."""
+    from optimum.exporters.tasks import TasksManager
+
+    try:
+        return str(TasksManager.infer_library_from_model(str(folder)))
+    except ValueError:
+        return None
 
 
 def _check_tensors(source: Checkpoint, family: Family, sizes: Sizes) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 from dotexport.errors import CheckpointError, UnsupportedModelError
@@ -47,6 +48,7 @@ class Family:
     Attributes:
         gated: the MLP's reader whose nonlinearity forbids a free sign or scale.
         divides: whether the class insists on hidden_size % num_attention_heads == 0.
+        tied_by_default: what tie_word_embeddings is where config.json does not say.
     """
 
     model_type: str
@@ -58,6 +60,7 @@ class Family:
     head: Linear
     gated: str
     divides: bool
+    tied_by_default: bool = False
 
     def layer_name(self, layer: int, part: str) -> str:
         return f"{self.layer.format(layer)}.{part}"
@@ -129,32 +132,36 @@ def num_parameters(family: Family, sizes: Sizes) -> int:
 
 
 def read_sizes(family: Family, config: Mapping[str, Any]) -> Sizes:
-    """The sizes a config.json declares, with the defaults of its class filled in.
+    """The sizes a config.json declares; families name them differently, Optimum knows how.
 
     Raises:
         CheckpointError: a size is missing or not a positive integer.
     """
-    heads = _size(config, "num_attention_heads")
-    hidden = _size(config, "hidden_size")
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or hidden // heads
+    from optimum.utils import NormalizedConfigManager
+
+    normal = NormalizedConfigManager.get_normalized_config_class(family.model_type)
+    named = normal(SimpleNamespace(**config))
+    heads, hidden = _size(named, "num_attention_heads"), _size(named, "hidden_size")
     flags = {linear.bias for sub in family.sublayers for linear in (*sub.readers, sub.writer)}
     return Sizes(
         hidden_size=hidden,
-        intermediate_size=_size(config, "intermediate_size"),
+        intermediate_size=_size(named, "intermediate_size"),
         num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        num_layers=_size(config, "num_hidden_layers"),
-        vocab_size=_size(config, "vocab_size"),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        num_key_value_heads=_size(named, "num_key_value_heads", default=heads),
+        head_dim=_size(named, "head_dim", default=hidden // heads),
+        num_layers=_size(named, "num_layers"),
+        vocab_size=_size(named, "vocab_size"),
+        tied=bool(config.get("tie_word_embeddings", family.tied_by_default)),
         biases=frozenset(flag for flag in flags if flag and config.get(flag)),
     )
 
 
-def _size(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or value <= 0:
+def _size(named: Any, key: str, *, default: int | None = None) -> int:
+    try:
+        value = getattr(named, key)
+    except AttributeError:  # absent, or null: the class has a default for it
+        value = default
+    if type(value) is not int or value <= 0:
         raise CheckpointError(
             f"config.json gives {key} = {value!r}; expected a positive integer: "
             "is it the config of a decoder model?"
