@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dotexport.bench import Workload
+from dotexport.bench import BenchResult, Workload, noise_check
 
 PLANTED = Path(__file__).parent / "planted"
 Plant = Callable[..., Path]
+Measured = tuple[BenchResult, dict[str, Any], list[tuple[str, int, int]]]
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,7 @@ def plant(tmp_path: Path) -> Plant:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small() -> Workload:
     """Few and short requests; planted waits need no more."""
     return Workload(
@@ -45,3 +46,17 @@ def small() -> Workload:
         min_warmups=0,
         max_warmup_seconds=0,
     )
+
+
+@pytest.fixture(scope="session")
+def measured(small: Workload, tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    """One bench of a model against itself: its result, what it wrote and what it told."""
+    folder = tmp_path_factory.mktemp("measured")
+    (folder / "planted.json").write_text("{}", encoding="utf-8")
+    report, told = folder / "bench.json", []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(PLANTED))
+        result = noise_check(
+            folder, "planted", workload=small, out=report, progress=lambda *step: told.append(step)
+        )
+    return result, json.loads(report.read_text(encoding="utf-8")), told

@@ -7,14 +7,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from dotexport.bench import BenchResult, Workload, bench, noise_check
+from dotexport.bench import BenchResult
 from dotexport.bench.__main__ import run
 from dotexport.bench.result import METRICS
 from dotexport.bench.table import conditions, rows
 
 Plant = Callable[..., Path]
+Measured = tuple[BenchResult, dict[str, Any], list[tuple[str, int, int]]]
 SHORT = [
     "--prompt",
     "4",
@@ -91,16 +93,16 @@ def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert "A B B A" in said
 
 
-def test_a_busy_machine_is_told(plant: Plant, small: Workload) -> None:
-    result = noise_check(plant("a"), "planted", workload=small)
+def test_a_busy_machine_is_told(measured: Measured) -> None:
+    result = measured[0]
     for load, doubted in ((0.1, False), (2.0, True)):
         machine = result.environment | {"load_average": [load] * 3}
         said = "\n".join(conditions(replace(result, environment=machine)))
         assert ("other work" in said) == doubted
 
 
-def test_the_report_says_what_it_depends_on(plant: Plant, small: Workload) -> None:
-    result = bench(plant("a", step_ms=2), plant("b"), "planted", workload=small)
+def test_the_report_says_what_it_depends_on(measured: Measured) -> None:
+    result = measured[0]
     labels = [row[0] for row in rows(result)]
     assert {"TTFT p50, ms", "ITL p99, ms", "decode, tokens/s", "peak memory, MB"} <= set(labels)
     said = "\n".join(conditions(result))

@@ -105,14 +105,23 @@ def test_an_interrupt_while_measuring_ends_the_worker_at_once(
 ) -> None:
     worker = Worker("model", threads=1)
     process = psutil.Process(worker._process.pid)
-    with pytest.raises(KeyboardInterrupt), worker:
-        worker.ask("load", target="planted", folder=str(plant("m")), workload=small.as_dict())
-        worker.ask("warm_up", vocabulary=50)
-        start = time.monotonic()
-        threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
-        worker.ask("measure", iterations=10**6)
+    interrupted: list[float] = []
+
+    def interrupt() -> None:
+        interrupted.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def measure() -> None:
+        with worker:
+            worker.ask("load", target="planted", folder=str(plant("m")), workload=small.as_dict())
+            worker.ask("warm_up", vocabulary=50)
+            threading.Timer(0.5, interrupt).start()
+            worker.ask("measure", iterations=10**6)
+
+    with pytest.raises(KeyboardInterrupt):
+        measure()
     # Killed, not waited for: PATIENCE_S is how long a worker may take to end by itself.
-    assert time.monotonic() - start < PATIENCE_S
+    assert time.monotonic() - interrupted[0] < PATIENCE_S
     assert not process.is_running()
 
 
