@@ -238,7 +238,7 @@ class OrtSession:
         }
         for role, value in values.items():
             if role in self.inputs:  # with rotary inside the attention there are no position_ids
-                _bind_input(self.binding, self.inputs[role], value)
+                self.binding.bind_cpu_input(self.inputs[role], value)
         _bind_output(self.binding, self.outputs["logits"], logits_BLV)
         self.session.run_with_iobinding(self.binding)
         return logits_BLV
@@ -266,7 +266,7 @@ class OrtSession:
     def _bind_cache(self, cache: list[Array]) -> None:
         self.cache = cache
         for past, present, buffer in zip(self.past, self.present, cache, strict=True):
-            _bind_input(self.binding, past, buffer)
+            self.binding.bind_cpu_input(past, buffer)
             _bind_output(self.binding, present, buffer)
 
     def _grow(self) -> None:
@@ -300,10 +300,6 @@ def _open_graph(file: Path, threads: int | None) -> Any:
             "reinstall onnxruntime"
         )
     return session
-
-
-def _bind_input(binding: Any, name: str, array: NDArray[Any]) -> None:
-    binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
 
 def _bind_output(binding: Any, name: str, array: NDArray[Any]) -> None:
