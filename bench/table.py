@@ -22,8 +22,14 @@ def render(result: BenchResult) -> Group:
         table.add_column(column, justify="right")
     for row in rows(result):
         table.add_row(*row)
-    lines = [f"end to end: {result.verdict}", *conditions(result)]
+    lines = [*verdicts(result), *conditions(result)]
     return Group(table, *(Text(line) for line in lines))
+
+
+def verdicts(result: BenchResult) -> Iterator[str]:
+    """The comparisons in words, the whole request first."""
+    for metric, label in {"e2el": "end to end", "ttft": "prefill", "tpot": "decode"}.items():
+        yield f"{label}: {result.comparisons[metric].verdict}"
 
 
 def rows(result: BenchResult) -> Iterator[Row]:

@@ -13,7 +13,7 @@ import pytest
 from dotexport.bench import BenchResult
 from dotexport.bench.__main__ import run
 from dotexport.bench.result import METRICS
-from dotexport.bench.table import conditions, rows
+from dotexport.bench.table import conditions, rows, verdicts
 
 Plant = Callable[..., Path]
 Measured = tuple[BenchResult, dict[str, Any], list[tuple[str, int, int]]]
@@ -105,6 +105,7 @@ def test_the_report_says_what_it_depends_on(measured: Measured) -> None:
     result = measured[0]
     labels = [row[0] for row in rows(result)]
     assert {"TTFT p50, ms", "ITL p99, ms", "decode, tokens/s", "peak memory, MB"} <= set(labels)
+    assert [line.split(":")[0] for line in verdicts(result)] == ["end to end", "prefill", "decode"]
     said = "\n".join(conditions(result))
     assert all(meaning in said for meaning in METRICS.values())
     assert "prompt 4, generated 3, batch 1, 1 threads" in said
