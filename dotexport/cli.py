@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 from dotexport import __version__
 from dotexport.errors import DotexportError
@@ -23,8 +25,21 @@ from dotexport.errors import DotexportError
 if TYPE_CHECKING:
     from dotexport.narrow import Progress
 
+
+class Verbs(TyperGroup):
+    """Ends an interrupted verb with a word and exit code 130, whatever the release of typer."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            stderr.print("[bold red]interrupted[/]: nothing unfinished was kept")
+            raise typer.Exit(130) from error
+
+
 app = typer.Typer(
     name="dotexport",
+    cls=Verbs,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -143,8 +158,8 @@ def shrink(
 
     Example: dotexport shrink ./llama -o out --params 0.7x --calib text.jsonl
     """
-    from dotexport.recipe import FILE, Recipe, ShrinkStep
-    from dotexport.output import write_text
+    from dotexport.pipeline import source_folder
+    from dotexport.recipe import Recipe, ShrinkStep
     from dotexport.shrinking import shrink as narrow
 
     step = ShrinkStep(
@@ -162,15 +177,21 @@ def shrink(
         refit=refit,
         seed=seed,
     )
-    recipe = Recipe(model=model, shrink=step)
+    options = step.options()
+    recipe = Recipe(model=model, shrink=step).dump()
     if print_recipe:
-        typer.echo(recipe.dump(), nl=False)
+        typer.echo(recipe, nl=False)
         return
     with _progress() as progress:
         shrunk = narrow(
-            model, out, step.options(), overwrite=overwrite, device=device, progress=progress
+            source_folder(model),
+            out,
+            options,
+            overwrite=overwrite,
+            device=device,
+            recipe=recipe,
+            progress=progress,
         )
-    write_text(out / FILE, recipe.dump())
     if as_json:
         _print_json(shrunk.as_dict())
         return
@@ -216,15 +237,16 @@ def export(
 
     Example: dotexport export OUT --target ort-cpu --target ort-cpu:int4
     """
-    from dotexport import card
+    from dotexport import card, manifest
     from dotexport.export import export as write
 
     with stderr.status(f"exporting {', '.join(target)}"):
         artifacts = write(model, target, out=out, verify=verify, overwrite=overwrite)
-    home = out or model
+    home = artifacts[0].folder.parent
     card.write(home)
     if as_json:
-        _print_json([artifact.as_dict() for artifact in artifacts])
+        made = manifest.read(home)["artifacts"]
+        _print_json({artifact.name: made[artifact.name] for artifact in artifacts})
         return
     for artifact in artifacts:
         stderr.print(f"{artifact.folder}  {artifact.num_bytes / 1e6:.2f} MB")
@@ -334,7 +356,7 @@ def targets(as_json: Json = False) -> None:
 
     rows = list_targets()
     if as_json:
-        _print_json([row.as_dict() for row in rows])
+        _print_json([asdict(row) for row in rows])
         return
     table = Table("target", "precisions", "what", "missing here")
     for row in rows:
@@ -427,13 +449,17 @@ def main() -> None:
     try:
         app()
     except DotexportError as error:
-        stderr.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        _fail(str(error))
         raise SystemExit(error.exit_code) from error
-    except KeyboardInterrupt:
-        stderr.print("[bold red]interrupted[/]: nothing unfinished was kept")
-        raise SystemExit(130) from None
     except BrokenPipeError:
         raise SystemExit(1) from None
+    except OSError as error:
+        _fail(f"{error.strerror or error}: {error.filename or 'the system refused'}")
+        raise SystemExit(DotexportError.exit_code) from error
+
+
+def _fail(message: str) -> None:
+    stderr.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

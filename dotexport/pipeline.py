@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from dotexport import card, embedded, manifest
-from dotexport.calibrate import token_windows
+from dotexport.calibrate import documents, token_windows
 from dotexport.checkpoint import find_model
-from dotexport.errors import UsageError
+from dotexport.errors import CalibrationError, UsageError
 from dotexport.narrow import Progress
-from dotexport.output import write_text
-from dotexport.recipe import FILE, BenchStep, EvalStep, Recipe
-from dotexport.shrinking import shrink
+from dotexport.recipe import BenchStep, EvalStep, Recipe
+from dotexport.shrinking import pick_device, shrink
 
 
 def run(
@@ -35,19 +34,18 @@ def run(
         DotexportError: whatever a step raises; what earlier steps made stays, and the same command
             goes on from there.
     """
+    _check_later_steps(recipe)
     model = source_folder(recipe.model)
-    identity = hashlib.sha256(recipe.dump().encode()).hexdigest()
-    if not _resumable(out, identity) or overwrite:
+    if overwrite or not _resumable(out, recipe):
         shrink(
             model,
             out,
             recipe.shrink.options(),
             overwrite=overwrite,
             device=device,
+            recipe=recipe.dump(),
             progress=progress,
         )
-        write_text(out / FILE, recipe.dump())
-        manifest.update(out, recipe=identity)
     _export(recipe, out, progress)
     if recipe.eval and "quality" not in manifest.read(out):
         evaluate_into(out, model, recipe.eval, device=device, progress=progress)
@@ -62,9 +60,26 @@ def source_folder(model: str) -> Path:
     return embedded.MODEL_DIR if model == "embedded" else find_model(model)
 
 
-def _resumable(out: Path, identity: str) -> bool:
+def _check_later_steps(recipe: Recipe) -> None:
+    """Refuse now what a step would refuse after an hour of narrowing."""
+    from dotexport.adapter import resolve
+
+    for spec in (*recipe.export, *(_spec(step) for step in recipe.bench)):
+        resolve(spec)
+    names = [bench_name(step) for step in recipe.bench]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UsageError(
+            f"two bench steps measure {', '.join(twice)}; expected steps that differ in target or "
+            "precision: put the other workload into a recipe of its own"
+        )
+    if recipe.eval and next(documents(recipe.eval.text), None) is None:
+        raise CalibrationError(f"{recipe.eval.text} holds no text; expected documents in UTF-8")
+
+
+def _resumable(out: Path, recipe: Recipe) -> bool:
     if not manifest.is_output(out):
         return False
+    identity = hashlib.sha256(recipe.dump().encode()).hexdigest()
     if manifest.read(out).get("recipe") == identity:
         return True
     raise UsageError(
@@ -81,7 +96,8 @@ def _export(recipe: Recipe, out: Path, progress: Progress) -> None:
     left = [spec for name, spec in wanted.items() if not made.get(name, {}).get("parity")]
     for number, spec in enumerate(left):
         progress(f"exporting and verifying {spec}", number, len(left))
-        export(out, [spec])
+        # What lies there without a line in the manifest is of a run that was killed.
+        export(out, [spec], overwrite=True)
     if left:
         card.write(out)
 
@@ -97,8 +113,9 @@ def evaluate_into(
     """Evaluate OUT/hf beside the original and record it in OUT."""
     from dotexport.evaluate import evaluate
 
+    manifest.read(out)  # refuses what is no output
+    where = str(pick_device(device))
     windows_NL = token_windows(baseline, step.options())
-    where = "cuda" if device == "auto" and _has_cuda() else device.replace("auto", "cpu")
     quality = evaluate(out / "hf", baseline, windows_NL, device=where, progress=progress)
     record = {**quality.as_dict(), "text": step.text, "seqlen": windows_NL.shape[1]}
     manifest.update(out, quality=record)
@@ -125,6 +142,7 @@ def bench_into(
         min_seconds=step.min_seconds,
         seed=step.seed,
     )
+    manifest.read(out)  # refuses what is no output
     name = bench_name(step)
     result = bench(
         out,
@@ -143,10 +161,8 @@ def bench_into(
 
 def bench_name(step: BenchStep) -> str:
     """Key of a bench in the manifest: target and precision."""
-    return f"{step.target}-{step.precision}" if step.precision else step.target
+    return _spec(step).replace(":", "-")
 
 
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+def _spec(step: BenchStep) -> str:
+    return f"{step.target}:{step.precision}" if step.precision else step.target

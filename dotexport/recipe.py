@@ -25,7 +25,6 @@ from dotexport.ot.coupling import TransportOptions
 from dotexport.shrinking import ShrinkOptions
 from dotexport.site import NarrowOptions
 
-FILE = "recipe.yaml"
 T = TypeVar("T")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -14,17 +15,24 @@ from typing import Any
 import torch
 
 from dotexport import card, manifest
-from dotexport.basis import Basis
+from dotexport.basis import METHODS, Basis
 from dotexport.calibrate import TextOptions, token_windows
 from dotexport.checkpoint import Checkpoint, CheckpointWriter, TensorSpec, find_model
-from dotexport.errors import CheckpointError, UnsupportedModelError
+from dotexport.errors import (
+    CheckpointError,
+    RuntimeMissingError,
+    UnsupportedModelError,
+    UsageError,
+)
 from dotexport.families import Family, Sizes, check_quantised, check_shapes, shapes
 from dotexport.layers import Stock
 from dotexport.narrow import Narrowing, Progress
-from dotexport.output import new_folder, write_json
+from dotexport.output import new_folder, write_json, write_text
 from dotexport.site import NarrowOptions
 from dotexport.sizing import Plan, plan
 from dotexport.streams import Streams
+
+RECIPE = "recipe.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +53,14 @@ class ShrinkOptions:
     text: TextOptions
     narrow: NarrowOptions = field(default_factory=NarrowOptions)
     max_shard_bytes: int = 4 << 30
+
+    def __post_init__(self) -> None:
+        if self.narrow.basis not in METHODS:
+            raise UsageError(
+                f"basis must be one of {', '.join(METHODS)}, not {self.narrow.basis!r}"
+            )
+        if self.narrow.seed < 0:
+            raise UsageError(f"seed must be at least 0, not {self.narrow.seed}")
 
 
 @dataclass(frozen=True)
@@ -77,11 +93,16 @@ def shrink(
     *,
     overwrite: bool = False,
     device: str = "auto",
+    recipe: str = "",
     progress: Progress = lambda stage, done, total: None,
 ) -> Shrunk:
     """Narrow a model and write OUT/hf, OUT/dotexport.json, OUT/README.md and OUT/reports.
 
     Two runs with the same inputs, options and machine give the same bytes in OUT/hf.
+
+    Args:
+        recipe: what OUT/recipe.yaml will say; it appears with the rest, so that a run which is
+            killed right afterwards is known again.
 
     Raises:
         CheckpointError, CalibrationError, UnsupportedModelError, SizeError, UsageError.
@@ -95,6 +116,7 @@ def shrink(
         params=options.params,
     )
     _check_tensors(source, decided.family, decided.before)
+    _check_apart(source.folder, out)
     with new_folder(out, overwrite=overwrite) as folder:
         progress("reading the calibration text", 0, 1)
         windows_NL = token_windows(source.folder, options.text)
@@ -109,6 +131,9 @@ def shrink(
             out, decided, basis.method, basis.kept_energy, seconds, len(windows_NL), run.records
         )
         _describe(folder, source, options, shrunk, windows_NL, basis)
+        if recipe:
+            write_text(folder / RECIPE, recipe)
+            manifest.update(folder, recipe=hashlib.sha256(recipe.encode()).hexdigest())
     return shrunk
 
 
@@ -152,6 +177,14 @@ def _check_tensors(source: Checkpoint, family: Family, sizes: Sizes) -> None:
         )
 
 
+def _check_apart(model: Path, out: Path) -> None:
+    if model.resolve().is_relative_to(out.expanduser().resolve()):
+        raise UsageError(
+            f"the model {model} lies inside the output {out}, which would replace it; "
+            "give another output folder"
+        )
+
+
 def prepare(
     source: Checkpoint,
     decided: Plan,
@@ -165,7 +198,7 @@ def prepare(
     config = narrowed_config(source.config, decided)
     write_json(folder / "hf" / "config.json", config)
     specs = _specs(source, decided)
-    where = _device(device)
+    where = pick_device(device)
     streams = Streams.allocate(
         windows_NL,
         decided.before.hidden_size,
@@ -188,10 +221,24 @@ def prepare(
     )
 
 
-def _device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
+    """The device of `--device`; auto is cuda where there is one.
+
+    Raises:
+        UsageError: no name of a device.
+        RuntimeMissingError: there is no such device here.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UsageError(f"--device {name} is not known; expected auto, cpu or cuda")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RuntimeMissingError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; use "
+            "--device cpu, or install a torch built for your GPU"
+        )
+    return device
 
 
 def narrowed_config(config: Mapping[str, Any], decided: Plan) -> dict[str, Any]:
