@@ -110,7 +110,7 @@ def export(
         home = _start_output(model, out, overwrite=overwrite)
     for request in requests:
         if request.name != STOCK:
-            check_free(home / request.name, overwrite=overwrite)
+            check_free(home / request.name, overwrite=_may_replace(home, request, overwrite))
     exporting = _Exporting(
         checkpoint=Checkpoint.open(home / STOCK),
         home=home,
@@ -126,6 +126,11 @@ def _output_of(model: Path) -> Path | None:
     inside = model.resolve()
     parents = (inside, inside.parent) if inside.name == STOCK else (inside,)
     return next((folder for folder in parents if manifest.is_output(folder)), None)
+
+
+def _may_replace(home: Path, request: Request, overwrite: bool) -> bool:
+    # What the manifest does not know was left by a run that ended between the two.
+    return overwrite or request.name not in manifest.read(home).get("artifacts", {})
 
 
 def _check_home(model: Path, home: Path | None, out: Path | None) -> None:
@@ -195,7 +200,8 @@ class _Exporting:
     def write(self, request: Request) -> Artifact:
         if request.name == STOCK:
             return self.prove(request, self.home / STOCK)  # every output holds it already
-        with new_folder(self.home / request.name, overwrite=self.overwrite) as partial:
+        overwrite = _may_replace(self.home, request, self.overwrite)
+        with new_folder(self.home / request.name, overwrite=overwrite) as partial:
             request.target.write(self.checkpoint, partial, request.precision)
             return self.prove(request, partial)
 

@@ -98,7 +98,7 @@ def require(parities: Iterable[Parity], *, note: str = "") -> None:
             f"  {parity.artifact}: {problem}" for parity in failed for problem in parity.problems
         ]
         names = ", ".join(parity.artifact for parity in failed)
-        raise ParityError(f"{names}: not what the torch model computes{note}\n" + "\n".join(lines))
+        raise ParityError(f"{names}: verification failed{note}\n" + "\n".join(lines))
 
 
 def changed_files(folder: Path, expected: Mapping[str, Mapping[str, Any]]) -> list[str]:

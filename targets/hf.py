@@ -6,13 +6,15 @@ Shapes: B sequences, L tokens of the longest prompt, V vocabulary.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.utils import logging as transformers_logging
 
 from dotexport.adapter import Logits, Tokens
 from dotexport.checkpoint import INDEX, Checkpoint
@@ -60,13 +62,14 @@ class HuggingFace:
             torch.set_num_threads(threads)
         loader: Any = AutoModelForCausalLM  # its stubs do not know output_loading_info
         try:
-            model, report = loader.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
+            with _no_progress_bar():
+                model, report = loader.from_pretrained(
+                    folder,
+                    dtype=torch.float32,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                )
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"transformers cannot load {folder}: {_first_line(error)}; export it again"
@@ -117,6 +120,19 @@ class TorchSession:
         )
         logits_BLV: Logits = output.logits.numpy()
         return logits_BLV
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """A library does not print; transformers would."""
+    switch: Any = transformers_logging
+    shown = switch.is_progress_bar_enabled()
+    switch.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            switch.enable_progress_bar()
 
 
 def _check_complete(folder: Path, report: dict[str, Any]) -> None:

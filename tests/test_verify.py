@@ -173,6 +173,13 @@ def test_an_artifact_is_replaced_only_on_request(copied: Path) -> None:
         export(copied, ["ort-cpu"], verify=False)
 
 
+def test_an_artifact_that_was_never_recorded_is_written_again(copied: Path) -> None:
+    artifacts = manifest.read(copied)["artifacts"]
+    manifest.update(copied, artifacts={"hf": artifacts["hf"]})
+    export(copied, ["ort-cpu"], verify=False)
+    assert list(manifest.read(copied)["artifacts"]) == ["hf", "ort-cpu-fp32"]
+
+
 def test_a_plain_model_needs_a_folder_to_go_to(tiny_llama: Callable[[str], Path]) -> None:
     with pytest.raises(UsageError, match="-o"):
         export(tiny_llama("wide-heads"), ["hf"])
