@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dotexport.errors import UsageError
-from dotexport.ot.cost import Array, activation_distance
+from dotexport.ot.cost import Array, Indices, activation_distance
 from dotexport.ot.coupling import Coupling, TransportOptions, couple
 
 
@@ -56,14 +56,14 @@ def find_basis(
     return Basis(matrix_DK, method, float(kept), coupling)
 
 
-def _select(moment_DD: Array, width: int, _: TransportOptions) -> tuple[Array, None]:
+def _select(moment_DD: Array, width: int, options: TransportOptions) -> tuple[Array, None]:
     """Keep the axes with the largest second moment."""
     return np.eye(len(moment_DD))[:, _largest(moment_DD, width)], None
 
 
-def _pca(moment_DD: Array, width: int, _: TransportOptions) -> tuple[Array, None]:
+def _pca(moment_DD: Array, width: int, options: TransportOptions) -> tuple[Array, None]:
     """Keep the leading eigenvectors: the least squared error a projection can have."""
-    _, vectors_DD = np.linalg.eigh(moment_DD)
+    vectors_DD = np.linalg.eigh(moment_DD).eigenvectors
     return _fixed_signs(vectors_DD[:, ::-1][:, :width]), None
 
 
@@ -87,7 +87,7 @@ METHODS: dict[str, Callable[[Array, int, TransportOptions], tuple[Array, Couplin
 }
 
 
-def _largest(moment_DD: Array, width: int) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
+def _largest(moment_DD: Array, width: int) -> Indices:
     order = np.argsort(-np.diag(moment_DD), kind="stable")
     return np.sort(order[:width])
 

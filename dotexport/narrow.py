@@ -238,6 +238,6 @@ def gram(weights_OI: Tensor, *, rows: int = 16384) -> Tensor:
     """W^T W in float64, a block of rows at a time: a vocabulary does not fit twice."""
     size = weights_OI.shape[1]
     total_II = torch.zeros(size, size, dtype=torch.float64, device=weights_OI.device)
-    for block_OI in weights_OI.split(rows):
+    for block_OI in torch.split(weights_OI, rows):
         total_II += block_OI.double().T @ block_OI.double()
     return total_II

@@ -104,7 +104,8 @@ def nearest_targets(cost_NK: Array, *, epsilon: float) -> Array:
         return nearest_NK
     log_NK = -(cost_NK - cost_NK.min(1, keepdims=True)) / epsilon
     row_NK: Array = np.exp(log_NK)
-    return row_NK / row_NK.sum(1, keepdims=True)
+    row_NK /= row_NK.sum(1, keepdims=True)
+    return row_NK
 
 
 def _balanced(cost: Cost, options: TransportOptions) -> Coupling:
