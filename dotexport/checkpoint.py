@@ -25,6 +25,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLED = ("pytorch_model*.bin", "*.pth", "*.pt")
 
 # What travels with a model unchanged: tokenizer, chat template, generation defaults, licence.
 COMPANIONS = (
@@ -125,7 +126,8 @@ class Checkpoint:
 
     def companions(self) -> list[Path]:
         """Tokenizer, generation config and licence files, which travel unchanged."""
-        return sorted({file for glob in COMPANIONS for file in self.folder.glob(glob)})
+        found = {file for glob in COMPANIONS for file in self.folder.glob(glob)}
+        return sorted(file for file in found if file.is_file())
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -151,16 +153,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [folder / name for name in names]
-    else:
-        files = [folder / WEIGHTS]
+    files = _shard_files(index) if index.is_file() else [folder / WEIGHTS]
     missing = [file.name for file in files if not file.is_file()]
-    if missing and any(folder.glob("pytorch_model*.bin")):
+    pickled = sorted(file.name for glob in PICKLED for file in folder.glob(glob))
+    if missing and pickled:
         raise CheckpointError(
-            f"{folder} holds pickled weights (pytorch_model*.bin) only; convert it first with "
-            "transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+            f"{folder} holds pickled weights ({pickled[0]}) and no safetensors; convert it first "
+            "with transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
         )
     if missing:
         raise CheckpointError(
@@ -168,6 +167,17 @@ def _weight_files(folder: Path) -> list[Path]:
             "download the model again or point to a complete folder"
         )
     return files
+
+
+def _shard_files(index: Path) -> list[Path]:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted(index.parent / name for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index} cannot be read ({type(error).__name__}: {error}); expected a weight_map from "
+            "tensor names to files: download it again"
+        ) from error
 
 
 def _tensor_names(file: Path) -> list[str]:
@@ -183,8 +193,8 @@ class _opened:
 
     def __enter__(self) -> Any:
         try:
-            self.handle = safe_open(self.file, framework="pt")
-            return self.handle.__enter__()
+            self.handle: Any = safe_open(self.file, framework="pt")
+            return self.handle.__enter__()  # type: ignore[no-untyped-call]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{self.file} cannot be read as safetensors ({error}); it is truncated or "
@@ -197,7 +207,7 @@ class _opened:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.handle.__exit__(kind, error, trace)
+        self.handle.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
 
 def _dtype(piece: Any, name: str, file: Path) -> torch.dtype:
@@ -232,15 +242,24 @@ class CheckpointWriter:
             self._write_index()
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Store one tensor, rounded to the dtype that was announced for it."""
+        """Store one tensor, rounded to the dtype that was announced for it.
+
+        Raises:
+            CheckpointError: a value that this dtype cannot hold.
+        """
         spec = self.specs[name]
         if tuple(tensor.shape) != spec.shape:
             raise ValueError(f"{name}: got {tuple(tensor.shape)}, announced {spec.shape}")
         file, offset = self._places[name]
         values = tensor.detach().to("cpu", spec.dtype).contiguous()
+        if not bool(torch.isfinite(values).all()):
+            raise CheckpointError(
+                f"{name} would hold NaN or infinite values in {spec.dtype}; "
+                "convert the model to bfloat16 or float32 first"
+            )
         with file.open("r+b") as stream:
             stream.seek(offset)
-            stream.write(memoryview(values.reshape(-1).view(torch.uint8).numpy()))
+            stream.write(values.reshape(-1).view(torch.uint8).numpy().data)
         self._missing.discard(name)
 
     def finish(self) -> None:
