@@ -207,7 +207,7 @@ class _opened:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.handle.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        self.handle.__exit__(kind, error, trace)
 
 
 def _dtype(piece: Any, name: str, file: Path) -> torch.dtype:
