@@ -111,7 +111,7 @@ def evaluate_into(
     progress: Progress = lambda stage, done, total: None,
 ) -> dict[str, Any]:
     """Evaluate OUT/hf beside the original and record it in OUT."""
-    from dotexport.evaluate import evaluate
+    from dotexport.quality import evaluate
 
     manifest.read(out)  # refuses what is no output
     where = str(pick_device(device))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dotexport.errors import CalibrationError, CheckpointError, DotexportError, UsageError
-from dotexport.evaluate import Quality, evaluate, predictions
+from dotexport.quality import Quality, evaluate, predictions
 
 V = 40
 
@@ -79,7 +79,7 @@ def test_figures_agree_with_a_sum_by_hand(
     batch: int | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("dotexport.evaluate.CHUNK_BYTES", 4 * V * 3)  # three predictions
+    monkeypatch.setattr("dotexport.quality.CHUNK_BYTES", 4 * V * 3)  # three predictions
     quality = evaluate(*pair, windows_NL, batch=batch)
     expected = by_hand(*pair, windows_NL)
     # float32 logits of a different batch size: about 1e-6 relative.
