@@ -39,6 +39,8 @@ class TextOptions:
     skip: int = 0
 
     def __post_init__(self) -> None:
+        if not self.source:
+            raise UsageError("the text has an empty name; expected a file, a folder or a dataset")
         for name, least in (("samples", 1), ("seqlen", 2), ("skip", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -91,8 +93,15 @@ def _limits(model: Path) -> tuple[int, int]:
     from dotexport.checkpoint import read_config
 
     config = read_config(model)
-    context = config.get("max_position_embeddings") or 2048
-    return int(context), int(config.get("vocab_size") or np.iinfo(np.int64).max)
+    limits = []
+    for key, default in (("max_position_embeddings", 2048), ("vocab_size", 1 << 62)):
+        value = config.get(key) or default
+        if not isinstance(value, int) or value < 0:
+            raise CheckpointError(
+                f"{model / 'config.json'} gives {key} = {value!r}; expected a positive integer"
+            )
+        limits.append(value)
+    return limits[0], limits[1]
 
 
 def documents(source: str) -> Iterator[str]:
@@ -115,7 +124,9 @@ def _raw_documents(source: str) -> Iterable[str]:
     if path.is_file():
         return _jsonl(path) if path.suffix == ".jsonl" else _split(_read(path))
     if path.suffix or source.startswith(("/", ".", "~")):
-        raise CalibrationError(f"{source} does not exist; expected a .txt or .jsonl file")
+        raise CalibrationError(
+            f"{source} does not exist; expected a .txt or .jsonl file, or a folder of .txt files"
+        )
     return _dataset(source)
 
 
@@ -125,7 +136,7 @@ def _split(text: str) -> list[str]:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise CalibrationError(
             f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first"
@@ -135,13 +146,16 @@ def _read(file: Path) -> str:
 
 
 def _jsonl(file: Path) -> Iterator[str]:
-    for number, line in enumerate(_read(file).splitlines(), start=1):
+    # Not splitlines(): a JSON string may hold the line ends that only Unicode knows.
+    for number, line in enumerate(_read(file).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise CalibrationError(f"{file}, line {number} is not JSON: {error}") from error
+            raise CalibrationError(
+                f'{file}, line {number} is not JSON ({error}); expected {{"text": "..."}}'
+            ) from error
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise CalibrationError(
                 f'{file}, line {number} has no "text"; expected {{"text": "..."}} on every line'
@@ -169,7 +183,13 @@ def _dataset(name: str) -> Iterator[str]:
             f"{name} is no file here; to read it as a dataset of the hub, `pip install datasets`"
         ) from error
     path, _, subset = name.partition(":")
-    rows = load_dataset(path, subset or None, split="train", streaming=True)
+    try:
+        rows = load_dataset(path, subset or None, split="train", streaming=True)
+    except (OSError, ValueError) as error:
+        raise CalibrationError(
+            f"{name} is no file here and cannot be read as a dataset of the hub "
+            f"({type(error).__name__}: {error}); check the spelling and the network, or give a file"
+        ) from error
     for row in rows:
         if not isinstance(row.get("text"), str):
             raise CalibrationError(f'{name} has no "text" column; columns: {", ".join(row)}')
@@ -180,11 +200,15 @@ def _encoder(model: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers and tokenizers raise whatever they stumble over
+        reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
-            f"{model} has no tokenizer that transformers can load ({error}); "
-            "expected tokenizer.json beside config.json"
+            f"{model} has no tokenizer that transformers can load "
+            f"({type(error).__name__}: {reason}); expected the model's tokenizer.json and "
+            "tokenizer_config.json beside config.json"
         ) from error
     # Longer than the context is meant: the windows are cut afterwards.
     tokenizer.model_max_length = int(1e30)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -185,29 +185,18 @@ def _tensor_names(file: Path) -> list[str]:
         return list(weights.keys())
 
 
-class _opened:
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     """A safetensors handle whose errors name the file and say what to do."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __enter__(self) -> Any:
-        try:
-            self.handle: Any = safe_open(self.file, framework="pt")
-            return self.handle.__enter__()  # type: ignore[no-untyped-call]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{self.file} cannot be read as safetensors ({error}); it is truncated or "
-                "damaged: download it again"
-            ) from error
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.handle.__exit__(kind, error, trace)
+    try:
+        handle: Any = safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read as safetensors ({error}); it is truncated or damaged: "
+            "download it again"
+        ) from error
+    with handle:
+        yield handle
 
 
 def _dtype(piece: Any, name: str, file: Path) -> torch.dtype:
@@ -328,7 +317,7 @@ def find_model(name: str, *, config_only: bool = False) -> Path:
         # An output of `dotexport shrink` is a model too: its checkpoint lies in hf/.
         inner = folder / "hf"
         return inner if (inner / "config.json").is_file() else folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or folder.parent.is_dir() and name[0] in "./~":
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise CheckpointError(
             f"{name} is neither a folder nor a hub id (owner/name); "
             "expected a folder with config.json and *.safetensors"

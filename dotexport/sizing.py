@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from dotexport.errors import SizeError, UsageError
-from dotexport.families import Family, Sizes, find_family, num_parameters, read_sizes
+from dotexport.families import (
+    Family,
+    Sizes,
+    check_quantised,
+    find_family,
+    num_parameters,
+    read_sizes,
+)
 
 # Below 8 no runtime's kernels are made for it; the larger steps are those that kernels like.
 FLOOR = 8
@@ -72,8 +79,9 @@ def plan(
     Raises:
         SizeError: a size no consumer could load, or a budget no legal sizes meet.
         UsageError: nothing was asked for.
-        UnsupportedModelError: no family table.
+        UnsupportedModelError: no family table, or weights that are quantised already.
     """
+    check_quantised(config)
     family = find_family(config)
     before = read_sizes(family, config)
     if hidden_size is None and intermediate_size is None and params is None:
@@ -163,15 +171,16 @@ def check_intermediate(sizes: Sizes, intermediate_size: int) -> None:
 def _check(axis: str, asked: int, original: int, grid: int, why: str) -> None:
     if asked == original or (0 < asked < original and asked % grid == 0):
         return
-    below = min(max(asked // grid * grid, grid), original // grid * grid)
-    above = min(below + grid, original)
-    nearest = f"{below}" if below == above or asked > original else f"{below} and {above}"
+    legal = sorted({*range(grid, original, grid), original})
+    nearest = [size for size in legal if size < asked][-1:] + [s for s in legal if s > asked][:1]
     problem = (
         f"is wider than the original's {original}"
         if asked > original
         else f"is not a positive multiple of {why}"
     )
-    raise SizeError(f"--{axis} {asked} {problem}; the nearest legal sizes: {nearest}")
+    raise SizeError(
+        f"--{axis} {asked} {problem}; the nearest legal: {' and '.join(map(str, nearest))}"
+    )
 
 
 def parse_budget(text: str, original: int) -> int:
@@ -183,21 +192,18 @@ def parse_budget(text: str, original: int) -> int:
     Raises:
         UsageError: not a budget, or not smaller than the original.
     """
-    match = re.fullmatch(r"([0-9.]+(?:[eE][0-9]+)?)([xKMB]?)", text.strip())
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+(?:[eE][0-9]+)?)([xKMB]?)", text.strip())
     if not match:
         raise UsageError(f"--params {text!r} is no budget; expected 0.7x, 5.2M, 6e9 or 5200000")
-    try:
-        number = float(match[1])
-    except ValueError as error:
-        raise UsageError(f"--params {text!r}: {match[1]!r} is not a number") from error
     unit = {"x": original, "K": 10**3, "M": 10**6, "B": 10**9, "": 1}[match[2]]
-    budget = round(number * unit)
-    if not 0 < budget <= original:
+    budget = float(match[1]) * unit
+    if not 1 <= budget <= original:
+        hint = f"; did you mean {text}x?" if unit == 1 and budget < 1 else ""
         raise UsageError(
-            f"--params {text} is {budget:,} parameters; expected more than 0 and at most the "
-            f"original's {original:,}"
+            f"--params {text} is {budget:,.6g} parameters; expected at least 1 and at most the "
+            f"original's {original:,}{hint}"
         )
-    return budget
+    return round(budget)
 
 
 def _steps(width: int) -> list[int]:
