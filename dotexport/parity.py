@@ -51,7 +51,8 @@ class Phase:
         kl: mean KL divergence from torch's next-token distribution, in nats.
         nonfinite: NaN and infinite logits.
         consistency: like `relative`, against what the artifact said without cache and padding.
-        rounding: like `relative`, against torch that rounds weights and activations too.
+        rounding: like `relative`, against torch that rounds weights and activations too; None
+            where the rounding of the artifact is not known to be the same.
     """
 
     max_abs: float
@@ -110,7 +111,7 @@ def measure(
     """Hold one loaded artifact against torch; see `Target.exact_rounding` for the last option."""
     limits = limits_of(precision, reference, exact_rounding=exact_rounding)
     said = _everything_said(session, reference)
-    phases = {name: _phase(name, said, reference, limits.tie) for name in _expected(reference)}
+    phases = {name: _phase(name, said, reference, limits) for name in _expected(reference)}
     ratio = _perplexity_ratio(said["whole"], reference)
     return Parity(
         artifact=artifact,
@@ -194,17 +195,17 @@ def _expected(reference: Reference) -> dict[str, list[slice]]:
     return {"prefill": prompts, "decode": rest, "padded_prefill": prompts, "padded_decode": rest}
 
 
-def _phase(name: str, said: Said, reference: Reference, tie: float) -> Phase:
+def _phase(name: str, said: Said, reference: Reference, limits: Limits) -> Phase:
     slices = _expected(reference)[name]
     mine_PV = np.concatenate(said[name]).astype(np.float64)
     torch_PV = _rows(reference.logits, slices)
     plain_PV = _rows(said["whole"], slices)
-    rounded = len(reference.rounded) > 0
+    rounded = limits.rounding is not None
     difference_PV = np.abs(mine_PV - torch_PV)
     return Phase(
         max_abs=float(difference_PV.max()),
         relative=_relative(mine_PV, torch_PV),
-        top1=_top1(torch_PV, mine_PV, tie),
+        top1=_top1(torch_PV, mine_PV, limits.tie),
         kl=_kl(torch_PV, mine_PV),
         nonfinite=int((~np.isfinite(mine_PV)).sum()),
         consistency=_relative(mine_PV, plain_PV),
