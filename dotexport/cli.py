@@ -20,7 +20,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from dotexport import __version__
-from dotexport.errors import DotexportError
+from dotexport.errors import DotexportError, UsageError
 
 if TYPE_CHECKING:
     from dotexport.narrow import Progress
@@ -305,8 +305,15 @@ def evaluate(
 
 @app.command()
 def bench(
-    out: Output,
-    baseline: Annotated[str, typer.Option(help="The original: folder or hub id.")],
+    candidate: Annotated[
+        Path, typer.Argument(help="Output of dotexport, model folder, or artifact of the target.")
+    ],
+    baseline: Annotated[
+        str | None, typer.Option(help="What to compare with: usually the original model.")
+    ] = None,
+    noise: Annotated[
+        bool, typer.Option("--noise-check", help="Measure CANDIDATE against itself.")
+    ] = False,
     target: Annotated[str, typer.Option(help="Runtime to measure on; hf is torch.")] = "ort-cpu",
     precision: Annotated[str | None, typer.Option(help="Precision of both artifacts.")] = None,
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 128,
@@ -317,18 +324,27 @@ def bench(
     ] = None,
     min_iterations: Annotated[int, typer.Option(help="Requests of each model, at least.")] = 30,
     min_seconds: Annotated[float, typer.Option(help="Seconds for each model, at least.")] = 10.0,
+    warmups: Annotated[int, typer.Option(help="Requests before measuring, at least.")] = 10,
     seed: Annotated[int, typer.Option(help="Of token ids and bootstrap.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="File of the report; default: in OUT/reports."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Latency, throughput, memory and bytes against the original, on this machine.
+    """Latency, throughput, memory and bytes of CANDIDATE against a baseline, on this machine.
 
-    Both models run in fresh processes and take turns, A B B A. What has no artifact for the target
-    yet is exported into a temporary folder first.
+    Both run in fresh processes on the same runtime and take turns (A B B A). What has no artifact
+    for the target yet is exported into a temporary folder first.
+
+    Example: dotexport bench OUT --baseline MODEL --target ort-cpu --precision int4
     """
     from dotexport.bench.table import render
     from dotexport.pipeline import bench_into, source_folder
     from dotexport.recipe import BenchStep
 
+    if noise == (baseline is not None):
+        raise UsageError("expected either --baseline MODEL, or --noise-check without a baseline")
     step = BenchStep(
         target=target,
         precision=precision,
@@ -338,15 +354,14 @@ def bench(
         threads=threads,
         min_iterations=min_iterations,
         min_seconds=min_seconds,
+        warmups=warmups,
         seed=seed,
     )
+    original = None if baseline is None else source_folder(baseline)
     with _progress() as progress:
-        result = bench_into(out, source_folder(baseline), step, progress=progress)
-    if as_json:
-        _print_json(result.as_dict())
-        return
-    stderr.print(render(result))
-    _print_json(result.headline())
+        result = bench_into(candidate, original, step, report=out, progress=progress)
+    Console(stderr=as_json).print(render(result))
+    _print_json(result.as_dict() if as_json else result.headline())
 
 
 @app.command()

@@ -124,38 +124,42 @@ def evaluate_into(
 
 
 def bench_into(
-    out: Path,
-    baseline: Path,
+    candidate: Path,
+    baseline: Path | None,
     step: BenchStep,
     *,
+    report: Path | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Any:
-    """Bench OUT beside the original and record the headline in OUT."""
-    from dotexport.bench import Workload, bench
+    """Bench a model beside the original; without one, beside itself (the noise check).
 
-    workload = Workload(
-        prompt_length=step.prompt,
-        generation_length=step.generate,
-        batch_size=step.batch,
-        threads=step.threads,
-        min_iterations=step.min_iterations,
-        min_seconds=step.min_seconds,
-        seed=step.seed,
-    )
-    manifest.read(out)  # refuses what is no output
-    name = bench_name(step)
-    result = bench(
-        out,
-        baseline,
-        step.target,
-        precision=step.precision,
-        workload=workload,
-        out=out / "reports" / f"bench-{name}.json",
-        progress=progress,
-    )
-    measured = manifest.read(out).get("bench", {}) | {name: result.headline()}
-    manifest.update(out, bench=measured)
-    card.write(out)
+    An output of dotexport keeps the report in OUT/reports and the headline in its manifest.
+    """
+    from dotexport.bench import Workload, bench, noise_check
+
+    asked: dict[str, Any] = {
+        "precision": step.precision,
+        "workload": Workload(
+            prompt_length=step.prompt,
+            generation_length=step.generate,
+            batch_size=step.batch,
+            threads=step.threads,
+            min_iterations=step.min_iterations,
+            min_seconds=step.min_seconds,
+            min_warmups=step.warmups,
+            seed=step.seed,
+        ),
+        "progress": progress,
+    }
+    if baseline is None:
+        return noise_check(candidate, step.target, out=report, **asked)
+    if report is None and manifest.is_output(candidate):
+        report = candidate / "reports" / f"bench-{bench_name(step)}.json"
+    result = bench(candidate, baseline, step.target, out=report, **asked)
+    if manifest.is_output(candidate):
+        measured = manifest.read(candidate).get("bench", {})
+        manifest.update(candidate, bench={**measured, bench_name(step): result.headline()})
+        card.write(candidate)
     return result
 
 

@@ -91,6 +91,7 @@ class BenchStep:
     threads: int | None = None
     min_iterations: int = 30
     min_seconds: float = 10.0
+    warmups: int = 10
     seed: int = 0
 
 
@@ -122,8 +123,12 @@ class Recipe:
     @classmethod
     def parse(cls, content: Any, where: str) -> Recipe:
         fields = _checked(cls, content, where)
+        fields["model"] = _value(fields["model"], "str", f"{where}: model")
         fields["shrink"] = _step(ShrinkStep, fields["shrink"], f"{where}: shrink")
-        fields["export"] = tuple(_list(fields.get("export"), f"{where}: export"))
+        fields["export"] = tuple(
+            _value(spec, "str", f"{where}: export")
+            for spec in _list(fields.get("export"), f"{where}: export")
+        )
         if fields.get("eval") is not None:
             fields["eval"] = _step(EvalStep, fields["eval"], f"{where}: eval")
         fields["bench"] = tuple(
@@ -163,10 +168,12 @@ def _step(kind: type[T], content: Any, where: str) -> T:
 
 
 def _value(value: Any, declared: str, where: str) -> Any:
-    """A YAML value as its field declares it; YAML reads 1e6 as a string and 1 as an integer."""
+    """A YAML value as its field declares it; YAML reads 1e-2 as a string and 1 as an integer."""
     allowed = declared.split(" | ")
     if value is None and "None" in allowed:
         return None
+    if allowed[0] == "float" and isinstance(value, str):
+        value = _number(value)
     readers: dict[str, tuple[type, ...]] = {
         "bool": (bool,),
         "int": (int,),
@@ -177,6 +184,13 @@ def _value(value: Any, declared: str, where: str) -> Any:
     if isinstance(value, bool) != (allowed[0] == "bool") or not isinstance(value, kinds):
         raise UsageError(f"{where} must be {declared}, not {value!r}")
     return str(value) if allowed[0] == "str" else value
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _list(content: Any, where: str) -> list[Any]:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from dotexport.bench import BenchResult
-from dotexport.bench.__main__ import run
 from dotexport.bench.result import METRICS
 from dotexport.bench.table import conditions, rows, verdicts
+from dotexport.cli import main
 
 Plant = Callable[..., Path]
 Measured = tuple[BenchResult, dict[str, Any], list[tuple[str, int, int]]]
@@ -35,9 +35,9 @@ SHORT = [
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """Run the command with these arguments and give its exit code."""
-    monkeypatch.setattr(sys, "argv", ["bench", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["dotexport", "bench", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
-        run()
+        main()
     return int(ended.value.code or 0)
 
 
