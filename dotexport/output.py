@@ -32,9 +32,9 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         DotexportError: the disk is full.
     """
     path = path.expanduser().resolve()
-    check_free(path, overwrite=overwrite)
     partial = _hidden(path, "partial")
     try:
+        check_free(path, overwrite=overwrite)
         path.parent.mkdir(parents=True, exist_ok=True)
         _clear_stale(path)
         partial.mkdir()
