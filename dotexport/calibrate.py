@@ -57,10 +57,8 @@ def token_windows(model: Path, options: TextOptions) -> torch.Tensor:
         CalibrationError: no text, or less than one window of it.
         CheckpointError: the model folder has no usable tokenizer.
     """
-    context, vocabulary = _limits(model)
-    seqlen = options.seqlen or min(2048, context)
-    if seqlen > context:
-        raise UsageError(f"--seqlen {seqlen} exceeds the model's context of {context} tokens")
+    seqlen = window_length(model, options)
+    vocabulary = _declared(model, "vocab_size", 1 << 62)
     encode = _encoder(model)
     wanted = (options.skip + options.samples) * seqlen
     ids: list[int] = []
@@ -88,20 +86,30 @@ def token_windows(model: Path, options: TextOptions) -> torch.Tensor:
     return torch.from_numpy(kept[options.skip : options.skip + options.samples].copy())
 
 
-def _limits(model: Path) -> tuple[int, int]:
-    """Context and vocabulary of a model, in tokens."""
+def window_length(model: Path, options: TextOptions) -> int:
+    """Tokens per window of this model.
+
+    Raises:
+        UsageError: more than its context was asked for.
+    """
+    context = _declared(model, "max_position_embeddings", 2048)
+    if options.seqlen is not None and options.seqlen > context:
+        raise UsageError(
+            f"--seqlen {options.seqlen} exceeds the model's context of {context} tokens; "
+            "give at most that"
+        )
+    return options.seqlen or min(2048, context)
+
+
+def _declared(model: Path, key: str, default: int) -> int:
     from dotexport.checkpoint import read_config
 
-    config = read_config(model)
-    limits = []
-    for key, default in (("max_position_embeddings", 2048), ("vocab_size", 1 << 62)):
-        value = config.get(key) or default
-        if not isinstance(value, int) or value < 0:
-            raise CheckpointError(
-                f"{model / 'config.json'} gives {key} = {value!r}; expected a positive integer"
-            )
-        limits.append(value)
-    return limits[0], limits[1]
+    value = read_config(model).get(key) or default
+    if not isinstance(value, int) or value < 0:
+        raise CheckpointError(
+            f"{model / 'config.json'} gives {key} = {value!r}; expected a positive integer"
+        )
+    return value
 
 
 def documents(source: str) -> Iterator[str]:

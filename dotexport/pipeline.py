@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dotexport import card, embedded, manifest
-from dotexport.calibrate import documents, token_windows
+from dotexport.calibrate import documents, token_windows, window_length
 from dotexport.checkpoint import find_model
 from dotexport.errors import CalibrationError, UsageError
 from dotexport.narrow import Progress
 from dotexport.recipe import BenchStep, EvalStep, Recipe
 from dotexport.shrinking import pick_device, shrink
+
+if TYPE_CHECKING:
+    from dotexport.bench import Workload
 
 
 def run(
@@ -34,8 +37,8 @@ def run(
         DotexportError: whatever a step raises; what earlier steps made stays, and the same command
             goes on from there.
     """
-    _check_later_steps(recipe)
     model = source_folder(recipe.model)
+    _check_later_steps(recipe, model)
     if overwrite or not _resumable(out, recipe):
         shrink(
             model,
@@ -60,20 +63,24 @@ def source_folder(model: str) -> Path:
     return embedded.MODEL_DIR if model == "embedded" else find_model(model)
 
 
-def _check_later_steps(recipe: Recipe) -> None:
+def _check_later_steps(recipe: Recipe, model: Path) -> None:
     """Refuse now what a step would refuse after an hour of narrowing."""
     from dotexport.adapter import resolve
 
     for spec in (*recipe.export, *(_spec(step) for step in recipe.bench)):
         resolve(spec)
+    for step in recipe.bench:
+        _workload(step)
     names = [bench_name(step) for step in recipe.bench]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UsageError(
             f"two bench steps measure {', '.join(twice)}; expected steps that differ in target or "
             "precision: put the other workload into a recipe of its own"
         )
-    if recipe.eval and next(documents(recipe.eval.text), None) is None:
-        raise CalibrationError(f"{recipe.eval.text} holds no text; expected documents in UTF-8")
+    if recipe.eval:
+        window_length(model, recipe.eval.options())
+        if next(documents(recipe.eval.text), None) is None:
+            raise CalibrationError(f"{recipe.eval.text} holds no text; expected UTF-8 documents")
 
 
 def _resumable(out: Path, recipe: Recipe) -> bool:
@@ -89,7 +96,7 @@ def _resumable(out: Path, recipe: Recipe) -> bool:
 
 def _export(recipe: Recipe, out: Path, progress: Progress) -> None:
     from dotexport.adapter import resolve
-    from dotexport.export import Request, export
+    from dotexport.exporting import Request, export
 
     wanted = {Request(*resolve(spec)).name: spec for spec in ("hf", *recipe.export)}
     made = manifest.read(out)["artifacts"]
@@ -135,20 +142,11 @@ def bench_into(
 
     An output of dotexport keeps the report in OUT/reports and the headline in its manifest.
     """
-    from dotexport.bench import Workload, bench, noise_check
+    from dotexport.bench import bench, noise_check
 
     asked: dict[str, Any] = {
         "precision": step.precision,
-        "workload": Workload(
-            prompt_length=step.prompt,
-            generation_length=step.generate,
-            batch_size=step.batch,
-            threads=step.threads,
-            min_iterations=step.min_iterations,
-            min_seconds=step.min_seconds,
-            min_warmups=step.warmups,
-            seed=step.seed,
-        ),
+        "workload": _workload(step),
         "progress": progress,
     }
     if baseline is None:
@@ -161,6 +159,21 @@ def bench_into(
         manifest.update(candidate, bench={**measured, bench_name(step): result.headline()})
         card.write(candidate)
     return result
+
+
+def _workload(step: BenchStep) -> Workload:
+    from dotexport.bench import Workload
+
+    return Workload(
+        prompt_length=step.prompt,
+        generation_length=step.generate,
+        batch_size=step.batch,
+        threads=step.threads,
+        min_iterations=step.min_iterations,
+        min_seconds=step.min_seconds,
+        min_warmups=step.warmups,
+        seed=step.seed,
+    )
 
 
 def bench_name(step: BenchStep) -> str:
