@@ -30,10 +30,10 @@ from dotexport import embedded, manifest
 from dotexport.basis import Basis
 from dotexport.calibrate import TextOptions, token_windows
 from dotexport.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
-from dotexport.quality import evaluate
 from dotexport.families import find_family, num_parameters, read_sizes, shapes
 from dotexport.output import write_json, write_text
 from dotexport.pipeline import bench_into
+from dotexport.quality import evaluate
 from dotexport.recipe import BenchStep
 from dotexport.reference import load_float32
 from dotexport.shrinking import ShrinkOptions, open_source, prepare, shrink

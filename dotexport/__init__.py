@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+if _TYPE_CHECKING:
+    from dotexport.exporting import export
+    from dotexport.quality import evaluate
+    from dotexport.shrinking import ShrinkOptions, shrink
+    from dotexport.sizing import plan
+    from dotexport.verifying import verify
 
 __version__ = "0.1.0"
 
@@ -10,3 +19,25 @@ __version__ = "0.1.0"
 _checkout = _Path(__file__).resolve().parent.parent
 if (_checkout / "pyproject.toml").is_file() and (_checkout / "targets/__init__.py").is_file():
     __path__.append(str(_checkout))
+
+# Public names and where they live. They are imported when first asked for: torch takes seconds.
+_HOMES = {
+    "ShrinkOptions": "shrinking",
+    "evaluate": "quality",
+    "export": "exporting",
+    "plan": "sizing",
+    "shrink": "shrinking",
+    "verify": "verifying",
+}
+
+__all__ = ["ShrinkOptions", "__version__", "evaluate", "export", "plan", "shrink", "verify"]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(_import_module(f"dotexport.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'dotexport' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -11,18 +11,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dotexport.checkpoint import Checkpoint
 from dotexport.errors import RuntimeMissingError, UsageError
+
+if TYPE_CHECKING:  # a measuring process needs an adapter, and no torch
+    from dotexport.checkpoint import Checkpoint
 
 GROUP = "dotexport.targets"
 
 Tokens = NDArray[np.int64]
 Logits = NDArray[np.float32]
+
+QUANTISED_BLOCK = 32
+"""Inputs that share one scale in 4-bit weights: part of what makes a rounding exact."""
 
 
 class Session(Protocol):

@@ -22,7 +22,7 @@ def write(out: Path) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # noqa: S701 (Markdown, not HTML)
+        autoescape=False,
     )
     text = environment.get_template("card.md.j2").render(
         record=record, rows=list(summary.rows(record)), licences=_licences(out)

@@ -238,7 +238,7 @@ def export(
     Example: dotexport export OUT --target ort-cpu --target ort-cpu:int4
     """
     from dotexport import card, manifest
-    from dotexport.export import export as write
+    from dotexport.exporting import export as write
 
     with stderr.status(f"exporting {', '.join(target)}"):
         artifacts = write(model, target, out=out, verify=verify, overwrite=overwrite)
@@ -262,8 +262,8 @@ def verify(
 
     Exit code 3 if one of them does not compute what torch computes.
     """
-    from dotexport.verify import require
-    from dotexport.verify import verify as check
+    from dotexport.verifying import require
+    from dotexport.verifying import verify as check
 
     with stderr.status("verifying"):
         parities = check(out, target)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import linear as apply_linear
 
 from dotexport.families import Family, Sublayer
 
@@ -130,7 +130,7 @@ class Layer:
         """What the writer adds to the stream."""
         name = sublayer.writer.name
         bias = self._tensors.get(f"{name}.bias")
-        return F.linear(inside_BLI, self._tensors[f"{name}.weight"], bias)
+        return apply_linear(inside_BLI, self._tensors[f"{name}.weight"], bias)
 
     def after(self, sublayer: Sublayer, stream_BLD: Tensor) -> Tensor:
         """The stream behind this sublayer."""

@@ -201,7 +201,7 @@ class Narrowing:
 
     @cached_property
     def _declared(self) -> Mapping[str, Any]:
-        return {name: None for name in self.writer.specs}
+        return dict.fromkeys(self.writer.specs)
 
     def _teacher(self, number: int) -> Layer:
         return Layer(self.stock_before, self.family, number, self._folded(number))

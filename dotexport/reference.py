@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dotexport.adapter import Logits, Tokens
+from dotexport.adapter import QUANTISED_BLOCK, Logits, Tokens
 from dotexport.checkpoint import Checkpoint
 from dotexport.errors import CheckpointError, UnsupportedModelError
 
@@ -26,7 +26,6 @@ from dotexport.errors import CheckpointError, UnsupportedModelError
 TEXT_LENGTHS = (24, 17, 9)
 RANDOM_LENGTHS = (40, 6, 1)
 NUM_STEPS = 8
-QUANTISED_BLOCK = 32
 
 
 @dataclass(frozen=True)

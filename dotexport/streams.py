@@ -62,7 +62,7 @@ class Streams:
         )
 
     def batches(self) -> Iterator[Rows]:
-        """Consecutive windows, a few thousand tokens at a time, never mixing held-out and fitted."""
+        """Consecutive windows, a few thousand tokens at a time, held-out ones apart."""
         count, length = self.windows_NL.shape
         most = max(1, TOKENS_PER_BATCH // length)
         start = 0

@@ -1,6 +1,6 @@
 """Adapters to inference runtimes: one file each, and one line in BUILT_IN.
 
-Nothing here imports a runtime: `dotexport.export.find_target` imports the one file whose name
+Nothing here imports a runtime: `dotexport.exporting.find_target` imports the one file whose name
 is asked for.
 """
 

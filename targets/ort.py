@@ -17,15 +17,16 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dotexport.adapter import Logits, Tokens
-from dotexport.checkpoint import Checkpoint
+from dotexport.adapter import QUANTISED_BLOCK, Logits, Tokens
 from dotexport.errors import DotexportError, RuntimeMissingError, UsageError
-from dotexport.reference import QUANTISED_BLOCK
+
+if TYPE_CHECKING:
+    from dotexport.checkpoint import Checkpoint
 
 Array = NDArray[np.float32]
 
@@ -207,6 +208,8 @@ class OrtSession:
     The attention operator writes each sequence's next key at that sequence's own length, which it
     counts from the mask: padded slots are overwritten, and rows are packed to the left.
     """
+
+    providers = (PROVIDER,)
 
     def __init__(self, folder: Path, *, threads: int | None = None) -> None:
         self._read_config(folder)

@@ -86,7 +86,7 @@ def test_a_target_whose_file_cannot_be_imported_is_listed_with_the_reason(
 
 def test_the_core_imports_no_runtime() -> None:
     code = (
-        "import sys, dotexport, dotexport.export, dotexport.verify\n"
+        "import sys, dotexport, dotexport.exporting, dotexport.verifying\n"
         "heavy = {'onnxruntime', 'onnxruntime_genai', 'onnx', 'transformers', 'vllm'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from dotexport.bench import BenchResult, Workload, noise_check
 
 PLANTED = Path(__file__).parent / "planted"

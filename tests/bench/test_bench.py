@@ -10,8 +10,8 @@ from typing import Any
 
 import psutil
 import pytest
-from dotexport.bench import BenchResult, Workload, bench, noise_check
 
+from dotexport.bench import BenchResult, Workload, bench, noise_check
 from dotexport.errors import DotexportError, RuntimeMissingError, UsageError
 
 Plant = Callable[..., Path]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from dotexport.bench import BenchResult
 from dotexport.bench.result import METRICS
 from dotexport.bench.table import conditions, rows, verdicts

@@ -9,9 +9,10 @@ import statistics
 
 import numpy as np
 import pytest
-from dotexport.bench.statistics import RESOLUTION, Comparison, _tail_probability, compare, summarize
 from numpy.typing import NDArray
 from scipy.stats import norm, t
+
+from dotexport.bench.statistics import RESOLUTION, Comparison, _tail_probability, compare, summarize
 
 Array = NDArray[np.float64]
 

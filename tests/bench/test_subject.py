@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from dotexport.bench import Workload, bench
-from dotexport.bench.subject import choose_precision, find_subject
 from safetensors.torch import save_file
 
 from dotexport.adapter import find_target
+from dotexport.bench import Workload, bench
+from dotexport.bench.subject import choose_precision, find_subject
 from dotexport.errors import UnsupportedModelError, UsageError
 
 Plant = Callable[..., Path]

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+
 from dotexport.bench import Workload
 from dotexport.bench.process import PATIENCE_S, Worker
 from dotexport.bench.worker import harness_overhead_us, is_stable, iterate, serve

@@ -9,7 +9,7 @@ import pytest
 
 from dotexport.adapter import find_target, target_names
 from dotexport.checkpoint import Checkpoint
-from dotexport.export import export
+from dotexport.exporting import export
 from dotexport.reference import Reference, compute_reference
 
 Exported = Callable[[str], Path]

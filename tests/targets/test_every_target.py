@@ -11,10 +11,10 @@ import pytest
 
 from dotexport.adapter import Logits, Session, Target, Tokens, resolve
 from dotexport.checkpoint import Checkpoint
-from dotexport.export import Request
+from dotexport.exporting import Request
 from dotexport.parity import Parity, measure
 from dotexport.reference import Reference
-from dotexport.verify import check
+from dotexport.verifying import check
 
 MODELS = ["wide-heads", "tied-bf16", "heads-of-8", "biased"]
 

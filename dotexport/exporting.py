@@ -12,39 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from dotexport import manifest
-from dotexport.adapter import (
-    Logits,
-    Session,
-    Target,
-    TargetRow,
-    Tokens,
-    find_target,
-    list_targets,
-    parse_spec,
-    resolve,
-    target_names,
-)
+from dotexport.adapter import Target, find_target, resolve
 from dotexport.checkpoint import Checkpoint
 from dotexport.errors import ParityError, SizeError, UsageError
 from dotexport.output import check_free, new_folder
 from dotexport.parity import Parity
 from dotexport.reference import Reference, compute_reference
-from dotexport.verify import REPORT, STOCK, check, require, require_runtime, write_report
-
-__all__ = [
-    "Artifact",
-    "Logits",
-    "Session",
-    "Target",
-    "TargetRow",
-    "Tokens",
-    "export",
-    "find_target",
-    "list_targets",
-    "parse_spec",
-    "resolve",
-    "target_names",
-]
+from dotexport.verifying import REPORT, STOCK, check, require, require_runtime, write_report
 
 logger = logging.getLogger(__name__)
 

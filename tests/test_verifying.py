@@ -22,7 +22,7 @@ from dotexport.errors import (
     SizeError,
     UsageError,
 )
-from dotexport.export import export
+from dotexport.exporting import export
 from dotexport.parity import Parity
 from dotexport.reference import (
     Reference,
@@ -31,7 +31,7 @@ from dotexport.reference import (
     rounded_to_4_bits,
     rounded_to_8_bits,
 )
-from dotexport.verify import check, require, verify
+from dotexport.verifying import check, require, verify
 
 pytest.importorskip("onnxruntime_genai")
 ir: Any = pytest.importorskip("onnx_ir")
