@@ -598,7 +598,7 @@ class Copy(HuggingFace):
 
 
 def ended(module: object, name: str) -> Callable[..., None]:
-    """A step that ends the run; hf is recorded first, so that an artifact without a record stays."""
+    """A step that ends the run; `_record` knows hf by then, and the copy stays unlisted."""
     step: Callable[..., None] = getattr(module, name)
 
     def end(*arguments: Any, **options: Any) -> None:
