@@ -1,0 +1,203 @@
+"""Sizes: only legal ones, budgets met and nearly used up, parameters counted as torch counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dotexport.errors import SizeError, UnsupportedModelError, UsageError
+from dotexport.families import find_family, num_parameters, read_sizes
+from dotexport.sizing import FLOOR, check_hidden, parse_budget, plan
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+TINY = LLAMA | {
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 90,
+}
+LLAMA_2_7B = LLAMA | {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+}
+LLAMA_3_2_1B = LLAMA | {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128256,
+    "tie_word_embeddings": True,
+}
+LLAMA_3_1_70B = LLAMA | {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+PUBLISHED = {"2-7B": LLAMA_2_7B, "3.2-1B": LLAMA_3_2_1B, "3.1-70B": LLAMA_3_1_70B}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"num_key_value_heads": 1},
+        {"num_key_value_heads": 2, "head_dim": 32, "attention_bias": True, "mlp_bias": True},
+        {"num_hidden_layers": 1},
+    ],
+)
+def test_parameters_are_counted_as_torch_counts_them(changes: dict[str, Any]) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = {"tie_word_embeddings": False} | TINY | changes
+    family = find_family(config)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**config))
+    # parameters() gives a tied table once.
+    expected = sum(parameter.numel() for parameter in model.parameters())
+    assert num_parameters(family, read_sizes(family, config)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("2-7B", 6_738_415_616), ("3.2-1B", 1_235_814_400), ("3.1-70B", 70_553_706_496)],
+)
+def test_published_models_have_their_published_parameters(name: str, parameters: int) -> None:
+    config = PUBLISHED[name]
+    assert plan(config, hidden_size=config["hidden_size"]).parameters_before == parameters
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("share", [0.9, 0.8, 0.7, 0.5])
+def test_budgets_are_met_and_nearly_used_up(name: str, share: float) -> None:
+    decided = plan(PUBLISHED[name], params=f"{share}x")
+    # One step of the grid is below 2 % of a model of this size.
+    assert share - 0.02 < decided.ratio <= share
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sizes_are_what_kernels_like(name: str) -> None:
+    config = PUBLISHED[name]
+    for share in ("0.9x", "0.7x", "0.5x"):
+        after = plan(config, params=share).after
+        assert after.hidden_size % 128 == 0
+        assert after.hidden_size % config["num_attention_heads"] == 0
+        assert after.intermediate_size % 128 == 0
+        # No axis is emptied for the other one's sake.
+        assert after.hidden_size >= 0.25 * config["hidden_size"]
+        assert after.intermediate_size >= 0.25 * config["intermediate_size"]
+        assert after.head_dim == config["hidden_size"] // config["num_attention_heads"]
+
+
+def test_an_untouched_stream_keeps_its_tie_and_a_narrowed_one_cannot() -> None:
+    """Folding the final norm into the head makes it another table than the embedding."""
+    assert plan(LLAMA_3_2_1B, intermediate_size=4096).after.tied
+    assert not plan(LLAMA_3_2_1B, hidden_size=1024).after.tied
+
+
+def test_untying_is_not_taken_for_free() -> None:
+    """At 0.9 of Llama-3.2-1B a second table of 128256 rows would cost more than it saves."""
+    assert plan(LLAMA_3_2_1B, params="0.9x").after.hidden_size == 2048
+
+
+def test_a_larger_budget_never_gives_a_smaller_model() -> None:
+    budgets = [f"{share / 100}x" for share in range(30, 101, 5)]
+    counts = [plan(TINY, params=budget).parameters_after for budget in budgets]
+    assert counts == sorted(counts)
+    assert plan(TINY, params="1x").ratio == 1
+
+
+def test_one_explicit_size_leaves_the_budget_to_the_other_axis() -> None:
+    decided = plan(LLAMA_2_7B, params="0.8x", hidden_size=4096)
+    assert decided.after.hidden_size == 4096
+    assert 0.78 < decided.ratio <= 0.8
+
+
+@pytest.mark.parametrize(
+    ("hidden", "heads", "asked", "nearest"),
+    [
+        (48, 4, 42, "40 and 48"),
+        (48, 4, 1, "8"),
+        (48, 6, 40, "24 and 48"),
+        (20, 5, 16, "20"),  # no multiple of 40 fits: only the original is left
+        (48, 4, 100, "48"),
+    ],
+)
+def test_an_illegal_width_is_refused_with_the_nearest_legal_ones(
+    hidden: int, heads: int, asked: int, nearest: str
+) -> None:
+    config = TINY | {"hidden_size": hidden, "num_attention_heads": heads, "head_dim": 8}
+    family = find_family(config)
+    sizes = read_sizes(family, config)
+    with pytest.raises(SizeError, match=rf"the nearest legal: {nearest}$"):
+        check_hidden(family, sizes, asked)
+    for size in map(int, nearest.split(" and ")):
+        check_hidden(family, sizes, size)
+
+
+@pytest.mark.parametrize("hidden", range(1, 49))
+def test_what_is_accepted_can_be_held_by_the_class(hidden: int) -> None:
+    legal = hidden % FLOOR == 0 and hidden % TINY["num_attention_heads"] == 0
+    if legal:
+        assert plan(TINY, hidden_size=hidden).after.hidden_size == hidden
+        return
+    with pytest.raises(SizeError):
+        plan(TINY, hidden_size=hidden)
+
+
+def test_a_budget_no_legal_size_meets_names_the_least_one() -> None:
+    with pytest.raises(SizeError, match=r"smallest are hidden 1024.*ask for at least that") as info:
+        plan(LLAMA_2_7B, params="0.01x")
+    least = str(info.value).partition(" with ")[2].partition(" ")[0].replace(",", "")
+    assert plan(LLAMA_2_7B, params=least).parameters_after == int(least)
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("0.5x", 50_000),
+        ("1x", 100_000),
+        (" .25x ", 25_000),
+        ("5K", 5_000),
+        ("0.01M", 10_000),
+        ("0.00001B", 10_000),
+        ("2e4", 20_000),
+        ("99999", 99_999),
+    ],
+)
+def test_budgets_are_read_as_they_are_written(text: str, budget: int) -> None:
+    assert parse_budget(text, 100_000) == budget
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "0.7X", "1.2.3x", "-1", "1e999", "nan", "inf", "2x", "0"]
+)
+def test_what_is_no_budget_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="expected"):
+        parse_budget(text, 100_000)
+
+
+def test_a_share_without_its_mark_is_understood_in_the_refusal() -> None:
+    with pytest.raises(UsageError, match=r"did you mean 0\.7x"):
+        parse_budget("0.7", 100_000)
+
+
+def test_quantised_and_unknown_models_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="already quantised"):
+        plan(TINY | {"quantization_config": {}}, params="0.7x")
+    with pytest.raises(UnsupportedModelError, match="narrows LlamaForCausalLM"):
+        plan(TINY | {"architectures": ["OtherForCausalLM"]}, params="0.7x")
