@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,9 +18,7 @@ from typer.core import TyperGroup
 
 from dotexport import __version__
 from dotexport.errors import DotexportError, UsageError
-
-if TYPE_CHECKING:
-    from dotexport.narrow import Progress
+from dotexport.terminal import progress, show_error, show_json, show_rows, show_summary, stderr
 
 
 class Verbs(TyperGroup):
@@ -51,8 +46,6 @@ app = typer.Typer(
     Exit codes: 0 ok, 1 failure, 2 usage, 3 parity failed, 4 gate failed, 5 impossible sizes or
     unsupported model, 6 runtime missing or provider fell back, 130 interrupted.""",
 )
-stderr = Console(stderr=True)
-
 Model = Annotated[str, typer.Argument(help="Model folder (config.json, *.safetensors) or hub id.")]
 Output = Annotated[Path, typer.Argument(help="Output of dotexport shrink, export or run.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder; must be new or empty.")]
@@ -182,7 +175,7 @@ def shrink(
     if print_recipe:
         typer.echo(recipe, nl=False)
         return
-    with _progress() as progress:
+    with progress() as report:
         shrunk = narrow(
             source_folder(model),
             out,
@@ -190,12 +183,12 @@ def shrink(
             overwrite=overwrite,
             device=device,
             recipe=recipe,
-            progress=progress,
+            progress=report,
         )
     if as_json:
-        _print_json(shrunk.as_dict())
+        show_json(shrunk.as_dict())
         return
-    _print_summary(out, f"narrowed in {shrunk.seconds:.0f} s")
+    show_summary(out, f"narrowed in {shrunk.seconds:.0f} s")
 
 
 @app.command()
@@ -217,9 +210,9 @@ def plan(
         intermediate_size=intermediate,
     )
     if as_json:
-        _print_json(decided.as_dict())
+        show_json(decided.as_dict())
         return
-    _print_rows("sizes", [], {"sizes": decided.as_dict()})
+    show_rows("sizes", {"sizes": decided.as_dict()})
 
 
 @app.command()
@@ -246,7 +239,7 @@ def export(
     card.write(home)
     if as_json:
         made = manifest.read(home)["artifacts"]
-        _print_json({artifact.name: made[artifact.name] for artifact in artifacts})
+        show_json({artifact.name: made[artifact.name] for artifact in artifacts})
         return
     for artifact in artifacts:
         stderr.print(f"{artifact.folder}  {artifact.num_bytes / 1e6:.2f} MB")
@@ -268,7 +261,7 @@ def verify(
     with stderr.status("verifying"):
         parities = check(out, target)
     if as_json:
-        _print_json([parity.as_dict() for parity in parities])
+        show_json([parity.as_dict() for parity in parities])
     else:
         table = Table("artifact", "max abs", "KL, nats", "top-1", "verdict")
         for parity in parities:
@@ -295,12 +288,12 @@ def evaluate(
     from dotexport.recipe import EvalStep
 
     step = EvalStep(text=text, samples=samples, seqlen=seqlen, skip=skip)
-    with _progress() as progress:
-        record = evaluate_into(out, source_folder(baseline), step, device=device, progress=progress)
+    with progress() as report:
+        record = evaluate_into(out, source_folder(baseline), step, device=device, progress=report)
     if as_json:
-        _print_json(record)
+        show_json(record)
         return
-    _print_rows("quality", [], {"quality": record})
+    show_rows("quality", {"quality": record})
 
 
 @app.command()
@@ -358,10 +351,10 @@ def bench(
         seed=seed,
     )
     original = None if baseline is None else source_folder(baseline)
-    with _progress() as progress:
-        result = bench_into(candidate, original, step, report=out, progress=progress)
+    with progress() as report:
+        result = bench_into(candidate, original, step, report=out, progress=report)
     Console(stderr=as_json).print(render(result))
-    _print_json(result.as_dict() if as_json else result.headline())
+    show_json(result.as_dict() if as_json else result.headline())
 
 
 @app.command()
@@ -371,7 +364,7 @@ def targets(as_json: Json = False) -> None:
 
     rows = list_targets()
     if as_json:
-        _print_json([asdict(row) for row in rows])
+        show_json([asdict(row) for row in rows])
         return
     table = Table("target", "precisions", "what", "missing here")
     for row in rows:
@@ -387,71 +380,12 @@ def _run(file: Path, out: Path, overwrite: bool, device: str, as_json: bool) -> 
     from dotexport.pipeline import run as chain
     from dotexport.recipe import Recipe
 
-    with _progress() as progress:
-        record = chain(
-            Recipe.load(file), out, overwrite=overwrite, device=device, progress=progress
-        )
+    with progress() as report:
+        record = chain(Recipe.load(file), out, overwrite=overwrite, device=device, progress=report)
     if as_json:
-        _print_json(record)
+        show_json(record)
         return
-    _print_summary(out, "done")
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A bar per stage on stderr, with the time left; a plain stream gets nothing."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description:<34}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=stderr) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                for other in tasks.values():
-                    bars.stop_task(other)
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield show
-
-
-def _print_summary(out: Path, title: str) -> None:
-    from dotexport import manifest, summary
-
-    _print_rows(title, list(summary.paths(out)), manifest.read(out))
-
-
-def _print_rows(title: str, paths: list[tuple[str, Path]], record: dict[str, Any]) -> None:
-    from dotexport import summary
-
-    console = Console()
-    table = Table(title=title)
-    for column in ("", "original", "narrowed", "change"):
-        table.add_column(column, justify="right" if column in ("original", "narrowed") else "left")
-    for row in summary.rows(record):
-        table.add_row(*(escape(cell) for cell in row))
-    console.print(table)
-    for label, path in paths:
-        console.print(f"{label:<24} {path}", soft_wrap=True, highlight=False)
-
-
-def _print_json(document: Any) -> None:
-    sys.stdout.write(json.dumps(document) + "\n")
+    show_summary(out, "done")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -464,17 +398,13 @@ def main() -> None:
     try:
         app()
     except DotexportError as error:
-        _fail(str(error))
+        show_error(str(error))
         raise SystemExit(error.exit_code) from error
     except BrokenPipeError:
         raise SystemExit(1) from None
     except OSError as error:
-        _fail(f"{error.strerror or error}: {error.filename or 'the system refused'}")
+        show_error(f"{error.strerror or error}: {error.filename or 'the system refused'}")
         raise SystemExit(DotexportError.exit_code) from error
-
-
-def _fail(message: str) -> None:
-    stderr.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def _quality(quality: Mapping[str, Any]) -> Iterator[Row]:
     before, after = quality["baseline_perplexity"], quality["perplexity"]
     yield Row("perplexity, held-out text", f"{before:.3f}", f"{after:.3f}", _ratio(after, before))
     yield Row("KL to the original, nats/token", "0", f"{quality['kl']:.4f}", "")
-    yield Row("top-1 agreement", "100 %", f"{quality['top1_agreement']:.1%}", "")
+    yield Row("top-1 agreement", "100 %", f"{100 * quality['top1_agreement']:.1f} %", "")
 
 
 def _speed(name: str, measured: Mapping[str, Any]) -> Iterator[Row]:

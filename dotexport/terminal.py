@@ -1,0 +1,84 @@
+"""What people see: progress on stderr, tables and JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from dotexport.narrow import Progress
+
+stderr = Console(stderr=True)
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """A bar per stage on stderr, with time taken and time left; a plain stream gets nothing."""
+    from rich import progress as bars
+
+    columns = (
+        bars.TextColumn("{task.description:<36}"),
+        bars.BarColumn(bar_width=24),
+        bars.TaskProgressColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=stderr) as shown:
+        current: list[tuple[str, bars.TaskID]] = []
+
+        def show(stage: str, done: int, total: int) -> None:
+            if not current or current[-1][0] != stage:
+                _finish(shown, current)
+                current.append((stage, shown.add_task(stage, total=None)))
+            # Nothing done yet says nothing about how long it takes: the bar pulses until it does.
+            shown.update(current[-1][1], completed=done, total=total if done else None)
+
+        yield show
+        _finish(shown, current)
+
+
+def _finish(shown: Any, current: list[tuple[str, Any]]) -> None:
+    """The stage before this one is over, whether or not it said so."""
+    if current:
+        shown.update(current[-1][1], completed=1, total=1)
+
+
+def show_summary(out: Path, title: str) -> None:
+    """The closing table of an output, and where everything lies."""
+    from dotexport import manifest, summary
+
+    show_rows(title, manifest.read(out), summary.paths(out))
+
+
+def show_rows(
+    title: str, record: Mapping[str, Any], paths: Iterable[tuple[str, Path]] = ()
+) -> None:
+    """Original beside narrowed, for whatever figures a manifest holds."""
+    from dotexport import summary
+
+    console = Console()
+    table = Table(title=title)
+    for column in ("", "original", "narrowed", "change"):
+        table.add_column(column, justify="right" if column in ("original", "narrowed") else "left")
+    for row in summary.rows(record):
+        table.add_row(*(escape(cell) for cell in row))
+    console.print(table)
+    for label, path in paths:
+        console.print(f"{label:<24} {path}", soft_wrap=True, highlight=False)
+
+
+def show_json(document: Any) -> None:
+    """One document, one line."""
+    sys.stdout.write(json.dumps(document) + "\n")
+
+
+def show_error(message: str) -> None:
+    stderr.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True, highlight=False)
