@@ -200,11 +200,12 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show the sizes that shrink would choose. Reads config.json only."""
-    from dotexport.checkpoint import find_model, read_config
+    from dotexport.checkpoint import read_config
+    from dotexport.pipeline import source_folder
     from dotexport.sizing import plan as decide
 
     decided = decide(
-        read_config(find_model(model, config_only=True)),
+        read_config(source_folder(model, config_only=True)),
         params=params,
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -405,6 +406,17 @@ def main() -> None:
     except OSError as error:
         show_error(f"{error.strerror or error}: {error.filename or 'the system refused'}")
         raise SystemExit(DotexportError.exit_code) from error
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        show_error("memory ran out; give fewer --samples, a shorter --seqlen, or --device cpu")
+        raise SystemExit(DotexportError.exit_code) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch has a class for the GPU only; on the CPU its allocator says so in words.
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
 
 
 if __name__ == "__main__":

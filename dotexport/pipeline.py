@@ -58,9 +58,11 @@ def run(
     return manifest.read(out)
 
 
-def source_folder(model: str) -> Path:
+def source_folder(model: str, *, config_only: bool = False) -> Path:
     """A folder, the snapshot of a hub id, or the model that ships inside (`embedded`)."""
-    return embedded.MODEL_DIR if model == "embedded" else find_model(model)
+    if model == "embedded":
+        return embedded.MODEL_DIR
+    return find_model(model, config_only=config_only)
 
 
 def _check_later_steps(recipe: Recipe, model: Path) -> None:

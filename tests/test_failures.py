@@ -90,6 +90,13 @@ def shrinking_of(model: object, text: object, out: Path, *options: object) -> li
 NARROW = ("--intermediate", 40)
 
 
+class Copy(HuggingFace):
+    """A target with a folder of its own that takes no time to write."""
+
+    name = "copy"
+    precisions = ("plain",)
+
+
 def refused(outcome: Outcome, code: int, *words: str) -> None:
     """One message on stderr with these words, this exit code, and nothing on stdout."""
     assert outcome.code == code, outcome
@@ -524,6 +531,57 @@ def test_what_the_system_refuses_is_told_without_a_traceback(
     assert names(tmp_path) == ["model", "text.txt"]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_memory_that_ran_out_is_named(
+    dotexport: Command,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def failing(_: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr("dotexport.narrow.Narrowing.run", failing)
+    outcome = dotexport(*shrinking_of(model, text, tmp_path / "out", *NARROW))
+    refused(outcome, 1, "memory ran out", "fewer --samples")
+    assert names(tmp_path) == ["model", "text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "word"),
+    [(OSError(errno.ENOSPC, "full"), 1, "is full"), (KeyboardInterrupt(), 130, "interrupted")],
+)
+def test_an_artifact_that_was_not_finished_is_not_there(
+    dotexport: Command,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    word: str,
+) -> None:
+    def half(self: object, source: checkpoint.Checkpoint, folder: Path, precision: str) -> NoReturn:
+        (folder / "half").touch()
+        raise error
+
+    monkeypatch.setitem(BUILT_IN, "copy", f"{__name__}:Copy")
+    monkeypatch.setattr(Copy, "write", half)
+    out = tmp_path / "out"
+    assert dotexport("export", model, "--target", "hf", "-o", out).code == 0
+    before = names(out), manifest.read(out)
+    refused(dotexport("export", out, "--target", "copy"), code, word)
+    assert (names(out), manifest.read(out)) == before
+
+
 # Signals ----------------------------------------------------------------------------------------
 
 # Narrows until the third tensor is written, says so, and waits there to be stopped.
@@ -588,13 +646,6 @@ def recipe(file: Path, model: Path, text: Path, **steps: Any) -> Path:
     step = {"calib": str(text), "samples": 2, "seqlen": 32, "intermediate": 40}
     content = {"model": str(model), "shrink": step} | steps
     return written(file, yaml.safe_dump(content))
-
-
-class Copy(HuggingFace):
-    """A target with a folder of its own that takes no time to write."""
-
-    name = "copy"
-    precisions = ("plain",)
 
 
 def ended(module: object, name: str) -> Callable[..., None]:
