@@ -46,6 +46,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         ) from error
     try:
         yield partial
+        check_free(path, overwrite=overwrite)  # hours may have passed
         _put_in_place(partial, path)
     except BaseException as error:
         written = folder_bytes(partial)

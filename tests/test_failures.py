@@ -461,6 +461,25 @@ def test_a_parent_without_permission_is_refused(
     refused(outcome, 2, "Permission denied", "whose parent is a writable folder")
 
 
+def test_what_came_there_while_a_run_worked_is_kept(
+    dotexport: Command,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out"
+
+    def meanwhile(*_: object) -> None:
+        out.mkdir()
+        written(out / "letter.txt", "dear")
+
+    monkeypatch.setattr(shrinking, "_copy_companions", meanwhile)
+    refused(dotexport(*shrinking_of(model, text, out, *NARROW)), 2, "not empty", "another name")
+    assert names(out) == ["letter.txt"]
+    assert names(tmp_path) == ["model", "out", "text.txt"]
+
+
 def test_a_model_is_not_replaced_by_what_comes_out_of_it(
     dotexport: Command, model: Path, text: Path, tmp_path: Path
 ) -> None:
