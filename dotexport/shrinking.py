@@ -172,8 +172,9 @@ def _check_tensors(source: Checkpoint, family: Family, sizes: Sizes) -> None:
     foreign = [n for n in found if n not in expected and not n.endswith(harmless)]
     if foreign:
         raise CheckpointError(
-            f"{source.folder} holds {len(foreign)} tensors that {family.architecture} has no place "
-            f"for, first {foreign[0]}; merge adapters into the model first"
+            f"{source.folder} holds tensors that {family.architecture} has no place for "
+            f"({len(foreign)}, first {foreign[0]}); merge adapters into the model first, or take "
+            "the config.json that belongs to these weights"
         )
 
 

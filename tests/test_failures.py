@@ -226,7 +226,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], int, list[str]]] = {
     "foreign tensors": (
         weighted(lambda t: t.update({"model.layers.1.mlp.up_proj.lora_A.weight": torch.ones(3)})),
         1,
-        ["1 tensors that LlamaForCausalLM has no place for", "lora_A", "merge adapters"],
+        ["LlamaForCausalLM has no place for (1, first", "lora_A", "merge adapters"],
     ),
     "a size that is none": (
         configured(num_attention_heads="four"),
@@ -603,26 +603,27 @@ def test_an_artifact_that_was_not_finished_is_not_there(
 
 # Signals ----------------------------------------------------------------------------------------
 
-# Narrows until the third tensor is written, says so, and waits there to be stopped.
+# Runs until one step is reached, says so, and waits there to be stopped.
 STALLED = """
 import sys, time
 from pathlib import Path
-from dotexport import checkpoint, cli
-write = checkpoint.CheckpointWriter.write
-def stalling(self, name, tensor):
-    write(self, name, tensor)
-    if "layers.1" in name:
-        Path(marker).touch()
-        time.sleep(120)
-checkpoint.CheckpointWriter.write = stalling
-marker, *sys.argv[1:] = sys.argv[1:]
+from pkgutil import resolve_name
+from dotexport import cli
+owner, name, marker, *sys.argv[1:] = sys.argv[1:]
+def stall(*_, **__):
+    Path(marker).touch()
+    time.sleep(120)
+setattr(resolve_name(owner), name, stall)
 cli.main()
 """
+HALFWAY = ("dotexport.narrow:Narrowing", "_finish")  # most weights are written by then
 
 
-def stopped_halfway(run: list[object], marker: Path, number: signal.Signals) -> tuple[int, str]:
-    """Exit code and stderr of a run that gets a signal in the middle."""
-    command = [sys.executable, "-c", STALLED, str(marker), *map(str, run)]
+def stopped(
+    step: tuple[str, str], number: signal.Signals, marker: Path, run: list[object]
+) -> tuple[int, str]:
+    """Exit code and stderr of a command that gets a signal when it reaches a step."""
+    command = [sys.executable, "-c", STALLED, *step, str(marker), *map(str, run)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             deadline = time.monotonic() + 100
@@ -632,6 +633,7 @@ def stopped_halfway(run: list[object], marker: Path, number: signal.Signals) -> 
             return process.wait(30), process.communicate()[1]
         finally:
             process.kill()
+            marker.unlink()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -639,23 +641,23 @@ def test_an_interrupted_run_leaves_nothing(
     model: Path, text: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     run = shrinking_of(model, text, tmp_path / "out", *NARROW)
-    code, err = stopped_halfway(run, tmp_path / "halfway", number)
+    code, err = stopped(HALFWAY, number, tmp_path / "there", run)
     assert code == 130, err
     assert "interrupted: nothing unfinished was kept" in err
     assert "Traceback" not in err
-    assert names(tmp_path) == ["halfway", "model", "text.txt"]
+    assert names(tmp_path) == ["model", "text.txt"]
 
 
 def test_a_killed_run_leaves_only_what_the_next_one_clears(
     dotexport: Command, model: Path, text: Path, tmp_path: Path
 ) -> None:
     run = shrinking_of(model, text, tmp_path / "out", *NARROW)
-    stopped_halfway(run, tmp_path / "halfway", signal.SIGKILL)
-    (partial,) = set(names(tmp_path)) - {"halfway", "model", "text.txt"}
+    stopped(HALFWAY, signal.SIGKILL, tmp_path / "there", run)
+    (partial,) = set(names(tmp_path)) - {"model", "text.txt"}
     assert partial.startswith(".out.partial-")
     assert not manifest.is_output(tmp_path / partial)
     assert dotexport(*run).code == 0
-    assert names(tmp_path) == ["halfway", "model", "out", "text.txt"]
+    assert names(tmp_path) == ["model", "out", "text.txt"]
 
 
 # Recipes ----------------------------------------------------------------------------------------
@@ -709,6 +711,20 @@ def test_a_recipe_goes_on_with_the_first_missing_step(
     assert made["quality"]["num_windows"] == 2
     assert made["artifacts"]["copy-plain"]["parity"]["passed"]
     assert (out / "hf" / "model.safetensors").stat() == weights
+
+
+def test_a_recipe_goes_on_after_it_was_killed(
+    dotexport: Command, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    quality = {"text": str(text), "samples": 2, "seqlen": 32}
+    run = ["run", recipe(tmp_path / "r.yaml", model, text, eval=quality), "-o", out]
+    stopped(("dotexport.pipeline", "evaluate_into"), signal.SIGKILL, tmp_path / "there", run)
+    assert manifest.read(out)["artifacts"]["hf"]["parity"]["passed"]
+    monkeypatch.setattr(shrinking, "prepare", lambda *_: pytest.fail("narrowed again"))
+    assert dotexport(*run).code == 0
+    assert manifest.read(out)["quality"]["num_windows"] == 2
+    assert names(tmp_path) == ["model", "out", "r.yaml", "text.txt"]
 
 
 def test_another_recipe_is_refused_over_an_output(
