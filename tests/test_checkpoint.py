@@ -116,6 +116,13 @@ def test_a_view_is_written_as_it_looks(tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "model.safetensors")["w"], value)
 
 
+@pytest.mark.parametrize("length", range(1, 9))
+def test_data_begins_where_eight_divides(tmp_path: Path, length: int) -> None:
+    store(tmp_path, {"x" * length: torch.ones(2)})
+    header = (tmp_path / "model.safetensors").read_bytes()[:8]
+    assert int.from_bytes(header, "little") % 8 == 0
+
+
 def test_what_was_announced_must_be_written(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, specs(tensors()))
     writer.write("a.bias", tensors()["a.bias"])

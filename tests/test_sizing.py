@@ -44,7 +44,20 @@ LLAMA_3_1_70B = LLAMA | {
     "num_key_value_heads": 8,
     "vocab_size": 128256,
 }
-PUBLISHED = {"2-7B": LLAMA_2_7B, "3.2-1B": LLAMA_3_2_1B, "3.1-70B": LLAMA_3_1_70B}
+# 40 heads: a grid of 128 alone would give widths that no head divides.
+LLAMA_2_13B = LLAMA_2_7B | {
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+}
+PUBLISHED = {
+    "2-7B": LLAMA_2_7B,
+    "2-13B": LLAMA_2_13B,
+    "3.2-1B": LLAMA_3_2_1B,
+    "3.1-70B": LLAMA_3_1_70B,
+}
 
 
 @pytest.mark.parametrize(
@@ -74,7 +87,12 @@ def test_parameters_are_counted_as_torch_counts_them(changes: dict[str, Any]) ->
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("2-7B", 6_738_415_616), ("3.2-1B", 1_235_814_400), ("3.1-70B", 70_553_706_496)],
+    [
+        ("2-7B", 6_738_415_616),
+        ("2-13B", 13_015_864_320),
+        ("3.2-1B", 1_235_814_400),
+        ("3.1-70B", 70_553_706_496),
+    ],
 )
 def test_published_models_have_their_published_parameters(name: str, parameters: int) -> None:
     config = PUBLISHED[name]
@@ -101,6 +119,14 @@ def test_sizes_are_what_kernels_like(name: str) -> None:
         assert after.hidden_size >= 0.25 * config["hidden_size"]
         assert after.intermediate_size >= 0.25 * config["intermediate_size"]
         assert after.head_dim == config["hidden_size"] // config["num_attention_heads"]
+
+
+@pytest.mark.parametrize("config", [LLAMA_2_7B, LLAMA_3_1_70B])
+def test_both_axes_share_a_cut_and_the_stream_gives_less(config: dict[str, Any]) -> None:
+    after = plan(config, params="0.5x").after
+    kept_hidden = after.hidden_size / config["hidden_size"]
+    kept_mlp = after.intermediate_size / config["intermediate_size"]
+    assert kept_mlp < kept_hidden < 0.9
 
 
 def test_an_untouched_stream_keeps_its_tie_and_a_narrowed_one_cannot() -> None:
