@@ -13,7 +13,7 @@ from typing import Any
 
 from dotexport import manifest
 from dotexport.adapter import Target, find_target, resolve
-from dotexport.checkpoint import Checkpoint
+from dotexport.checkpoint import Checkpoint, read_config
 from dotexport.errors import ParityError, SizeError, UsageError
 from dotexport.output import check_free, new_folder
 from dotexport.parity import Parity
@@ -113,6 +113,8 @@ def _check_home(model: Path, home: Path | None, out: Path | None) -> None:
             f"{model} is an output of dotexport, which takes its artifacts into itself; "
             "leave the output folder (-o) away"
         )
+    if home is None:
+        read_config(model)  # refuses what is no model either
     if home is None and out is None:
         raise UsageError(
             f"{model} is a plain model folder, and nothing is written into it; "

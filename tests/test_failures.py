@@ -804,20 +804,22 @@ def test_a_plain_folder_is_no_output(
 
 
 @pytest.mark.parametrize(
-    "verb",
+    ("verb", "code", "message"),
     [
-        ["verify"],
-        ["eval", "--baseline", "/no/such", "--text", "embedded:evaluation"],
-        ["export", "--target", "hf"],
-        ["bench", "--noise-check", "--target", "hf"],
+        (["verify"], 1, "none is not an output of dotexport"),
+        (
+            ["eval", "--baseline", "embedded", "--text", "embedded:evaluation"],
+            1,
+            "none is not an output of dotexport",
+        ),
+        (["export", "--target", "hf"], 1, "none is not a model folder"),
+        (["bench", "--noise-check", "--target", "hf"], 2, "none is no folder; expected"),
     ],
 )
 def test_a_folder_that_does_not_exist_is_refused(
-    dotexport: Command, tmp_path: Path, verb: list[str]
+    dotexport: Command, tmp_path: Path, verb: list[str], code: int, message: str
 ) -> None:
-    outcome = dotexport(verb[0], tmp_path / "none", *verb[1:])
-    assert outcome.code in (1, 2)
-    refused(outcome, outcome.code, "no")
+    refused(dotexport(verb[0], tmp_path / "none", *verb[1:]), code, message)
     assert names(tmp_path) == []
 
 
