@@ -95,6 +95,8 @@ def _compare(
     precision = choose_precision(adapter, precision, candidate, baseline)
     environment = _environment(workload)  # before an export raises the load average
     with _subjects(candidate, baseline, adapter, precision, progress) as subjects:
+        for subject in subjects:
+            subject.check_fits(workload.prompt_length + workload.generation_length)
         measured = _measure(subjects, target, workload, progress)
     return BenchResult(
         target=target,

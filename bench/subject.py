@@ -25,7 +25,7 @@ class Subject:
         source: the folder that was given.
         artifact: the folder that the target opens.
         num_bytes: of the artifact.
-        num_parameters: None where no checkpoint lies beside the artifact.
+        num_parameters, context: None where no checkpoint lies beside the artifact.
     """
 
     name: str
@@ -33,6 +33,19 @@ class Subject:
     artifact: Path
     num_bytes: int
     num_parameters: int | None
+    context: int | None = None
+
+    def check_fits(self, num_tokens: int) -> None:
+        """Refuse sequences longer than the model was made for.
+
+        Raises:
+            UsageError: the context is shorter than that.
+        """
+        if self.context is not None and num_tokens > self.context:
+            raise UsageError(
+                f"prompt and generation take {num_tokens} tokens, and the context of the "
+                f"{self.name} {self.source} is {self.context}; ask for fewer"
+            )
 
 
 def choose_precision(target: Target, asked: str | None, *folders: Path) -> str:
@@ -74,6 +87,7 @@ def find_subject(name: str, source: Path, target: Target, precision: str, scratc
         )
     checkpoint = _checkpoint(source)
     parameters = checkpoint.num_parameters if checkpoint else None
+    context = checkpoint.config.get("max_position_embeddings") if checkpoint else None
     artifact = _existing(source, target, precision)
     if artifact is None and checkpoint is not None:
         if target.name == STOCK and precision == target.precisions[0]:
@@ -82,7 +96,7 @@ def find_subject(name: str, source: Path, target: Target, precision: str, scratc
             artifact = _export(name, checkpoint, target, precision, scratch)
     if artifact is None:
         artifact = _as_artifact(name, source, target)
-    return Subject(name, source, artifact, _num_bytes(artifact), parameters)
+    return Subject(name, source, artifact, _num_bytes(artifact), parameters, context)
 
 
 def _holds(folder: Path, target: Target, precision: str) -> bool:

@@ -294,12 +294,13 @@ def _write_header(file: Path, specs: Mapping[str, TensorSpec]) -> dict[str, tupl
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         # Not a sparse file: a full disk should show now, not after an hour of work.
-        _reserve(stream.fileno(), 8 + len(text), end)
+        reserve(stream.fileno(), 8 + len(text), end)
     data = 8 + len(text)
     return {name: (file, data + header[name]["data_offsets"][0]) for name in specs}
 
 
-def _reserve(descriptor: int, offset: int, num_bytes: int) -> None:
+def reserve(descriptor: int, offset: int, num_bytes: int) -> None:
+    """Take the space of a file now: with a sparse one, a full disk shows after hours of work."""
     if hasattr(os, "posix_fallocate") and num_bytes:
         os.posix_fallocate(descriptor, offset, num_bytes)
     else:

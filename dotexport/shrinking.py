@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dotexport import card, manifest
-from dotexport.basis import METHODS, Basis
+from dotexport.basis import Basis
 from dotexport.calibrate import TextOptions, token_windows
 from dotexport.checkpoint import Checkpoint, CheckpointWriter, TensorSpec, find_model
 from dotexport.errors import (
@@ -53,14 +53,6 @@ class ShrinkOptions:
     text: TextOptions
     narrow: NarrowOptions = field(default_factory=NarrowOptions)
     max_shard_bytes: int = 4 << 30
-
-    def __post_init__(self) -> None:
-        if self.narrow.basis not in METHODS:
-            raise UsageError(
-                f"basis must be one of {', '.join(METHODS)}, not {self.narrow.basis!r}"
-            )
-        if self.narrow.seed < 0:
-            raise UsageError(f"seed must be at least 0, not {self.narrow.seed}")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dotexport.basis import METHODS
 from dotexport.errors import UsageError
 from dotexport.families import Sublayer
 from dotexport.layers import Layer
@@ -46,6 +47,10 @@ class NarrowOptions:
     def __post_init__(self) -> None:
         if self.mlp not in MLP_METHODS:
             raise UsageError(f"mlp must be one of {', '.join(MLP_METHODS)}, not {self.mlp!r}")
+        if self.basis not in METHODS:
+            raise UsageError(f"basis must be one of {', '.join(METHODS)}, not {self.basis!r}")
+        if self.seed < 0:
+            raise UsageError(f"seed must be at least 0, not {self.seed}")
 
 
 @dataclass

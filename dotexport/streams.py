@@ -18,6 +18,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from dotexport.checkpoint import reserve
 from dotexport.refit import Moments
 
 TOKENS_PER_BATCH = 8192
@@ -119,7 +120,7 @@ def _allocate(shape: tuple[int, ...], scratch: Path | None) -> Tensor:
     if scratch is None or num_bytes < MEMORY_SHARE * psutil.virtual_memory().available:
         return torch.empty(shape, dtype=torch.float32)
     with tempfile.NamedTemporaryFile(dir=scratch, delete=False) as file:
-        file.truncate(num_bytes)
+        reserve(file.fileno(), 0, num_bytes)
     mapped = torch.from_file(file.name, shared=True, size=num_bytes // 4, dtype=torch.float32)
     Path(file.name).unlink()  # the mapping keeps it alive, and nothing is left behind
     return mapped.view(shape)

@@ -207,12 +207,14 @@ def find_family(config: Mapping[str, Any]) -> Family:
         UnsupportedModelError: no table describes it.
     """
     known = supported()
-    for architecture in config.get("architectures") or []:
+    listed = config.get("architectures") or []
+    named = [listed] if isinstance(listed, str) else [str(name) for name in listed]
+    for architecture in named:
         if architecture in known:
             return known[architecture]
-    named = ", ".join(config.get("architectures") or []) or f"model_type {config.get('model_type')}"
+    what = ", ".join(named) or f"model_type {config.get('model_type')}"
     raise UnsupportedModelError(
-        f"{named} is not supported; dotexport narrows {', '.join(sorted(known))}. "
+        f"{what} is not supported; dotexport narrows {', '.join(sorted(known))}. "
         "docs/adding-a-family.md shows how to add a table"
     )
 
@@ -228,18 +230,3 @@ def check_quantised(config: Mapping[str, Any]) -> None:
             "the model is already quantised (config.json has quantization_config); "
             "narrow the float model first, quantise what comes out"
         )
-
-
-__all__ = [
-    "Family",
-    "Linear",
-    "Sizes",
-    "Sublayer",
-    "check_quantised",
-    "check_shapes",
-    "find_family",
-    "num_parameters",
-    "read_sizes",
-    "shapes",
-    "supported",
-]
