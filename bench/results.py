@@ -111,12 +111,8 @@ def allocation(
     judged_NL = token_windows(embedded.MODEL_DIR, EVALUATION)
     config = Checkpoint.open(embedded.MODEL_DIR).config
     rows = []
-    for hidden in (256, 224, 192, 160, 128):
-        try:
-            decided = plan(config, hidden_size=hidden, params=params)
-        except Exception as error:
-            typer.echo(f"hidden {hidden}: {error}", err=True)
-            continue
+    for hidden in (240, 224, 208, 192, 176):
+        decided = plan(config, hidden_size=hidden, params=params)
         asked = ShrinkOptions(
             hidden_size=hidden,
             intermediate_size=decided.after.intermediate_size,
