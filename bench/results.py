@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -38,7 +39,7 @@ from dotexport.recipe import BenchStep
 from dotexport.reference import load_float32
 from dotexport.shrinking import ShrinkOptions, open_source, prepare, shrink
 from dotexport.site import NarrowOptions
-from dotexport.sizing import plan
+from dotexport.sizing import Plan, plan
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 Table = list[dict[str, Any]]
@@ -51,13 +52,19 @@ EVALUATION = TextOptions(source="embedded:evaluation", samples=128, seqlen=512)
 
 @app.command()
 def exactness(out: Out = RESULTS) -> None:
-    """Full width in a random rotation against the original: largest difference of logits."""
-    rows = [_rotated(name, folder, text) for name, folder, text in _models()]
+    """What must change nothing: a rotation at full width, and merging copies of neurons."""
+    rows = []
+    for name, folder, text in _models():
+        options = TextOptions(source=text, samples=4, seqlen=256)
+        rows.append({"model": name, "change": "random rotation", **_rotated(folder, options)})
+        rows.append({"model": name, "change": "copies merged", **_copies_merged(folder, options)})
     _save(
         out / "exactness",
-        "Exactness: d' = d under a random rotation",
-        "Largest absolute difference of logits between the original and the model written with a "
-        "random orthonormal basis of full width, without refit, float32, 4 windows.",
+        "Exactness",
+        "Largest absolute difference of logits in float32 on 4 windows, without refit. `random "
+        "rotation`: the model in a random orthonormal basis of full width. `copies merged`: "
+        "a quarter of the MLP neurons of every layer made copies of others, half of them with the "
+        "sign of up turned, then merged away; against the model with the copies.",
         rows,
     )
 
@@ -169,30 +176,70 @@ def _ladder(text: TextOptions) -> Iterator[ShrinkOptions]:
                 yield ShrinkOptions(intermediate_size=width, text=text, narrow=methods)
 
 
-def _rotated(name: str, folder: Path, text: str) -> dict[str, Any]:
+def _rotated(folder: Path, text: TextOptions) -> dict[str, float]:
     source = open_source(folder)
     same = plan(source.config, hidden_size=source.config["hidden_size"])
     untied = replace(same, after=replace(same.after, tied=False))
-    options = ShrinkOptions(
-        text=TextOptions(source=text, samples=4, seqlen=256), narrow=NarrowOptions(refit=False)
-    )
-    windows_NL = token_windows(folder, options.text)
     width = same.before.hidden_size
     rotation_DD = np.linalg.qr(np.random.default_rng(0).normal(size=(width, width)))[0]
     with tempfile.TemporaryDirectory() as scratch:
-        (Path(scratch) / "hf").mkdir()
-        run = prepare(source, untied, Path(scratch), windows_NL, options)
-        specs = {n: replace(s, dtype=torch.float32) for n, s in run.writer.specs.items()}
-        run.writer = CheckpointWriter(Path(scratch) / "hf", specs)
-        with torch.inference_mode():
-            run.run(Basis(rotation_DD, "random rotation", 1.0))
-            run.writer.finish()
-            original, rotated = (
-                load_float32(Checkpoint.open(f))(input_ids=windows_NL).logits
-                for f in (folder, Path(scratch) / "hf")
-            )
-    difference = float((original - rotated).abs().max())
-    return {"model": name, "largest logit": float(original.abs().max()), "difference": difference}
+        narrowed = Path(scratch) / "hf"
+        _narrow_exactly(source, untied, narrowed, text, Basis(rotation_DD, "rotation", 1.0))
+        return _difference(folder, narrowed, token_windows(folder, text))
+
+
+def _copies_merged(folder: Path, text: TextOptions) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as scratch:
+        twins = Path(scratch) / "twins"
+        width = _write_twins(Checkpoint.open(folder), twins)
+        source = open_source(twins)
+        narrowed = Path(scratch) / "hf"
+        _narrow_exactly(source, plan(source.config, intermediate_size=width), narrowed, text)
+        return _difference(twins, narrowed, token_windows(folder, text))
+
+
+def _narrow_exactly(
+    source: Checkpoint, decided: Plan, out: Path, text: TextOptions, basis: Basis | None = None
+) -> None:
+    """Write OUT in float32 whatever the source is stored in: the question is the algebra."""
+    options = ShrinkOptions(text=text, narrow=NarrowOptions(refit=False))
+    out.mkdir()
+    run = prepare(source, decided, out.parent, token_windows(source.folder, text), options)
+    specs = {n: replace(s, dtype=torch.float32) for n, s in run.writer.specs.items()}
+    run.writer = CheckpointWriter(out, specs)
+    with torch.inference_mode():
+        run.run(basis)
+    run.writer.finish()
+
+
+def _write_twins(source: Checkpoint, folder: Path) -> int:
+    """A float32 copy whose last quarter of MLP neurons repeats the first; returns the others."""
+    folder.mkdir()
+    for file in (source.folder / "config.json", *source.companions()):
+        shutil.copyfile(file, folder / file.name)
+    size = source.config["intermediate_size"]
+    width = size * 3 // 4 // 8 * 8
+    specs = {name: replace(spec, dtype=torch.float32) for name, spec in source.specs.items()}
+    writer = CheckpointWriter(folder, specs)
+    for name in specs:
+        tensor = source.tensor(name).float()
+        if name.endswith(("gate_proj.weight", "up_proj.weight")):
+            signs = torch.ones(size - width)
+            signs[::2] = -1.0 if "up_proj" in name else 1.0
+            tensor[width:] = signs[:, None] * tensor[: size - width]
+        writer.write(name, tensor)
+    writer.finish()
+    return int(width)
+
+
+def _difference(one: Path, two: Path, windows_NL: torch.Tensor) -> dict[str, float]:
+    with torch.inference_mode():
+        original, other = (
+            load_float32(Checkpoint.open(folder))(input_ids=windows_NL).logits
+            for folder in (one, two)
+        )
+    largest = float(original.abs().max())
+    return {"largest logit": largest, "difference": float((original - other).abs().max())}
 
 
 def _quality_row(model: Path, asked: ShrinkOptions, judged_NL: torch.Tensor) -> dict[str, Any]:

@@ -65,14 +65,14 @@ def choose_by_magnitude(moments: Moments, writer_ON: Tensor, width: int) -> Tens
 
 
 def choose_by_obs(
-    moments: Moments, writer_ON: Tensor, width: int, *, damping: float = 1e-4
+    moments: Moments, writer_ON: Tensor, width: int, *, damping: float = 1e-9
 ) -> Tensor:
     """Greedy Optimal Brain Surgeon: remove argmin |w_i|^2 / [H^-1]_ii, update, repeat.
 
     H is the damped Gram matrix of the neurons and w_i the column of the least-squares writer, so a
     score is the exact increase of the reconstruction loss when one neuron leaves and all others
     are refitted (Hassibi and Stork 1993). Large layers lose several neurons per step, which makes
-    the downdate a matrix product.
+    the downdate of everything else a matrix product.
     """
     size = len(moments.inputs_II)
     gram_NN = moments.inputs_II / max(moments.count, 1)
@@ -82,16 +82,34 @@ def choose_by_obs(
     alive = torch.ones(size, dtype=torch.bool, device=gram_NN.device)
     block = max(1, size // 256)
     while (excess := int(alive.sum()) - width) > 0:
-        score_N = writer_ON.square().sum(0) / inverse_NN.diagonal()
-        score_N[~alive] = torch.inf
-        leaving = torch.argsort(score_N, stable=True)[: min(block, excess)]
+        leaving = _cheapest(inverse_NN, writer_ON, alive, min(block, excess))
         # W -= W_S (G_SS)^-1 G_S,:  and  G -= G_:,S (G_SS)^-1 G_S,:
         solved_SN = torch.linalg.solve(inverse_NN[leaving][:, leaving], inverse_NN[leaving])
         writer_ON = writer_ON - writer_ON[:, leaving] @ solved_SN
         inverse_NN = inverse_NN - inverse_NN[:, leaving] @ solved_SN
         alive[leaving] = False
-        inverse_NN[leaving, leaving] = 1.0  # gone: any positive number, its score is infinite
     return alive.nonzero().flatten()
+
+
+def _cheapest(inverse_NN: Tensor, writer_ON: Tensor, alive: Tensor, count: int) -> Tensor:
+    """The next `count` neurons to leave, one by one among the cheapest few.
+
+    One by one, because two copies of each other are both cheap until one of them has gone.
+    """
+    score_N = writer_ON.square().sum(0) / inverse_NN.diagonal()
+    score_N[~alive] = torch.inf
+    pool = torch.argsort(score_N, stable=True)[: min(4 * count, int(alive.sum()))]
+    inverse_PP, writer_OP = inverse_NN[pool][:, pool], writer_ON[:, pool]
+    leaving: list[int] = []
+    for _ in range(count):
+        score_P = writer_OP.square().sum(0) / inverse_PP.diagonal()
+        score_P[leaving] = torch.inf
+        next_ = int(score_P.argmin())
+        share_P = inverse_PP[next_] / inverse_PP[next_, next_]
+        writer_OP = writer_OP - torch.outer(writer_OP[:, next_], share_P)
+        inverse_PP = inverse_PP - torch.outer(inverse_PP[:, next_], share_P)
+        leaving.append(next_)
+    return pool[leaving]
 
 
 def transport(

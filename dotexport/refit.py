@@ -176,7 +176,7 @@ def fit(
 
 
 def compensate(
-    moments: Moments, weights_OI: Tensor, kept: Tensor, *, damping: float = 1e-6
+    moments: Moments, weights_OI: Tensor, kept: Tensor, *, damping: float = 1e-10
 ) -> Tensor:
     """W C[:,S] (C_SS + lam)^-1: what the kept inputs say best in the place of all of them.
 
