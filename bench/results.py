@@ -93,9 +93,17 @@ def embedded_model(
 ) -> None:
     """The model that ships inside: dense, narrowed without and with refit; and its speed."""
     judged_NL = token_windows(embedded.MODEL_DIR, EVALUATION)
+    methods = (
+        NarrowOptions(refit=False),
+        NarrowOptions(basis="select"),
+        NarrowOptions(basis="dot"),
+        NarrowOptions(mlp="select"),
+        NarrowOptions(mlp="obs"),
+        NarrowOptions(),
+    )
     rows = []
-    for refit in (False, True):
-        asked = ShrinkOptions(params=params, text=CALIBRATION, narrow=NarrowOptions(refit=refit))
+    for narrow in methods:
+        asked = ShrinkOptions(params=params, text=CALIBRATION, narrow=narrow)
         rows.append(_quality_row(embedded.MODEL_DIR, asked, judged_NL))
     if speed:
         asked = ShrinkOptions(params=params, text=CALIBRATION)

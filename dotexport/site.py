@@ -126,7 +126,7 @@ class Site:
         if self.options.mlp != "dot" or not self.options.refit:
             return chosen, alone, None
         coupling = transport(everything, analytic_KN, kept, self.options.transport)
-        return *self._best_merge(everything, coupling, alone, chosen, rows), coupling
+        return *self._best_merge(everything, coupling, alone, chosen, prior, rows), coupling
 
     def _writer_moments(self, analytic_KN: Tensor) -> tuple[Moments, Moments]:
         """With refit, the target is E^T X+ - r: the writer also repairs earlier drift.
@@ -163,9 +163,14 @@ class Site:
         coupling: Coupling,
         alone: Merge,
         chosen: Fit,
+        prior_KN: Tensor,
         rows: dict[str, Tensor],
     ) -> tuple[Fit, Merge]:
-        """Move removed neurons into kept ones as far as held-out reconstruction improves."""
+        """Move removed neurons into kept ones as far as held-out reconstruction improves.
+
+        Every candidate starts from the prior that the choice alone started from: the fitted writer
+        has seen the held-out windows, and with it any candidate would look better than it is.
+        """
         best, accepted = chosen, alone
         tried = 0.0
         for level in MERGE_LEVELS:
@@ -174,8 +179,8 @@ class Site:
                 continue
             tried = merge.moved
             self._apply(merge, rows)
-            train, held = self._writer_moments(chosen.weights_OI)
-            candidate = fit(train, held, chosen.weights_OI)
+            train, held = self._writer_moments(prior_KN)
+            candidate = fit(train, held, prior_KN)
             if candidate.error < best.error:
                 best, accepted = candidate, merge
         self._apply(accepted, rows)
