@@ -2,7 +2,7 @@
 
 Targets are chosen by Optimal Brain Surgeon on the writer (down_proj); the removed neurons are
 transported onto them, and their gate and up rows become barycentres. A merge is kept only if
-held-out reconstruction improves, so the result is never worse than the choice alone.
+the reconstruction of held-out windows improves.
 
 Shapes: N neurons before, K neurons after, O outputs of the writer, T tokens.
 """
@@ -41,7 +41,8 @@ class Merge:
     @classmethod
     def nothing(cls, kept: Tensor, size: int) -> Merge:
         """The kept neurons as they are."""
-        own_KN = torch.eye(size, dtype=torch.float64, device=kept.device)[kept]
+        own_KN = torch.zeros(len(kept), size, dtype=torch.float64, device=kept.device)
+        own_KN.scatter_(1, kept[:, None], 1.0)
         return cls(kept, own_KN, own_KN, 0.0)
 
 
@@ -76,8 +77,9 @@ def choose_by_obs(
     """
     size = len(moments.inputs_II)
     gram_NN = moments.inputs_II / max(moments.count, 1)
-    identity_NN = torch.eye(size, dtype=torch.float64, device=gram_NN.device)
-    inverse_NN = torch.linalg.inv(gram_NN + damping * gram_NN.diagonal().mean() * identity_NN)
+    # Nothing fires in a layer of zeros: the bound keeps its inverse finite.
+    gram_NN.diagonal().add_((damping * gram_NN.diagonal().mean()).clamp_min(1e-30))
+    inverse_NN = torch.linalg.inv(gram_NN)
     writer_ON = ridge_solve(moments, writer_ON.double(), damping)
     alive = torch.ones(size, dtype=torch.bool, device=gram_NN.device)
     block = max(1, size // 256)

@@ -24,9 +24,10 @@ from dotexport.families import Family, Sizes
 from dotexport.layers import Layer, Stock, layer_tensors
 from dotexport.refit import Solver, fit, gain_solve, ridge_solve
 from dotexport.site import NarrowOptions, Site
-from dotexport.streams import Streams
+from dotexport.streams import Streams, check_finite
 
 Progress = Callable[[str, int, int], None]
+ROWS = 16384  # of a vocabulary in float64 at once: as a whole it does not fit twice
 
 
 @dataclass
@@ -104,6 +105,7 @@ class Narrowing:
             # The first position is an attention sink: one outlier, the same in every window.
             x_TD = normalise(self.streams.original(rows))[:, 1:].flatten(0, 1).double()
             moment_DD += x_TD.T @ x_TD
+        check_finite(moment_DD.trace())
         return moment_DD
 
     # Embedding, layers, head: teacher and student side by side --------------------------------
@@ -111,7 +113,7 @@ class Narrowing:
     def _start(self) -> None:
         embedding_VD = self._embedding()
         name = f"{self.family.embedding}.weight"
-        narrow_VK = self._rounded(name, embedding_VD.double() @ self.E_DK)
+        narrow_VK = self._product(name, embedding_VD, self.E_DK)
         self.writer.write(name, narrow_VK)
         self._embed(embedding_VD, self.streams.original_NLD)
         self._embed(narrow_VK, self.streams.narrowed_NLK)
@@ -142,7 +144,7 @@ class Narrowing:
             return
         head_VD = self._folded_head()
         self.writer.write(norm, torch.ones(self.after.hidden_size))
-        self.writer.write(head, head_VD.double() @ self._head_projection(head_VD))
+        self.writer.write(head, self._product(head, head_VD, self._head_projection(head_VD)))
 
     def _head_projection(self, head_VD: Tensor) -> Tensor:
         """P of `W' = W P`, for a head that is free."""
@@ -225,8 +227,11 @@ class Narrowing:
         }
         return Layer(self.stock_after, self.family, number, tensors, dtypes)
 
-    def _rounded(self, name: str, tensor: Tensor) -> Tensor:
-        return tensor.to(self.writer.specs[name].dtype).float()
+    def _product(self, name: str, table_VD: Tensor, map_DK: Tensor) -> Tensor:
+        """A table of the vocabulary times a map, in float64 block by block, rounded as stored."""
+        dtype = self.writer.specs[name].dtype
+        blocks = torch.split(table_VD, ROWS)
+        return torch.cat([(block_RD.double() @ map_DK).to(dtype) for block_RD in blocks])
 
     def _embed(self, embedding_VX: Tensor, stream_NLX: Tensor) -> None:
         for rows in self.streams.batches():
@@ -234,10 +239,10 @@ class Narrowing:
             stream_NLX[rows] = embedding_VX[tokens_BL].to(stream_NLX.device)
 
 
-def gram(weights_OI: Tensor, *, rows: int = 16384) -> Tensor:
-    """W^T W in float64, a block of rows at a time: a vocabulary does not fit twice."""
+def gram(weights_OI: Tensor) -> Tensor:
+    """W^T W in float64, a block of rows at a time."""
     size = weights_OI.shape[1]
     total_II = torch.zeros(size, size, dtype=torch.float64, device=weights_OI.device)
-    for block_OI in torch.split(weights_OI, rows):
+    for block_OI in torch.split(weights_OI, ROWS):
         total_II += block_OI.double().T @ block_OI.double()
     return total_II

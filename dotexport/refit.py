@@ -124,11 +124,10 @@ def ridge_solve(moments: Moments, prior_OI: Tensor, ridge: float) -> Tensor:
 
     The ridge pulls toward the analytic weights, never toward zero.
     """
-    size = len(moments.inputs_II)
-    lam = max(ridge * float(moments.inputs_II.diagonal().mean()), 1e-30)
-    identity_II = torch.eye(size, dtype=torch.float64, device=prior_OI.device)
+    damped_II = moments.inputs_II.clone()
+    damped_II.diagonal().add_(max(ridge * float(damped_II.diagonal().mean()), 1e-30))
     residual_OI = moments.cross_OI - prior_OI @ moments.inputs_II
-    factor_II, failed = torch.linalg.cholesky_ex(moments.inputs_II + lam * identity_II)
+    factor_II, failed = torch.linalg.cholesky_ex(damped_II)
     if failed:  # singular beyond what this ridge lifts: the next stronger one
         return ridge_solve(moments, prior_OI, max(10 * ridge, 1e-12))
     solved: Tensor = prior_OI + torch.cholesky_solve(residual_OI.T, factor_II).T
@@ -178,9 +177,10 @@ def fit(
 def compensate(
     moments: Moments, weights_OI: Tensor, kept: Tensor, *, damping: float = 1e-10
 ) -> Tensor:
-    """W C[:,S] (C_SS + lam)^-1: what the kept inputs say best in the place of all of them.
+    """W C[:,S] C_SS^-1: what the kept inputs say best in the place of all of them.
 
-    C is the Gram matrix of all inputs; no target is involved, only the weights themselves.
+    C is the Gram matrix of all inputs; no target is involved, only the weights themselves. Where
+    C_SS is singular, a trace of a ridge toward W_S decides.
     """
     all_to_kept = replace(moments, cross_OI=weights_OI @ moments.inputs_II).of(kept)
     return ridge_solve(all_to_kept, weights_OI[:, kept], damping)

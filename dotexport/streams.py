@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dotexport.checkpoint import reserve
+from dotexport.errors import CheckpointError
 from dotexport.refit import Moments
 
 TOKENS_PER_BATCH = 8192
@@ -103,8 +104,24 @@ class Streams:
                     z_TI.shape[1], t_TO.shape[1], metric_OO=metric_OO, device=self.device
                 )
             sums[held].add(z_TI, t_TO)
+        for moments in sums.values():
+            check_finite(moments.inputs_II.diagonal().sum() + moments.targets)
         # A single window is both: nothing can be held out of it.
         return sums[False], sums.get(True, sums[False])
+
+
+def check_finite(energy: Tensor) -> None:
+    """Refuse sums over activations that overflowed, which no solve survives.
+
+    Raises:
+        CheckpointError: NaN or infinity.
+    """
+    if not bool(torch.isfinite(energy)):
+        raise CheckpointError(
+            "activations on the calibration text are NaN or infinite; expected a model that works "
+            "in transformers: take an undamaged copy of it, and if it is stored in float16, "
+            "convert it to bfloat16 first"
+        )
 
 
 def held_out_windows(count: int, seed: int) -> frozenset[int]:

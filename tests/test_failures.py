@@ -198,6 +198,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], int, list[str]]] = {
         5,
         ["FooForCausalLM is not supported", "LlamaForCausalLM", "adding-a-family"],
     ),
+    "another model_type": (
+        configured(model_type=None),
+        1,
+        ["model_type = None beside LlamaForCausalLM", "expected 'llama'", "take the config.json"],
+    ),
     "quantised": (
         configured(quantization_config={"quant_method": "gptq"}),
         5,
@@ -212,6 +217,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], int, list[str]]] = {
         weighted(lambda t: t[UP].fill_(float("nan"))),
         1,
         [UP, "NaN", "expected finite weights", "undamaged copy"],
+    ),
+    "weights whose activations overflow": (
+        weighted(lambda t: t[UP].fill_(3e38)),
+        1,
+        ["activations on the calibration text are NaN or infinite", "undamaged copy", "bfloat16"],
     ),
     "other shapes": (
         configured(intermediate_size=96),

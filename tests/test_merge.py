@@ -45,6 +45,11 @@ def test_every_step_removes_the_neuron_whose_loss_is_least_when_all_others_are_r
         assert chosen.tolist() == left
 
 
+def test_a_layer_in_which_nothing_fires_still_loses_its_neurons() -> None:
+    silent = moments(torch.zeros(300, 8, dtype=torch.float64))
+    assert len(choose_by_obs(silent, WRITER_ON, 5)) == 5
+
+
 def test_the_choice_beats_that_by_magnitude_and_not_the_best_of_all_subsets() -> None:
     best = min(loss_of(list(kept)) for kept in itertools.combinations(range(8), 5))
     greedy = loss_of(choose_by_obs(moments(), WRITER_ON, 5).tolist())

@@ -205,13 +205,21 @@ def find_family(config: Mapping[str, Any]) -> Family:
 
     Raises:
         UnsupportedModelError: no table describes it.
+        CheckpointError: model_type is not that of the architecture.
     """
     known = supported()
     listed = config.get("architectures") or []
     named = [listed] if isinstance(listed, str) else [str(name) for name in listed]
     for architecture in named:
         if architecture in known:
-            return known[architecture]
+            family = known[architecture]
+            if config.get("model_type") != family.model_type:
+                raise CheckpointError(
+                    f"config.json gives model_type = {config.get('model_type')!r} beside "
+                    f"{architecture}; expected {family.model_type!r}: take the config.json that "
+                    "belongs to these weights"
+                )
+            return family
     what = ", ".join(named) or f"model_type {config.get('model_type')}"
     raise UnsupportedModelError(
         f"{what} is not supported; dotexport narrows {', '.join(sorted(known))}. "
