@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dotexport import card, manifest
+from dotexport import card, embedded, manifest
 from dotexport.basis import Basis
 from dotexport.calibrate import TextOptions, token_windows
 from dotexport.checkpoint import Checkpoint, CheckpointWriter, TensorSpec, find_model
@@ -122,10 +122,10 @@ def shrink(
         shrunk = Shrunk(
             out, decided, basis.method, basis.kept_energy, seconds, len(windows_NL), run.records
         )
-        _describe(folder, source, options, shrunk, windows_NL, basis)
         if recipe:
             write_text(folder / RECIPE, recipe)
             manifest.update(folder, recipe=hashlib.sha256(recipe.encode()).hexdigest())
+        _describe(folder, source, options, shrunk, windows_NL, basis)
     return shrunk
 
 
@@ -271,6 +271,16 @@ def _artifact(folder: Path) -> dict[str, Any]:
     return stored | {"files": files, "parity": None}
 
 
+def model_name(folder: Path) -> str:
+    """What people call the model in this folder: a hub id, an output's name, or the folder's."""
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots":  # models--OWNER--NAME/snapshots/REVISION
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+    if folder == embedded.MODEL_DIR.resolve():
+        return "dotexport-embedded"
+    return folder.parent.name if folder.name == "hf" else folder.name
+
+
 def _copy_companions(source: Checkpoint, folder: Path) -> None:
     for file in source.companions():
         shutil.copyfile(file, folder / file.name)
@@ -289,7 +299,7 @@ def _describe(
     manifest.update(
         folder,
         source={
-            "model": source.folder.name,
+            "model": model_name(source.folder),
             "folder": str(source.folder),
             "bytes": source.num_bytes,
             "sha256": {file.name: manifest.sha256(file) for file in files},
