@@ -3,6 +3,7 @@
     python -m dotexport.bench.results exactness
     python -m dotexport.bench.results stories260k
     python -m dotexport.bench.results embedded
+    python -m dotexport.bench.results allocation
     python -m dotexport.bench.results memory
 
 Every table is written as Markdown and as JSON, with the machine and versions it was taken on.

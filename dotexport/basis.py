@@ -22,7 +22,7 @@ class Basis:
     """Orthonormal columns E_DK: the narrow stream is E^T x.
 
     Attributes:
-        kept_energy: share of the weighted second moment that lies in the span; 1 keeps all.
+        kept_energy: share of the second moment that lies in the span; 1 keeps all.
         coupling: the transport plan it came from, if it came from one.
     """
 
@@ -43,8 +43,7 @@ def find_basis(
     """A basis of `width` columns by one of METHODS.
 
     Args:
-        moment_DD: sum over norm sites of the normalised stream's second moment, weighted by what
-            the readers do with it.
+        moment_DD: second moment of the normalised stream, averaged over all norm sites.
 
     Raises:
         UsageError: unknown method.

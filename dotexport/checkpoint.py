@@ -256,7 +256,7 @@ class CheckpointWriter:
         if self._missing:
             raise ValueError(f"never written: {sorted(self._missing)}")
         for file in {file for file, _ in self._places.values()}:
-            with file.open("rb") as stream:
+            with file.open("r+b") as stream:  # Windows flushes only what is open for writing
                 os.fsync(stream.fileno())
 
     def _write_index(self) -> None:

@@ -32,7 +32,8 @@ class NarrowOptions:
     Attributes:
         basis: of the residual stream, one of `dot`, `pca`, `select`.
         mlp: `dot` (OBS chooses the targets, transport merges the rest into them), `obs` (the
-            choice alone), `select` (largest magnitude).
+            choice alone), `select` (largest magnitude). Without refit nothing can judge a merge,
+            and `dot` is `obs`.
         refit: closed-form least squares against the original's activations, layer after layer.
         transport: how plans are found.
         seed: which calibration windows are held out to choose ridges and accept merges.

@@ -119,7 +119,7 @@ def _run_quietly(command: Sequence[str]) -> None:
     raise DotexportError(
         f"the model builder of onnxruntime-genai ended with code {done.returncode}; "
         f"its last lines:\n{last}\nCheck that onnxruntime-genai and transformers fit together "
-        "(dotexport doctor), or export with another target"
+        "(dotexport targets), or export with another target"
     )
 
 
