@@ -90,7 +90,7 @@ class Narrowing:
         self._embed(self._embedding(), self.streams.original_NLD)
         total_DD = torch.zeros((), device=self.streams.device)
         for number in range(self.before.num_layers):
-            layer = self._teacher(number)
+            layer = Layer(self.stock_before, self.family, number, self._folded(number))
             for sublayer in self.family.sublayers:
                 total_DD = total_DD + self._moment(partial(layer.normalise, sublayer))
                 self.streams.advance_original(partial(layer.after, sublayer))
@@ -119,7 +119,9 @@ class Narrowing:
         self._embed(narrow_VK, self.streams.narrowed_NLK)
 
     def _layer(self, number: int) -> None:
-        teacher, student = self._teacher(number), self._student(number)
+        tensors = self._folded(number)
+        teacher = Layer(self.stock_before, self.family, number, tensors)
+        student = self._student(number, tensors)
         for sublayer in self.family.sublayers:
             site = Site(
                 sublayer,
@@ -205,12 +207,9 @@ class Narrowing:
     def _declared(self) -> Mapping[str, Any]:
         return dict.fromkeys(self.writer.specs)
 
-    def _teacher(self, number: int) -> Layer:
-        return Layer(self.stock_before, self.family, number, self._folded(number))
-
-    def _student(self, number: int) -> Layer:
+    def _student(self, number: int, folded: Mapping[str, Tensor]) -> Layer:
         """The analytic student: readers W E s, writers E^T W, rounded as they will be stored."""
-        tensors = self._folded(number)
+        tensors = dict(folded)
         for sublayer in self.family.sublayers:
             tensors[f"{sublayer.norm}.weight"] = torch.ones(
                 self.after.hidden_size, device=self.streams.device

@@ -209,7 +209,3 @@ def _check_windows(windows_NL: torch.Tensor, vocabulary: int) -> None:
 
 def _affordable_batch(length: int, vocabulary: int) -> int:
     return max(1, LOGITS_BYTES // (4 * length * vocabulary))
-
-
-def _form(value: float | None, spec: str) -> str:
-    return "" if value is None else format(value, spec).replace("%", " %")

@@ -119,7 +119,7 @@ class Site:
         kept = choose(self.options.mlp, everything, analytic_KN, self.width)
         prior = analytic_KN[:, kept]
         if self.options.mlp != "select":
-            prior = compensate(everything, analytic_KN, kept)
+            prior = compensate(train, analytic_KN, kept)
         chosen = self._fit(train.of(kept), held.of(kept), prior)
         rows = {name: self.student.tensor(name) for name in self._reader_names()}
         alone = Merge.nothing(kept, analytic_KN.shape[1])
@@ -169,8 +169,8 @@ class Site:
     ) -> tuple[Fit, Merge]:
         """Move removed neurons into kept ones as far as held-out reconstruction improves.
 
-        Every candidate starts from the prior that the choice alone started from: the fitted writer
-        has seen the held-out windows, and with it any candidate would look better than it is.
+        Every candidate starts from the prior of the choice alone, which has not seen the held-out
+        windows: from the fitted writer, any candidate would look better than it is.
         """
         best, accepted = chosen, alone
         tried = 0.0

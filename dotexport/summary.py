@@ -43,7 +43,10 @@ def _size(record: Mapping[str, Any]) -> Iterator[Row]:
 
 def _quality(quality: Mapping[str, Any]) -> Iterator[Row]:
     before, after = quality["baseline_perplexity"], quality["perplexity"]
-    yield Row("perplexity, held-out text", f"{before:.3f}", f"{after:.3f}", _ratio(after, before))
+    change = _ratio(after, before)
+    if error := quality.get("log_ratio_error"):  # paired over windows; small, so also relative
+        change += f" ± {error * after / before:.3f}"
+    yield Row("perplexity, held-out text", f"{before:.3f}", f"{after:.3f}", change)
     yield Row("KL to the original, nats/token", "0", f"{quality['kl']:.4f}", "")
     yield Row("top-1 agreement", "100 %", f"{100 * quality['top1_agreement']:.1f} %", "")
 
