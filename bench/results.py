@@ -172,8 +172,8 @@ def demo(out: Out = RESULTS) -> None:
     _save(
         out / "demo",
         f"dotexport demo: {seconds:.0f} seconds",
-        "The whole chain on the embedded model: narrow, export in two precisions, verify, evaluate, "
-        "bench twice. Wall time of the process, packages installed and files in the page cache.",
+        "The whole chain on the embedded model: narrow, export twice, verify, evaluate, bench "
+        "twice. Wall time of the process, packages installed and files in the page cache.",
         rows,
     )
 

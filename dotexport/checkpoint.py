@@ -328,7 +328,7 @@ def find_model(name: str, *, config_only: bool = False) -> Path:
 
     weights = [] if config_only else ["*.safetensors", INDEX, *COMPANIONS]
     try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", *weights]))
+        return Path(snapshot_download(name, allow_patterns=["config.json", "README.md", *weights]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise CheckpointError(
             f"{name} is no folder here and cannot be fetched as a hub id "

@@ -15,6 +15,7 @@ from dotexport import manifest
 from dotexport.adapter import Target, find_target, resolve
 from dotexport.checkpoint import Checkpoint, read_config
 from dotexport.errors import ParityError, SizeError, UsageError
+from dotexport.origin import describe_source
 from dotexport.output import check_free, new_folder
 from dotexport.parity import Parity
 from dotexport.reference import Reference, compute_reference
@@ -139,8 +140,7 @@ def _start_output(model: Path, out: Path, *, overwrite: bool) -> Path:
     with new_folder(out, overwrite=overwrite) as partial:
         (partial / STOCK).mkdir()
         find_target(STOCK).write(source, partial / STOCK, "as-stored")
-        hashes = manifest.hash_files(source.folder, set(source.files.values()))
-        manifest.update(partial, source={"folder": str(model), "files": hashes})
+        manifest.update(partial, source=describe_source(source))
     return out.resolve()
 
 

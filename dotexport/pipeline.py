@@ -7,6 +7,7 @@ was killed goes on with the first step whose result is not there.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,13 +103,16 @@ def _export(recipe: Recipe, out: Path, progress: Progress) -> None:
 
     wanted = {Request(*resolve(spec)).name: spec for spec in ("hf", *recipe.export)}
     made = manifest.read(out)["artifacts"]
-    left = [spec for name, spec in wanted.items() if not made.get(name, {}).get("parity")]
-    for number, spec in enumerate(left):
-        progress(f"exporting and verifying {spec}", number, len(left))
-        # What lies there without a line in the manifest is of a run that was killed.
-        export(out, [spec], overwrite=True)
+    left = [spec for name, spec in wanted.items() if not _proven(made.get(name, {}))]
     if left:
+        progress(f"exporting and verifying {len(left)}", 0, 1)
+        # What lies there unproven is of a run that was killed, or was spoilt since.
+        export(out, left, overwrite=True)
         card.write(out)
+
+
+def _proven(artifact: Mapping[str, Any]) -> bool:
+    return bool((artifact.get("parity") or {}).get("passed"))
 
 
 def evaluate_into(

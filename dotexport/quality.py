@@ -7,7 +7,7 @@ C predictions in a chunk, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,22 +58,6 @@ class Quality:
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "ratio": self.ratio}
-
-    def rows(self) -> Iterator[tuple[str, str, str]]:
-        """Label, candidate and original, for a table."""
-        yield "perplexity", f"{self.perplexity:.3f}", _form(self.baseline_perplexity, ".3f")
-        if self.ratio is not None:
-            error = "" if self.log_ratio_error is None else f" ± {self._ratio_error:.4f}"
-            yield "perplexity ratio", f"{self.ratio:.4f}{error}", "1"
-            yield "KL(original || candidate), nats/token", _form(self.kl, ".4f"), "0"
-            yield "top-1 agreement", _form(self.top1_agreement, ".2%"), "100 %"
-        yield "tokens predicted", f"{self.num_tokens:,}", f"{self.num_tokens:,}"
-
-    @property
-    def _ratio_error(self) -> float:
-        assert self.ratio is not None
-        assert self.log_ratio_error is not None
-        return self.ratio * self.log_ratio_error
 
 
 def evaluate(

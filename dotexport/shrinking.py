@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dotexport import card, embedded, manifest
+from dotexport import card, manifest
 from dotexport.basis import Basis
 from dotexport.calibrate import TextOptions, token_windows
 from dotexport.checkpoint import Checkpoint, CheckpointWriter, TensorSpec, find_model
@@ -27,6 +27,7 @@ from dotexport.errors import (
 from dotexport.families import Family, Sizes, check_quantised, check_shapes, shapes
 from dotexport.layers import Stock
 from dotexport.narrow import Narrowing, Progress
+from dotexport.origin import describe_source
 from dotexport.output import new_folder, write_json, write_text
 from dotexport.site import NarrowOptions
 from dotexport.sizing import Plan, plan
@@ -271,16 +272,6 @@ def _artifact(folder: Path) -> dict[str, Any]:
     return stored | {"files": files, "parity": None}
 
 
-def model_name(folder: Path) -> str:
-    """What people call the model in this folder: a hub id, an output's name, or the folder's."""
-    folder = folder.resolve()
-    if folder.parent.name == "snapshots":  # models--OWNER--NAME/snapshots/REVISION
-        return folder.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
-    if folder == embedded.MODEL_DIR.resolve():
-        return "dotexport-embedded"
-    return folder.parent.name if folder.name == "hf" else folder.name
-
-
 def _copy_companions(source: Checkpoint, folder: Path) -> None:
     for file in source.companions():
         shutil.copyfile(file, folder / file.name)
@@ -294,16 +285,10 @@ def _describe(
     windows_NL: torch.Tensor,
     basis: Basis,
 ) -> None:
-    files = sorted({*source.files.values(), source.folder / "config.json"})
     recipe = json.loads(json.dumps(asdict(options)))
     manifest.update(
         folder,
-        source={
-            "model": model_name(source.folder),
-            "folder": str(source.folder),
-            "bytes": source.num_bytes,
-            "sha256": {file.name: manifest.sha256(file) for file in files},
-        },
+        source=describe_source(source),
         shrink=recipe | {"sha256": hashlib.sha256(json.dumps(recipe).encode()).hexdigest()},
         calibration={
             "source": options.text.source,

@@ -84,8 +84,9 @@ def _ratio(after: float, before: float) -> str:
 
 def paths(out: Path) -> Iterator[tuple[str, Path]]:
     """What lies in an output folder, for the closing lines."""
-    for name in manifest.read(out).get("artifacts", {}):
-        yield f"artifact {name}", out / name
+    for name, artifact in manifest.read(out).get("artifacts", {}).items():
+        failed = artifact["parity"] is not None and not artifact["parity"]["passed"]
+        yield f"artifact {name}" + (" FAILED PARITY" if failed else ""), out / name
     for label, name in (
         ("report", "reports"),
         ("model card", "README.md"),

@@ -26,7 +26,7 @@ STOCK = "hf"  # the checkpoint that every output holds, and its target's name
 def verify(
     out: Path, targets: Sequence[str] | None = None, *, threads: int | None = None
 ) -> list[Parity]:
-    """Hold the artifacts of an output against torch, and write reports/verify.json.
+    """Hold the artifacts of an output against torch; reports/verify.json and the manifest say so.
 
     `targets` picks some by NAME or NAME:PRECISION; without it, all are verified. A failing
     artifact is in the list like the others: ask `passed`, or call `require`.
@@ -47,7 +47,17 @@ def verify(
         )
         parities.append(_with_problems(parity, changed_files(out / name, entry["files"])))
     write_report(out, parities, reference)
+    _record(out, parities)
     return parities
+
+
+def _record(out: Path, parities: Iterable[Parity]) -> None:
+    """The manifest says what the last look said: what was spoilt is not good any more."""
+    artifacts = manifest.read(out).get("artifacts", {})
+    for parity in parities:
+        if parity.artifact in artifacts:
+            artifacts[parity.artifact]["parity"] = parity.as_dict()
+    manifest.update(out, artifacts=artifacts)
 
 
 def check(

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from dotexport.basis import Basis
 from dotexport.calibrate import TextOptions, token_windows
 from dotexport.embedded import MODEL_DIR
-from dotexport.shrinking import ShrinkOptions, model_name, open_source, prepare, shrink
+from dotexport.origin import licence, model_name
+from dotexport.shrinking import ShrinkOptions, open_source, prepare, shrink
 from dotexport.site import NarrowOptions
 from dotexport.sizing import plan
 
@@ -132,6 +133,14 @@ def test_a_model_is_called_what_people_call_it(tmp_path: Path) -> None:
     assert model_name(tmp_path / "my-llama") == "my-llama"
     assert model_name(tmp_path / "narrow" / "hf") == "narrow"
     assert model_name(MODEL_DIR) == "dotexport-embedded"
+
+
+def test_a_licence_is_read_from_the_front_matter_of_a_model_card(tmp_path: Path) -> None:
+    assert licence(MODEL_DIR) == "apache-2.0"
+    assert licence(tmp_path) is None
+    for text in ("# no front matter", "---\n: [\n---\n", "---\ntags: [a]\n---\n"):
+        (tmp_path / "README.md").write_text(text)
+        assert licence(tmp_path) is None
 
 
 def test_a_card_names_the_recipe_only_where_there_is_one(

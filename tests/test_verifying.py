@@ -205,6 +205,8 @@ def test_a_changed_byte_is_found_by_name(copied: Path) -> None:
         "genai_config.json was changed after the export; export it again",
     )
     assert problems["ort-cpu-int4"] == ("tokenizer.json is missing; export it again",)
+    known = manifest.read(copied)["artifacts"]
+    assert not known["ort-cpu-fp32"]["parity"]["passed"]
 
 
 def test_a_failure_is_raised_with_every_problem() -> None:
