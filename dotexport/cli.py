@@ -128,9 +128,12 @@ def shrink(
     skip: Skip = 0,
     basis: Annotated[str, typer.Option(help="Of the residual stream: pca, dot, select.")] = "pca",
     mlp: Annotated[
-        str, typer.Option(help="Neurons: dot (OBS and transport), obs, select (magnitude).")
+        str,
+        typer.Option(
+            help="Neurons: dot (OBS, then transport if refitted), obs, select (magnitude)."
+        ),
     ] = "dot",
-    plan: Annotated[
+    transport: Annotated[
         str, typer.Option(help="Transport plan: semi-relaxed or balanced.")
     ] = "semi-relaxed",
     epsilon: Annotated[
@@ -165,7 +168,7 @@ def shrink(
         skip=skip,
         basis=basis,
         mlp=mlp,
-        plan=plan,
+        transport=transport,
         epsilon=epsilon,
         refit=refit,
         seed=seed,

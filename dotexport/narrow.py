@@ -9,6 +9,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from dotexport.layers import Layer, Stock, layer_tensors
 from dotexport.refit import Solver, fit, gain_solve, ridge_solve
 from dotexport.site import NarrowOptions, Site
 from dotexport.streams import Streams, check_finite
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 ROWS = 16384  # of a vocabulary in float64 at once: as a whole it does not fit twice
@@ -135,6 +138,7 @@ class Narrowing:
                 self.options,
             )
             for record in site.narrow():
+                logger.info("layer %d, %s: %s", number, record["site"], record)
                 self.records.append({"layer": number, **record})
         for name, tensor in student.tensors().items():
             self.writer.write(self.family.layer_name(number, name), tensor)

@@ -41,7 +41,7 @@ class ShrinkStep:
     skip: int = 0
     basis: str = "pca"
     mlp: str = "dot"
-    plan: str = "semi-relaxed"
+    transport: str = "semi-relaxed"
     epsilon: float = 0.05
     refit: bool = True
     seed: int = 0
@@ -58,7 +58,7 @@ class ShrinkStep:
                 basis=self.basis,
                 mlp=self.mlp,
                 refit=self.refit,
-                transport=TransportOptions(plan=self.plan, epsilon=self.epsilon),
+                transport=TransportOptions(plan=self.transport, epsilon=self.epsilon),
                 seed=self.seed,
             ),
         )

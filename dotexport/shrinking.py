@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 import time
@@ -34,6 +35,9 @@ from dotexport.sizing import Plan, plan
 from dotexport.streams import Streams
 
 RECIPE = "recipe.yaml"
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +117,7 @@ def shrink(
     with new_folder(out, overwrite=overwrite) as folder:
         progress("reading the calibration text", 0, 1)
         windows_NL = token_windows(source.folder, options.text)
+        _warn_if_thin(windows_NL, decided)
         (folder / "hf").mkdir()
         run = prepare(source, decided, folder, windows_NL, options, device, progress)
         with torch.inference_mode():
@@ -126,8 +131,25 @@ def shrink(
         if recipe:
             write_text(folder / RECIPE, recipe)
             manifest.update(folder, recipe=hashlib.sha256(recipe.encode()).hexdigest())
-        _describe(folder, source, options, shrunk, windows_NL, basis)
+        where = str(run.streams.device)
+        _describe(folder, source, options, shrunk, windows_NL, basis, where)
     return shrunk
+
+
+def _warn_if_thin(windows_NL: torch.Tensor, decided: Plan) -> None:
+    """Say when there is less text than a least-squares problem of this size asks for."""
+    tokens, widest = (
+        windows_NL.numel(),
+        max(decided.before.hidden_size, decided.after.intermediate_size),
+    )
+    if len(windows_NL) < 2 or tokens < 4 * widest:
+        logger.warning(
+            "only %d windows with %d tokens of calibration text for layers up to %d wide; "
+            "more text or --samples makes a better model",
+            len(windows_NL),
+            tokens,
+            widest,
+        )
 
 
 def open_source(folder: Path) -> Checkpoint:
@@ -284,6 +306,7 @@ def _describe(
     shrunk: Shrunk,
     windows_NL: torch.Tensor,
     basis: Basis,
+    device: str,
 ) -> None:
     recipe = json.loads(json.dumps(asdict(options)))
     manifest.update(
@@ -301,7 +324,7 @@ def _describe(
         | (basis.coupling.as_dict() if basis.coupling else {}),
         artifacts={"hf": _artifact(folder / "hf")},
         timings={"shrink_seconds": round(shrunk.seconds, 2)},
-        environment=manifest.environment(),
+        environment=manifest.environment() | {"device": device},
     )
     write_json(folder / "reports" / "shrink.json", shrunk.as_dict())
     card.write(folder)

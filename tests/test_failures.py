@@ -395,7 +395,7 @@ def test_text_that_is_not_there_is_refused(
         ([*NARROW, "--seed", -1], 2, ["seed must be at least 0"]),
         ([*NARROW, "--basis", "x"], 2, ["basis must be one of", "pca", "'x'"]),
         ([*NARROW, "--mlp", "x"], 2, ["mlp must be one of", "dot", "'x'"]),
-        ([*NARROW, "--plan", "x"], 2, ["plan must be one of", "balanced", "'x'"]),
+        ([*NARROW, "--transport", "x"], 2, ["transport must be one of", "balanced", "'x'"]),
         ([*NARROW, "--epsilon", "nan"], 2, ["epsilon must lie between 0 and 10, not nan"]),
         ([*NARROW, "--device", "tpu"], 2, ["--device tpu", "expected auto, cpu or cuda"]),
         ([*NARROW, "--device", "cuda:99"], 6, ["--device cuda:99", "use --device cpu"]),

@@ -5,6 +5,7 @@ Shapes: N neurons before, K neurons after.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from dataclasses import dataclass
 
@@ -14,7 +15,10 @@ import ot
 from dotexport.errors import UsageError
 from dotexport.ot.cost import Array, Cost
 
+logger = logging.getLogger(__name__)
+
 PLANS = ("semi-relaxed", "balanced")
+LOOSE = 1e-3  # a marginal error worth a word
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +38,7 @@ class TransportOptions:
 
     def __post_init__(self) -> None:
         if self.plan not in PLANS:
-            raise UsageError(f"plan must be one of {', '.join(PLANS)}, not {self.plan!r}")
+            raise UsageError(f"transport must be one of {', '.join(PLANS)}, not {self.plan!r}")
         if not 0 <= self.epsilon <= 10:
             raise UsageError(f"epsilon must lie between 0 and 10, not {self.epsilon}")
 
@@ -131,4 +135,10 @@ def _balanced(cost: Cost, options: TransportOptions) -> Coupling:
 
 def _coupling(plan_NK: Array, cost: Cost, mass_N: Array, mass_K: Array | None) -> Coupling:
     price = float((plan_NK * cost.cost_NK).sum())
-    return Coupling(plan_NK, cost.sign_NK, mass_N, mass_K, price)
+    coupling = Coupling(plan_NK, cost.sign_NK, mass_N, mass_K, price)
+    if coupling.marginal_error > LOOSE:
+        logger.warning(
+            "the transport plan misses its marginals by %.1e; a larger --epsilon converges faster",
+            coupling.marginal_error,
+        )
+    return coupling

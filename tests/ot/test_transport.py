@@ -111,5 +111,5 @@ def test_columns_of_a_merge_map_are_signed_weights_that_sum_to_one_in_magnitude(
 
 @pytest.mark.parametrize("wrong", [{"plan": "free"}, {"epsilon": -1.0}])
 def test_impossible_options_are_refused(wrong: dict[str, object]) -> None:
-    with pytest.raises(UsageError, match=str(next(iter(wrong)))):
+    with pytest.raises(UsageError, match=str(next(iter(wrong.values())))):
         TransportOptions(**wrong)  # type: ignore[arg-type]
