@@ -18,7 +18,15 @@ from typer.core import TyperGroup
 
 from dotexport import __version__
 from dotexport.errors import DotexportError, UsageError
-from dotexport.terminal import progress, show_error, show_json, show_rows, show_summary, stderr
+from dotexport.terminal import (
+    progress,
+    show_error,
+    show_json,
+    show_parities,
+    show_rows,
+    show_summary,
+    stderr,
+)
 
 
 class Verbs(TyperGroup):
@@ -267,12 +275,7 @@ def verify(
     if as_json:
         show_json([parity.as_dict() for parity in parities])
     else:
-        table = Table("artifact", "max abs", "KL, nats", "top-1", "verdict")
-        for parity in parities:
-            verdict = "exact enough" if parity.passed else "; ".join(parity.problems)
-            figures = (f"{parity.max_abs:.2g}", f"{parity.kl:.2g}", f"{parity.top1:.4f}")
-            table.add_row(parity.artifact, *figures, escape(verdict))
-        stderr.print(table)
+        show_parities(parities)
     require(parities)
 
 

@@ -93,6 +93,12 @@ class Parity:
     def top1(self) -> float:
         return min((phase.top1 for phase in self.phases.values()), default=1.0)
 
+    @property
+    def rounding(self) -> float | None:
+        """Worst phase against torch with the same rounding, where that is known."""
+        known = [phase.rounding for phase in self.phases.values() if phase.rounding is not None]
+        return max(known, default=None)
+
     def as_dict(self) -> dict[str, Any]:
         """Figures that JSON can hold: what is not finite becomes null."""
         known: dict[str, Any] = _without_nan({**asdict(self), "passed": self.passed})

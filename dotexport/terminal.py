@@ -15,6 +15,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from dotexport.narrow import Progress
+    from dotexport.parity import Parity
 
 stderr = Console(stderr=True)
 
@@ -73,6 +74,29 @@ def show_rows(
     console.print(table)
     for label, path in paths:
         console.print(f"{label:<24} {path}", soft_wrap=True, highlight=False)
+
+
+def show_parities(parities: Iterable[Parity]) -> None:
+    """What each artifact differs from torch, the limit it is held to, and the verdict."""
+    columns = ("artifact", "worst logit", "same rounding", "KL, nats", "top-1", "verdict")
+    table = Table(*columns, title="difference from torch (limit)")
+    for parity in parities:
+        limits = parity.limits
+        figures = (
+            (parity.max_abs, limits.max_abs),
+            (parity.rounding, limits.rounding),
+            (parity.kl, limits.kl),
+            (parity.top1, limits.top1),
+        )
+        verdict = "passed" if parity.passed else "; ".join(parity.problems)
+        table.add_row(parity.artifact, *(_held(*pair) for pair in figures), escape(verdict))
+    stderr.print(table)
+
+
+def _held(figure: float | None, limit: float | None) -> str:
+    if figure is None:
+        return ""
+    return f"{figure:.2g}" if limit is None else f"{figure:.2g} ({limit:.2g})"
 
 
 def show_json(document: Any) -> None:
