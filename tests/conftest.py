@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+# A shell starts background jobs with SIGINT ignored, and children inherit that: tests that interrupt
+# a process would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tiny models gain nothing from threads, and waiting for a busy core makes them slow.
 torch.set_num_threads(1)
