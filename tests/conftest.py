@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-# A shell starts background jobs with SIGINT ignored, and children inherit that: tests that interrupt
-# a process would wait for ever.
+# A shell starts background jobs with SIGINT ignored, and children inherit that: a test that
+# interrupts a process would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tiny models gain nothing from threads, and waiting for a busy core makes them slow.
