@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dotexport.errors import CheckpointError
+from dotexport.output import read_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -142,13 +143,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} is not a model folder: it has no config.json; "
             "expected a transformers checkpoint (config.json and *.safetensors)"
         )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON ({error}); take a fresh copy") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} must hold a JSON object, not a {type(config).__name__}")
-    return config
+    return read_json(file, advice="take a fresh copy")
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ import psutil
 
 from dotexport import __version__
 from dotexport.errors import CheckpointError
-from dotexport.output import MANIFEST, write_json
+from dotexport.output import MANIFEST, read_json, write_json
 
 LIBRARIES = (
     "dotexport",
@@ -54,13 +53,7 @@ def read(out: Path) -> dict[str, Any]:
             f"{out} is not an output of dotexport: it has no {MANIFEST}; "
             "give the folder that `dotexport shrink -o` or `dotexport export -o` wrote"
         )
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON ({error}); export again") from error
-    if not isinstance(manifest, dict):
-        raise CheckpointError(f"{file} must hold a JSON object, not a {type(manifest).__name__}")
-    return manifest
+    return read_json(file, advice="export again")
 
 
 def update(out: Path, **sections: Any) -> None:

@@ -10,7 +10,7 @@ Shapes: I features that go in, O features that come out, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -157,21 +157,20 @@ def fit(
     prior_OI: Tensor,
     *,
     solve: Solver = ridge_solve,
-    ridges: Sequence[float] = RIDGES,
 ) -> Fit:
     """Choose the ridge on held-out tokens, then solve once more on all of them.
 
     The prior itself is a candidate: a refit that does not help held-out tokens is not made.
     """
     prior_OI = prior_OI.double()
-    losses = [held_out.loss(solve(train, prior_OI, ridge)) for ridge in ridges]
+    losses = [held_out.loss(solve(train, prior_OI, ridge)) for ridge in RIDGES]
     best = min(range(len(losses)), key=losses.__getitem__)
     unchanged = Fit.unchanged(prior_OI, held_out)
     error = losses[best] / (held_out.energy or 1.0)
     if not error < unchanged.error:
         return unchanged
-    weights_OI = solve(train + held_out, prior_OI, ridges[best])
-    return Fit(weights_OI, ridges[best], error, unchanged.error)
+    weights_OI = solve(train + held_out, prior_OI, RIDGES[best])
+    return Fit(weights_OI, RIDGES[best], error, unchanged.error)
 
 
 def compensate(
