@@ -42,7 +42,7 @@ from dotexport.recipe import BenchStep
 from dotexport.reference import load_float32
 from dotexport.shrinking import ShrinkOptions, open_source, prepare, shrink
 from dotexport.site import NarrowOptions
-from dotexport.sizing import Plan, plan
+from dotexport.sizing import Plan, SizeOptions, plan
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 Table = list[dict[str, Any]]
@@ -106,10 +106,10 @@ def embedded_model(
     )
     rows = []
     for narrow in methods:
-        asked = ShrinkOptions(params=params, text=CALIBRATION, narrow=narrow)
+        asked = ShrinkOptions(sizes=SizeOptions(params=params), text=CALIBRATION, narrow=narrow)
         rows.append(_quality_row(embedded.MODEL_DIR, asked, judged_NL))
     if speed:
-        asked = ShrinkOptions(params=params, text=CALIBRATION)
+        asked = ShrinkOptions(sizes=SizeOptions(params=params), text=CALIBRATION)
         rows += _speed_rows(embedded.MODEL_DIR, asked)
     _save(
         out / "embedded",
@@ -130,10 +130,11 @@ def allocation(
     config = Checkpoint.open(embedded.MODEL_DIR).config
     rows = []
     for hidden in (240, 224, 208, 192, 176):
-        decided = plan(config, hidden_size=hidden, params=params)
+        decided = plan(config, SizeOptions(hidden_size=hidden, params=params))
         asked = ShrinkOptions(
-            hidden_size=hidden,
-            intermediate_size=decided.after.intermediate_size,
+            sizes=SizeOptions(
+                hidden_size=hidden, intermediate_size=decided.after.intermediate_size
+            ),
             text=CALIBRATION,
         )
         rows.append(_quality_row(embedded.MODEL_DIR, asked, judged_NL))
@@ -198,16 +199,18 @@ def _ladder(text: TextOptions) -> Iterator[ShrinkOptions]:
     for refit in (False, True):
         for basis in ("select", "dot", "pca"):
             methods = NarrowOptions(basis=basis, refit=refit)
-            yield ShrinkOptions(hidden_size=48, text=text, narrow=methods)
+            yield ShrinkOptions(sizes=SizeOptions(hidden_size=48), text=text, narrow=methods)
         for width in (128, 96):
             for mlp in ("select", "obs", "dot"):
                 methods = NarrowOptions(mlp=mlp, refit=refit)
-                yield ShrinkOptions(intermediate_size=width, text=text, narrow=methods)
+                yield ShrinkOptions(
+                    sizes=SizeOptions(intermediate_size=width), text=text, narrow=methods
+                )
 
 
 def _rotated(folder: Path, text: TextOptions) -> dict[str, float]:
     source = open_source(folder)
-    same = plan(source.config, hidden_size=source.config["hidden_size"])
+    same = plan(source.config, SizeOptions(hidden_size=source.config["hidden_size"]))
     untied = replace(same, after=replace(same.after, tied=False))
     width = same.before.hidden_size
     rotation_DD = np.linalg.qr(np.random.default_rng(0).normal(size=(width, width)))[0]
@@ -223,7 +226,9 @@ def _copies_merged(folder: Path, text: TextOptions) -> dict[str, float]:
         width = _write_twins(Checkpoint.open(folder), twins)
         source = open_source(twins)
         narrowed = Path(scratch) / "hf"
-        _narrow_exactly(source, plan(source.config, intermediate_size=width), narrowed, text)
+        _narrow_exactly(
+            source, plan(source.config, SizeOptions(intermediate_size=width)), narrowed, text
+        )
         return _difference(twins, narrowed, token_windows(folder, text))
 
 
@@ -236,7 +241,7 @@ def _narrow_exactly(
     run = prepare(source, decided, out.parent, token_windows(source.folder, text), options)
     specs = {n: replace(s, dtype=torch.float32) for n, s in run.writer.specs.items()}
     run.writer = CheckpointWriter(out, specs)
-    with torch.inference_mode():
+    with torch.no_grad():
         run.run(basis)
     run.writer.finish()
 
@@ -372,7 +377,7 @@ def _shrink_and_measure(model: Path, out: Path) -> tuple[int, int, float]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     started = time.perf_counter()
     text = replace(CALIBRATION, samples=32, seqlen=256)
-    shrink(model, out, ShrinkOptions(params="0.7x", text=text))
+    shrink(model, out, ShrinkOptions(sizes=SizeOptions(params="0.7x"), text=text))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return before, peak, time.perf_counter() - started
 

@@ -74,6 +74,21 @@ Params = Annotated[
 ]
 Hidden = Annotated[int | None, typer.Option(help="Residual width (hidden_size).")]
 Intermediate = Annotated[int | None, typer.Option(help="MLP width (intermediate_size).")]
+KvHeads = Annotated[
+    int | None,
+    typer.Option(help="KV heads (num_key_value_heads); their query heads leave with them."),
+]
+Tied = Annotated[
+    bool | None,
+    typer.Option(
+        "--tied/--untied",
+        help="Whether a shared embedding and head stay shared when the residual width is cut.",
+    ),
+]
+Bias = Annotated[
+    bool,
+    typer.Option("--bias/--no-bias", help="Give linears biases where the class has them."),
+]
 
 
 def _version(value: bool) -> None:
@@ -131,16 +146,25 @@ def shrink(
     params: Params = None,
     hidden: Hidden = None,
     intermediate: Intermediate = None,
+    kv_heads: KvHeads = None,
+    tied: Tied = None,
+    bias: Bias = False,
     samples: Samples = 128,
     seqlen: Seqlen = None,
     skip: Skip = 0,
-    basis: Annotated[str, typer.Option(help="Of the residual stream: pca, dot, select.")] = "pca",
+    basis: Annotated[
+        str,
+        typer.Option(
+            help="Of the residual stream: pca, dot, select, learned, or auto, which measures all."
+        ),
+    ] = "pca",
     mlp: Annotated[
         str,
         typer.Option(
             help="Neurons: dot (OBS, then transport if refitted), obs, select (magnitude)."
         ),
     ] = "dot",
+    heads: Annotated[str, typer.Option(help="KV groups: dot, obs, select; as for --mlp.")] = "dot",
     transport: Annotated[
         str, typer.Option(help="Transport plan: semi-relaxed or balanced.")
     ] = "semi-relaxed",
@@ -170,12 +194,16 @@ def shrink(
         params=params,
         hidden=hidden,
         intermediate=intermediate,
+        kv_heads=kv_heads,
+        tied=tied,
+        bias=bias,
         calib=calib,
         samples=samples,
         seqlen=seqlen,
         skip=skip,
         basis=basis,
         mlp=mlp,
+        heads=heads,
         transport=transport,
         epsilon=epsilon,
         refit=refit,
@@ -208,19 +236,26 @@ def plan(
     params: Params = None,
     hidden: Hidden = None,
     intermediate: Intermediate = None,
+    kv_heads: KvHeads = None,
+    tied: Tied = None,
+    bias: Bias = False,
     as_json: Json = False,
 ) -> None:
     """Show the sizes that shrink would choose. Reads config.json only."""
     from dotexport.checkpoint import read_config
     from dotexport.pipeline import source_folder
+    from dotexport.sizing import SizeOptions
     from dotexport.sizing import plan as decide
 
-    decided = decide(
-        read_config(source_folder(model, config_only=True)),
+    asked = SizeOptions(
         params=params,
         hidden_size=hidden,
         intermediate_size=intermediate,
+        num_key_value_heads=kv_heads,
+        tied=tied,
+        bias=bias,
     )
+    decided = decide(read_config(source_folder(model, config_only=True)), asked)
     if as_json:
         show_json(decided.as_dict())
         return

@@ -24,6 +24,7 @@ from dotexport.errors import UsageError
 from dotexport.ot.coupling import TransportOptions
 from dotexport.shrinking import ShrinkOptions
 from dotexport.site import NarrowOptions
+from dotexport.sizing import SizeOptions
 
 T = TypeVar("T")
 
@@ -35,12 +36,16 @@ class ShrinkStep:
     params: str | None = None
     hidden: int | None = None
     intermediate: int | None = None
+    kv_heads: int | None = None
+    tied: bool | None = None
+    bias: bool = False
     calib: str
     samples: int = 128
     seqlen: int | None = None
     skip: int = 0
     basis: str = "pca"
     mlp: str = "dot"
+    heads: str = "dot"
     transport: str = "semi-relaxed"
     epsilon: float = 0.05
     refit: bool = True
@@ -48,15 +53,21 @@ class ShrinkStep:
 
     def options(self) -> ShrinkOptions:
         return ShrinkOptions(
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            params=self.params,
+            sizes=SizeOptions(
+                hidden_size=self.hidden,
+                intermediate_size=self.intermediate,
+                num_key_value_heads=self.kv_heads,
+                params=self.params,
+                tied=self.tied,
+                bias=self.bias,
+            ),
             text=TextOptions(
                 source=self.calib, samples=self.samples, seqlen=self.seqlen, skip=self.skip
             ),
             narrow=NarrowOptions(
                 basis=self.basis,
                 mlp=self.mlp,
+                heads=self.heads,
                 refit=self.refit,
                 transport=TransportOptions(plan=self.transport, epsilon=self.epsilon),
                 seed=self.seed,

@@ -27,11 +27,13 @@ from dotexport.errors import (
 )
 from dotexport.families import Family, Sizes, check_quantised, check_shapes, shapes
 from dotexport.layers import Stock
-from dotexport.narrow import Narrowing, Progress
+from dotexport.narrow import Narrowing
 from dotexport.origin import describe_source
+from dotexport.original import Original
 from dotexport.output import new_folder, write_json, write_text
+from dotexport.sight import Progress
 from dotexport.site import NarrowOptions
-from dotexport.sizing import Plan, plan
+from dotexport.sizing import Plan, SizeOptions, plan
 from dotexport.streams import Streams
 
 RECIPE = "recipe.yaml"
@@ -45,16 +47,13 @@ class ShrinkOptions:
     """How narrow, and how.
 
     Attributes:
-        hidden_size, intermediate_size: explicit sizes; None leaves the axis to `params`, or as is.
-        params: budget such as `0.7x`.
+        sizes: explicit sizes, or a budget.
         text: calibration text.
         narrow: methods.
         max_shard_bytes: largest weight file.
     """
 
-    hidden_size: int | None = None
-    intermediate_size: int | None = None
-    params: str | None = None
+    sizes: SizeOptions = field(default_factory=SizeOptions)
     text: TextOptions
     narrow: NarrowOptions = field(default_factory=NarrowOptions)
     max_shard_bytes: int = 4 << 30
@@ -62,12 +61,16 @@ class ShrinkOptions:
 
 @dataclass(frozen=True)
 class Shrunk:
-    """What shrink made."""
+    """What shrink made.
+
+    Attributes:
+        divergence: held-out KL divergence from the original, nats per token of calibration text.
+    """
 
     out: Path
     plan: Plan
-    basis: str
-    kept_energy: float
+    basis: Basis
+    divergence: float
     seconds: float
     num_windows: int
     sites: list[dict[str, Any]]
@@ -76,7 +79,8 @@ class Shrunk:
         return {
             "out": str(self.out),
             "sizes": self.plan.as_dict(),
-            "basis": {"method": self.basis, "kept_energy": self.kept_energy},
+            "basis": self.basis.as_dict(),
+            "held_out_kl": self.divergence,
             "seconds": round(self.seconds, 2),
             "calibration_windows": self.num_windows,
             "sites": self.sites,
@@ -106,12 +110,7 @@ def shrink(
     """
     started = time.perf_counter()
     source = open_source(find_model(str(model)))
-    decided = plan(
-        source.config,
-        hidden_size=options.hidden_size,
-        intermediate_size=options.intermediate_size,
-        params=options.params,
-    )
+    decided = plan(source.config, options.sizes)
     _check_tensors(source, decided.family, decided.before)
     _check_apart(source.folder, out)
     with new_folder(out, overwrite=overwrite) as folder:
@@ -120,19 +119,17 @@ def shrink(
         _warn_if_thin(windows_NL, decided)
         (folder / "hf").mkdir()
         run = prepare(source, decided, folder, windows_NL, options, device, progress)
-        with torch.inference_mode():
+        with torch.no_grad():
             basis = run.run()
         run.writer.finish()
         _copy_companions(source, folder / "hf")
         seconds = time.perf_counter() - started
-        shrunk = Shrunk(
-            out, decided, basis.method, basis.kept_energy, seconds, len(windows_NL), run.records
-        )
+        shrunk = Shrunk(out, decided, basis, run.divergence, seconds, len(windows_NL), run.records)
         if recipe:
             write_text(folder / RECIPE, recipe)
             manifest.update(folder, recipe=hashlib.sha256(recipe.encode()).hexdigest())
         where = str(run.streams.device)
-        _describe(folder, source, options, shrunk, windows_NL, basis, where)
+        _describe(folder, source, options, shrunk, windows_NL, where)
     return shrunk
 
 
@@ -223,12 +220,10 @@ def prepare(
         device=where,
         scratch=folder,
     )
+    stock = Stock.of(source.config, where)
     return Narrowing(
-        source,
-        decided.family,
-        decided.before,
+        Original(source, decided.family, decided.before, stock, where),
         decided.after,
-        Stock.of(source.config, where),
         Stock.of(config, where),
         streams,
         CheckpointWriter(folder / "hf", specs, max_shard_bytes=options.max_shard_bytes),
@@ -267,7 +262,10 @@ def narrowed_config(config: Mapping[str, Any], decided: Plan) -> dict[str, Any]:
     changed = dict(config)
     changed["hidden_size"] = after.hidden_size
     changed["intermediate_size"] = after.intermediate_size
+    changed["num_attention_heads"] = after.num_attention_heads
+    changed["num_key_value_heads"] = after.num_key_value_heads
     changed["head_dim"] = after.head_dim
+    changed |= dict.fromkeys(sorted(after.biases), True)
     changed["tie_word_embeddings"] = after.tied
     if after.hidden_size != before.hidden_size:
         epsilon = config.get("rms_norm_eps", 1e-6)
@@ -305,7 +303,6 @@ def _describe(
     options: ShrinkOptions,
     shrunk: Shrunk,
     windows_NL: torch.Tensor,
-    basis: Basis,
     device: str,
 ) -> None:
     recipe = json.loads(json.dumps(asdict(options)))
@@ -320,8 +317,7 @@ def _describe(
             "sha256": hashlib.sha256(windows_NL.numpy().tobytes()).hexdigest(),
         },
         sizes=shrunk.plan.as_dict(),
-        basis={"method": basis.method, "kept_energy": basis.kept_energy}
-        | (basis.coupling.as_dict() if basis.coupling else {}),
+        basis=shrunk.basis.as_dict(),
         artifacts={"hf": _artifact(folder / "hf")},
         timings={"shrink_seconds": round(shrunk.seconds, 2)},
         environment=manifest.environment() | {"device": device},

@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from dotexport.narrow import Progress
     from dotexport.parity import Parity
+    from dotexport.sight import Progress
 
 stderr = Console(stderr=True)
 
