@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,11 @@ class Basis:
     method: str
     kept_energy: float
     coupling: Coupling | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the manifest says about it."""
+        plan = self.coupling.as_dict() if self.coupling else {}
+        return {"method": self.method, "kept_energy": self.kept_energy, **plan}
 
 
 def whole(width: int) -> Basis:

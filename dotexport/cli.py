@@ -150,6 +150,23 @@ def shrink(
     refit: Annotated[
         bool, typer.Option("--refit/--no-refit", help="Closed-form least-squares repair.")
     ] = True,
+    heal: Annotated[
+        str | None,
+        typer.Option(
+            help="Steps of distillation from the original after the closed form, e.g. 200. Its "
+            "state lies in .OUT.healing-* beside OUT: after an interruption the same command "
+            "goes on from there."
+        ),
+    ] = None,
+    heal_samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Windows of the calibration text that healing trains on, from --skip on."
+        ),
+    ] = None,
+    heal_precision: Annotated[
+        str, typer.Option(help="bf16, fp32, or auto: bf16 where the device multiplies it.")
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -179,6 +196,9 @@ def shrink(
         transport=transport,
         epsilon=epsilon,
         refit=refit,
+        heal=heal,
+        heal_samples=heal_samples,
+        heal_precision=heal_precision,
         seed=seed,
     )
     options = step.options()

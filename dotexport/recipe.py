@@ -21,6 +21,7 @@ import yaml
 
 from dotexport.calibrate import TextOptions
 from dotexport.errors import UsageError
+from dotexport.heal import parse_heal
 from dotexport.ot.coupling import TransportOptions
 from dotexport.shrinking import ShrinkOptions
 from dotexport.site import NarrowOptions
@@ -44,6 +45,9 @@ class ShrinkStep:
     transport: str = "semi-relaxed"
     epsilon: float = 0.05
     refit: bool = True
+    heal: str | None = None
+    heal_samples: int | None = None
+    heal_precision: str = "auto"
     seed: int = 0
 
     def options(self) -> ShrinkOptions:
@@ -59,6 +63,12 @@ class ShrinkStep:
                 mlp=self.mlp,
                 refit=self.refit,
                 transport=TransportOptions(plan=self.transport, epsilon=self.epsilon),
+                seed=self.seed,
+            ),
+            heal=parse_heal(
+                self.heal,
+                samples=self.heal_samples,
+                precision=self.heal_precision,
                 seed=self.seed,
             ),
         )

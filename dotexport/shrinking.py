@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from dotexport import card, manifest
-from dotexport.basis import Basis
 from dotexport.calibrate import TextOptions, token_windows
 from dotexport.checkpoint import Checkpoint, CheckpointWriter, TensorSpec, find_model
 from dotexport.errors import (
@@ -26,10 +25,12 @@ from dotexport.errors import (
     UsageError,
 )
 from dotexport.families import Family, Sizes, check_quantised, check_shapes, shapes
+from dotexport.heal import HealOptions, heal_into, healing_text, workspace_of
 from dotexport.layers import Stock
 from dotexport.narrow import Narrowing, Progress
 from dotexport.origin import describe_source
 from dotexport.output import new_folder, write_json, write_text
+from dotexport.resume import ClosedForm, settle_others
 from dotexport.site import NarrowOptions
 from dotexport.sizing import Plan, plan
 from dotexport.streams import Streams
@@ -49,6 +50,7 @@ class ShrinkOptions:
         params: budget such as `0.7x`.
         text: calibration text.
         narrow: methods.
+        heal: distillation after the closed form; None: none.
         max_shard_bytes: largest weight file.
     """
 
@@ -57,6 +59,7 @@ class ShrinkOptions:
     params: str | None = None
     text: TextOptions
     narrow: NarrowOptions = field(default_factory=NarrowOptions)
+    heal: HealOptions | None = None
     max_shard_bytes: int = 4 << 30
 
 
@@ -71,6 +74,7 @@ class Shrunk:
     seconds: float
     num_windows: int
     sites: list[dict[str, Any]]
+    healing: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -80,6 +84,7 @@ class Shrunk:
             "seconds": round(self.seconds, 2),
             "calibration_windows": self.num_windows,
             "sites": self.sites,
+            **({"healing": self.healing} if self.healing else {}),
         }
 
 
@@ -95,7 +100,8 @@ def shrink(
 ) -> Shrunk:
     """Narrow a model and write OUT/hf, OUT/dotexport.json, OUT/README.md and OUT/reports.
 
-    Two runs with the same inputs, options and machine give the same bytes in OUT/hf.
+    Two runs with the same inputs, options and machine give the same bytes in OUT/hf. A run with
+    healing that was stopped goes on where it was (resume.py).
 
     Args:
         recipe: what OUT/recipe.yaml will say; it appears with the rest, so that a run which is
@@ -118,22 +124,69 @@ def shrink(
         progress("reading the calibration text", 0, 1)
         windows_NL = token_windows(source.folder, options.text)
         _warn_if_thin(windows_NL, decided)
-        (folder / "hf").mkdir()
-        run = prepare(source, decided, folder, windows_NL, options, device, progress)
-        with torch.inference_mode():
-            basis = run.run()
-        run.writer.finish()
+        text, workspace = None, None
+        if options.heal:
+            text = healing_text(
+                windows_NL, source.folder, options.text, options.heal, seed=options.narrow.seed
+            )
+            workspace = workspace_of(out, source, asdict(options), windows_NL, pick_device(device))
+        settle_others(out, workspace, overwrite=overwrite)
+        closed = workspace.closed_form(folder / "hf") if workspace else None
+        if closed is None:
+            closed = _closed_form(source, decided, folder, windows_NL, options, device, progress)
+            if workspace:
+                workspace.keep_closed_form(closed, folder / "hf")
+        healing = None
+        if options.heal and text and workspace:
+            healing = heal_into(
+                folder / "hf",
+                source,
+                closed,
+                text,
+                options.heal,
+                specs=_specs(source, decided),
+                max_shard_bytes=options.max_shard_bytes,
+                workspace=workspace,
+                device=pick_device(device),
+                progress=progress,
+            )
         _copy_companions(source, folder / "hf")
         seconds = time.perf_counter() - started
         shrunk = Shrunk(
-            out, decided, basis.method, basis.kept_energy, seconds, len(windows_NL), run.records
+            out,
+            decided,
+            closed.basis["method"],
+            closed.basis["kept_energy"],
+            seconds,
+            len(windows_NL),
+            closed.sites,
+            healing,
         )
         if recipe:
             write_text(folder / RECIPE, recipe)
             manifest.update(folder, recipe=hashlib.sha256(recipe.encode()).hexdigest())
-        where = str(run.streams.device)
-        _describe(folder, source, options, shrunk, windows_NL, basis, where)
+        _describe(folder, source, options, shrunk, windows_NL, closed)
+    if workspace:
+        workspace.remove()
     return shrunk
+
+
+def _closed_form(
+    source: Checkpoint,
+    decided: Plan,
+    folder: Path,
+    windows_NL: torch.Tensor,
+    options: ShrinkOptions,
+    device: str,
+    progress: Progress,
+) -> ClosedForm:
+    (folder / "hf").mkdir()
+    run = prepare(source, decided, folder, windows_NL, options, device, progress)
+    with torch.inference_mode():
+        basis = run.run()
+    run.writer.finish()
+    E_DK = torch.from_numpy(basis.matrix_DK)
+    return ClosedForm(E_DK, basis.as_dict(), run.records, str(run.streams.device))
 
 
 def _warn_if_thin(windows_NL: torch.Tensor, decided: Plan) -> None:
@@ -305,8 +358,7 @@ def _describe(
     options: ShrinkOptions,
     shrunk: Shrunk,
     windows_NL: torch.Tensor,
-    basis: Basis,
-    device: str,
+    closed: ClosedForm,
 ) -> None:
     recipe = json.loads(json.dumps(asdict(options)))
     manifest.update(
@@ -320,11 +372,11 @@ def _describe(
             "sha256": hashlib.sha256(windows_NL.numpy().tobytes()).hexdigest(),
         },
         sizes=shrunk.plan.as_dict(),
-        basis={"method": basis.method, "kept_energy": basis.kept_energy}
-        | (basis.coupling.as_dict() if basis.coupling else {}),
+        basis=closed.basis,
         artifacts={"hf": _artifact(folder / "hf")},
         timings={"shrink_seconds": round(shrunk.seconds, 2)},
-        environment=manifest.environment() | {"device": device},
+        environment=manifest.environment() | {"device": closed.device},
+        **({"healing": shrunk.healing} if shrunk.healing else {}),
     )
     write_json(folder / "reports" / "shrink.json", shrunk.as_dict())
     card.write(folder)
