@@ -36,7 +36,8 @@ class Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            stderr.print("[bold red]interrupted[/]: nothing unfinished was kept")
+            kept = escape(str(error)) or "nothing unfinished was kept"
+            stderr.print(f"[bold red]interrupted[/]: {kept}", soft_wrap=True, highlight=False)
             raise typer.Exit(130) from error
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dotexport import __version__
 from dotexport.calibrate import TextOptions, token_windows
-from dotexport.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
+from dotexport.checkpoint import Checkpoint, CheckpointWriter
 from dotexport.errors import UsageError
 from dotexport.origin import describe_source
 from dotexport.resume import ClosedForm, Workspace
@@ -54,12 +54,12 @@ class HealOptions:
     """
 
     steps: int
-    batch: int = 8
+    batch: int = 4
     seqlen: int | None = None
     samples: int | None = None
     rate: float | None = None
     warmup: float = 0.05
-    hidden_weight: float = 1.0
+    hidden_weight: float = 3.0
     weight_decay: float = 0.0
     clip: float = 1.0
     every: int = 25
@@ -175,15 +175,16 @@ def workspace_of(
     out: Path,
     source: Checkpoint,
     options: Mapping[str, Any],
-    windows_NL: Tensor,
+    text: HealingText,
     device: torch.device,
 ) -> Workspace:
     """Where this command keeps what it can be resumed from; any other input gives another place."""
+    parts = (text.train_NL, text.held_NL)
     identity = {
         "version": __version__,
         "source": describe_source(source),
         "options": json.loads(json.dumps(options)),
-        "windows": hashlib.sha256(windows_NL.numpy().tobytes()).hexdigest(),
+        "windows": [hashlib.sha256(part.numpy().tobytes()).hexdigest() for part in parts],
         "device": str(device),
     }
     return Workspace.of(out, identity)
@@ -195,28 +196,36 @@ def heal_into(
     closed: ClosedForm,
     text: HealingText,
     options: HealOptions,
-    *,
-    specs: Mapping[str, TensorSpec],
-    max_shard_bytes: int,
+    new_writer: Callable[[], CheckpointWriter],
     workspace: Workspace,
     device: torch.device,
     progress: Progress = lambda stage, done, total: None,
 ) -> dict[str, Any]:
-    """Distil the narrowed checkpoint in `hf` from its original, in place; returns the report."""
+    """Distil the narrowed checkpoint in `hf` from its original, in place; returns the report.
+
+    Args:
+        new_writer: opens `hf` for writing, when all that is read from it has been read.
+    """
     from dotexport.distil import heal
 
-    healed = heal(
-        Checkpoint.open(hf),
-        source,
-        closed.E_DK,
-        text,
-        options,
-        device=device,
-        progress=progress,
-        save=workspace.save,
-        saved=workspace.saved(),
-    )
-    writer = CheckpointWriter(hf, specs, max_shard_bytes=max_shard_bytes)
+    try:
+        healed = heal(
+            Checkpoint.open(hf),
+            source,
+            closed.E_DK,
+            text,
+            options,
+            device=device,
+            progress=progress,
+            save=workspace.save,
+            saved=workspace.saved(),
+        )
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(
+            f"the closed form and the last evaluated step are kept in {workspace.folder}; run the "
+            "same command again and healing goes on from there"
+        ) from stop
+    writer = new_writer()
     for name, tensor in healed.tensors.items():
         writer.write(name, tensor)
     writer.finish()

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from dotexport.layers import Stock
 from dotexport.narrow import Narrowing, Progress
 from dotexport.origin import describe_source
 from dotexport.output import new_folder, write_json, write_text
-from dotexport.resume import ClosedForm, settle_others
+from dotexport.resume import ClosedForm, Workspace, settle_others
 from dotexport.site import NarrowOptions
 from dotexport.sizing import Plan, plan
 from dotexport.streams import Streams
@@ -124,32 +125,9 @@ def shrink(
         progress("reading the calibration text", 0, 1)
         windows_NL = token_windows(source.folder, options.text)
         _warn_if_thin(windows_NL, decided)
-        text, workspace = None, None
-        if options.heal:
-            text = healing_text(
-                windows_NL, source.folder, options.text, options.heal, seed=options.narrow.seed
-            )
-            workspace = workspace_of(out, source, asdict(options), windows_NL, pick_device(device))
-        settle_others(out, workspace, overwrite=overwrite)
-        closed = workspace.closed_form(folder / "hf") if workspace else None
-        if closed is None:
-            closed = _closed_form(source, decided, folder, windows_NL, options, device, progress)
-            if workspace:
-                workspace.keep_closed_form(closed, folder / "hf")
-        healing = None
-        if options.heal and text and workspace:
-            healing = heal_into(
-                folder / "hf",
-                source,
-                closed,
-                text,
-                options.heal,
-                specs=_specs(source, decided),
-                max_shard_bytes=options.max_shard_bytes,
-                workspace=workspace,
-                device=pick_device(device),
-                progress=progress,
-            )
+        closed, healing, workspace = _narrowed(
+            source, decided, out, folder, windows_NL, options, device, overwrite, progress
+        )
         _copy_companions(source, folder / "hf")
         seconds = time.perf_counter() - started
         shrunk = Shrunk(
@@ -169,6 +147,44 @@ def shrink(
     if workspace:
         workspace.remove()
     return shrunk
+
+
+def _narrowed(
+    source: Checkpoint,
+    decided: Plan,
+    out: Path,
+    folder: Path,
+    windows_NL: torch.Tensor,
+    options: ShrinkOptions,
+    device: str,
+    overwrite: bool,
+    progress: Progress,
+) -> tuple[ClosedForm, dict[str, Any] | None, Workspace | None]:
+    """Write FOLDER/hf: the closed form, or what an earlier run left of it, and healing."""
+    if options.heal is None:
+        settle_others(out, None, overwrite=overwrite)
+        closed = _closed_form(source, decided, folder, windows_NL, options, device, progress)
+        return closed, None, None
+    where = pick_device(device)
+    text = healing_text(
+        windows_NL, source.folder, options.text, options.heal, seed=options.narrow.seed
+    )
+    workspace = workspace_of(out, source, asdict(options), text, where)
+    settle_others(out, workspace, overwrite=overwrite)
+    found = workspace.closed_form(folder / "hf")
+    closed = found or _closed_form(source, decided, folder, windows_NL, options, device, progress)
+    if found is None:
+        workspace.keep_closed_form(closed, folder / "hf")
+    writer = partial(
+        CheckpointWriter,
+        folder / "hf",
+        _specs(source, decided),
+        max_shard_bytes=options.max_shard_bytes,
+    )
+    report = heal_into(
+        folder / "hf", source, closed, text, options.heal, writer, workspace, where, progress
+    )
+    return closed, report, workspace
 
 
 def _closed_form(
