@@ -100,7 +100,9 @@ def heal(
     else:
         healing.restore(*saved)
     while healing.course.step < options.steps:
-        healing.advance()
+        if not healing.advance():
+            logger.warning("healing diverged after step %d and stops there", healing.course.step)
+            break
         progress(healing.stage, healing.course.step, options.steps)
         if healing.course.step in options.evaluations:
             healing.judge()
@@ -150,8 +152,11 @@ class Healing:
 
     # Steps ------------------------------------------------------------------------------------
 
-    def advance(self) -> None:
-        """One optimiser step; a batch whose logits are too large runs in pieces."""
+    def advance(self) -> bool:
+        """One optimiser step; a batch whose logits are too large runs in pieces.
+
+        False, and nothing has moved: the loss or its gradient is not finite.
+        """
         began = time.perf_counter()
         tokens_BL = batch(self.text.train_NL, self.course.step, self.options).to(self.E_DK.device)
         at_once = windows_at_once(tokens_BL.shape[1], self.student.config.vocab_size)
@@ -168,7 +173,9 @@ class Healing:
             loss = loss * (len(piece_BL) / len(tokens_BL))
             self.accelerator.backward(loss)
             total += loss.item()
-        self.accelerator.clip_grad_norm_(self.student.parameters(), self.options.clip)
+        norm = self.accelerator.clip_grad_norm_(self.student.parameters(), self.options.clip)
+        if not math.isfinite(total) or not math.isfinite(norm):
+            return False
         factor = self.options.factor(self.course.step)
         for group in self.optimizer.param_groups:
             group["lr"] = factor * group["peak"]
@@ -177,6 +184,7 @@ class Healing:
         self.losses.append(total)
         self.course.step += 1
         self.course.seconds += time.perf_counter() - began
+        return True
 
     def judge(self) -> None:
         """Evaluate the weights as they would be stored, and keep them if none were better."""

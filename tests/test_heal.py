@@ -153,6 +153,26 @@ def test_steps_that_harm_are_not_kept(
     assert weights(tmp_path / "out") == weights(tmp_path / "plain")
 
 
+def test_a_run_that_diverges_ends_with_its_best_step(
+    tiny_llama: Callable[[str], Path],
+    tiny_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[int] = []
+
+    def broken(*arguments: Any, **options: Any) -> torch.Tensor:
+        calls.append(1)
+        loss = distillation_loss(*arguments, **options)
+        return loss * float("nan") if len(calls) > 2 else loss
+
+    monkeypatch.setattr(distil, "distillation_loss", broken)
+    shrunk = shrink(tiny_llama("wide-heads"), tmp_path / "out", tiny(tiny_text))
+    assert shrunk.healing is not None
+    assert [point["step"] for point in shrunk.healing["curve"]] == [0, 2]
+    assert len(calls) == 3
+
+
 @pytest.mark.parametrize("name", ["tied-bf16", "biased"])
 def test_every_weight_moves_and_the_class_stays(
     tiny_llama: Callable[[str], Path], tiny_text: Path, tmp_path: Path, name: str
