@@ -37,10 +37,11 @@ from dotexport.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
 from dotexport.families import find_family, num_parameters, read_sizes, shapes
 from dotexport.output import write_json, write_text
 from dotexport.pipeline import bench_into
+from dotexport.prepare import prepare
 from dotexport.quality import evaluate
 from dotexport.recipe import BenchStep
 from dotexport.reference import load_float32
-from dotexport.shrinking import ShrinkOptions, open_source, prepare, shrink
+from dotexport.shrinking import ShrinkOptions, open_source, shrink
 from dotexport.site import NarrowOptions
 from dotexport.sizing import Plan, SizeOptions, plan
 
@@ -236,9 +237,9 @@ def _narrow_exactly(
     source: Checkpoint, decided: Plan, out: Path, text: TextOptions, basis: Basis | None = None
 ) -> None:
     """Write OUT in float32 whatever the source is stored in: the question is the algebra."""
-    options = ShrinkOptions(text=text, narrow=NarrowOptions(refit=False))
     out.mkdir()
-    run = prepare(source, decided, out.parent, token_windows(source.folder, text), options)
+    windows_NL = token_windows(source.folder, text)
+    run = prepare(source, decided, out.parent, windows_NL, NarrowOptions(refit=False))
     specs = {n: replace(s, dtype=torch.float32) for n, s in run.writer.specs.items()}
     run.writer = CheckpointWriter(out, specs)
     with torch.no_grad():

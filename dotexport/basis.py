@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ class Basis:
     coupling: Coupling | None = None
     tried: dict[str, float] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, object]:
+    def as_dict(self) -> dict[str, Any]:
         """What a report says."""
         report = {"method": self.method, "kept_energy": self.kept_energy}
         tried = {"tried": self.tried} if self.tried else {}

@@ -36,7 +36,8 @@ class Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            stderr.print("[bold red]interrupted[/]: nothing unfinished was kept")
+            kept = escape(str(error)) or "nothing unfinished was kept"
+            stderr.print(f"[bold red]interrupted[/]: {kept}", soft_wrap=True, highlight=False)
             raise typer.Exit(130) from error
 
 
@@ -71,6 +72,11 @@ TEXT_HELP = (
 )
 Params = Annotated[
     str | None, typer.Option(help="Parameter budget: 0.7x, 5.2M, 6e9. Sizes are then chosen.")
+]
+Size = Annotated[str | None, typer.Option(help="Budget of bytes as stored: 0.7x, 300MB, 1.5GB.")]
+Latency = Annotated[
+    str | None,
+    typer.Option(help="Budget of time per decoded token, e.g. 0.8x; timed here with torch."),
 ]
 Hidden = Annotated[int | None, typer.Option(help="Residual width (hidden_size).")]
 Intermediate = Annotated[int | None, typer.Option(help="MLP width (intermediate_size).")]
@@ -144,11 +150,20 @@ def shrink(
     out: Out,
     calib: Annotated[str, typer.Option(help=f"Calibration text. {TEXT_HELP}")],
     params: Params = None,
+    size: Size = None,
+    latency: Latency = None,
     hidden: Hidden = None,
     intermediate: Intermediate = None,
     kv_heads: KvHeads = None,
     tied: Tied = None,
     bias: Bias = False,
+    allocate: Annotated[
+        str,
+        typer.Option(
+            help="How a budget is shared between the axes: rule, or measured, which cuts each "
+            "alone first and takes minutes."
+        ),
+    ] = "rule",
     samples: Samples = 128,
     seqlen: Seqlen = None,
     skip: Skip = 0,
@@ -174,6 +189,23 @@ def shrink(
     refit: Annotated[
         bool, typer.Option("--refit/--no-refit", help="Closed-form least-squares repair.")
     ] = True,
+    heal: Annotated[
+        str | None,
+        typer.Option(
+            help="Steps of distillation from the original after the closed form, e.g. 200. Its "
+            "state lies in .OUT.healing-* beside OUT: after an interruption the same command "
+            "goes on from there."
+        ),
+    ] = None,
+    heal_samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Windows of the calibration text that healing trains on, from --skip on."
+        ),
+    ] = None,
+    heal_precision: Annotated[
+        str, typer.Option(help="bf16, fp32, or auto: bf16 where the device multiplies it.")
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -192,6 +224,9 @@ def shrink(
 
     step = ShrinkStep(
         params=params,
+        size=size,
+        latency=latency,
+        allocate=allocate,
         hidden=hidden,
         intermediate=intermediate,
         kv_heads=kv_heads,
@@ -207,6 +242,9 @@ def shrink(
         transport=transport,
         epsilon=epsilon,
         refit=refit,
+        heal=heal,
+        heal_samples=heal_samples,
+        heal_precision=heal_precision,
         seed=seed,
     )
     options = step.options()
@@ -234,6 +272,8 @@ def shrink(
 def plan(
     model: Model,
     params: Params = None,
+    size: Size = None,
+    latency: Latency = None,
     hidden: Hidden = None,
     intermediate: Intermediate = None,
     kv_heads: KvHeads = None,
@@ -249,6 +289,8 @@ def plan(
 
     asked = SizeOptions(
         params=params,
+        size=size,
+        latency=latency,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_key_value_heads=kv_heads,

@@ -33,7 +33,7 @@ from dotexport.streams import Streams
 
 logger = logging.getLogger(__name__)
 
-REHEARSAL = 32  # windows to fit on where several ways are measured before one is taken
+REHEARSAL = 16  # windows to fit on where several ways are measured before one is taken
 JUDGED = 8192  # held-out tokens that decide
 JUDGED_AT_ONCE = 256
 

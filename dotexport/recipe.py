@@ -21,6 +21,7 @@ import yaml
 
 from dotexport.calibrate import TextOptions
 from dotexport.errors import UsageError
+from dotexport.heal import parse_heal
 from dotexport.ot.coupling import TransportOptions
 from dotexport.shrinking import ShrinkOptions
 from dotexport.site import NarrowOptions
@@ -37,6 +38,9 @@ class ShrinkStep:
     hidden: int | None = None
     intermediate: int | None = None
     kv_heads: int | None = None
+    size: str | None = None
+    latency: str | None = None
+    allocate: str = "rule"
     tied: bool | None = None
     bias: bool = False
     calib: str
@@ -49,6 +53,9 @@ class ShrinkStep:
     transport: str = "semi-relaxed"
     epsilon: float = 0.05
     refit: bool = True
+    heal: str | None = None
+    heal_samples: int | None = None
+    heal_precision: str = "auto"
     seed: int = 0
 
     def options(self) -> ShrinkOptions:
@@ -58,6 +65,8 @@ class ShrinkStep:
                 intermediate_size=self.intermediate,
                 num_key_value_heads=self.kv_heads,
                 params=self.params,
+                size=self.size,
+                latency=self.latency,
                 tied=self.tied,
                 bias=self.bias,
             ),
@@ -70,6 +79,13 @@ class ShrinkStep:
                 heads=self.heads,
                 refit=self.refit,
                 transport=TransportOptions(plan=self.transport, epsilon=self.epsilon),
+                seed=self.seed,
+            ),
+            allocate=self.allocate,
+            heal=parse_heal(
+                self.heal,
+                samples=self.heal_samples,
+                precision=self.heal_precision,
                 seed=self.seed,
             ),
         )

@@ -163,7 +163,7 @@ def within_budget(config: Mapping[str, Any], asked: SizeOptions) -> list[Plan]:
     """
     family, before = read_model(config)
     whole = Plan(family, before, before)
-    cost, limit = _budget(config, whole, asked)
+    cost, limit = _budget(config, whole, plans, asked)
     plans = [
         Plan(family, before, _narrowed(family, before, a)) for a in _grid(family, before, asked)
     ]
@@ -182,7 +182,9 @@ def within_budget(config: Mapping[str, Any], asked: SizeOptions) -> list[Plan]:
 Cost = Callable[[Plan], float]
 
 
-def _budget(config: Mapping[str, Any], whole: Plan, asked: SizeOptions) -> tuple[Cost, float]:
+def _budget(
+    config: Mapping[str, Any], whole: Plan, plans: list[Plan], asked: SizeOptions
+) -> tuple[Cost, float]:
     """What a plan costs, and the most it may."""
     if asked.params is not None:
         return lambda p: p.parameters_after, parse_budget(asked.params, whole.parameters_before)
@@ -195,8 +197,7 @@ def _budget(config: Mapping[str, Any], whole: Plan, asked: SizeOptions) -> tuple
 
     assert asked.latency is not None
     share = parse_latency(asked.latency)
-    clock = Clock.of(config, whole)
-    return clock.ratio, share
+    return Clock.of(config, whole, plans).ratio, share
 
 
 def _budget_text(asked: SizeOptions) -> str:
@@ -208,12 +209,13 @@ def _grid(family: Family, before: Sizes, asked: SizeOptions) -> Iterator[SizeOpt
     """Every combination of legal sizes, where an axis is not given."""
     groups = [asked.num_key_value_heads] if asked.num_key_value_heads else group_choices(before)
     mlps = [asked.intermediate_size] if asked.intermediate_size else intermediate_choices(before)
+    step = _hidden_step(family, before)
     for count in groups:
         heads = before.narrowed(num_key_value_heads=count)
         if asked.hidden_size:
             hiddens = [asked.hidden_size] if is_hidden(family, heads, asked.hidden_size) else []
         else:
-            hiddens = hidden_choices(family, heads)
+            hiddens = hidden_choices(family, heads, step)
         for hidden, mlp in itertools.product(hiddens, mlps):
             yield replace(
                 asked, hidden_size=hidden, intermediate_size=mlp, num_key_value_heads=count
@@ -249,15 +251,22 @@ def group_choices(sizes: Sizes) -> list[int]:
     return [count - step * k for k in range(count // 2 // step, -1, -1)]
 
 
-def hidden_choices(family: Family, sizes: Sizes) -> list[int]:
-    """Legal hidden sizes on the coarsest grid that still leaves a choice, and the original."""
-    for step in _steps(sizes.hidden_size):
-        grid = math.lcm(step, sizes.num_attention_heads) if family.divides else step
-        choices = _multiples(grid, sizes.hidden_size)
-        if len(choices) >= 4:
-            break
+def hidden_choices(family: Family, sizes: Sizes, step: int) -> list[int]:
+    """Legal hidden sizes that are multiples of `step`, and the original where it is one."""
     whole = [sizes.hidden_size] if is_hidden(family, sizes, sizes.hidden_size) else []
-    return sorted({*choices, *whole})
+    return sorted({*_multiples(_hidden_grid(family, sizes, step), sizes.hidden_size), *whole})
+
+
+def _hidden_step(family: Family, sizes: Sizes) -> int:
+    """The coarsest step that still leaves a choice."""
+    for step in _steps(sizes.hidden_size):
+        if len(_multiples(_hidden_grid(family, sizes, step), sizes.hidden_size)) >= 4:
+            break
+    return step
+
+
+def _hidden_grid(family: Family, sizes: Sizes, step: int) -> int:
+    return math.lcm(step, sizes.num_attention_heads) if family.divides else step
 
 
 def is_hidden(family: Family, sizes: Sizes, hidden_size: int) -> bool:

@@ -64,9 +64,9 @@ class Streams:
         )
 
     def some(self, count: int) -> Streams:
-        """Streams of their own over `count` windows to fit on, and the held-out ones."""
+        """Streams of their own over `count` windows to fit on, and half as many held-out ones."""
         fitted = [n for n in range(len(self.windows_NL)) if n not in self.held_out]
-        chosen = sorted({*fitted[:count], *self.held_out})
+        chosen = sorted({*fitted[:count], *sorted(self.held_out)[: max(1, count // 2)]})
         windows_NL = self.windows_NL[chosen]
         return Streams(
             windows_NL,

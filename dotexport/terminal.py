@@ -26,7 +26,7 @@ def progress() -> Iterator[Progress]:
     from rich import progress as bars
 
     columns = (
-        bars.TextColumn("{task.description:<36}"),
+        bars.TextColumn("{task.description:<44}"),
         bars.BarColumn(bar_width=24),
         bars.TaskProgressColumn(),
         bars.TimeElapsedColumn(),
@@ -36,9 +36,12 @@ def progress() -> Iterator[Progress]:
         current: list[tuple[str, bars.TaskID]] = []
 
         def show(stage: str, done: int, total: int) -> None:
-            if not current or current[-1][0] != stage:
+            # What follows a colon is news of the same stage, and the bar goes on.
+            name = stage.partition(":")[0]
+            if not current or current[-1][0] != name:
                 _finish(shown, current)
-                current.append((stage, shown.add_task(stage, total=None)))
+                current.append((name, shown.add_task(stage, total=None)))
+            shown.update(current[-1][1], description=stage)
             # Nothing done yet says nothing about how long it takes: the bar pulses until it does.
             shown.update(current[-1][1], completed=done, total=total if done else None)
 

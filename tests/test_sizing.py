@@ -151,7 +151,8 @@ def test_query_heads_leave_with_their_group() -> None:
 def test_a_budget_of_bytes_is_one_of_parameters_in_their_type() -> None:
     config = LLAMA_3_2_1B | {"dtype": "bfloat16"}
     one, two = (
-        plan(config, asked).after for asked in (SizeOptions(size="1.5GB"), SizeOptions(params="750M"))
+        plan(config, asked).after
+        for asked in (SizeOptions(size="1.5GB"), SizeOptions(params="750M"))
     )
     assert one == two
     with pytest.raises(UsageError, match="--size 3GB is 3e"):
@@ -161,11 +162,13 @@ def test_a_budget_of_bytes_is_one_of_parameters_in_their_type() -> None:
 
 
 def test_a_budget_of_time_is_measured_on_this_device() -> None:
-    """Sizes within half the time are smaller than those within all of it."""
-    tiny = TINY | {"num_hidden_layers": 2}
-    half, whole = (plan(tiny, SizeOptions(latency=share)) for share in ("0.7x", "1x"))
-    assert half.parameters_after < whole.parameters_after
-    with pytest.raises(UsageError, match="such as 0.8x"):
+    wide = TINY | {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 4096}
+    part, whole = (plan(wide, SizeOptions(latency=share)) for share in ("0.7x", "1x"))
+    assert whole.ratio == 1  # nothing need leave
+    # Decoding is bound by bytes here, so time goes with parameters; the bounds are wide because
+    # other work on the machine moves a ratio of times.
+    assert 0.3 < part.ratio < 0.95
+    with pytest.raises(UsageError, match=r"such as 0\.8x"):
         plan(TINY, SizeOptions(latency="10ms"))
 
 
