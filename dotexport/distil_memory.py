@@ -23,7 +23,7 @@ def needs_recomputing(model: Any, batch: int, length: int) -> bool:
     # Gradients, two moments and a copy to evaluate are still to come, in float32.
     to_come = 16 * sum(parameter.numel() for parameter in model.parameters())
     free = free_bytes(model.device) - to_come
-    return activation_bytes(model.config, tokens) > MEMORY_SHARE * free
+    return bool(activation_bytes(model.config, tokens) > MEMORY_SHARE * free)
 
 
 def activation_bytes(config: Any, tokens: int) -> int:
