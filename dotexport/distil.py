@@ -21,32 +21,17 @@ import torch
 from torch import Tensor
 
 from dotexport.checkpoint import Checkpoint
-from dotexport.distil_loss import distillation_loss, predict, recompute_layers
+from dotexport.distil_judge import Judgement, assign, judge, rounded_as_stored
+from dotexport.distil_loss import distillation_loss
+from dotexport.distil_memory import needs_recomputing, recompute_layers, windows_at_once
 from dotexport.heal import HealingText, HealOptions
-from dotexport.quality import predictions
 from dotexport.reference import load_float32
 
 logger = logging.getLogger(__name__)
 
-LOGITS_BYTES = 256 << 20  # of one pass's logits, which decides how many windows run at once
-MEMORY_SHARE = 0.5  # of free memory that activations may take before they are computed twice
 Progress = Callable[[str, int, int], None]
 Tensors = dict[str, Tensor]
 Save = Callable[[Tensors, dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """How a model does on the held-out windows.
-
-    Attributes:
-        kl: mean KL(original || model) per prediction, in nats.
-        perplexity, original_perplexity: of both on the same predictions.
-    """
-
-    kl: float
-    perplexity: float
-    original_perplexity: float
 
 
 @dataclass
@@ -140,8 +125,8 @@ class Healing:
         accelerator = new_accelerator(options.chosen_precision(device), device)
         teacher = load_float32(source).requires_grad_(False).to(device)
         model = load_float32(student).to(device)
-        tokens = options.batch * (options.seqlen or text.train_NL.shape[1])
-        recomputed = activation_bytes(model.config, tokens) > MEMORY_SHARE * free_bytes(device)
+        length = options.seqlen or text.train_NL.shape[1]
+        recomputed = needs_recomputing(model, options.batch, length)
         if recomputed:
             logger.info("activations are computed twice, for want of memory")
             recompute_layers(model)
@@ -294,65 +279,6 @@ def new_optimizer(model: Any, options: HealOptions) -> torch.optim.Optimizer:
     for group in optimizer.param_groups:
         group["peak"] = rate
     return optimizer
-
-
-# Judging ----------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def judge(student: Any, teacher: Any, windows_NL: Tensor) -> Judgement:
-    """KL and perplexity on whole windows, in float32 whatever the steps compute in."""
-    device = next(student.parameters()).device
-    at_once = windows_at_once(windows_NL.shape[1], student.config.vocab_size)
-    sums = []
-    for windows_BL in torch.split(windows_NL.to(device), at_once):
-        ours_CV, theirs_CV = (predict(m, windows_BL[:, :-1])[0] for m in (student, teacher))
-        sums.append(predictions(ours_CV, theirs_CV, windows_BL[:, 1:].reshape(-1)).sum(0))
-    mean = torch.stack(sums).sum(0) / (len(windows_NL) * (windows_NL.shape[1] - 1))
-    ours, theirs, kl, _ = mean.tolist()
-    return Judgement(kl, math.exp(min(ours, 700.0)), math.exp(min(theirs, 700.0)))
-
-
-def rounded_as_stored(model: Any, dtypes: Mapping[str, torch.dtype]) -> Tensors:
-    """A copy of all weights in the dtypes of the checkpoint; a tied table comes up once."""
-    return {
-        name: parameter.detach().clone().to(dtypes[name])
-        for name, parameter in model.named_parameters()
-    }
-
-
-def assign(model: Any, tensors: Mapping[str, Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.data = tensors[name].to(parameter.device)
-
-
-# Memory -----------------------------------------------------------------------------------------
-
-
-def windows_at_once(length: int, vocabulary: int) -> int:
-    return max(1, LOGITS_BYTES // (4 * length * vocabulary))
-
-
-def activation_bytes(config: Any, tokens: int) -> int:
-    """About what the layers keep for the backward pass, in float32.
-
-    Per token and layer: both norms and the stream around them, queries, keys, values and what
-    attention makes of them, and gate, up, their product and the nonlinearity in between.
-    """
-    head_dim = getattr(config, "head_dim", None)
-    head_dim = head_dim or config.hidden_size // config.num_attention_heads
-    heads = config.num_attention_heads * head_dim
-    per_layer = 8 * config.hidden_size + 8 * heads + 4 * config.intermediate_size
-    return int(4 * tokens * config.num_hidden_layers * per_layer)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that nobody has taken yet."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> Tensors:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -97,12 +96,3 @@ def recorded(model: Any, streams: Streams) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def recompute_layers(model: Any) -> None:
-    """Gradient checkpointing: layers keep their input only and are computed again going back.
-
-    Not transformers' own switch: that one asks for training mode, and with it comes dropout.
-    """
-    for layer in model.get_decoder().layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

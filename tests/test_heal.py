@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from dotexport import cli, distil, distil_loss, embedded, heal, manifest, shrinking
+from dotexport import cli, distil, distil_loss, distil_memory, embedded, heal, manifest, shrinking
 from dotexport.calibrate import TextOptions, token_windows
 from dotexport.checkpoint import Checkpoint
 from dotexport.distil_loss import distillation_loss, divergence, predict
@@ -231,11 +231,30 @@ def test_gradient_checkpointing_changes_no_result(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for free in (1 << 60, 0):
-        monkeypatch.setattr(distil, "free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(distil_memory, "free_bytes", lambda device, free=free: free)
         shrunk = shrink(tiny_llama("biased"), tmp_path / str(free), tiny(tiny_text))
         assert shrunk.healing is not None
         assert shrunk.healing["gradient_checkpointing"] == (free == 0)
     assert weights(tmp_path / "0") == weights(tmp_path / str(1 << 60))
+
+
+def test_the_estimate_of_activations_is_about_right(tiny_llama: Callable[[str], Path]) -> None:
+    """Against what autograd keeps: within a factor of 1.5, as the limit is a rough one too."""
+    model = load_float32(Checkpoint.open(tiny_llama("wide-heads")))
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = model.get_decoder()(torch.ones(2, 64, dtype=torch.long))  # alive: no place used twice
+    estimate = distil_memory.activation_bytes(model.config, 2 * 64)
+    assert 1 / 1.5 < estimate / sum(kept.values()) < 1.5
+    del out
 
 
 def test_a_batch_in_pieces_has_the_gradient_of_the_whole(
@@ -245,8 +264,8 @@ def test_a_batch_in_pieces_has_the_gradient_of_the_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     curves = []
-    for logits in (distil.LOGITS_BYTES, 1):
-        monkeypatch.setattr(distil, "LOGITS_BYTES", logits)
+    for logits in (distil_memory.LOGITS_BYTES, 1):
+        monkeypatch.setattr(distil_memory, "LOGITS_BYTES", logits)
         shrunk = shrink(tiny_llama("biased"), tmp_path / str(logits), tiny(tiny_text))
         assert shrunk.healing is not None
         curves.append([point["kl"] for point in shrunk.healing["curve"]])
