@@ -62,7 +62,7 @@ def exactness(out: Out = RESULTS) -> None:
         options = TextOptions(source=text, samples=4, seqlen=256)
         rows.append({"model": name, "change": "random rotation", **_rotated(folder, options)})
         rows.append({"model": name, "change": "copies merged", **_copies_merged(folder, options)})
-    _save(
+    save(
         out / "exactness",
         "Exactness",
         "Largest absolute difference of logits in float32 on 4 windows, without refit. `random "
@@ -76,11 +76,11 @@ def exactness(out: Out = RESULTS) -> None:
 @app.command()
 def stories260k(out: Out = RESULTS) -> None:
     """Methods and refit on a real trained Llama of 260,032 parameters; needs DOTEXPORT_ASSETS."""
-    model, text = _stories()
+    model, text = stories()
     options = TextOptions(source=text, samples=400, seqlen=256, skip=100)
     judged_NL = token_windows(model, replace(options, samples=100, skip=0))
     rows = [_quality_row(model, asked, judged_NL) for asked in _ladder(options)]
-    _save(
+    save(
         out / "stories260k",
         "stories260k: quality by axis, method and refit",
         "TinyStories windows of 256 tokens; perplexity on the first 100, calibration on the next "
@@ -112,7 +112,7 @@ def embedded_model(
     if speed:
         asked = ShrinkOptions(sizes=SizeOptions(params=params), text=CALIBRATION)
         rows += _speed_rows(embedded.MODEL_DIR, asked)
-    _save(
+    save(
         out / "embedded",
         f"The embedded model at {params} parameters",
         "Calibration: 128 windows of 512 tokens of embedded:calibration. Quality: 128 windows of "
@@ -139,7 +139,7 @@ def allocation(
             text=CALIBRATION,
         )
         rows.append(_quality_row(embedded.MODEL_DIR, asked, judged_NL))
-    _save(
+    save(
         out / "allocation",
         f"Sharing a budget of {params} between the axes",
         "The embedded model, refit on; for each residual width the widest MLP within the budget.",
@@ -153,7 +153,7 @@ def memory(
 ) -> None:
     """Peak memory of shrink by number of layers, on random weights: it should not grow."""
     rows = [_memory_row(layers, hidden) for layers in (6, 12, 24)]
-    _save(
+    save(
         out / "memory",
         "Peak memory of shrink by depth",
         f"Random Llama of hidden {hidden}, MLP {_mlp(hidden)}, float32; 32 windows of 256 tokens; "
@@ -171,7 +171,7 @@ def demo(out: Out = RESULTS) -> None:
         done = subprocess.run([*command, f"{scratch}/out"], check=True, capture_output=True)
         seconds = time.perf_counter() - started
     rows = [row._asdict() for row in summary.rows(json.loads(done.stdout))]
-    _save(
+    save(
         out / "demo",
         f"dotexport demo: {seconds:.0f} seconds",
         "The whole chain on the embedded model: narrow, export twice, verify, evaluate, bench "
@@ -186,10 +186,10 @@ def demo(out: Out = RESULTS) -> None:
 def _models() -> Iterator[tuple[str, Path, str]]:
     yield "embedded", embedded.MODEL_DIR, "embedded:calibration"
     if "DOTEXPORT_ASSETS" in os.environ:
-        yield "stories260k", *_stories()
+        yield "stories260k", *stories()
 
 
-def _stories() -> tuple[Path, str]:
+def stories() -> tuple[Path, str]:
     if "DOTEXPORT_ASSETS" not in os.environ:
         raise SystemExit("set DOTEXPORT_ASSETS to the folder of stories260k and tinystories")
     assets = Path(os.environ["DOTEXPORT_ASSETS"]).resolve()
@@ -242,8 +242,7 @@ def _narrow_exactly(
     run = prepare(source, decided, out.parent, windows_NL, NarrowOptions(refit=False))
     specs = {n: replace(s, dtype=torch.float32) for n, s in run.writer.specs.items()}
     run.writer = CheckpointWriter(out, specs)
-    with torch.no_grad():
-        run.run(basis)
+    run.run(basis)
     run.writer.finish()
 
 
@@ -286,7 +285,7 @@ def _quality_row(model: Path, asked: ShrinkOptions, judged_NL: torch.Tensor) -> 
         "hidden": decided.after.hidden_size,
         "MLP": decided.after.intermediate_size,
         "parameters": f"{decided.ratio:.3f}x",
-        "basis": shrunk.basis,
+        "basis": shrunk.basis["method"],
         "MLP method": asked.narrow.mlp,
         "refit": "yes" if asked.narrow.refit else "no",
         "dense perplexity": quality.baseline_perplexity,
@@ -386,10 +385,10 @@ def _shrink_and_measure(model: Path, out: Path) -> tuple[int, int, float]:
 # Writing ----------------------------------------------------------------------------------------
 
 
-def _save(file: Path, title: str, protocol: str, rows: Table) -> None:
+def save(file: Path, title: str, protocol: str, rows: Table, *, command: str = "") -> None:
     """FILE.md and FILE.json: the table, how it was taken, and on what."""
     machine = manifest.environment()
-    command = f"python -m dotexport.bench.results {' '.join(sys.argv[1:])}"
+    command = command or f"python -m dotexport.bench.results {' '.join(sys.argv[1:])}"
     libraries = ", ".join(f"{name} {v}" for name, v in machine["libraries"].items())
     text = f"# {title}\n\n{protocol}\n\n    {command}\n\n{_markdown(rows)}\n"
     text += f"Machine: {machine['cpu']}, {machine['cores']['usable']} cores, "

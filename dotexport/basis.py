@@ -21,8 +21,8 @@ from dotexport.ot.coupling import Coupling, TransportOptions, couple
 from dotexport.sight import Sight
 
 AUTO = "auto"  # all of METHODS are measured
-LEARNING_STEPS = 150
-LEARNING_RATE = 3e-3
+LEARNING_STEPS = 60
+LEARNING_RATE = 1e-2
 
 
 @dataclass(frozen=True)

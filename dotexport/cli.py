@@ -170,16 +170,16 @@ def shrink(
     basis: Annotated[
         str,
         typer.Option(
-            help="Of the residual stream: pca, dot, select, learned, or auto, which measures all."
+            help="Of the residual stream: learned, pca, dot, select, or auto, which measures all."
         ),
-    ] = "pca",
+    ] = "learned",
     mlp: Annotated[
         str,
         typer.Option(
-            help="Neurons: dot (OBS, then transport if refitted), obs, select (magnitude)."
+            help="Neurons: obs, dot (OBS, then transport if refitted), select (magnitude)."
         ),
-    ] = "dot",
-    heads: Annotated[str, typer.Option(help="KV groups: dot, obs, select; as for --mlp.")] = "dot",
+    ] = "obs",
+    heads: Annotated[str, typer.Option(help="KV groups: obs, dot, select; as for --mlp.")] = "obs",
     transport: Annotated[
         str, typer.Option(help="Transport plan: semi-relaxed or balanced.")
     ] = "semi-relaxed",
@@ -189,14 +189,23 @@ def shrink(
     refit: Annotated[
         bool, typer.Option("--refit/--no-refit", help="Closed-form least-squares repair.")
     ] = True,
-    heal: Annotated[
-        str | None,
-        typer.Option(
-            help="Steps of distillation from the original after the closed form, e.g. 200. Its "
-            "state lies in .OUT.healing-* beside OUT: after an interruption the same command "
-            "goes on from there."
-        ),
+    feedback: Annotated[
+        bool,
+        typer.Option("--feedback/--no-feedback", help="Writers repair earlier drift, too."),
+    ] = True,
+    ridge: Annotated[
+        float | None,
+        typer.Option(help="Of every refit; default: per solve the best on held-out windows."),
     ] = None,
+    heal: Annotated[
+        str,
+        typer.Option(
+            help="Gradient steps after the refit: local (each sublayer alone, while it is in "
+            "memory), a number of steps of distillation of the whole model, both (local+200), or "
+            "none. The state of distillation lies in .OUT.healing-* beside OUT: after an "
+            "interruption the same command goes on from there."
+        ),
+    ] = "local",
     heal_samples: Annotated[
         int | None,
         typer.Option(
@@ -242,6 +251,8 @@ def shrink(
         transport=transport,
         epsilon=epsilon,
         refit=refit,
+        feedback=feedback,
+        ridge=ridge,
         heal=heal,
         heal_samples=heal_samples,
         heal_precision=heal_precision,

@@ -21,6 +21,7 @@ from dotexport import __version__
 from dotexport.calibrate import TextOptions, token_windows
 from dotexport.checkpoint import Checkpoint, CheckpointWriter
 from dotexport.errors import UsageError
+from dotexport.local import LocalOptions
 from dotexport.origin import describe_source
 from dotexport.resume import ClosedForm, Workspace
 from dotexport.streams import held_out_windows
@@ -108,21 +109,23 @@ class HealOptions:
 
 
 def parse_heal(
-    spec: str | None, *, samples: int | None = None, precision: str = "auto", seed: int = 0
-) -> HealOptions | None:
-    """`--heal`: a number of steps; None heals nothing.
+    spec: str, *, samples: int | None = None, precision: str = "auto", seed: int = 0
+) -> tuple[LocalOptions | None, HealOptions | None]:
+    """`--heal`: `none`, `local`, a number of global steps, or `local+200` for both.
 
     Raises:
         UsageError: anything else.
     """
-    if spec is None:
-        return None
-    if not re.fullmatch(r"[1-9]\d{0,6}", spec.strip()):
+    known = re.fullmatch(r"none|(local)|(?:(local)\+)?([1-9]\d{0,6})", spec.strip())
+    if not known:
         raise UsageError(
-            f"--heal {spec} is not known; expected a number of steps from 1 on, such as "
-            "--heal 200 (leave it out to heal nothing)"
+            f"--heal {spec!r} is not known; expected none, local, a number of steps from 1 on, or "
+            "both, such as --heal local+200"
         )
-    return HealOptions(steps=int(spec), samples=samples, precision=precision, seed=seed)
+    local = LocalOptions() if known[1] or known[2] else None
+    if known[3] is None:
+        return local, None
+    return local, HealOptions(steps=int(known[3]), samples=samples, precision=precision, seed=seed)
 
 
 def native_precision(device: torch.device) -> str:

@@ -84,6 +84,7 @@ class Narrowing:
     records: list[dict[str, Any]] = field(default_factory=list)
     divergence: float = math.nan
 
+    @torch.no_grad()
     def run(self, basis: Basis | None = None) -> Basis:
         """Narrow the whole model and write it; `basis` overrides the search for one."""
         basis = basis or self._basis()
@@ -273,7 +274,7 @@ class Narrowing:
             ),
             metric_OO=gram(head_VD),
         )
-        fitted = fit(train, held, analytic_DK, solve=solve)
+        fitted = fit(train, held, analytic_DK, ridge=self.options.ridge, solve=solve)
         norm = self.original.family.final_norm
         self.records.append({"layer": None, "site": norm, **fitted.as_dict()})
         return fitted.weights_OI

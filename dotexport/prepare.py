@@ -60,8 +60,7 @@ def rehearsals(
         streams = _streams(decided, windows_NL, options, device, None).some(REHEARSAL)
         writer = Nowhere(tensor_specs(source, decided))
         run = _assemble(source, decided, streams, writer, cheap, lambda stage, done, total: None)
-        with torch.no_grad():
-            run.run()
+        run.run()
         return run.divergence
 
     return measure

@@ -47,18 +47,26 @@ class ShrinkStep:
     samples: int = 128
     seqlen: int | None = None
     skip: int = 0
-    basis: str = "pca"
-    mlp: str = "dot"
-    heads: str = "dot"
+    basis: str = "learned"
+    mlp: str = "obs"
+    heads: str = "obs"
     transport: str = "semi-relaxed"
     epsilon: float = 0.05
     refit: bool = True
-    heal: str | None = None
+    feedback: bool = True
+    ridge: float | None = None
+    heal: str = "local"
     heal_samples: int | None = None
     heal_precision: str = "auto"
     seed: int = 0
 
     def options(self) -> ShrinkOptions:
+        local, distil = parse_heal(
+            self.heal,
+            samples=self.heal_samples,
+            precision=self.heal_precision,
+            seed=self.seed,
+        )
         return ShrinkOptions(
             sizes=SizeOptions(
                 hidden_size=self.hidden,
@@ -78,16 +86,14 @@ class ShrinkStep:
                 mlp=self.mlp,
                 heads=self.heads,
                 refit=self.refit,
+                feedback=self.feedback,
+                ridge=self.ridge,
+                local=local,
                 transport=TransportOptions(plan=self.transport, epsilon=self.epsilon),
                 seed=self.seed,
             ),
             allocate=self.allocate,
-            heal=parse_heal(
-                self.heal,
-                samples=self.heal_samples,
-                precision=self.heal_precision,
-                seed=self.seed,
-            ),
+            heal=distil,
         )
 
 

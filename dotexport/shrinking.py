@@ -218,8 +218,7 @@ def _closed_form(
         max_shard_bytes=options.max_shard_bytes,
         progress=progress,
     )
-    with torch.no_grad():
-        basis = run.run()
+    basis = run.run()
     run.writer.finish()
     E_DK = torch.from_numpy(basis.matrix_DK)
     where = str(run.streams.device)

@@ -9,6 +9,7 @@ N + 1 where a writer with a bias sees a last input of ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,17 +45,22 @@ class NarrowOptions:
             and `dot` is `obs`.
         heads: the same for KV groups and their query heads.
         refit: closed-form least squares against the original's activations, layer after layer.
+        feedback: writers answer for what earlier sublayers got wrong, too; else only for their own.
+        ridge: of every solve, in units of the mean diagonal of its Gram matrix; None: per solve the
+            one that is best on held-out windows.
         transport: how plans are found.
-        local: steps on each narrowed sublayer's own weights; None takes none.
+        local: steps on each narrowed sublayer's own weights after its refit; None takes none.
         seed: which calibration windows are held out to choose ridges and accept merges.
     """
 
-    basis: str = "pca"
-    mlp: str = "dot"
-    heads: str = "dot"
+    basis: str = "learned"
+    mlp: str = "obs"
+    heads: str = "obs"
     refit: bool = True
+    feedback: bool = True
+    ridge: float | None = None
     transport: TransportOptions = field(default_factory=TransportOptions)
-    local: LocalOptions | None = None
+    local: LocalOptions | None = field(default_factory=LocalOptions)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -65,6 +71,8 @@ class NarrowOptions:
         if self.basis not in (*METHODS, AUTO):
             known = ", ".join((*METHODS, AUTO))
             raise UsageError(f"basis must be one of {known}, not {self.basis!r}")
+        if self.ridge is not None and not 0 <= self.ridge < math.inf:
+            raise UsageError(f"ridge must be at least 0, not {self.ridge}")
         if self.seed < 0:
             raise UsageError(f"seed must be at least 0, not {self.seed}")
 
@@ -100,7 +108,7 @@ class Site:
         fitted, report = self._narrow_inside()
         self._assign_writer(fitted.weights_OI)
         yield {"site": self.sublayer.writer.name, **fitted.as_dict(), **report}
-        if self.options.local and self._worth_healing:
+        if self.options.local and self.options.refit and self._worth_healing:
             yield {"site": self.sublayer.module, **self._heal(self.options.local).as_dict()}
         self.streams.advance_narrowed(lambda r: self.student.after(self.sublayer, r))
 
@@ -117,7 +125,7 @@ class Site:
 
         train, held = self.streams.moments(read, metric_OO=self.teacher.metric(self.sublayer))
         prior_DI = pad(self.E_DK * self.scale, (0, int(ones)))
-        projection = fit(train, held, prior_DI)
+        projection = fit(train, held, prior_DI, ridge=self.options.ridge)
         for linear in self.sublayer.readers:
             name, bias = f"{linear.name}.weight", f"{linear.name}.bias"
             seen_OI = self.teacher.tensor(name).double() @ projection.weights_OI
@@ -208,7 +216,7 @@ class Site:
         return len(choice.kept) // (self.groups.width if self.groups else 1)
 
     def _writer_moments(self, analytic_KI: Tensor) -> tuple[Moments, Moments]:
-        """With refit, the target is E^T X+ - r: the writer also repairs earlier drift.
+        """With error feedback the target is E^T X+ - r: the writer also repairs earlier drift.
 
         Without, it is what the analytic writer would have added. Each token counts by one over the
         mean square of X+, because the next norm will divide by it: else the few positions with
@@ -224,7 +232,7 @@ class Site:
             inside_BLI = self.student.inside(self.sublayer, before_BLK).double()
             if self._bias is not None:
                 inside_BLI = pad(inside_BLI, (0, 1), value=1.0)
-            if self.options.refit:
+            if self.options.refit and self.options.feedback:
                 target_BLK = after_BLD @ self.E_DK - before_BLK
             else:
                 target_BLK = inside_BLI @ analytic_KI.T
@@ -234,7 +242,7 @@ class Site:
 
     def _fit(self, train: Moments, held: Moments, prior_KI: Tensor) -> Fit:
         if self.options.refit:
-            return fit(train, held, prior_KI)
+            return fit(train, held, prior_KI, ridge=self.options.ridge)
         return Fit.unchanged(prior_KI, held)
 
     # Merging ----------------------------------------------------------------------------------
@@ -255,7 +263,7 @@ class Site:
         for candidate in candidates:
             self._apply(candidate, rows)
             train, held = self._writer_moments(prior_KI)
-            fitted = fit(train, held, prior_KI)
+            fitted = self._fit(train, held, prior_KI)
             if fitted.error < best.error:
                 best, accepted = fitted, candidate
         self._apply(accepted, rows)

@@ -28,7 +28,7 @@ STEPS = ((2048, 128), (1024, 64), (256, 32), (0, FLOOR))
 # Narrower than this share of the original, an axis is not searched.
 LEAST_SHARE = 0.25
 # How much a cut of the residual width hurts, against the same share cut from the MLP.
-RESIDUAL_WEIGHT = 2.5
+RESIDUAL_WEIGHT = 4.0
 # The same for KV groups (docs/results/fidelity.md has the curves).
 HEADS_WEIGHT = 1.5
 NUMBER = r"[0-9]*\.?[0-9]+(?:[eE][0-9]+)?"
@@ -163,10 +163,9 @@ def within_budget(config: Mapping[str, Any], asked: SizeOptions) -> list[Plan]:
     """
     family, before = read_model(config)
     whole = Plan(family, before, before)
+    grid = _grid(family, before, asked)
+    plans = [Plan(family, before, _narrowed(family, before, choice)) for choice in grid]
     cost, limit = _budget(config, whole, plans, asked)
-    plans = [
-        Plan(family, before, _narrowed(family, before, a)) for a in _grid(family, before, asked)
-    ]
     fitting = [p for p in plans if cost(p) <= limit]
     if not fitting:
         least = min(plans, key=cost)

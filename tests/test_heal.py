@@ -18,6 +18,7 @@ from dotexport.checkpoint import Checkpoint
 from dotexport.distil_loss import distillation_loss, divergence, predict
 from dotexport.errors import UsageError
 from dotexport.heal import HealingText, HealOptions, healing_text, native_precision, parse_heal
+from dotexport.local import LocalOptions
 from dotexport.quality import evaluate
 from dotexport.reference import load_float32
 from dotexport.shrinking import ShrinkOptions, shrink
@@ -350,8 +351,10 @@ def test_another_command_does_not_touch_what_was_stopped(
 
 
 def test_a_number_of_steps_is_read() -> None:
-    assert parse_heal(None) is None
-    assert parse_heal("200", seed=3) == HealOptions(steps=200, seed=3)
+    assert parse_heal("none") == (None, None)
+    assert parse_heal("local") == (LocalOptions(), None)
+    assert parse_heal("200", seed=3) == (None, HealOptions(steps=200, seed=3))
+    assert parse_heal("local+200", seed=3) == (LocalOptions(), HealOptions(steps=200, seed=3))
 
 
 @pytest.mark.parametrize("spec", ["", "0", "-3", "1.5", "many", "local+", "200steps"])
@@ -365,7 +368,7 @@ def test_a_spec_that_is_none_is_refused_by_the_command_line(
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 2
-    assert f"--heal {spec} is not known; expected a number of steps" in capsys.readouterr().err
+    assert f"--heal {spec!r} is not known; expected none, local" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
