@@ -96,7 +96,7 @@ def allocate(
     points = [point for axis in AXES for point in _points(axis, plans, before)]
     measured: dict[tuple[str, int], float] = {}
     for number, (axis, size, plan) in enumerate(points):
-        progress(f"measuring {axis} {size}", number, len(points) + CHECKED + 1)
+        progress(f"measuring cuts: {axis} {size}", number, len(points) + CHECKED + 1)
         measured[axis, size] = measure(plan)
     curves = tuple(_curve(axis, points, measured, before) for axis in AXES)
     flat = [curve.axis for curve in curves if len(curve.sizes) == 1]  # no cut could be measured

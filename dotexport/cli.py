@@ -20,6 +20,7 @@ from dotexport import __version__
 from dotexport.errors import DotexportError, UsageError
 from dotexport.terminal import (
     progress,
+    show_allocation,
     show_error,
     show_json,
     show_parities,
@@ -276,6 +277,8 @@ def shrink(
     if as_json:
         show_json(shrunk.as_dict())
         return
+    if shrunk.allocation:
+        show_allocation(shrunk.allocation)
     show_summary(out, f"narrowed in {shrunk.seconds:.0f} s")
 
 

@@ -121,7 +121,7 @@ class Narrowing:
             return next(iter(found.values()))
         measured = {}
         for number, (name, basis) in enumerate(found.items()):
-            self.progress(f"measuring basis {name}", number, len(found))
+            self.progress(f"measuring bases: {name}", number, len(found))
             measured[name] = basis, self.rehearse(basis)
         return best_of(measured)
 

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from dotexport.allocate import Allocation
     from dotexport.parity import Parity
     from dotexport.sight import Progress
 
@@ -77,6 +78,27 @@ def show_rows(
     console.print(table)
     for label, path in paths:
         console.print(f"{label:<24} {path}", soft_wrap=True, highlight=False)
+
+
+def show_allocation(allocation: Allocation) -> None:
+    """What cutting each axis alone costs, as bars, and the sizes that were measured together."""
+    curves = Table("axis", "size", "parameters", "held-out KL", "", title="one axis at a time")
+    largest = max((kl for curve in allocation.curves for kl in curve.divergences), default=0.0)
+    for curve in allocation.curves:
+        rows = zip(curve.sizes, curve.parameters, curve.divergences, strict=True)
+        for size, parameters, kl in rows:
+            bar = "█" * round(12 * kl / (largest or 1.0))
+            curves.add_row(curve.axis, f"{size:,}", f"{parameters:,}", f"{kl:.4f}", bar)
+    stderr.print(curves)
+    checked = Table("hidden", "MLP", "KV heads", "parameters", "predicted KL", "held-out KL")
+    checked.title = "together; the least was taken"
+    for row in allocation.checked:
+        sizes = (
+            f"{row[key]:,}"
+            for key in ("hidden_size", "intermediate_size", "num_key_value_heads", "parameters")
+        )
+        checked.add_row(*sizes, f"{row['predicted_kl']:.4f}", f"{row['held_out_kl']:.4f}")
+    stderr.print(checked)
 
 
 def show_parities(parities: Iterable[Parity]) -> None:
