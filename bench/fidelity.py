@@ -113,6 +113,9 @@ def fidelity(
     only: Annotated[
         str, typer.Option(help=f"One of {', '.join(SUBJECTS)} or windows; default: all.")
     ] = "",
+    budget: Annotated[
+        str, typer.Option(help="Climb at this one only; a run without it writes the tables.")
+    ] = "",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the tables.")] = RESULTS,
 ) -> None:
     """What each step of narrowing buys: quality by rung, budget and amount of text."""
@@ -121,7 +124,7 @@ def fidelity(
         if name == "windows":
             robustness(out)
         elif name in SUBJECTS:
-            ladder(SUBJECTS[name](), out)
+            ladder(SUBJECTS[name](), out, budget)
         else:
             raise typer.BadParameter(f"{name} is none of {', '.join(SUBJECTS)}, windows")
 
@@ -148,38 +151,71 @@ def rungs(healing: HealOptions) -> Iterator[Rung]:
         yield Rung(f"{basis} + refit", replace(CLOSED, basis=basis, mlp=mlp))
 
 
-def ladder(subject: Subject, out: Path) -> None:
+def ladder(subject: Subject, out: Path, only: str = "") -> None:
+    """Climb at every budget and write the tables; `only` at one leaves them to a later run."""
+    notes = Notes(out / f".fidelity-{subject.name}.jsonl")
+    for budget in [only] if only else subject.floors:
+        climb(subject, budget, notes)
+    if not only:
+        _write(subject, notes, out)
+        notes.file.unlink()
+
+
+@dataclass(frozen=True)
+class Notes:
+    """Rungs that were measured, a line of JSON each: a ladder that was stopped goes on."""
+
+    file: Path
+
+    def read(self, budget: str) -> dict[str, dict[str, Any]]:
+        if not self.file.is_file():
+            return {}
+        notes = map(json.loads, self.file.read_text(encoding="utf-8").splitlines())
+        return {note["step"]: note for note in notes if note["budget"] == budget}
+
+    def add(self, note: dict[str, Any]) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(note) + "\n")
+
+
+def climb(subject: Subject, budget: str, notes: Notes) -> None:
+    """Measure the rungs of one budget that are not noted yet."""
     judged_NL = subject.windows()
-    rows: list[dict[str, Any]] = []
-    curves: list[dict[str, Any]] = []
-    goals: list[dict[str, Any]] = []
-    losses: list[dict[str, Any]] = []
-    for budget, floors in subject.floors.items():
-        allocated: dict[str, int] = {}
-        found: dict[str, float] = {}
-        for rung in rungs(subject.healing):
-            if budget != subject.whole and rung.step not in DECISIVE:
-                continue
-            if rung.narrow.heads == "dot" and not _cuts_groups(subject, allocated):
-                continue
+    allocated: dict[str, int] = {}
+    for rung in rungs(subject.healing):
+        if budget != subject.whole and rung.step not in DECISIVE:
+            continue
+        if rung.narrow.heads == "dot" and not _cuts_groups(subject, allocated):
+            continue
+        if rung.step not in (known := notes.read(budget)):
             asked = _asked(subject, budget, rung, allocated)
             row, report = _measured(subject, asked, judged_NL)
-            if "allocation" in report:
-                curves += _curves(budget, report["allocation"])
-                allocated = _sizes(report)
-            if rung.step == "+ local healing":
-                losses += _losses(budget, report)
-            found[rung.step] = row["ratio"]
-            rows.append({"budget": budget, "step": rung.step, **row})
-            typer.echo(json.dumps(rows[-1]), err=True)
-        goals.append(_goal(budget, floors, found))
+            notes.add({"budget": budget, "step": rung.step, "row": row, "report": report})
+            typer.echo(json.dumps({"budget": budget, "step": rung.step, **row}), err=True)
+            known = notes.read(budget)
+        if rung.step == "+ allocation":
+            allocated = _sizes(known[rung.step]["report"])
+
+
+def _write(subject: Subject, notes: Notes, out: Path) -> None:
+    goals: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    details: list[dict[str, Any]] = []
+    for budget, floors in subject.floors.items():
+        known = notes.read(budget)
+        goals.append(_goal(budget, floors, {step: n["row"]["ratio"] for step, n in known.items()}))
+        steps = [rung.step for rung in rungs(subject.healing) if rung.step in known]
+        rows += [{"budget": budget, "step": step, **known[step]["row"]} for step in steps]
+        details += _curves(budget, known["+ allocation"]["report"]["allocation"])
+        details += _losses(budget, known["+ local healing"]["report"])
     save(
         out / f"fidelity-{subject.name}",
         f"Fidelity by step: {subject.name}",
         PROTOCOL.format(
             text=_text(subject.text), judged=_text(subject.judged), healing=subject.healing
         ),
-        [*goals, *rows, *curves, *losses],
+        [*goals, *rows, *details],
         command=f"python -m dotexport.bench fidelity --only {subject.name}",
     )
 
