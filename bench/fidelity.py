@@ -191,11 +191,12 @@ def climb(subject: Subject, budget: str, notes: Notes) -> None:
         if rung.step not in (known := notes.read(budget)):
             asked = _asked(subject, budget, rung, allocated)
             row, report = _measured(subject, asked, judged_NL)
-            notes.add({"budget": budget, "step": rung.step, "row": row, "report": report})
+            details = _details(budget, rung, report)
+            notes.add({"budget": budget, "step": rung.step, "row": row, "details": details})
             typer.echo(json.dumps({"budget": budget, "step": rung.step, **row}), err=True)
             known = notes.read(budget)
         if rung.step == "+ allocation":
-            allocated = _sizes(known[rung.step]["report"])
+            allocated = _sizes(known[rung.step]["row"])
 
 
 def _write(subject: Subject, notes: Notes, out: Path) -> None:
@@ -207,8 +208,7 @@ def _write(subject: Subject, notes: Notes, out: Path) -> None:
         goals.append(_goal(budget, floors, {step: n["row"]["ratio"] for step, n in known.items()}))
         steps = [rung.step for rung in rungs(subject.healing) if rung.step in known]
         rows += [{"budget": budget, "step": step, **known[step]["row"]} for step in steps]
-        details += _curves(budget, known["+ allocation"]["report"]["allocation"])
-        details += _losses(budget, known["+ local healing"]["report"])
+        details += [detail for step in steps for detail in known[step]["details"]]
     save(
         out / f"fidelity-{subject.name}",
         f"Fidelity by step: {subject.name}",
@@ -276,9 +276,19 @@ def _measured(
     return row, shrunk.as_dict()
 
 
-def _sizes(report: dict[str, Any]) -> dict[str, int]:
-    axes = ("hidden_size", "intermediate_size", "num_key_value_heads")
-    return {axis: report["sizes"][axis][1] for axis in axes}
+def _sizes(row: dict[str, Any]) -> dict[str, int]:
+    columns = {
+        "hidden_size": "hidden",
+        "intermediate_size": "MLP",
+        "num_key_value_heads": "KV heads",
+    }
+    return {axis: row[column] for axis, column in columns.items()}
+
+
+def _details(budget: str, rung: Rung, report: dict[str, Any]) -> list[dict[str, Any]]:
+    if "allocation" in report:
+        return list(_curves(budget, report["allocation"]))
+    return list(_losses(budget, report)) if rung.step == "+ local healing" else []
 
 
 def _goal(budget: str, floors: tuple[float, float], found: dict[str, float]) -> dict[str, Any]:
@@ -350,7 +360,6 @@ def robustness(out: Path) -> None:
 
 
 def _repairs() -> Iterator[tuple[str, NarrowOptions]]:
-    yield "no refit", NOTHING
     yield "plain least squares", replace(CLOSED, ridge=1e-6)
     yield "ridge", CLOSED
     yield "ridge, MLP transport", replace(CLOSED, mlp="dot")

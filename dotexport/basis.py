@@ -135,10 +135,15 @@ def reader_loss(sight: Sight, basis_DK: Tensor) -> Tensor:
     """What readers lose when they see E^T x and are refitted, as a share of what they see.
 
     Mean over sites of tr(G (C - C E (E^T C E)^-1 E^T C)) / tr(G C): each site counts alike, for the
-    same reason as in the mean moment.
+    same reason as in the mean moment. A head that is the embedding's table sees E E^T x and
+    cannot be refitted: there it is tr(G (1 - E E^T) C (1 - E E^T)).
     """
     shares = []
-    for c_DD, g_DD in zip(sight.moments, sight.metrics, strict=True):
+    refitted = len(sight.moments) - sight.tied
+    for c_DD, g_DD in zip(sight.moments[refitted:], sight.metrics[refitted:], strict=True):
+        lost_DD = torch.eye(len(c_DD)).to(c_DD) - basis_DK @ basis_DK.T
+        shares.append(((lost_DD @ c_DD @ lost_DD) * g_DD).sum() / (g_DD * c_DD).sum())
+    for c_DD, g_DD in zip(sight.moments[:refitted], sight.metrics[:refitted], strict=True):
         seen_DK = c_DD @ basis_DK
         inner_KK = basis_DK.T @ seen_DK
         damped_KK = inner_KK + 1e-9 * inner_KK.diagonal().mean() * torch.eye(len(inner_KK)).to(c_DD)

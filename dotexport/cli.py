@@ -169,11 +169,12 @@ def shrink(
     seqlen: Seqlen = None,
     skip: Skip = 0,
     basis: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Of the residual stream: learned, pca, dot, select, or auto, which measures all."
+            help="Of the residual stream: learned, pca, dot, select, or auto, which measures all; "
+            "default: learned, or pca where the head stays tied."
         ),
-    ] = "learned",
+    ] = None,
     mlp: Annotated[
         str,
         typer.Option(

@@ -115,7 +115,10 @@ class Narrowing:
         if width == self.before.hidden_size:
             return whole(width)
         sight = look(self.original, self.streams, self.progress)
-        methods = METHODS if self.options.basis == AUTO else (self.options.basis,)
+        sight.tied = self.after.tied
+        default = "pca" if self.after.tied else "learned"
+        asked = self.options.basis or default
+        methods = METHODS if asked == AUTO else (asked,)
         found = {name: self._oriented(name, sight) for name in methods}
         if len(found) == 1:
             return next(iter(found.values()))

@@ -47,7 +47,7 @@ class ShrinkStep:
     samples: int = 128
     seqlen: int | None = None
     skip: int = 0
-    basis: str = "learned"
+    basis: str | None = None
     mlp: str = "obs"
     heads: str = "obs"
     transport: str = "semi-relaxed"

@@ -34,7 +34,8 @@ class Sight:
         metrics: what the readers there do with it, sum of W^T W, (D, D).
         counts: sites in each moment.
         massive: axes of massive activations, the largest first.
-        final: moment of the last site, which the head reads.
+        final: moment of the last site, which the head reads; also the last of `moments`.
+        tied: whether that head is the embedding's table, which no refit can change.
     """
 
     moments: Sequence[Tensor]
@@ -42,6 +43,7 @@ class Sight:
     counts: Sequence[int] = ()
     massive: Sequence[int] = ()
     final: Tensor | None = None
+    tied: bool = False
 
     def mean(self) -> Array:
         """Second moment over all sites, each counted alike.
@@ -57,7 +59,7 @@ class Sight:
         """The same for some of the axes only."""
         some = torch.as_tensor(axes, device=self.moments[0].device)
         moments, metrics = ([m[some][:, some] for m in s] for s in (self.moments, self.metrics))
-        return Sight(moments, metrics, self.counts)
+        return Sight(moments, metrics, self.counts, tied=self.tied)
 
 
 @dataclass
@@ -69,8 +71,8 @@ class _Collected:
     metrics: list[Tensor] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
 
-    def add(self, moment_DD: Tensor, metric_DD: Tensor) -> None:
-        if self.counts and self.counts[-1] < self.room:
+    def add(self, moment_DD: Tensor, metric_DD: Tensor, *, apart: bool = False) -> None:
+        if self.counts and self.counts[-1] < self.room and not apart:
             old = self.counts[-1]
             self.moments[-1] = (old * self.moments[-1] + moment_DD) / (old + 1)
             self.metrics[-1] = self.metrics[-1] + metric_DD
@@ -89,8 +91,8 @@ def look(original: Original, streams: Streams, progress: Progress) -> Sight:
     and tokens many times the size of the others.
     """
     layers = original.sizes.num_layers
-    sites = len(original.family.sublayers) * layers + 1
-    collected, spikes_D = _Collected(-(-sites // MOST_SITES)), torch.zeros(())
+    sites = len(original.family.sublayers) * layers
+    collected, spikes_D = _Collected(-(-sites // (MOST_SITES - 1))), torch.zeros(())
     embed(original.embedding(), streams, streams.original_NLD)
     for number in range(layers):
         layer = original.layer(number)
@@ -101,7 +103,7 @@ def look(original: Original, streams: Streams, progress: Progress) -> Sight:
             streams.advance_original(partial(layer.after, sublayer))
         progress("reading the original", number + 1, layers)
     final_DD, peaks_D = _moment(streams, original.stock.norm(streams.device))
-    collected.add(final_DD, gram(original.folded_head()))
+    collected.add(final_DD, gram(original.folded_head()), apart=True)
     massive = _massive(torch.maximum(spikes_D.to(peaks_D), peaks_D))
     return Sight(collected.moments, collected.metrics, collected.counts, massive, final_DD)
 

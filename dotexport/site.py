@@ -39,7 +39,8 @@ class NarrowOptions:
 
     Attributes:
         basis: of the residual stream, one of `dot`, `learned`, `pca`, `select`; or `auto`, which
-            measures all on held-out windows and takes the best.
+            measures all on held-out windows and takes the best. None: `learned`, or `pca` for a
+            head that stays tied, which is a reader that no refit can change.
         mlp: `dot` (OBS chooses the targets, transport merges the rest into them), `obs` (the
             choice alone), `select` (largest magnitude). Without refit nothing can judge a merge,
             and `dot` is `obs`.
@@ -53,7 +54,7 @@ class NarrowOptions:
         seed: which calibration windows are held out to choose ridges and accept merges.
     """
 
-    basis: str = "learned"
+    basis: str | None = None
     mlp: str = "obs"
     heads: str = "obs"
     refit: bool = True
@@ -68,7 +69,7 @@ class NarrowOptions:
             if (method := getattr(self, axis)) not in MERGE_METHODS:
                 known = ", ".join(MERGE_METHODS)
                 raise UsageError(f"{axis} must be one of {known}, not {method!r}")
-        if self.basis not in (*METHODS, AUTO):
+        if self.basis not in (None, *METHODS, AUTO):
             known = ", ".join((*METHODS, AUTO))
             raise UsageError(f"basis must be one of {known}, not {self.basis!r}")
         if self.ridge is not None and not 0 <= self.ridge < math.inf:
