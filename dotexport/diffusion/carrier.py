@@ -71,16 +71,27 @@ def pruned_class(stock: str) -> Any:
     """The subclass of `diffusers.<stock>` that takes a `pruned_layout`."""
     base = getattr(diffusers, stock)
 
-    def __init__(self: Any, *args: Any, pruned_layout: Layout = (), **kwargs: Any) -> None:
+    def __init__(
+        self: Any,
+        *args: Any,
+        pruned_layout: Layout = (),
+        auto_map: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> None:
         base.__init__(self, *args, **kwargs)
         self.register_to_config(pruned_layout=[dict(entry) for entry in pruned_layout])
+        if auto_map is not None:
+            self.register_to_config(auto_map=auto_map)
         resize(self, pruned_layout)
 
-    own = inspect.Parameter("pruned_layout", inspect.Parameter.KEYWORD_ONLY, default=())
+    own = [
+        inspect.Parameter("pruned_layout", inspect.Parameter.KEYWORD_ONLY, default=()),
+        inspect.Parameter("auto_map", inspect.Parameter.KEYWORD_ONLY, default=None),
+    ]
     stock_signature = inspect.signature(base.__init__)
     # diffusers reads from the signature which entries of a config a class takes.
     __init__.__signature__ = stock_signature.replace(  # type: ignore[attr-defined]
-        parameters=[*stock_signature.parameters.values(), own]
+        parameters=[*stock_signature.parameters.values(), *own]
     )
     members = {"__init__": __init__, "__module__": __name__, "__doc__": f"{stock}, pruned."}
     return type(class_name(stock), (base,), members)

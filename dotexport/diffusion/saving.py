@@ -16,7 +16,6 @@ from safetensors import safe_open
 from torch import nn
 
 from dotexport import manifest
-from dotexport.diffusion import carrier
 from dotexport.diffusion.sampling import INDEX, quiet
 from dotexport.diffusion.tables import find_sites, find_table
 from dotexport.errors import UsageError
@@ -75,6 +74,8 @@ def save(
     folder: Path,
 ) -> str:
     """Write a pipeline folder with this denoiser and everything else of `source`; its class."""
+    from dotexport.diffusion import carrier  # needs diffusers
+
     _carry_over(source, component, folder)
     stored = _stored_dtype(source / component)
     to_save: Any = model
@@ -98,6 +99,8 @@ def save(
 
 def _name_the_class(folder: Path, component: str, name: str) -> None:
     """Say where the class lives: for pipelines, and beside the weights for AutoModel."""
+    from dotexport.diffusion import carrier
+
     index = read_json(folder / INDEX, advice="save the pipeline again")
     index[component] = [carrier.__name__, name]
     write_json(folder / INDEX, index)
@@ -108,10 +111,15 @@ def _carry_over(source: Path, component: str, folder: Path) -> None:
     """Copy all but the denoiser; pickles stay behind."""
 
     def skipped(place: str, names: list[str]) -> set[str]:
-        pickles = {name for name in names if Path(name).suffix in PICKLES}
-        return pickles | ({component} if Path(place) == source else set())
+        ours = {component} if Path(place) == source else set()
+        return ignore_pickles(place, names) | ours
 
     shutil.copytree(source, folder, ignore=skipped)
+
+
+def ignore_pickles(place: str, names: list[str]) -> set[str]:
+    """For `copytree`: what stays behind."""
+    return {name for name in names if Path(name).suffix in PICKLES}
 
 
 def _stored_dtype(folder: Path) -> Any:

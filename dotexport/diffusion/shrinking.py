@@ -192,6 +192,7 @@ def _write(
         shrink=recipe | {"sha256": hashlib.sha256(json.dumps(recipe).encode()).hexdigest()},
         calibration={
             "prompts": len(prompts),
+            "examples": list(prompts[:3]),  # what parity is measured on later
             "sha256": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
         },
         sizes={"parameters": list(shrunk.parameters), "kept": shrunk.kept},
