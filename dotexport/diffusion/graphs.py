@@ -206,13 +206,14 @@ def write(owner: nn.Module, part: Part, first: Recording, second: Recording, fol
 @contextmanager
 def _hushed() -> Iterator[None]:
     """torch's exporter prints and warns about what does not concern whoever calls it."""
-    with (
-        contextlib.redirect_stdout(io.StringIO()),
-        warnings.catch_warnings(),
-        replaced(logging.getLogger("torch.onnx"), "disabled", True),
-    ):
-        warnings.simplefilter("ignore")
-        yield
+    threshold = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(threshold)
 
 
 def to_float16(file: Path) -> None:
