@@ -49,6 +49,7 @@ METHODS: dict[str, tuple[PruneOptions, str]] = {
     "L1 + least squares": (PruneOptions(method="l1-refit"), "uniform"),
     "group OBS": (PruneOptions(), "uniform"),
     "group OBS, allocation by predicted loss": (PruneOptions(), "loss"),
+    "group OBS, neurons merged by transport": (PruneOptions(method="dot"), "uniform"),
     "group OBS, error feedback": (PruneOptions(feedback=True), "uniform"),
 }
 

@@ -70,8 +70,8 @@ def shrink(
     ] = None,
     allocation: Annotated[
         str,
-        typer.Option(help="Between blocks: uniform, or loss (where the predicted loss is least)."),
-    ] = "uniform",
+        typer.Option(help="Between blocks: loss (where the predicted loss is least) or uniform."),
+    ] = "loss",
     method: Annotated[
         str,
         typer.Option(

@@ -39,7 +39,7 @@ class LayoutOptions:
     heads: str | None = None
     ffn: str | None = None
     file: str | None = None
-    allocation: str = "uniform"
+    allocation: str = "loss"
 
     def __post_init__(self) -> None:
         asked = [self.params is not None, bool(self.heads or self.ffn), self.file is not None]

@@ -16,6 +16,7 @@ from dotexport.diffusion import obs
 from dotexport.diffusion.calibration import Calibration, TimestepWeights, packages
 from dotexport.diffusion.checkpoint import Stored
 from dotexport.diffusion.layout import Curve, Kept
+from dotexport.diffusion.merging import Merged, transport
 from dotexport.diffusion.moments import Moments, damped
 from dotexport.diffusion.probe import Probe
 from dotexport.diffusion.sparse import Pattern, sweep
@@ -99,6 +100,7 @@ def _prune_package(
         return records, chosen
     model = calibration.model
     moments = calibration.moments(writers(part), stage)
+    energies: dict[Site, float] = {}
     for site in part:
         energy = sum(energy_of(linear(model, name), moments[name]) for name in site.writers)
         removal = choose(
@@ -111,10 +113,18 @@ def _prune_package(
             seed=options.seed,
         )
         chosen[site] = removal.kept(site.units, kept[site.name])
+        energies[site] = max(energy, 1e-300)
+    merges: dict[Site, Merged] = {}
+    if options.method == "dot":
+        merges = transport(calibration, chosen, moments, options.damping, f"{stage}, merging")
+    for site in part:
         refit = options.method in REFITTED
         lost = cut(model, site, chosen[site], moments, damping=options.damping, refit=refit)
-        records.append(_record(site, kept[site.name], lost / max(energy, 1e-300)))
+        records.append(_record(site, kept[site.name], lost / energies[site]))
         logger.info("%s: %d of %d", site.name, kept[site.name], site.units)
+        if site in merges:
+            merges[site].put(model, site)
+            logger.info("%s: merged at cosine %s", site.name, merges[site].level)
     return records, chosen
 
 

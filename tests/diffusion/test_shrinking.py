@@ -459,3 +459,23 @@ def test_units_leave_in_the_order_of_their_loss() -> None:
     assert removal.kept(4, 2).tolist() == [1, 3]
     assert removal.kept(4, 3).tolist() == [0, 1, 3]
     assert removal.kept(4, 4).tolist() == [0, 1, 2, 3]
+
+
+def test_merging_copies_loses_nothing_and_is_judged(tiny: Tiny, sampling: Any) -> None:
+    """Near copies merge: their barycentre says what both said, better than one of them alone."""
+    options = replace(sampling("dit"), batch=3)
+    cal = calibration(tiny("dit"), options)
+    site = next(site for site in tables.find_sites(cal.model) if site.kind == "ffn")
+    layer = tables.linear(cal.model, site.readers[0])
+    half = site.units // 2
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        noise = torch.randn(layer.weight[:half].shape, generator=rng)
+        layer.weight[half:] = layer.weight[:half] + 1e-3 * noise
+        layer.bias[half:] = layer.bias[:half]
+    options_dot = PruneOptions(method="dot", packages=1, damping=1e-6)
+    before = answer(cal.model, cal.pipe, options)
+    kept = {s.name: s.units for s in tables.find_sites(cal.model)} | {site.name: half}
+    pruning.prune(cal, tables.find_sites(cal.model), kept, options_dot, pruning.Stored())
+    after = answer(cal.model, cal.pipe, options)
+    torch.testing.assert_close(after, before, rtol=0.02, atol=0.02)
