@@ -70,12 +70,12 @@ def quality(
         out / "diffusion",
         "Diffusion: methods on two trained pipelines",
         "`python -m dotexport.bench.diffusion_results quality`. Heads and feed-forward neurons of "
-        "every block of the pipelines in tests/diffusion/digits (4 blocks, 4 heads of 16; MMDiT with "
-        "rectified flow, DiT with DDIM), trained on 1,400 of scikit-learn's digits. `loss`: denoising "
-        "loss on the 397 others, 8 noises and times each, `ratio` over the dense one. `deviation`: "
-        "squared distance of 40 samples from the dense ones at the same noise, over their variance. "
-        f"Calibrated on {PROMPTS} prompts, {STEPS} steps, guidance 1, 4 packages, seed 0; `random` is "
-        "the mean of three seeds.",
+        "the pipelines in tests/diffusion/digits (4 blocks, 4 heads of 16; MMDiT with rectified "
+        "flow, DiT with DDIM), trained on 1,400 of scikit-learn's digits. `loss`: denoising loss "
+        "on the 397 others, 8 noises and times each, `ratio` over the dense one. `deviation`: "
+        f"squared distance of {PROMPTS} samples from the dense ones at the same noise, over their "
+        f"variance. Calibrated on {PROMPTS} prompts, {STEPS} steps, guidance 1, 4 packages, seed "
+        "0; `random` is the mean of three seeds.",
         rows,
     )
 
@@ -181,10 +181,10 @@ def speed(
     _save(
         out / "diffusion-speed",
         "Diffusion: an MMDiT of width 512 in ONNX Runtime",
-        "`python -m dotexport.bench.diffusion_results speed`. SD3Transformer2DModel, 4 blocks, 8 heads "
-        "of 64, 32x32 latents (256 picture tokens), batch 1, float32, one CPU thread, untrained; dense "
-        "and pruned in turns (A B B A) with a 95 % bootstrap interval. MB are those of the denoiser's "
-        "graph.",
+        "`python -m dotexport.bench.diffusion_results speed`. SD3Transformer2DModel, 4 blocks, 8 "
+        "heads of 64, 32x32 latents (256 picture tokens), batch 1, float32, one CPU thread, "
+        "untrained; dense and pruned in turns (A B B A) with a 95 % bootstrap interval. MB are "
+        "those of the denoiser's graph.",
         rows,
     )
 
@@ -223,7 +223,9 @@ def _save(path: Path, title: str, conditions: str, rows: list[Row]) -> None:
     lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     lines += [f"| {' | '.join(str(row[c]) for c in columns)} |" for row in rows]
     versions = environment["libraries"]
-    named = ", ".join(f"{n} {versions[n]}" for n in ("torch", "diffusers", "onnxruntime-gpu") if n in versions)
+    named = ", ".join(
+        f"{n} {versions[n]}" for n in ("torch", "diffusers", "onnxruntime-gpu") if n in versions
+    )
     lines += ["", f"{environment['cpu']}, one thread; {named}."]
     write_text(path.with_suffix(".md"), "\n".join(lines) + "\n")
 

@@ -97,7 +97,7 @@ def dit_pipeline(seed: int = 0) -> Any:
         in_channels=1, out_channels=1, latent_channels=1, block_out_channels=(4,), norm_num_groups=1
     )
     scheduler = DDIMScheduler(clip_sample=False)
-    labels = {n: word for n, word in enumerate(WORDS)}
+    labels = dict(enumerate(WORDS))
     return DiTPipeline(transformer=transformer, vae=vae, scheduler=scheduler, id2label=labels)
 
 
@@ -144,7 +144,10 @@ def word_tokenizer() -> Any:
 
 
 def flow_loss(pipe: Any) -> Loss:
-    """|v(x_t, t) - (noise - x)|^2 at x_t = (1 - t) x + t noise, t uniform; 1 word in 10 left out."""
+    """|v(x_t, t) - (noise - x)|^2 at x_t = (1 - t) x + t noise, t uniform.
+
+    One word in ten is left out while training.
+    """
     with torch.no_grad():
         embeds, _, pooled, _ = pipe.encode_prompt(
             [*WORDS, ""], None, None, do_classifier_free_guidance=False, **CALL

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -159,7 +160,9 @@ def check_moments(name: str, moments: Moments) -> None:
     if not moments.weight:
         raise CalibrationError(f"the pipeline never calls {name}; it cannot be calibrated")
     if not torch.isfinite(moments.inputs_II).all():
-        raise CalibrationError(f"{name} reads NaN or infinity; the model overflows on these prompts")
+        raise CalibrationError(
+            f"{name} reads NaN or infinity; the model overflows on these prompts"
+        )
 
 
 def packages(items: Sequence[Any], count: int) -> list[list[Any]]:
@@ -171,4 +174,4 @@ def packages(items: Sequence[Any], count: int) -> list[list[Any]]:
     count = max(1, min(count, len(items)))
     base, more = divmod(len(items), count)
     ends = [n * base + min(n, more) for n in range(count + 1)]
-    return [list(items[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+    return [list(items[a:b]) for a, b in pairwise(ends)]

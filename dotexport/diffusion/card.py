@@ -1,4 +1,4 @@
-"""The model card of a pruned pipeline, written anew from the manifest whenever a verb adds to it."""
+"""The model card of a pruned pipeline, written anew whenever a verb adds to the manifest."""
 
 from __future__ import annotations
 
@@ -66,9 +66,10 @@ def _lines(record: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     what = f"zeros ({shrink['sparsity']})" if shrink["sparsity"] else "heads and neurons removed"
     yield (
-        f"{what} by `{shrink['prune']['method']}` in {shrink['prune']['packages']} packages, calibrated on "
-        f"{record['calibration']['prompts']} prompts of {shrink['sampling']['steps']} steps, seed "
-        f"{shrink['sampling']['seed']}; dotexport {record['dotexport']}. `dotexport.json` has every figure."
+        f"{what} by `{shrink['prune']['method']}` in {shrink['prune']['packages']} packages, "
+        f"calibrated on {record['calibration']['prompts']} prompts of "
+        f"{shrink['sampling']['steps']} steps, seed {shrink['sampling']['seed']}; dotexport "
+        f"{record['dotexport']}. `dotexport.json` has every figure."
     )
     if shrink["sparsity"]:
         yield ""

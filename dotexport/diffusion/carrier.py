@@ -71,7 +71,7 @@ def pruned_class(stock: str) -> Any:
     """The subclass of `diffusers.<stock>` that takes a `pruned_layout`."""
     base = getattr(diffusers, stock)
 
-    def __init__(
+    def __init__(  # noqa: N807  the one of the class below
         self: Any,
         *args: Any,
         pruned_layout: Layout = (),

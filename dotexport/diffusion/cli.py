@@ -1,7 +1,7 @@
 """The verbs of the command line for diffusers pipelines: one function per verb, no logic.
 
-`dotexport shrink FOLDER`, `export`, `verify`, `eval` and `bench` come here when FOLDER is a pipeline
-(it has a model_index.json) or an output that holds one.
+`dotexport shrink FOLDER`, `export`, `verify`, `eval` and `bench` come here when FOLDER is a
+pipeline (it has a model_index.json) or an output that holds one.
 """
 
 from __future__ import annotations
@@ -137,9 +137,7 @@ def shrink(
         ),
         layout=None
         if sparsity
-        else LayoutOptions(
-            params=params, heads=heads, ffn=ffn, file=layout, allocation=allocation
-        ),
+        else LayoutOptions(params=params, heads=heads, ffn=ffn, file=layout, allocation=allocation),
         sparsity=sparsity,
         prune=PruneOptions(
             method=method,

@@ -91,8 +91,9 @@ def conditioning(pipe: Any, prompts: Sequence[Any], options: SampleOptions) -> C
     plain = replace(options, steps=1, guidance=options.guidance if distilled else 1.0)
     with replaced(model, "forward", recording):
         sample(pipe, prompts, 0, plain)
-    first = float(pipe.scheduler.timesteps[0])
-    return Conditioning(seen[0], float(seen[0]["timestep"].flatten()[0]) / first)
+    # A single step may be at time 0 (DDIM), which says nothing about the scale.
+    first, given = (float(t.flatten()[0]) for t in (pipe.scheduler.timesteps, seen[0]["timestep"]))
+    return Conditioning(seen[0], given / first if first else 1.0)
 
 
 def draw(scheduler: Any, x: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,8 +2,8 @@
 
 `verify` asks two things of an artifact, at two batch sizes and, where the class takes them, two
 picture sizes: does one call of every component agree within 1e-4, and does a sampled trajectory,
-with ONNX Runtime sessions in the places of the pipeline's modules, agree within 1e-3? Differences are relative
-to the largest value where that is above 1.
+with ONNX Runtime sessions in the places of the pipeline's modules, agree within 1e-3? Differences
+are relative to the largest value where that is above 1.
 """
 
 from __future__ import annotations
@@ -195,7 +195,9 @@ def _home(folder: Path, out: Path | None, *, overwrite: bool) -> Path:
     """The output that takes the artifacts; a new one for a plain pipeline."""
     if manifest.is_output(folder):
         if out is not None and out.resolve() != folder.resolve():
-            raise UsageError(f"{folder} is an output of dotexport; leave the output folder (-o) away")
+            raise UsageError(
+                f"{folder} is an output of dotexport; leave the output folder (-o) away"
+            )
         return folder
     if out is None:
         raise UsageError(
@@ -205,9 +207,7 @@ def _home(folder: Path, out: Path | None, *, overwrite: bool) -> Path:
     component = component_of(load(folder))
     with new_folder(out, overwrite=overwrite) as partial:
         shutil.copytree(folder, partial / saving.FOLDER)
-        manifest.update(
-            partial, kind="diffusion", source=saving.describe_source(folder, component)
-        )
+        manifest.update(partial, kind="diffusion", source=saving.describe_source(folder, component))
     return out
 
 
@@ -298,9 +298,7 @@ def verify(out: Path, targets: Sequence[str] | None = None) -> list[Parity]:
     return parities
 
 
-def check(
-    pipe: Any, folder: Path, tried: Sequence[Case], artifact: str, precision: str
-) -> Parity:
+def check(pipe: Any, folder: Path, tried: Sequence[Case], artifact: str, precision: str) -> Parity:
     """Measure one artifact; one that cannot be run has failed."""
     limits = (STEP_LIMIT, TRAJECTORY_LIMIT)
     if precision == "fp16":
@@ -361,7 +359,9 @@ def require(parities: Sequence[Parity], *, note: str = "") -> None:
     """
     failed = [parity for parity in parities if not parity.passed]
     if failed:
-        lines = [f"  {parity.artifact}: {problem}" for parity in failed for problem in parity.problems]
+        lines = [
+            f"  {parity.artifact}: {problem}" for parity in failed for problem in parity.problems
+        ]
         names = ", ".join(parity.artifact for parity in failed)
         raise ParityError(f"{names}: verification failed{note}\n" + "\n".join(lines))
 

@@ -253,7 +253,11 @@ def session(file: Path, *, threads: int | None = None) -> Any:
 def feed(loaded: Any, call: Call) -> dict[str, Any]:
     """What a session is given for a call, in the types of its inputs."""
     types = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
-    types |= {"tensor(int64)": torch.int64, "tensor(int32)": torch.int32, "tensor(bool)": torch.bool}
+    types |= {
+        "tensor(int64)": torch.int64,
+        "tensor(int32)": torch.int32,
+        "tensor(bool)": torch.bool,
+    }
     return {
         entry.name: call[entry.name].to(types[entry.type]).numpy() for entry in loaded.get_inputs()
     }

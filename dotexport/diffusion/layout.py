@@ -9,6 +9,7 @@ import heapq
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from torch import nn
@@ -217,7 +218,7 @@ def _cheapest(
     for site in sites:
         step = STEP if site.kind == "ffn" and site.units % STEP == 0 else 1
         corners = curves[site.name].hull(step)
-        for a, b in zip(corners, corners[1:], strict=False):
+        for a, b in pairwise(corners):
             # In steps, so that the budget can end inside of a long piece.
             slope = _slope(a, b) / cost[site.name]
             pieces += [(slope, site.name, step)] * ((b[0] - a[0]) // step)

@@ -112,7 +112,9 @@ def _trials(
         if merge.moved > 0:
             made.append((level, _rows(model, site, merge.gate_KN)))
     shape = (len(kept), layer.out_features)
-    return [Trial(level, rows, Moments.zeros(*shape), Moments.zeros(*shape)) for level, rows in made]
+    return [
+        Trial(level, rows, Moments.zeros(*shape), Moments.zeros(*shape)) for level, rows in made
+    ]
 
 
 def _rows(model: nn.Module, site: Site, share_KN: Tensor) -> Rows:
@@ -129,9 +131,7 @@ def _rows(model: nn.Module, site: Site, share_KN: Tensor) -> Rows:
 
 
 @contextmanager
-def _tried(
-    model: nn.Module, site: Site, kept: Tensor, trials: Sequence[Trial]
-) -> Iterator[None]:
+def _tried(model: nn.Module, site: Site, kept: Tensor, trials: Sequence[Trial]) -> Iterator[None]:
     """Whenever the feed-forward layer is called, every trial is asked the same."""
     module, writer = model.get_submodule(site.name), linear(model, site.writers[0])
     forward, seen = module.forward, []
@@ -206,5 +206,5 @@ def _best(model: nn.Module, site: Site, trials: Sequence[Trial], damping: float)
     bias_O = None
     if centred:
         assert every.answers_O is not None
-        bias_O = every.answers_O / every.weight - weight_OK @ every.mean_I
+        bias_O = every.answers_O / every.weight - weight_OK @ every.mean
     return Merged(best.level, best.rows, weight_OK, bias_O)

@@ -46,7 +46,7 @@ class Moments:
         self.total_I += weight * x_TI.sum(0)
         self.weight += weight * len(x_TI)
         if self.cross_OI is not None and self.answers_O is not None:
-            assert y_TO is not None
+            assert y_TO is not None  # whoever sums answers gives them
             y_TO = y_TO.detach().double()
             self.cross_OI += weight * (y_TO.T @ x_TI)
             self.answers_O += weight * y_TO.sum(0)
@@ -70,7 +70,7 @@ class Moments:
         return Moments(inputs_KK, self.total_I[kept], self.weight, cross_OK, self.answers_O)
 
     @property
-    def mean_I(self) -> Tensor:
+    def mean(self) -> Tensor:
         return self.total_I / max(self.weight, 1e-300)
 
     def hessian(self, *, centred: bool) -> Tensor:
@@ -81,15 +81,16 @@ class Moments:
         then b + (W - W') E[x]: exact, and the damping never touches it.
         """
         mean_II = self.inputs_II / max(self.weight, 1e-300)
-        return mean_II - torch.outer(self.mean_I, self.mean_I) if centred else mean_II
+        return mean_II - torch.outer(self.mean, self.mean) if centred else mean_II
 
     def cross(self, *, centred: bool) -> Tensor:
         """E[y x^T]; centred, the covariance of answers and inputs."""
-        assert self.cross_OI is not None and self.answers_O is not None
+        assert self.cross_OI is not None
+        assert self.answers_O is not None
         mean_OI = self.cross_OI / max(self.weight, 1e-300)
         if not centred:
             return mean_OI
-        return mean_OI - torch.outer(self.answers_O / max(self.weight, 1e-300), self.mean_I)
+        return mean_OI - torch.outer(self.answers_O / max(self.weight, 1e-300), self.mean)
 
 
 def damped(hessian_II: Tensor, damping: float) -> Tensor:

@@ -54,7 +54,9 @@ class Probe:
         with ExitStack() as stack:
             for name in site.writers:
                 layer = linear(self.model, name)
-                weight, bias = _without(layer, site.columns(self.model, name), kept, moments[name], damping)
+                weight, bias = _without(
+                    layer, site.columns(self.model, name), kept, moments[name], damping
+                )
                 stack.enter_context(_swapped(layer, "weight", weight))
                 if bias is not None:
                     stack.enter_context(_swapped(layer, "bias", bias))
@@ -80,7 +82,7 @@ def _without(
     )
     bias_O = None
     if centred:
-        shift_O = (layer.weight.detach().double() - weight_OI) @ moments.mean_I
+        shift_O = (layer.weight.detach().double() - weight_OI) @ moments.mean
         bias_O = (layer.bias.detach().double() + shift_O).to(layer.bias.dtype)
     return weight_OI.to(layer.weight.dtype), bias_O
 

@@ -188,7 +188,7 @@ def sparsify(
             new_OI = sweep(old_OI, damped_II, pattern)
             energy = energy_of(layer, moments[name])
             if layer.bias is not None:
-                layer.bias.add_(((old_OI - new_OI) @ moments[name].mean_I).to(layer.bias.dtype))
+                layer.bias.add_(((old_OI - new_OI) @ moments[name].mean).to(layer.bias.dtype))
             layer.weight.copy_(new_OI)
             stays = int((new_OI != 0).sum())
             lost = obs.loss(old_OI, new_OI, hessian_II) / max(energy, 1e-300)

@@ -81,11 +81,6 @@ def parse_extra(pairs: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def is_pipeline(folder: Path) -> bool:
-    """Whether this is a diffusers pipeline, or an output of dotexport that holds one."""
-    return any((place / INDEX).is_file() for place in (folder, folder / "pipeline"))
-
-
 def load(folder: Path) -> Any:
     """The pipeline of a folder, in float32.
 
@@ -117,7 +112,6 @@ def load(folder: Path) -> Any:
                 dtype=torch.float32,
                 local_files_only=True,
                 use_safetensors=True,
-                low_cpu_mem_usage=False,  # needs accelerate
                 **absent,
             )
     except Exception as error:  # diffusers has no class of its own for these
@@ -128,18 +122,22 @@ def load(folder: Path) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bars of other libraries while a pipeline loads or is saved."""
+    """No bars and advice of other libraries while a pipeline loads or is saved."""
     import diffusers.utils.logging as theirs
     import transformers.utils.logging as others
 
-    shown = [library for library in (theirs, others) if library.is_progress_bar_enabled()]
-    for library in shown:
+    libraries: tuple[Any, ...] = (theirs, others)
+    before = [(at.is_progress_bar_enabled(), at.get_verbosity()) for at in libraries]
+    for library in libraries:
         library.disable_progress_bar()
+        library.set_verbosity_error()
     try:
         yield
     finally:
-        for library in shown:
-            library.enable_progress_bar()
+        for library, (shown, verbosity) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if shown:
+                library.enable_progress_bar()
 
 
 def component_of(pipe: Any) -> str:

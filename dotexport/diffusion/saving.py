@@ -82,7 +82,9 @@ def save(
     if stored is not None and stored != next(model.parameters()).dtype:
         to_save = model.to(dtype=stored)
     if layout and not _fits_stock(to_save, layout):
-        stock = next(base for base in type(model).__mro__ if base.__module__.startswith("diffusers"))
+        stock = next(
+            base for base in type(model).__mro__ if base.__module__.startswith("diffusers")
+        )
         to_save.__class__ = carrier.pruned_class(stock.__name__)
         to_save.register_to_config(pruned_layout=list(layout))
     with quiet():

@@ -152,9 +152,9 @@ def _cut_writer(
 def _bias_shift(layer: nn.Linear, old_OI: Tensor, new_OI: Tensor, moments: Moments) -> Tensor:
     """What a bias gains so that the mean of what the layer says is the mean of what it should."""
     if moments.answers_O is None:
-        return (old_OI - new_OI) @ moments.mean_I
+        return (old_OI - new_OI) @ moments.mean
     wanted_O = moments.answers_O / max(moments.weight, 1e-300)
-    return wanted_O - layer.bias.double() - new_OI @ moments.mean_I
+    return wanted_O - layer.bias.double() - new_OI @ moments.mean
 
 
 @torch.no_grad()

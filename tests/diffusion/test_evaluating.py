@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from dotexport.bench import digits as bed
 from dotexport.diffusion import pictures
 from dotexport.diffusion.calibration import Calibration, TimestepWeights
+from dotexport.diffusion.checkpoint import Stored
 from dotexport.diffusion.denoising import denoising_losses
 from dotexport.diffusion.evaluating import evaluate, read_latents
 from dotexport.diffusion.layout import LayoutOptions, uniform
 from dotexport.diffusion.pruning import PruneOptions, prune
-from dotexport.diffusion.checkpoint import Stored
 from dotexport.diffusion.sampling import Clock, SampleOptions, component_of, load
 from dotexport.diffusion.tables import find_sites
 from dotexport.errors import CalibrationError, UsageError
@@ -32,9 +32,7 @@ def test_a_pipeline_beside_itself_differs_in_nothing(
     prompts.write_text("1\n3\n7\n", encoding="utf-8")
     options = SampleOptions(prompts=str(prompts), steps=2, guidance=1.0)
     grid = tmp_path / "reports" / "grid.png"
-    found = evaluate(
-        tiny("dit"), tiny("dit"), options, features="pixels", grid=grid, repeats=2
-    )
+    found = evaluate(tiny("dit"), tiny("dit"), options, features="pixels", grid=grid, repeats=2)
     assert found.deviation == 0.0
     assert found.loss == found.dense_loss
     assert found.frechet == pytest.approx(0.0, abs=1e-6)

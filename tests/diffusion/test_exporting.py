@@ -78,9 +78,7 @@ def test_sessions_do_the_work_while_they_are_in_place(exported: Callable[[str], 
     assert not torch.allclose(sample(pipe, [1, 2], 0, options), expected)
 
 
-def test_a_spoilt_graph_fails_verification(
-    exported: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_spoilt_graph_fails_verification(exported: Callable[[str], Path], tmp_path: Path) -> None:
     import onnx
 
     out = tmp_path / "out"

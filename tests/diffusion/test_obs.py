@@ -11,7 +11,7 @@ from dotexport.diffusion.moments import Moments, damped
 from dotexport.diffusion.sparse import Pattern, sweep
 from dotexport.errors import UsageError
 
-N, S, O, T = 6, 3, 5, 400  # groups, columns of a group, outputs, tokens
+N, S, OUT, T = 6, 3, 5, 400  # groups, columns of a group, outputs, tokens
 
 
 def tokens(num_in: int = N * S) -> Tensor:
@@ -21,7 +21,7 @@ def tokens(num_in: int = N * S) -> Tensor:
 
 
 def weights(num_in: int = N * S) -> Tensor:
-    return torch.randn(O, num_in, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return torch.randn(OUT, num_in, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 def moments_of(x_TI: Tensor) -> Moments:
@@ -96,7 +96,7 @@ def test_a_bias_is_one_more_column_whose_feature_is_one() -> None:
     solved_OK = obs.refit(weight_OI, moments.hessian(centred=True), kept)
     full_OI = torch.zeros_like(weight_OI)
     full_OI[:, kept] = solved_OK
-    bias_O = (weight_OI - full_OI) @ moments.mean_I
+    bias_O = (weight_OI - full_OI) @ moments.mean
     torch.testing.assert_close(torch.cat([solved_OK, bias_O[:, None]], 1), best_KO.T)
 
 
@@ -123,7 +123,7 @@ def test_of_two_copies_one_leaves_without_loss_and_then_not_the_other() -> None:
 def test_answers_of_their_own_make_weights_that_say_them() -> None:
     x_TI, weight_OI = tokens(), weights()
     aim_OI = weights().flip(0)
-    moments = Moments.zeros(N * S, O)
+    moments = Moments.zeros(N * S, OUT)
     moments.add(x_TI, x_TI @ aim_OI.T)
     found_OI = obs.best_weights(weight_OI, moments, damping=1e-12, centred=False)
     torch.testing.assert_close(found_OI, aim_OI, rtol=1e-6, atol=1e-6)
@@ -148,7 +148,7 @@ def test_a_sweep_leaves_the_zeros_asked_for_and_beats_magnitude(text: str) -> No
     gone_OI = swept_OI == 0
     assert int(gone_OI.sum()) == round(pattern.share * weight_OI.numel())
     if pattern.of:
-        per_OG = gone_OI.view(O, -1, pattern.of).sum(-1)
+        per_OG = gone_OI.view(OUT, -1, pattern.of).sum(-1)
         assert bool((per_OG == pattern.zeros).all())
     # With uncorrelated inputs the sweep is magnitude pruning.
     plain_OI = sweep(weight_OI, torch.eye(160, dtype=torch.float64), pattern)
