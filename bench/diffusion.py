@@ -109,8 +109,8 @@ def _subject(
     folder: Path, home: Path, target: str, batch: int, steps: int, threads: int, asked: Path
 ) -> Iterator[Subject]:
     """Both pipelines are called as the candidate's manifest says."""
-    pipe = load(folder)
-    case = exporting.cases(pipe, manifest.read(asked))[0]
+    pipe, told = load(folder), manifest.read(asked)
+    case = exporting.cases(pipe, told)[0]
     prompts = tuple(case.prompts[n % len(case.prompts)] for n in range(batch))
     case = replace(case, prompts=prompts, options=replace(case.options, steps=steps, batch=batch))
     part = graphs.Part(component_of(pipe), component_of(pipe))
@@ -129,7 +129,7 @@ def _subject(
         yield Subject(call, whole, folder_bytes(folder / part.component))
         return
     with ExitStack() as stack:
-        artifact = stack.enter_context(_artifact(pipe, folder, home, target))
+        artifact = stack.enter_context(_artifact(pipe, folder, home, target, told))
         loaded = graphs.session(artifact / part.folder / graphs.GRAPH, threads=threads)
         fed = graphs.feed(loaded, recording.calls[0])
         stack.enter_context(graphs.in_place(pipe, artifact, threads=threads))
@@ -138,7 +138,9 @@ def _subject(
 
 
 @contextmanager
-def _artifact(pipe: Any, folder: Path, home: Path, target: str) -> Iterator[Path]:
+def _artifact(
+    pipe: Any, folder: Path, home: Path, target: str, told: dict[str, Any]
+) -> Iterator[Path]:
     """The artifact of an output, or one made for the while."""
     precision = exporting.parse_target(target)
     made = home / f"{exporting.TARGET}-{precision}"
@@ -146,7 +148,7 @@ def _artifact(pipe: Any, folder: Path, home: Path, target: str) -> Iterator[Path
         yield made
         return
     with tempfile.TemporaryDirectory() as scratch:
-        tried = exporting.cases(pipe, {})
+        tried = exporting.cases(pipe, told)
         exporting.write_graphs(pipe, folder, Path(scratch), tried, precision)
         yield Path(scratch)
 

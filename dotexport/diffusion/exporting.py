@@ -206,7 +206,7 @@ def _home(folder: Path, out: Path | None, *, overwrite: bool) -> Path:
     saving.check_apart(folder, out)
     component = component_of(load(folder))
     with new_folder(out, overwrite=overwrite) as partial:
-        shutil.copytree(folder, partial / saving.FOLDER)
+        shutil.copytree(folder, partial / saving.FOLDER, ignore=saving.ignore_pickles)
         manifest.update(partial, kind="diffusion", source=saving.describe_source(folder, component))
     return out
 
