@@ -12,23 +12,24 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor, nn
 
 from dotexport import manifest
 from dotexport.bench import digits
 from dotexport.bench.diffusion import bench_into
 from dotexport.diffusion import sampling
-from dotexport.diffusion.calibration import Calibration, TimestepWeights
+from dotexport.diffusion.calibration import Calibration
 from dotexport.diffusion.checkpoint import Stored
 from dotexport.diffusion.evaluating import Samples, deviation
 from dotexport.diffusion.layout import LayoutOptions, num_parameters
 from dotexport.diffusion.pruning import PruneOptions, prune
-from dotexport.diffusion.sampling import SampleOptions, component_of, load
+from dotexport.diffusion.sampling import SampleOptions, load
 from dotexport.diffusion.shrinking import ShrinkOptions, decide, shrink
 from dotexport.diffusion.tables import find_sites
 from dotexport.output import write_json, write_text
@@ -63,7 +64,7 @@ def quality(
     torch.set_num_threads(1)
     rows: list[Row] = []
     for name in ("mmdit", "dit"):
-        for row in _bed(name, beds / name):
+        for row in _rows(name, beds / name):
             rows.append(row)
             typer.echo(str(row), err=True)
     _save(
@@ -80,47 +81,65 @@ def quality(
     )
 
 
-def _bed(name: str, folder: Path) -> Iterator[Row]:
-    pipe = load(folder)
-    loss = (digits.flow_loss if name == "mmdit" else digits.noise_loss)(pipe)
-    component = component_of(pipe)
-    dense = getattr(pipe, component)
-    options = SampleOptions(
-        prompts="",
-        steps=STEPS,
-        guidance=1.0,
-        batch=PROMPTS,
-        extra=digits.CALL if name == "mmdit" else {},
-    )
-    classes = list(digits.WORDS) if name == "mmdit" else list(range(10))
-    prompts = classes * (PROMPTS // 10)
-    wanted = sampling.sample(pipe, prompts, 10_000, options)
-    before = digits.held_out(dense, loss)
+@dataclass(frozen=True)
+class _Bed:
+    """One trained pipeline, what it is asked, and how it is judged."""
+
+    pipe: Any
+    dense: nn.Module
+    prompts: list[Any]
+    options: SampleOptions
+    loss: digits.Loss
+
+    @classmethod
+    def load(cls, name: str, folder: Path) -> _Bed:
+        pipe, flow = load(folder), name == "mmdit"
+        options = SampleOptions(
+            prompts="", steps=STEPS, guidance=1.0, batch=PROMPTS, extra=digits.CALL if flow else {}
+        )
+        classes: list[Any] = list(digits.WORDS if flow else range(10))
+        loss = (digits.flow_loss if flow else digits.noise_loss)(pipe)
+        return cls(pipe, pipe.transformer, classes * (PROMPTS // 10), options, loss)
+
+    def samples(self) -> Tensor:
+        """At noises that calibration has not seen."""
+        return sampling.sample(self.pipe, self.prompts, 10_000, self.options)
+
+    def measure(
+        self, removed: int, asked: PruneOptions, allocation: str, wanted: Tensor
+    ) -> tuple[float, float, float]:
+        """Held-out loss, deviation, and parameters over dense."""
+        model = copy.deepcopy(self.dense)
+        self.pipe.transformer = model
+        calibration = Calibration(
+            pipe=self.pipe,
+            prompts=self.prompts,
+            options=self.options,
+            weights=asked.weights,
+            teacher=self.dense if asked.feedback else None,
+        )
+        share = f"{1 - removed / 100}x"
+        layout = LayoutOptions(heads=share, ffn=share, allocation=allocation)
+        sites = find_sites(model)
+        kept = decide(calibration, sites, layout, asked)
+        prune(calibration, sites, kept, asked, Stored())
+        apart = deviation(Samples(wanted, self.samples()))
+        self.pipe.transformer = self.dense
+        size = num_parameters(model) / num_parameters(self.dense)
+        return digits.held_out(model, self.loss), apart, size
+
+
+def _rows(name: str, folder: Path) -> Iterator[Row]:
+    bed = _Bed.load(name, folder)
+    wanted, before = bed.samples(), digits.held_out(bed.dense, bed.loss)
     yield _row(name, 0, "dense", before, before, 0.0, 1.0)
     for removed in (25, 50):
-        for method, (prune_options, allocation) in METHODS.items():
+        for method, (asked, allocation) in METHODS.items():
             seeds = (0, 1, 2) if method == "random" else (0,)
-            figures = []
-            for seed in seeds:
-                model = copy.deepcopy(dense)
-                setattr(pipe, component, model)
-                calibration = Calibration(
-                    pipe=pipe,
-                    prompts=prompts,
-                    options=options,
-                    weights=TimestepWeights(),
-                    teacher=dense if prune_options.feedback else None,
-                )
-                share = f"{1 - removed / 100}x"
-                layout = LayoutOptions(heads=share, ffn=share, allocation=allocation)
-                chosen = replace(prune_options, seed=seed)
-                sites = find_sites(model)
-                kept = decide(calibration, sites, layout, chosen)
-                prune(calibration, sites, kept, chosen, Stored())
-                made = Samples(wanted, sampling.sample(pipe, prompts, 10_000, options))
-                size = num_parameters(model) / num_parameters(dense)
-                figures.append((digits.held_out(model, loss), deviation(made), size))
-                setattr(pipe, component, dense)
+            figures = [
+                bed.measure(removed, replace(asked, seed=seed), allocation, wanted)
+                for seed in seeds
+            ]
             mean = [sum(column) / len(figures) for column in zip(*figures, strict=True)]
             yield _row(name, removed, method, before, mean[0], mean[1], mean[2])
 

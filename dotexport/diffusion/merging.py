@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from dotexport.diffusion.moments import Moments
 from dotexport.diffusion.sampling import replaced
 from dotexport.diffusion.tables import Site, linear
 from dotexport.merge import MERGE_LEVELS, barycentres
-from dotexport.ot.cost import activation_distance
+from dotexport.ot.cost import Array, Cost, Indices, cosine
 from dotexport.ot.coupling import TransportOptions, couple
 
 HELD_OUT = 4
@@ -104,7 +105,7 @@ def _trials(
     layer, seen = linear(model, writer), moments[writer]
     columns_N = layer.weight.detach().double().norm(dim=0)
     mass_N = columns_N * seen.hessian(centred=False).diagonal().clamp_min(0).sqrt()
-    cost = activation_distance(seen.inputs_II.numpy(), kept.numpy(), signed=False)
+    cost = same_sign_distance(seen.inputs_II.numpy(), kept.numpy())
     coupling = couple(cost, mass_N.numpy(), TransportOptions())
     made: list[tuple[float | None, Rows]] = [(None, {})]
     for level in MERGE_LEVELS:
@@ -115,6 +116,12 @@ def _trials(
     return [
         Trial(level, rows, Moments.zeros(*shape), Moments.zeros(*shape)) for level, rows in made
     ]
+
+
+def same_sign_distance(gram_NN: Array, kept_K: Indices) -> Cost:
+    """Distance of unit activation vectors, `|| a_i/|a_i| - a_j/|a_j| ||`, over its maximum."""
+    distance_NK = np.sqrt(np.maximum(2.0 - 2.0 * cosine(gram_NN, kept_K), 0.0))
+    return Cost(distance_NK / max(distance_NK.max(initial=0.0), 1e-300), np.ones_like(distance_NK))
 
 
 def _rows(model: nn.Module, site: Site, share_KN: Tensor) -> Rows:

@@ -120,10 +120,7 @@ class _State:
 def scores(problems: Sequence[Problem]) -> Tensor:
     """What each group alone would cost, all layers together."""
     alive = torch.arange(len(problems[0].groups_NS))
-    total_N: Tensor = sum(  # type: ignore[assignment]
-        (_State.of(problem).scores(alive) for problem in problems), torch.zeros(len(alive))
-    )
-    return total_N
+    return torch.stack([_State.of(problem).scores(alive) for problem in problems]).sum(0)
 
 
 def greedy(problems: Sequence[Problem], count: int, *, block: int | None = None) -> Removal:
