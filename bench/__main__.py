@@ -1,4 +1,4 @@
-"""`python -m dotexport.bench`: the bench verb of the command line."""
+"""`python -m dotexport.bench`: the bench verb of the command line, and the tables of fidelity."""
 
 from __future__ import annotations
 
@@ -7,5 +7,11 @@ import sys
 from dotexport.cli import main
 
 if __name__ == "__main__":
-    sys.argv.insert(1, "bench")
-    main()
+    if sys.argv[1:2] == ["fidelity"]:
+        from dotexport.bench.fidelity import app
+
+        del sys.argv[1]
+        app(prog_name="python -m dotexport.bench fidelity")
+    else:
+        sys.argv.insert(1, "bench")
+        main()

@@ -37,12 +37,13 @@ from dotexport.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
 from dotexport.families import find_family, num_parameters, read_sizes, shapes
 from dotexport.output import write_json, write_text
 from dotexport.pipeline import bench_into
+from dotexport.prepare import prepare
 from dotexport.quality import evaluate
 from dotexport.recipe import BenchStep
 from dotexport.reference import load_float32
-from dotexport.shrinking import ShrinkOptions, open_source, prepare, shrink
+from dotexport.shrinking import ShrinkOptions, open_source, shrink
 from dotexport.site import NarrowOptions
-from dotexport.sizing import Plan, plan
+from dotexport.sizing import Plan, SizeOptions, plan
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 Table = list[dict[str, Any]]
@@ -61,7 +62,7 @@ def exactness(out: Out = RESULTS) -> None:
         options = TextOptions(source=text, samples=4, seqlen=256)
         rows.append({"model": name, "change": "random rotation", **_rotated(folder, options)})
         rows.append({"model": name, "change": "copies merged", **_copies_merged(folder, options)})
-    _save(
+    save(
         out / "exactness",
         "Exactness",
         "Largest absolute difference of logits in float32 on 4 windows, without refit. `random "
@@ -75,11 +76,11 @@ def exactness(out: Out = RESULTS) -> None:
 @app.command()
 def stories260k(out: Out = RESULTS) -> None:
     """Methods and refit on a real trained Llama of 260,032 parameters; needs DOTEXPORT_ASSETS."""
-    model, text = _stories()
+    model, text = stories()
     options = TextOptions(source=text, samples=400, seqlen=256, skip=100)
     judged_NL = token_windows(model, replace(options, samples=100, skip=0))
     rows = [_quality_row(model, asked, judged_NL) for asked in _ladder(options)]
-    _save(
+    save(
         out / "stories260k",
         "stories260k: quality by axis, method and refit",
         "TinyStories windows of 256 tokens; perplexity on the first 100, calibration on the next "
@@ -106,12 +107,12 @@ def embedded_model(
     )
     rows = []
     for narrow in methods:
-        asked = ShrinkOptions(params=params, text=CALIBRATION, narrow=narrow)
+        asked = ShrinkOptions(sizes=SizeOptions(params=params), text=CALIBRATION, narrow=narrow)
         rows.append(_quality_row(embedded.MODEL_DIR, asked, judged_NL))
     if speed:
-        asked = ShrinkOptions(params=params, text=CALIBRATION)
+        asked = ShrinkOptions(sizes=SizeOptions(params=params), text=CALIBRATION)
         rows += _speed_rows(embedded.MODEL_DIR, asked)
-    _save(
+    save(
         out / "embedded",
         f"The embedded model at {params} parameters",
         "Calibration: 128 windows of 512 tokens of embedded:calibration. Quality: 128 windows of "
@@ -130,14 +131,15 @@ def allocation(
     config = Checkpoint.open(embedded.MODEL_DIR).config
     rows = []
     for hidden in (240, 224, 208, 192, 176):
-        decided = plan(config, hidden_size=hidden, params=params)
+        decided = plan(config, SizeOptions(hidden_size=hidden, params=params))
         asked = ShrinkOptions(
-            hidden_size=hidden,
-            intermediate_size=decided.after.intermediate_size,
+            sizes=SizeOptions(
+                hidden_size=hidden, intermediate_size=decided.after.intermediate_size
+            ),
             text=CALIBRATION,
         )
         rows.append(_quality_row(embedded.MODEL_DIR, asked, judged_NL))
-    _save(
+    save(
         out / "allocation",
         f"Sharing a budget of {params} between the axes",
         "The embedded model, refit on; for each residual width the widest MLP within the budget.",
@@ -151,7 +153,7 @@ def memory(
 ) -> None:
     """Peak memory of shrink by number of layers, on random weights: it should not grow."""
     rows = [_memory_row(layers, hidden) for layers in (6, 12, 24)]
-    _save(
+    save(
         out / "memory",
         "Peak memory of shrink by depth",
         f"Random Llama of hidden {hidden}, MLP {_mlp(hidden)}, float32; 32 windows of 256 tokens; "
@@ -169,7 +171,7 @@ def demo(out: Out = RESULTS) -> None:
         done = subprocess.run([*command, f"{scratch}/out"], check=True, capture_output=True)
         seconds = time.perf_counter() - started
     rows = [row._asdict() for row in summary.rows(json.loads(done.stdout))]
-    _save(
+    save(
         out / "demo",
         f"dotexport demo: {seconds:.0f} seconds",
         "The whole chain on the embedded model: narrow, export twice, verify, evaluate, bench "
@@ -184,10 +186,10 @@ def demo(out: Out = RESULTS) -> None:
 def _models() -> Iterator[tuple[str, Path, str]]:
     yield "embedded", embedded.MODEL_DIR, "embedded:calibration"
     if "DOTEXPORT_ASSETS" in os.environ:
-        yield "stories260k", *_stories()
+        yield "stories260k", *stories()
 
 
-def _stories() -> tuple[Path, str]:
+def stories() -> tuple[Path, str]:
     if "DOTEXPORT_ASSETS" not in os.environ:
         raise SystemExit("set DOTEXPORT_ASSETS to the folder of stories260k and tinystories")
     assets = Path(os.environ["DOTEXPORT_ASSETS"]).resolve()
@@ -198,16 +200,18 @@ def _ladder(text: TextOptions) -> Iterator[ShrinkOptions]:
     for refit in (False, True):
         for basis in ("select", "dot", "pca"):
             methods = NarrowOptions(basis=basis, refit=refit)
-            yield ShrinkOptions(hidden_size=48, text=text, narrow=methods)
+            yield ShrinkOptions(sizes=SizeOptions(hidden_size=48), text=text, narrow=methods)
         for width in (128, 96):
             for mlp in ("select", "obs", "dot"):
                 methods = NarrowOptions(mlp=mlp, refit=refit)
-                yield ShrinkOptions(intermediate_size=width, text=text, narrow=methods)
+                yield ShrinkOptions(
+                    sizes=SizeOptions(intermediate_size=width), text=text, narrow=methods
+                )
 
 
 def _rotated(folder: Path, text: TextOptions) -> dict[str, float]:
     source = open_source(folder)
-    same = plan(source.config, hidden_size=source.config["hidden_size"])
+    same = plan(source.config, SizeOptions(hidden_size=source.config["hidden_size"]))
     untied = replace(same, after=replace(same.after, tied=False))
     width = same.before.hidden_size
     rotation_DD = np.linalg.qr(np.random.default_rng(0).normal(size=(width, width)))[0]
@@ -223,7 +227,9 @@ def _copies_merged(folder: Path, text: TextOptions) -> dict[str, float]:
         width = _write_twins(Checkpoint.open(folder), twins)
         source = open_source(twins)
         narrowed = Path(scratch) / "hf"
-        _narrow_exactly(source, plan(source.config, intermediate_size=width), narrowed, text)
+        _narrow_exactly(
+            source, plan(source.config, SizeOptions(intermediate_size=width)), narrowed, text
+        )
         return _difference(twins, narrowed, token_windows(folder, text))
 
 
@@ -231,13 +237,12 @@ def _narrow_exactly(
     source: Checkpoint, decided: Plan, out: Path, text: TextOptions, basis: Basis | None = None
 ) -> None:
     """Write OUT in float32 whatever the source is stored in: the question is the algebra."""
-    options = ShrinkOptions(text=text, narrow=NarrowOptions(refit=False))
     out.mkdir()
-    run = prepare(source, decided, out.parent, token_windows(source.folder, text), options)
+    windows_NL = token_windows(source.folder, text)
+    run = prepare(source, decided, out.parent, windows_NL, NarrowOptions(refit=False))
     specs = {n: replace(s, dtype=torch.float32) for n, s in run.writer.specs.items()}
     run.writer = CheckpointWriter(out, specs)
-    with torch.inference_mode():
-        run.run(basis)
+    run.run(basis)
     run.writer.finish()
 
 
@@ -280,7 +285,7 @@ def _quality_row(model: Path, asked: ShrinkOptions, judged_NL: torch.Tensor) -> 
         "hidden": decided.after.hidden_size,
         "MLP": decided.after.intermediate_size,
         "parameters": f"{decided.ratio:.3f}x",
-        "basis": shrunk.basis,
+        "basis": shrunk.basis["method"],
         "MLP method": asked.narrow.mlp,
         "refit": "yes" if asked.narrow.refit else "no",
         "dense perplexity": quality.baseline_perplexity,
@@ -372,7 +377,7 @@ def _shrink_and_measure(model: Path, out: Path) -> tuple[int, int, float]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     started = time.perf_counter()
     text = replace(CALIBRATION, samples=32, seqlen=256)
-    shrink(model, out, ShrinkOptions(params="0.7x", text=text))
+    shrink(model, out, ShrinkOptions(sizes=SizeOptions(params="0.7x"), text=text))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return before, peak, time.perf_counter() - started
 
@@ -380,10 +385,10 @@ def _shrink_and_measure(model: Path, out: Path) -> tuple[int, int, float]:
 # Writing ----------------------------------------------------------------------------------------
 
 
-def _save(file: Path, title: str, protocol: str, rows: Table) -> None:
+def save(file: Path, title: str, protocol: str, rows: Table, *, command: str = "") -> None:
     """FILE.md and FILE.json: the table, how it was taken, and on what."""
     machine = manifest.environment()
-    command = f"python -m dotexport.bench.results {' '.join(sys.argv[1:])}"
+    command = command or f"python -m dotexport.bench.results {' '.join(sys.argv[1:])}"
     libraries = ", ".join(f"{name} {v}" for name, v in machine["libraries"].items())
     text = f"# {title}\n\n{protocol}\n\n    {command}\n\n{_markdown(rows)}\n"
     text += f"Machine: {machine['cpu']}, {machine['cores']['usable']} cores, "

@@ -23,6 +23,7 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "targets/__init__.p
 # Public names and where they live. They are imported when first asked for: torch takes seconds.
 _HOMES = {
     "ShrinkOptions": "shrinking",
+    "SizeOptions": "sizing",
     "evaluate": "quality",
     "export": "exporting",
     "plan": "sizing",
@@ -30,7 +31,16 @@ _HOMES = {
     "verify": "verifying",
 }
 
-__all__ = ["ShrinkOptions", "__version__", "evaluate", "export", "plan", "shrink", "verify"]
+__all__ = [
+    "ShrinkOptions",
+    "SizeOptions",
+    "__version__",
+    "evaluate",
+    "export",
+    "plan",
+    "shrink",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -1,20 +1,28 @@
 """Basis of the residual stream: which K directions of its D a narrower model keeps.
 
-All three methods answer with the same thing, so they are interchangeable and each is measured.
+All methods answer with the same thing, so they are interchangeable and each is measured.
 
-Shapes: D width before, K width after.
+Shapes: D width before, K width after, S norm sites.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from dotexport.errors import UsageError
 from dotexport.ot.cost import Array, Indices, activation_distance
 from dotexport.ot.coupling import Coupling, TransportOptions, couple
+from dotexport.sight import Sight
+
+AUTO = "auto"  # all of METHODS are measured
+LEARNING_STEPS = 60
+LEARNING_RATE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -24,12 +32,20 @@ class Basis:
     Attributes:
         kept_energy: share of the second moment that lies in the span; 1 keeps all.
         coupling: the transport plan it came from, if it came from one.
+        tried: where several were measured, held-out KL divergence in nats per method.
     """
 
     matrix_DK: Array
     method: str
     kept_energy: float
     coupling: Coupling | None = None
+    tried: dict[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What a report says."""
+        report = {"method": self.method, "kept_energy": self.kept_energy}
+        tried = {"tried": self.tried} if self.tried else {}
+        return report | tried | (self.coupling.as_dict() if self.coupling else {})
 
 
 def whole(width: int) -> Basis:
@@ -38,52 +54,118 @@ def whole(width: int) -> Basis:
 
 
 def find_basis(
-    method: str, moment_DD: Array, width: int, transport: TransportOptions | None = None
+    method: str, sight: Sight, width: int, transport: TransportOptions | None = None
 ) -> Basis:
     """A basis of `width` columns by one of METHODS.
 
-    Args:
-        moment_DD: second moment of the normalised stream, averaged over all norm sites.
+    Axes of massive activations are kept as they are, and the method decides on the rest: a few
+    positions with values thousands of times the median (Sun et al., arXiv 2402.17762) carry
+    attention sinks, and are outliers to every second moment.
 
     Raises:
         UsageError: unknown method.
     """
     if method not in METHODS:
         raise UsageError(f"basis must be one of {', '.join(METHODS)}, not {method!r}")
-    matrix_DK, coupling = METHODS[method](moment_DD, width, transport or TransportOptions())
+    moment_DD = sight.mean()
+    forced = np.array(sorted(sight.massive)[:width], dtype=np.intp)
+    free = np.setdiff1d(np.arange(len(moment_DD)), forced)
+    rest = sight.within(free.tolist()) if len(forced) else sight
+    inner, coupling = METHODS[method](rest, width - len(forced), transport or TransportOptions())
+    matrix_DK = np.zeros((len(moment_DD), width))
+    matrix_DK[forced, np.arange(len(forced))] = 1.0
+    matrix_DK[free[:, None], np.arange(len(forced), width)] = inner
     kept = np.trace(matrix_DK.T @ moment_DD @ matrix_DK) / np.trace(moment_DD)
     return Basis(matrix_DK, method, float(kept), coupling)
 
 
-def _select(moment_DD: Array, width: int, options: TransportOptions) -> tuple[Array, None]:
+def _select(sight: Sight, width: int, options: TransportOptions) -> tuple[Array, None]:
     """Keep the axes with the largest second moment."""
+    moment_DD = sight.mean()
     return np.eye(len(moment_DD))[:, _largest(moment_DD, width)], None
 
 
-def _pca(moment_DD: Array, width: int, options: TransportOptions) -> tuple[Array, None]:
+def _pca(sight: Sight, width: int, options: TransportOptions) -> tuple[Array, None]:
     """Keep the leading eigenvectors: the least squared error a projection can have."""
-    vectors_DD = np.linalg.eigh(moment_DD).eigenvectors
+    vectors_DD = np.linalg.eigh(sight.mean()).eigenvectors
     return _fixed_signs(vectors_DD[:, ::-1][:, :width]), None
 
 
-def _dot(moment_DD: Array, width: int, options: TransportOptions) -> tuple[Array, Coupling]:
+def _dot(sight: Sight, width: int, options: TransportOptions) -> tuple[Array, Coupling]:
     """Merge axes by transport onto the strongest ones, then orthonormalise: M = Q R.
 
     The factorisation that carries a merge past RMSNorm is that of DOTResize (arXiv 2507.04517).
     With the pseudo-inverse as decoder R cancels, M M^+ = Q Q^T, so Q is all that is needed.
     """
+    moment_DD = sight.mean()
     kept_K = _largest(moment_DD, width)
-    cost = activation_distance(moment_DD, kept_K, signed=True)
+    cost = activation_distance(moment_DD, kept_K)
     coupling = couple(cost, np.sqrt(np.maximum(np.diag(moment_DD), 0.0)), options)
     q_DK, _ = np.linalg.qr(coupling.merge_map())
     return _fixed_signs(q_DK), coupling
 
 
-METHODS: dict[str, Callable[[Array, int, TransportOptions], tuple[Array, Coupling | None]]] = {
+def _learned(sight: Sight, width: int, options: TransportOptions) -> tuple[Array, None]:
+    """Descend from the best of the others what readers lose, over the Stiefel manifold.
+
+    Steps are Adam's on a free matrix; QR leads back to orthonormal columns, and its derivative
+    makes the gradient tangent. The best point on the way is kept, so it is never worse than where
+    it starts.
+    """
+    starts = [METHODS[name](sight, width, options)[0] for name in ("pca", "dot", "select")]
+    matrices = [torch.from_numpy(start).to(sight.moments[0]) for start in starts]
+    free_DK = min(matrices, key=lambda m: float(reader_loss(sight, m))).clone().requires_grad_()
+    best_DK, least = free_DK.detach().clone(), float("inf")
+    optimiser = torch.optim.Adam([free_DK], lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, LEARNING_STEPS)
+    for _ in range(LEARNING_STEPS):
+        with torch.enable_grad():
+            basis_DK = torch.linalg.qr(free_DK).Q
+            loss = reader_loss(sight, basis_DK)
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+        if float(loss.detach()) < least:
+            best_DK, least = basis_DK.detach().clone(), float(loss.detach())
+        optimiser.step()
+        schedule.step()
+    return _fixed_signs(best_DK.cpu().numpy()), None
+
+
+def reader_loss(sight: Sight, basis_DK: Tensor) -> Tensor:
+    """What readers lose when they see E^T x and are refitted, as a share of what they see.
+
+    Mean over sites of tr(G (C - C E (E^T C E)^-1 E^T C)) / tr(G C): each site counts alike, for the
+    same reason as in the mean moment. A head that is the embedding's table sees E E^T x and
+    cannot be refitted: there it is tr(G (1 - E E^T) C (1 - E E^T)).
+    """
+    shares = []
+    refitted = len(sight.moments) - sight.tied
+    for c_DD, g_DD in zip(sight.moments[refitted:], sight.metrics[refitted:], strict=True):
+        lost_DD = torch.eye(len(c_DD)).to(c_DD) - basis_DK @ basis_DK.T
+        shares.append(((lost_DD @ c_DD @ lost_DD) * g_DD).sum() / (g_DD * c_DD).sum())
+    for c_DD, g_DD in zip(sight.moments[:refitted], sight.metrics[:refitted], strict=True):
+        seen_DK = c_DD @ basis_DK
+        inner_KK = basis_DK.T @ seen_DK
+        damped_KK = inner_KK + 1e-9 * inner_KK.diagonal().mean() * torch.eye(len(inner_KK)).to(c_DD)
+        explained_KD = torch.linalg.solve(damped_KK, seen_DK.T)
+        energy = (g_DD * c_DD).sum().clamp_min(1e-30)
+        shares.append(1 - (explained_KD * (g_DD @ seen_DK).T).sum() / energy)
+    return torch.stack(shares).mean()
+
+
+Method = Callable[[Sight, int, TransportOptions], tuple[Array, Coupling | None]]
+METHODS: dict[str, Method] = {
     "dot": _dot,
+    "learned": _learned,
     "pca": _pca,
     "select": _select,
 }
+
+
+def best_of(bases: dict[str, tuple[Basis, float]]) -> Basis:
+    """The basis with the least held-out divergence, which remembers what the others had."""
+    name = min(bases, key=lambda n: bases[n][1])
+    return replace(bases[name][0], tried={n: kl for n, (_, kl) in bases.items()})
 
 
 def _largest(moment_DD: Array, width: int) -> Indices:

@@ -20,6 +20,7 @@ from dotexport import __version__
 from dotexport.errors import DotexportError, UsageError
 from dotexport.terminal import (
     progress,
+    show_allocation,
     show_error,
     show_json,
     show_parities,
@@ -49,7 +50,8 @@ class Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            stderr.print("[bold red]interrupted[/]: nothing unfinished was kept")
+            kept = escape(str(error)) or "nothing unfinished was kept"
+            stderr.print(f"[bold red]interrupted[/]: {kept}", soft_wrap=True, highlight=False)
             raise typer.Exit(130) from error
 
 
@@ -85,8 +87,28 @@ TEXT_HELP = (
 Params = Annotated[
     str | None, typer.Option(help="Parameter budget: 0.7x, 5.2M, 6e9. Sizes are then chosen.")
 ]
+Size = Annotated[str | None, typer.Option(help="Budget of bytes as stored: 0.7x, 300MB, 1.5GB.")]
+Latency = Annotated[
+    str | None,
+    typer.Option(help="Budget of time per decoded token, e.g. 0.8x; timed here with torch."),
+]
 Hidden = Annotated[int | None, typer.Option(help="Residual width (hidden_size).")]
 Intermediate = Annotated[int | None, typer.Option(help="MLP width (intermediate_size).")]
+KvHeads = Annotated[
+    int | None,
+    typer.Option(help="KV heads (num_key_value_heads); their query heads leave with them."),
+]
+Tied = Annotated[
+    bool | None,
+    typer.Option(
+        "--tied/--untied",
+        help="Whether a shared embedding and head stay shared when the residual width is cut.",
+    ),
+]
+Bias = Annotated[
+    bool,
+    typer.Option("--bias/--no-bias", help="Give linears biases where the class has them."),
+]
 
 
 def _version(value: bool) -> None:
@@ -142,18 +164,37 @@ def shrink(
     out: Out,
     calib: Annotated[str, typer.Option(help=f"Calibration text. {TEXT_HELP}")],
     params: Params = None,
+    size: Size = None,
+    latency: Latency = None,
     hidden: Hidden = None,
     intermediate: Intermediate = None,
+    kv_heads: KvHeads = None,
+    tied: Tied = None,
+    bias: Bias = False,
+    allocate: Annotated[
+        str,
+        typer.Option(
+            help="How a budget is shared between the axes: rule, or measured, which cuts each "
+            "alone first and takes minutes."
+        ),
+    ] = "rule",
     samples: Samples = 128,
     seqlen: Seqlen = None,
     skip: Skip = 0,
-    basis: Annotated[str, typer.Option(help="Of the residual stream: pca, dot, select.")] = "pca",
+    basis: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the residual stream: learned, pca, dot, select, or auto, which measures all; "
+            "default: learned, or pca where the head stays tied."
+        ),
+    ] = None,
     mlp: Annotated[
         str,
         typer.Option(
-            help="Neurons: dot (OBS, then transport if refitted), obs, select (magnitude)."
+            help="Neurons: obs, dot (OBS, then transport if refitted), select (magnitude)."
         ),
-    ] = "dot",
+    ] = "obs",
+    heads: Annotated[str, typer.Option(help="KV groups: obs, dot, select; as for --mlp.")] = "obs",
     transport: Annotated[
         str, typer.Option(help="Transport plan: semi-relaxed or balanced.")
     ] = "semi-relaxed",
@@ -163,6 +204,32 @@ def shrink(
     refit: Annotated[
         bool, typer.Option("--refit/--no-refit", help="Closed-form least-squares repair.")
     ] = True,
+    feedback: Annotated[
+        bool,
+        typer.Option("--feedback/--no-feedback", help="Writers repair earlier drift, too."),
+    ] = True,
+    ridge: Annotated[
+        float | None,
+        typer.Option(help="Of every refit; default: per solve the best on held-out windows."),
+    ] = None,
+    heal: Annotated[
+        str,
+        typer.Option(
+            help="Gradient steps after the refit: local (each sublayer alone, while it is in "
+            "memory), a number of steps of distillation of the whole model, both (local+200), or "
+            "none. The state of distillation lies in .OUT.healing-* beside OUT: after an "
+            "interruption the same command goes on from there."
+        ),
+    ] = "local",
+    heal_samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Windows of the calibration text that healing trains on, from --skip on."
+        ),
+    ] = None,
+    heal_precision: Annotated[
+        str, typer.Option(help="bf16, fp32, or auto: bf16 where the device multiplies it.")
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -183,17 +250,29 @@ def shrink(
 
     step = ShrinkStep(
         params=params,
+        size=size,
+        latency=latency,
+        allocate=allocate,
         hidden=hidden,
         intermediate=intermediate,
+        kv_heads=kv_heads,
+        tied=tied,
+        bias=bias,
         calib=calib,
         samples=samples,
         seqlen=seqlen,
         skip=skip,
         basis=basis,
         mlp=mlp,
+        heads=heads,
         transport=transport,
         epsilon=epsilon,
         refit=refit,
+        feedback=feedback,
+        ridge=ridge,
+        heal=heal,
+        heal_samples=heal_samples,
+        heal_precision=heal_precision,
         seed=seed,
     )
     options = step.options()
@@ -214,6 +293,8 @@ def shrink(
     if as_json:
         show_json(shrunk.as_dict())
         return
+    if shrunk.allocation:
+        show_allocation(shrunk.allocation)
     show_summary(out, f"narrowed in {shrunk.seconds:.0f} s")
 
 
@@ -221,21 +302,32 @@ def shrink(
 def plan(
     model: Model,
     params: Params = None,
+    size: Size = None,
+    latency: Latency = None,
     hidden: Hidden = None,
     intermediate: Intermediate = None,
+    kv_heads: KvHeads = None,
+    tied: Tied = None,
+    bias: Bias = False,
     as_json: Json = False,
 ) -> None:
     """Show the sizes that shrink would choose. Reads config.json only."""
     from dotexport.checkpoint import read_config
     from dotexport.pipeline import source_folder
+    from dotexport.sizing import SizeOptions
     from dotexport.sizing import plan as decide
 
-    decided = decide(
-        read_config(source_folder(model, config_only=True)),
+    asked = SizeOptions(
         params=params,
+        size=size,
+        latency=latency,
         hidden_size=hidden,
         intermediate_size=intermediate,
+        num_key_value_heads=kv_heads,
+        tied=tied,
+        bias=bias,
     )
+    decided = decide(read_config(source_folder(model, config_only=True)), asked)
     if as_json:
         show_json(decided.as_dict())
         return

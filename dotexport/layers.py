@@ -100,6 +100,17 @@ class Layer:
         if not isinstance(module, nn.Identity):
             setattr(module, attribute, nn.Parameter(stored, requires_grad=False))
 
+    def leaves(self, names: list[str]) -> list[Tensor]:
+        """These parameters as leaves of a graph: an optimiser may move them in place."""
+        for name in names:
+            owner, _, attribute = name.rpartition(".")
+            module = self.module.get_submodule(owner)
+            if isinstance(module, nn.Identity):
+                self._tensors[name] = self._tensors[name].detach().clone().requires_grad_()
+            else:
+                self._tensors[name] = getattr(module, attribute).requires_grad_()
+        return [self._tensors[name] for name in names]
+
     def tensor(self, name: str) -> Tensor:
         return self._tensors[name]
 

@@ -9,6 +9,7 @@ Shapes: N neurons before, K neurons after, O outputs of the writer, T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,21 +30,20 @@ class Merge:
 
     Attributes:
         kept: indices of the targets, ascending.
-        gate_KN, up_KN: rows of the new readers as weighted sums of the old ones.
+        gate_KN, up_KN: rows of the new readers as weighted sums of the old ones; None: the kept
+            rows as they are.
         moved: share of the removed neurons' importance that a target takes over.
     """
 
     kept: Tensor
-    gate_KN: Tensor
-    up_KN: Tensor
-    moved: float
+    gate_KN: Tensor | None = None
+    up_KN: Tensor | None = None
+    moved: float = 0.0
 
-    @classmethod
-    def nothing(cls, kept: Tensor, size: int) -> Merge:
-        """The kept neurons as they are."""
-        own_KN = torch.zeros(len(kept), size, dtype=torch.float64, device=kept.device)
-        own_KN.scatter_(1, kept[:, None], 1.0)
-        return cls(kept, own_KN, own_KN, 0.0)
+    def rows(self, space: str, rows_NX: Tensor) -> Tensor:
+        """New rows of a reader: `gate` behind the nonlinearity takes no signs, the rest does."""
+        mix_KN = self.gate_KN if space == "gate" else self.up_KN
+        return rows_NX[self.kept] if mix_KN is None else mix_KN @ rows_NX.double()
 
 
 def choose(method: str, moments: Moments, writer_ON: Tensor, width: int) -> Tensor:
@@ -114,6 +114,23 @@ def _cheapest(inverse_NN: Tensor, writer_ON: Tensor, alive: Tensor, count: int) 
     return pool[leaving]
 
 
+def merges(
+    moments: Moments, writer_ON: Tensor, kept: Tensor, options: TransportOptions
+) -> tuple[Coupling, Iterator[Merge]]:
+    """The transport of all neurons onto the kept ones, and merges from strict to loose."""
+    coupling = transport(moments, writer_ON, kept, options)
+
+    def loosened() -> Iterator[Merge]:
+        moved = 0.0
+        for level in MERGE_LEVELS:
+            merge = barycentres(moments, coupling, kept, least_cosine=level)
+            if merge.moved > moved:
+                yield merge
+            moved = merge.moved
+
+    return coupling, loosened()
+
+
 def transport(
     moments: Moments, writer_ON: Tensor, kept: Tensor, options: TransportOptions
 ) -> Coupling:
@@ -121,7 +138,7 @@ def transport(
 
     The sign is that of the neurons' activations, silu(g.x) (u.x), which is odd in u alone.
     """
-    cost = activation_distance(moments.inputs_II.cpu().numpy(), kept.cpu().numpy(), signed=True)
+    cost = activation_distance(moments.inputs_II.cpu().numpy(), kept.cpu().numpy())
     return couple(cost, importance(moments, writer_ON).cpu().numpy(), options)
 
 

@@ -1,4 +1,4 @@
-"""The narrowing itself: statistics, basis, and one layer after another merged and refitted.
+"""The narrowing itself: a basis, and one layer after another merged and refitted.
 
 Teacher (the original) and student (what becomes narrower) walk through the calibration text side
 by side, one layer of each in memory at a time.
@@ -11,26 +11,55 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
 
-from dotexport.basis import Basis, find_basis, whole
-from dotexport.checkpoint import Checkpoint, CheckpointWriter
-from dotexport.families import Family, Sizes
-from dotexport.layers import Layer, Stock, layer_tensors
-from dotexport.refit import Solver, fit, gain_solve, ridge_solve
+from dotexport.basis import AUTO, METHODS, Basis, best_of, find_basis, whole
+from dotexport.checkpoint import TensorSpec
+from dotexport.families import Sizes
+from dotexport.heads import Groups
+from dotexport.layers import Layer, Stock
+from dotexport.original import ROWS, Original, embed, gram
+from dotexport.refit import Solver, fit, gain_solve, ridge_solve, symmetric_solve
+from dotexport.sight import Progress, Sight, look
 from dotexport.site import NarrowOptions, Site
-from dotexport.streams import Streams, check_finite
+from dotexport.streams import Streams
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
-ROWS = 16384  # of a vocabulary in float64 at once: as a whole it does not fit twice
+REHEARSAL = 16  # windows to fit on where several ways are measured before one is taken
+JUDGED = 8192  # held-out tokens that decide
+JUDGED_AT_ONCE = 256
+
+
+class Writer(Protocol):
+    """Takes every tensor as soon as it is final."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]: ...
+
+    def write(self, name: str, tensor: Tensor) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+@dataclass
+class Nowhere:
+    """A writer that keeps nothing: for what is only measured."""
+
+    specs: Mapping[str, TensorSpec]
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
 
 
 @dataclass
@@ -38,23 +67,24 @@ class Narrowing:
     """One run over one model.
 
     Attributes:
-        before, after: sizes of the original and of what is written.
+        after: sizes of what is written.
+        stock: its classes.
         writer: takes every tensor as soon as it is final.
         progress: told what is being done, steps done, steps in all.
+        divergence: once run, held-out KL divergence from the original, nats per token.
     """
 
-    source: Checkpoint
-    family: Family
-    before: Sizes
+    original: Original
     after: Sizes
-    stock_before: Stock
-    stock_after: Stock
+    stock: Stock
     streams: Streams
-    writer: CheckpointWriter
+    writer: Writer
     options: NarrowOptions
     progress: Progress = lambda stage, done, total: None
     records: list[dict[str, Any]] = field(default_factory=list)
+    divergence: float = math.nan
 
+    @torch.no_grad()
     def run(self, basis: Basis | None = None) -> Basis:
         """Narrow the whole model and write it; `basis` overrides the search for one."""
         basis = basis or self._basis()
@@ -66,6 +96,10 @@ class Narrowing:
         self._finish()
         return basis
 
+    @property
+    def before(self) -> Sizes:
+        return self.original.sizes
+
     @cached_property
     def scale(self) -> float:
         """sqrt(D / K): stock RMSNorm divides by K where the original divided by D.
@@ -74,58 +108,84 @@ class Narrowing:
         """
         return math.sqrt(self.before.hidden_size / self.after.hidden_size)
 
-    # The basis: one pass of the original ------------------------------------------------------
+    # The basis --------------------------------------------------------------------------------
 
     def _basis(self) -> Basis:
-        if self.after.hidden_size == self.before.hidden_size:
-            return whole(self.before.hidden_size)
-        moment_DD = self._stream_moment().cpu().numpy()
-        options = self.options
-        return find_basis(options.basis, moment_DD, self.after.hidden_size, options.transport)
+        width = self.after.hidden_size
+        if width == self.before.hidden_size:
+            return whole(width)
+        sight = look(self.original, self.streams, self.progress)
+        sight.tied = self.after.tied
+        default = "pca" if self.after.tied else "learned"
+        asked = self.options.basis or default
+        methods = METHODS if asked == AUTO else (asked,)
+        found = {name: self._oriented(name, sight) for name in methods}
+        if len(found) == 1:
+            return next(iter(found.values()))
+        measured = {}
+        for number, (name, basis) in enumerate(found.items()):
+            self.progress(f"measuring bases: {name}", number, len(found))
+            measured[name] = basis, self.rehearse(basis)
+        return best_of(measured)
 
-    def _stream_moment(self) -> Tensor:
-        """Second moment of the NORMALISED stream, averaged over all norm sites of the original.
+    def rehearse(self, basis: Basis) -> float:
+        """Held-out KL divergence of a run over a part of the text that writes nothing."""
+        run = replace(
+            self,
+            streams=self.streams.some(REHEARSAL),
+            writer=Nowhere(self.writer.specs),
+            options=replace(self.options, mlp="obs", heads="obs", local=None),
+            progress=lambda stage, done, total: None,
+            records=[],
+        )
+        run.run(basis)
+        return run.divergence
 
-        A sum over the raw stream would let the last layers, whose norm is 10 to 100 times larger,
-        own the basis. Weighing sites by what their readers do with them was measured and is worse
-        (docs/log.md).
+    def _oriented(self, method: str, sight: Sight) -> Basis:
+        """A basis; within its span, the one in which a tied head does best.
+
+        A head that is the embedding's table can only be scaled axis by axis. In a basis turned by
+        R, scaling by g is R diag(g) R^T in the old one: any symmetric matrix can be had. So the
+        best symmetric one is solved for, and its eigenvectors are R.
         """
-        self._embed(self._embedding(), self.streams.original_NLD)
-        total_DD = torch.zeros((), device=self.streams.device)
-        for number in range(self.before.num_layers):
-            layer = Layer(self.stock_before, self.family, number, self._folded(number))
-            for sublayer in self.family.sublayers:
-                total_DD = total_DD + self._moment(partial(layer.normalise, sublayer))
-                self.streams.advance_original(partial(layer.after, sublayer))
-            self.progress("reading the original", number + 1, self.before.num_layers)
-        total_DD = total_DD + self._moment(self._final_norm(self.stock_before))
-        return total_DD / total_DD.trace()
+        basis = find_basis(method, sight, self.after.hidden_size, self.options.transport)
+        if not self.after.tied:
+            return basis
+        matrix_DK = basis.matrix_DK @ self._tied_head(basis, sight)[1].cpu().numpy()
+        return replace(basis, matrix_DK=matrix_DK)
 
-    def _moment(self, normalise: Callable[[Tensor], Tensor]) -> Tensor:
-        size = self.before.hidden_size
-        moment_DD = torch.zeros(size, size, dtype=torch.float64, device=self.streams.device)
-        for rows in self.streams.batches():
-            # The first position is an attention sink: one outlier, the same in every window.
-            x_TD = normalise(self.streams.original(rows))[:, 1:].flatten(0, 1).double()
-            moment_DD += x_TD.T @ x_TD
-        check_finite(moment_DD.trace())
-        return moment_DD
+    def _tied_head(self, basis: Basis, sight: Sight) -> tuple[Tensor, Tensor]:
+        E_DK = torch.from_numpy(basis.matrix_DK).to(self.streams.device)
+        metric_DD, moment_DD = gram(self.original.embedding()), sight.final
+        assert moment_DD is not None
+        gamma_D = self.original.gamma().double()
+        ridge = 1e-9 * torch.eye(E_DK.shape[1], dtype=torch.float64, device=E_DK.device)
+        left_KK, right_KK = (E_DK.T @ m @ E_DK for m in (metric_DD, moment_DD))
+        wanted_KK = E_DK.T @ (metric_DD * gamma_D) @ moment_DD @ E_DK
+        symmetric_KK = symmetric_solve(
+            left_KK + ridge * left_KK.diagonal().mean(),
+            right_KK + ridge * right_KK.diagonal().mean(),
+            wanted_KK,
+        )
+        values_K, vectors_KK = torch.linalg.eigh(symmetric_KK)
+        return values_K, vectors_KK
 
     # Embedding, layers, head: teacher and student side by side --------------------------------
 
     def _start(self) -> None:
-        embedding_VD = self._embedding()
-        name = f"{self.family.embedding}.weight"
+        embedding_VD = self.original.embedding()
+        name = f"{self.original.family.embedding}.weight"
         narrow_VK = self._product(name, embedding_VD, self.E_DK)
         self.writer.write(name, narrow_VK)
-        self._embed(embedding_VD, self.streams.original_NLD)
-        self._embed(narrow_VK, self.streams.narrowed_NLK)
+        self._table_VK = narrow_VK if self.after.tied else None
+        embed(embedding_VD, self.streams, self.streams.original_NLD)
+        embed(narrow_VK, self.streams, self.streams.narrowed_NLK)
 
     def _layer(self, number: int) -> None:
-        tensors = self._folded(number)
-        teacher = Layer(self.stock_before, self.family, number, tensors)
-        student = self._student(number, tensors)
-        for sublayer in self.family.sublayers:
+        family = self.original.family
+        teacher = self.original.layer(number)
+        student = self._student(number, teacher)
+        for sublayer in family.sublayers:
             site = Site(
                 sublayer,
                 teacher,
@@ -134,41 +194,82 @@ class Narrowing:
                 self.E_DK,
                 self.scale,
                 self.after.spaces[sublayer.writer.in_],
-                self.family.gated,
+                family.gated,
+                self._groups if sublayer.writer.in_ == "query" else None,
                 self.options,
             )
             for record in site.narrow():
                 logger.info("layer %d, %s: %s", number, record["site"], record)
                 self.records.append({"layer": number, **record})
         for name, tensor in student.tensors().items():
-            self.writer.write(self.family.layer_name(number, name), tensor)
+            self.writer.write(family.layer_name(number, name), tensor)
+
+    @property
+    def _groups(self) -> Groups:
+        sizes = self.before
+        queries = sizes.num_attention_heads // sizes.num_key_value_heads
+        return Groups(sizes.num_key_value_heads, queries, sizes.head_dim)
+
+    def _student(self, number: int, teacher: Layer) -> Layer:
+        """The analytic student: readers W E s, writers E^T W, rounded as they will be stored."""
+        family, tensors = self.original.family, teacher.tensors()
+        for sublayer in family.sublayers:
+            tensors[f"{sublayer.norm}.weight"] = torch.ones(
+                self.after.hidden_size, device=self.streams.device
+            )
+            for linear in (*sublayer.readers, sublayer.writer):
+                weight, bias = f"{linear.name}.weight", f"{linear.name}.bias"
+                if linear.bias in self.after.biases and bias not in tensors:
+                    tensors[bias] = torch.zeros(len(tensors[weight]), device=self.streams.device)
+                if linear is not sublayer.writer:
+                    tensors[weight] = (tensors[weight].double() @ self.E_DK) * self.scale
+                    continue
+                for name in (weight, bias):
+                    if name in tensors:
+                        tensors[name] = self.E_DK.T @ tensors[name].double()
+        dtypes = {n: self.writer.specs[family.layer_name(number, n)].dtype for n in tensors}
+        return Layer(self.stock, family, number, tensors, dtypes)
+
+    # The head -----------------------------------------------------------------------------------
 
     def _finish(self) -> None:
-        norm, head = f"{self.family.final_norm}.weight", f"{self.family.head.name}.weight"
-        if self.after.tied:
-            self.writer.write(norm, self._shared_head_gamma())
-            return
-        head_VD = self._folded_head()
-        self.writer.write(norm, torch.ones(self.after.hidden_size))
-        self.writer.write(head, self._product(head, head_VD, self._head_projection(head_VD)))
+        family = self.original.family
+        norm, head = f"{family.final_norm}.weight", f"{family.head.name}.weight"
+        head_VD = self.original.folded_head()
+        if self._table_VK is None:
+            gamma_K = torch.ones(self.after.hidden_size, device=self.streams.device)
+            narrow_VK = self._product(head, head_VD, self._head_projection(head_VD))
+            self.writer.write(head, narrow_VK)
+        else:
+            gamma_K = self._shared_head_gamma()
+            narrow_VK = self._table_VK
+        self.writer.write(norm, gamma_K)
+        self.divergence = self._divergence(head_VD, narrow_VK.float() * gamma_K.float())
 
     def _head_projection(self, head_VD: Tensor) -> Tensor:
         """P of `W' = W P`, for a head that is free."""
         analytic_DK = self.E_DK * self.scale
         if not self.options.refit:
             return analytic_DK
-        return self._fit_head(head_VD, analytic_DK, ridge_solve)
+        return self._fit_head(head_VD, analytic_DK, 1.0, ridge_solve)
 
     def _shared_head_gamma(self) -> Tensor:
-        """A table shared with the embedding cannot change; the final norm's gamma still can."""
-        gamma_D = self._read(f"{self.family.final_norm}.weight")
-        if not self.options.refit:
-            return gamma_D
-        return self._fit_head(self._embedding(), gamma_D.double().diag(), gain_solve).diagonal()
+        """A table shared with the embedding cannot change; the final norm's gamma still can.
 
-    def _fit_head(self, head_VD: Tensor, analytic_DK: Tensor, solve: Solver) -> Tensor:
-        before, after = self._final_norm(self.stock_before), self._final_norm(self.stock_after)
-        gamma_D = self._read(f"{self.family.final_norm}.weight") if self.after.tied else 1.0
+        Its prior is diag(E^T Gamma E) s, which is the original gamma where no axis is mixed.
+        """
+        gamma_D = self.original.gamma().double()
+        prior_K = torch.einsum("dk,d,dk->k", self.E_DK, gamma_D, self.E_DK) * self.scale
+        if not self.options.refit:
+            return prior_K
+        table_VD, solve = self.original.embedding(), partial(gain_solve, map_OI=self.E_DK)
+        fitted_DK = self._fit_head(table_VD, self.E_DK * prior_K, gamma_D, solve)
+        return (self.E_DK * fitted_DK).sum(0)
+
+    def _fit_head(
+        self, head_VD: Tensor, analytic_DK: Tensor, gamma_D: Tensor | float, solve: Solver
+    ) -> Tensor:
+        after, before = self._final_norms
         train, held = self.streams.moments(
             lambda rows: (
                 after(self.streams.narrowed(rows)),
@@ -176,76 +277,38 @@ class Narrowing:
             ),
             metric_OO=gram(head_VD),
         )
-        fitted = fit(train, held, analytic_DK, solve=solve)
-        self.records.append({"layer": None, "site": self.family.final_norm, **fitted.as_dict()})
+        fitted = fit(train, held, analytic_DK, ridge=self.options.ridge, solve=solve)
+        norm = self.original.family.final_norm
+        self.records.append({"layer": None, "site": norm, **fitted.as_dict()})
         return fitted.weights_OI
 
-    # Reading and folding ----------------------------------------------------------------------
-
-    def _read(self, name: str) -> Tensor:
-        return self.source.tensor(name).to(self.streams.device).float()
-
-    def _embedding(self) -> Tensor:
-        return self._read(f"{self.family.embedding}.weight")
-
-    def _folded_head(self) -> Tensor:
-        """lm_head with the final norm's gamma folded in, in original coordinates."""
-        source = self.family.embedding if self.before.tied else self.family.head.name
-        head_VD = self._read(f"{source}.weight")
-        return head_VD * self._read(f"{self.family.final_norm}.weight")
-
-    def _final_norm(self, stock: Stock) -> Callable[[Tensor], Tensor]:
-        return stock.norm(self.streams.device)
-
-    def _folded(self, number: int) -> dict[str, Tensor]:
-        """A layer's tensors with every norm's gamma folded into its readers."""
-        tensors = layer_tensors(self.family, number, self._read, self._declared)
-        for sublayer in self.family.sublayers:
-            gamma = f"{sublayer.norm}.weight"
-            for linear in sublayer.readers:
-                tensors[f"{linear.name}.weight"] *= tensors[gamma]
-            tensors[gamma] = torch.ones_like(tensors[gamma])
-        return tensors
-
     @cached_property
-    def _declared(self) -> Mapping[str, Any]:
-        return dict.fromkeys(self.writer.specs)
+    def _final_norms(self) -> tuple[Any, Any]:
+        device = self.streams.device
+        return self.stock.norm(device), self.original.stock.norm(device)
 
-    def _student(self, number: int, folded: Mapping[str, Tensor]) -> Layer:
-        """The analytic student: readers W E s, writers E^T W, rounded as they will be stored."""
-        tensors = dict(folded)
-        for sublayer in self.family.sublayers:
-            tensors[f"{sublayer.norm}.weight"] = torch.ones(
-                self.after.hidden_size, device=self.streams.device
+    def _divergence(self, head_VD: Tensor, narrow_VK: Tensor) -> float:
+        """Mean KL divergence of the narrowed model from the original on held-out windows."""
+        after, before = self._final_norms
+        total, count = 0.0, 0
+        for window in sorted(self.streams.held_out) or [0]:
+            rows = slice(window, window + 1)
+            x_LD, y_LK = (
+                before(self.streams.original(rows))[0],
+                after(self.streams.narrowed(rows))[0],
             )
-            for linear in sublayer.readers:
-                name = f"{linear.name}.weight"
-                tensors[name] = (tensors[name].double() @ self.E_DK) * self.scale
-            for part in ("weight", "bias"):
-                name = f"{sublayer.writer.name}.{part}"
-                if name in tensors:
-                    tensors[name] = self.E_DK.T @ tensors[name].double()
-        dtypes = {
-            name: self.writer.specs[self.family.layer_name(number, name)].dtype for name in tensors
-        }
-        return Layer(self.stock_after, self.family, number, tensors, dtypes)
+            parts = (torch.split(z, JUDGED_AT_ONCE) for z in (x_LD, y_LK))
+            for x_TD, y_TK in zip(*parts, strict=True):
+                theirs_TV = log_softmax(x_TD @ head_VD.T, -1)
+                ours_TV = log_softmax(y_TK @ narrow_VK.T, -1)
+                total += float(kl_div(ours_TV, theirs_TV, reduction="sum", log_target=True))
+            count += len(x_LD)
+            if count >= JUDGED:
+                break
+        return total / count
 
     def _product(self, name: str, table_VD: Tensor, map_DK: Tensor) -> Tensor:
         """A table of the vocabulary times a map, in float64 block by block, rounded as stored."""
         dtype = self.writer.specs[name].dtype
         blocks = torch.split(table_VD, ROWS)
         return torch.cat([(block_RD.double() @ map_DK).to(dtype) for block_RD in blocks])
-
-    def _embed(self, embedding_VX: Tensor, stream_NLX: Tensor) -> None:
-        for rows in self.streams.batches():
-            tokens_BL = self.streams.windows_NL[rows].to(embedding_VX.device)
-            stream_NLX[rows] = embedding_VX[tokens_BL].to(stream_NLX.device)
-
-
-def gram(weights_OI: Tensor) -> Tensor:
-    """W^T W in float64, a block of rows at a time."""
-    size = weights_OI.shape[1]
-    total_II = torch.zeros(size, size, dtype=torch.float64, device=weights_OI.device)
-    for block_OI in torch.split(weights_OI, ROWS):
-        total_II += block_OI.double().T @ block_OI.double()
-    return total_II

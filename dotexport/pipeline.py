@@ -15,9 +15,10 @@ from dotexport import card, embedded, manifest
 from dotexport.calibrate import documents, token_windows, window_length
 from dotexport.checkpoint import find_model
 from dotexport.errors import CalibrationError, UsageError
-from dotexport.narrow import Progress
+from dotexport.prepare import pick_device
 from dotexport.recipe import BenchStep, EvalStep, Recipe
-from dotexport.shrinking import pick_device, shrink
+from dotexport.shrinking import shrink
+from dotexport.sight import Progress
 
 if TYPE_CHECKING:
     from dotexport.bench import Workload

@@ -21,9 +21,11 @@ import yaml
 
 from dotexport.calibrate import TextOptions
 from dotexport.errors import UsageError
+from dotexport.heal import parse_heal
 from dotexport.ot.coupling import TransportOptions
 from dotexport.shrinking import ShrinkOptions
 from dotexport.site import NarrowOptions
+from dotexport.sizing import SizeOptions
 
 T = TypeVar("T")
 
@@ -35,32 +37,63 @@ class ShrinkStep:
     params: str | None = None
     hidden: int | None = None
     intermediate: int | None = None
+    kv_heads: int | None = None
+    size: str | None = None
+    latency: str | None = None
+    allocate: str = "rule"
+    tied: bool | None = None
+    bias: bool = False
     calib: str
     samples: int = 128
     seqlen: int | None = None
     skip: int = 0
-    basis: str = "pca"
-    mlp: str = "dot"
+    basis: str | None = None
+    mlp: str = "obs"
+    heads: str = "obs"
     transport: str = "semi-relaxed"
     epsilon: float = 0.05
     refit: bool = True
+    feedback: bool = True
+    ridge: float | None = None
+    heal: str = "local"
+    heal_samples: int | None = None
+    heal_precision: str = "auto"
     seed: int = 0
 
     def options(self) -> ShrinkOptions:
+        local, distil = parse_heal(
+            self.heal,
+            samples=self.heal_samples,
+            precision=self.heal_precision,
+            seed=self.seed,
+        )
         return ShrinkOptions(
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            params=self.params,
+            sizes=SizeOptions(
+                hidden_size=self.hidden,
+                intermediate_size=self.intermediate,
+                num_key_value_heads=self.kv_heads,
+                params=self.params,
+                size=self.size,
+                latency=self.latency,
+                tied=self.tied,
+                bias=self.bias,
+            ),
             text=TextOptions(
                 source=self.calib, samples=self.samples, seqlen=self.seqlen, skip=self.skip
             ),
             narrow=NarrowOptions(
                 basis=self.basis,
                 mlp=self.mlp,
+                heads=self.heads,
                 refit=self.refit,
+                feedback=self.feedback,
+                ridge=self.ridge,
+                local=local,
                 transport=TransportOptions(plan=self.transport, epsilon=self.epsilon),
                 seed=self.seed,
             ),
+            allocate=self.allocate,
+            heal=distil,
         )
 
 

@@ -58,7 +58,7 @@ class Moments:
         z_TI, t_TO = inputs_TI.double(), targets_TO.double()
         self.inputs_II += z_TI.T @ z_TI
         self.cross_OI += t_TO.T @ z_TI
-        self.targets += float((self._weigh(t_TO.T).T * t_TO).sum())
+        self.targets += float((self.weigh(t_TO.T).T * t_TO).sum())
         self.count += len(z_TI)
 
     def __add__(self, other: Moments) -> Moments:
@@ -76,9 +76,24 @@ class Moments:
             self, inputs_II=self.inputs_II[kept][:, kept], cross_OI=self.cross_OI[:, kept]
         )
 
+    def given_last(self) -> Moments:
+        """The sums after the last input has explained what it can of the others and the targets.
+
+        With a last input of ones these are covariances: neurons are then chosen as if every writer
+        had a bias, which it has.
+        """
+        last_I, answer_O = self.inputs_II[-1, :-1], self.cross_OI[:, -1]
+        energy = self.inputs_II[-1, -1].clamp_min(1e-30)
+        return replace(
+            self,
+            inputs_II=self.inputs_II[:-1, :-1] - torch.outer(last_I, last_I) / energy,
+            cross_OI=self.cross_OI[:, :-1] - torch.outer(answer_O, last_I) / energy,
+            targets=self.targets - float((self.weigh(answer_O[:, None])[:, 0] @ answer_O) / energy),
+        )
+
     def loss(self, weights_OI: Tensor) -> float:
         """Mean over tokens of |t - W z|^2 in the metric, from the sums alone."""
-        weighed_OI = self._weigh(weights_OI)
+        weighed_OI = self.weigh(weights_OI)
         explained = 2 * (weighed_OI * self.cross_OI).sum()
         spent = ((weighed_OI @ self.inputs_II) * weights_OI).sum()
         return max(float(self.targets - explained + spent) / max(self.count, 1), 0.0)
@@ -88,7 +103,8 @@ class Moments:
         """Mean over tokens of |t|^2 in the metric: the loss of answering zero."""
         return self.targets / max(self.count, 1)
 
-    def _weigh(self, errors_OX: Tensor) -> Tensor:
+    def weigh(self, errors_OX: Tensor) -> Tensor:
+        """The metric times these errors."""
         return errors_OX if self.metric_OO is None else self.metric_OO @ errors_OX
 
 
@@ -134,20 +150,36 @@ def ridge_solve(moments: Moments, prior_OI: Tensor, ridge: float) -> Tensor:
     return solved
 
 
-def gain_solve(moments: Moments, prior_OO: Tensor, ridge: float) -> Tensor:
-    """The same for a diagonal W = diag(g): argmin_g  E|t - g z|^2 in the metric, plus the ridge.
+def gain_solve(moments: Moments, prior_OI: Tensor, ridge: float, *, map_OI: Tensor) -> Tensor:
+    """The same for W = map diag(g): argmin_g  E|t - map (g o z)|^2 in the metric, plus the ridge.
 
-    The normal equations are (G o E z z^T) g = diag(G E t z^T), o the entrywise product.
+    The normal equations are (map^T G map o E z z^T) g = diag(map^T G E t z^T), o the entrywise
+    product and G the metric.
     """
-    metric_OO = moments.metric_OO
-    if metric_OO is None:
-        metric_OO = torch.eye(len(prior_OO), dtype=torch.float64, device=prior_OO.device)
-    prior_O = prior_OO.diagonal()
-    normal_OO = metric_OO * moments.inputs_II
-    lam = max(ridge * float(normal_OO.diagonal().mean()), 1e-30)
-    residual_O = (metric_OO @ moments.cross_OI).diagonal() - normal_OO @ prior_O
-    normal_OO = normal_OO + lam * torch.eye(len(prior_O), dtype=torch.float64).to(normal_OO)
-    solved: Tensor = (prior_O + torch.linalg.solve(normal_OO, residual_O)).diag()
+    weighed_OI = moments.weigh(map_OI)
+    prior_I = (map_OI * prior_OI).sum(0) / map_OI.square().sum(0)
+    normal_II = (map_OI.T @ weighed_OI) * moments.inputs_II
+    lam = max(ridge * float(normal_II.diagonal().mean()), 1e-30)
+    residual_I = (weighed_OI.T @ moments.cross_OI).diagonal() - normal_II @ prior_I
+    normal_II = normal_II + lam * torch.eye(len(prior_I), dtype=torch.float64).to(normal_II)
+    solved: Tensor = map_OI * (prior_I + torch.linalg.solve(normal_II, residual_I))
+    return solved
+
+
+def symmetric_solve(left_KK: Tensor, right_KK: Tensor, wanted_KK: Tensor) -> Tensor:
+    """The symmetric S of  A S B + B S A = M + M^T, for positive definite A and B.
+
+    It is the least-squares answer to "S should act like M does", weighed by A on what comes out and
+    by B on what goes in. In a basis V with V^T B V = 1 and V^T A V = diag(l) the equation parts:
+    S = V X V^T with X_ij = (V^T (M + M^T) V)_ij / (l_i + l_j).
+    """
+    root_KK = torch.linalg.cholesky(right_KK)
+    half_KK = torch.linalg.solve_triangular(root_KK, left_KK, upper=False)
+    inner_KK = torch.linalg.solve_triangular(root_KK, half_KK.T, upper=False)
+    values_K, vectors_KK = torch.linalg.eigh((inner_KK + inner_KK.T) / 2)
+    v_KK = torch.linalg.solve_triangular(root_KK.T, vectors_KK, upper=True)
+    sums_KK = (values_K[:, None] + values_K[None]).clamp_min(1e-30)
+    solved: Tensor = v_KK @ ((v_KK.T @ (wanted_KK + wanted_KK.T) @ v_KK) / sums_KK) @ v_KK.T
     return solved
 
 
@@ -156,16 +188,24 @@ def fit(
     held_out: Moments,
     prior_OI: Tensor,
     *,
+    ridge: float | None = None,
     solve: Solver = ridge_solve,
 ) -> Fit:
     """Choose the ridge on held-out tokens, then solve once more on all of them.
 
     The prior itself is a candidate: a refit that does not help held-out tokens is not made.
+
+    Args:
+        ridge: the only strength to be considered, without looking back; None: the best of RIDGES.
     """
     prior_OI = prior_OI.double()
-    losses = [held_out.loss(solve(train, prior_OI, ridge)) for ridge in RIDGES]
-    best = min(range(len(losses)), key=losses.__getitem__)
     unchanged = Fit.unchanged(prior_OI, held_out)
+    if ridge is not None:
+        error = held_out.loss(solve(train, prior_OI, ridge)) / (held_out.energy or 1.0)
+        weights_OI = solve(train + held_out, prior_OI, ridge)
+        return Fit(weights_OI, ridge, error, unchanged.error)
+    losses = [held_out.loss(solve(train, prior_OI, strength)) for strength in RIDGES]
+    best = min(range(len(losses)), key=losses.__getitem__)
     error = losses[best] / (held_out.energy or 1.0)
     if not error < unchanged.error:
         return unchanged

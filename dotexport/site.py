@@ -1,28 +1,36 @@
 """One sublayer, narrowed: its readers refitted, its neurons merged, its writer refitted.
 
-Attention and MLP are the same to this file: a norm, readers, something in between, a writer.
+Attention and MLP are the same to this file: a norm, readers, something in between, a writer. What
+leaves is a KV group in the one and a neuron in the other.
 
-Shapes: T tokens, D width of the stream before, K after, N neurons inside the sublayer.
+Shapes: T tokens, D width of the stream before, K after, N neurons inside the sublayer, I = N, or
+N + 1 where a writer with a bias sees a last input of ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from dotexport.basis import METHODS
+from dotexport import heads, local, merge
+from dotexport.basis import AUTO, METHODS
 from dotexport.errors import UsageError
-from dotexport.families import Sublayer
+from dotexport.families import Linear, Sublayer
+from dotexport.heads import Groups, HeadMerge
 from dotexport.layers import Layer
-from dotexport.merge import MERGE_LEVELS, Merge, barycentres, choose, transport
+from dotexport.local import LocalOptions
+from dotexport.merge import Merge
 from dotexport.ot.coupling import Coupling, TransportOptions
 from dotexport.refit import Fit, Moments, compensate, fit
 from dotexport.streams import Rows, Streams
 
-MLP_METHODS = ("dot", "obs", "select")
+MERGE_METHODS = ("dot", "obs", "select")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,26 +38,42 @@ class NarrowOptions:
     """How neurons are merged.
 
     Attributes:
-        basis: of the residual stream, one of `dot`, `pca`, `select`.
+        basis: of the residual stream, one of `dot`, `learned`, `pca`, `select`; or `auto`, which
+            measures all on held-out windows and takes the best. None: `learned`, or `pca` for a
+            head that stays tied, which is a reader that no refit can change.
         mlp: `dot` (OBS chooses the targets, transport merges the rest into them), `obs` (the
             choice alone), `select` (largest magnitude). Without refit nothing can judge a merge,
             and `dot` is `obs`.
+        heads: the same for KV groups and their query heads.
         refit: closed-form least squares against the original's activations, layer after layer.
+        feedback: writers answer for what earlier sublayers got wrong, too; else only for their own.
+        ridge: of every solve, in units of the mean diagonal of its Gram matrix; None: per solve the
+            one that is best on held-out windows.
         transport: how plans are found.
+        local: steps on each narrowed sublayer's own weights after its refit; None takes none.
         seed: which calibration windows are held out to choose ridges and accept merges.
     """
 
-    basis: str = "pca"
-    mlp: str = "dot"
+    basis: str | None = None
+    mlp: str = "obs"
+    heads: str = "obs"
     refit: bool = True
+    feedback: bool = True
+    ridge: float | None = None
     transport: TransportOptions = field(default_factory=TransportOptions)
+    local: LocalOptions | None = field(default_factory=LocalOptions)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.mlp not in MLP_METHODS:
-            raise UsageError(f"mlp must be one of {', '.join(MLP_METHODS)}, not {self.mlp!r}")
-        if self.basis not in METHODS:
-            raise UsageError(f"basis must be one of {', '.join(METHODS)}, not {self.basis!r}")
+        for axis in ("mlp", "heads"):
+            if (method := getattr(self, axis)) not in MERGE_METHODS:
+                known = ", ".join(MERGE_METHODS)
+                raise UsageError(f"{axis} must be one of {known}, not {method!r}")
+        if self.basis not in (None, *METHODS, AUTO):
+            known = ", ".join((*METHODS, AUTO))
+            raise UsageError(f"basis must be one of {known}, not {self.basis!r}")
+        if self.ridge is not None and not 0 <= self.ridge < math.inf:
+            raise UsageError(f"ridge must be at least 0, not {self.ridge}")
         if self.seed < 0:
             raise UsageError(f"seed must be at least 0, not {self.seed}")
 
@@ -63,6 +87,7 @@ class Site:
         scale: sqrt(D / K), which the readers carry for the narrower norm.
         width: neurons inside the sublayer after narrowing.
         gated: the reader behind a nonlinearity, which takes no signs.
+        groups: how an attention sublayer's features are arranged; None for an MLP.
     """
 
     sublayer: Sublayer
@@ -73,134 +98,211 @@ class Site:
     scale: float
     width: int
     gated: str
+    groups: Groups | None
     options: NarrowOptions
 
     def narrow(self) -> Iterator[dict[str, Any]]:
-        """Refit, merge, refit, and move both streams behind this sublayer; yields reports."""
+        """Refit, merge, refit, heal, and move both streams behind this sublayer; yields reports."""
         if self.options.refit:
             yield {"site": self.sublayer.norm, **self._refit_readers().as_dict()}
-        report = {"site": self.sublayer.writer.name}
-        fitted, merge, coupling = self._narrow_inside()
-        self.student.assign(self._writer, fitted.weights_OI)
-        yield report | fitted.as_dict() | _merge_report(merge, coupling)
         self.streams.advance_original(lambda x: self.teacher.after(self.sublayer, x))
+        fitted, report = self._narrow_inside()
+        self._assign_writer(fitted.weights_OI)
+        yield {"site": self.sublayer.writer.name, **fitted.as_dict(), **report}
+        if self.options.local and self.options.refit and self._worth_healing:
+            yield {"site": self.sublayer.module, **self._heal(self.options.local).as_dict()}
         self.streams.advance_narrowed(lambda r: self.student.after(self.sublayer, r))
 
     # Readers ----------------------------------------------------------------------------------
 
     def _refit_readers(self) -> Fit:
-        """x ~ P y: what the original's readers saw, from what the narrow stream still says."""
-        train, held = self.streams.moments(
-            lambda rows: (
-                self.student.normalise(self.sublayer, self.streams.narrowed(rows)),
-                self.teacher.normalise(self.sublayer, self.streams.original(rows)),
-            ),
-            metric_OO=self.teacher.metric(self.sublayer),
-        )
-        projection = fit(train, held, self.E_DK * self.scale)
+        """x ~ P y + c: what the original's readers saw, from what the narrow stream still says."""
+        ones = self._readers_have_biases
+
+        def read(rows: Rows) -> tuple[Tensor, Tensor]:
+            y_BLK = self.student.normalise(self.sublayer, self.streams.narrowed(rows))
+            x_BLD = self.teacher.normalise(self.sublayer, self.streams.original(rows))
+            return pad(y_BLK, (0, 1), value=1.0) if ones else y_BLK, x_BLD
+
+        train, held = self.streams.moments(read, metric_OO=self.teacher.metric(self.sublayer))
+        prior_DI = pad(self.E_DK * self.scale, (0, int(ones)))
+        projection = fit(train, held, prior_DI, ridge=self.options.ridge)
         for linear in self.sublayer.readers:
-            name = f"{linear.name}.weight"
-            weight_OD = self.teacher.tensor(name).double()
-            self.student.assign(name, weight_OD @ projection.weights_OI)
+            name, bias = f"{linear.name}.weight", f"{linear.name}.bias"
+            seen_OI = self.teacher.tensor(name).double() @ projection.weights_OI
+            self.student.assign(name, seen_OI[:, : self.E_DK.shape[1]])
+            if ones:
+                self.student.assign(bias, self.student.tensor(bias) + seen_OI[:, -1])
         return projection
+
+    @property
+    def _readers_have_biases(self) -> bool:
+        held = self.student.tensors()
+        return all(f"{linear.name}.bias" in held for linear in self.sublayer.readers)
 
     # Neurons and writer -----------------------------------------------------------------------
 
     @property
-    def _writer(self) -> str:
-        return f"{self.sublayer.writer.name}.weight"
+    def _bias(self) -> Tensor | None:
+        return self.student.tensors().get(f"{self.sublayer.writer.name}.bias")
 
-    def _narrow_inside(self) -> tuple[Fit, Merge | None, Coupling | None]:
-        analytic_KN = self.student.tensor(self._writer).double()
-        train, held = self._writer_moments(analytic_KN)
-        if self.width == analytic_KN.shape[1]:
-            return self._fit(train, held, analytic_KN), None, None
-        everything = train + held
-        kept = choose(self.options.mlp, everything, analytic_KN, self.width)
-        prior = analytic_KN[:, kept]
-        if self.options.mlp != "select":
-            prior = compensate(train, analytic_KN, kept)
-        chosen = self._fit(train.of(kept), held.of(kept), prior)
-        rows = {name: self.student.tensor(name) for name in self._reader_names()}
-        alone = Merge.nothing(kept, analytic_KN.shape[1])
-        self._apply(alone, rows)
-        if self.options.mlp != "dot" or not self.options.refit:
-            return chosen, alone, None
-        coupling = transport(everything, analytic_KN, kept, self.options.transport)
-        return *self._best_merge(everything, coupling, alone, chosen, prior, rows), coupling
+    def _analytic_writer(self) -> Tensor:
+        """E^T W, and E^T b as the last column where there is a bias."""
+        weight_KN = self.student.tensor(f"{self.sublayer.writer.name}.weight").double()
+        return weight_KN if self._bias is None else torch.column_stack([weight_KN, self._bias])
 
-    def _writer_moments(self, analytic_KN: Tensor) -> tuple[Moments, Moments]:
-        """With refit, the target is E^T X+ - r: the writer also repairs earlier drift.
+    def _assign_writer(self, weights_KI: Tensor) -> None:
+        name = self.sublayer.writer.name
+        if self._bias is not None:
+            self.student.assign(f"{name}.bias", weights_KI[:, -1])
+            weights_KI = weights_KI[:, :-1]
+        self.student.assign(f"{name}.weight", weights_KI)
+
+    def _narrow_inside(self) -> tuple[Fit, dict[str, Any]]:
+        analytic_KI = self._analytic_writer()
+        train, held = self._writer_moments(analytic_KI)
+        width = analytic_KI.shape[1] - (self._bias is not None)
+        if self.width == width:
+            return self._fit(train, held, analytic_KI), {}
+        choice, coupling, candidates = self._choose(train + held, analytic_KI[:, :width])
+        kept = choice.kept if self._bias is None else pad(choice.kept, (0, 1), value=width)
+        # Weights to fall back on; a choice by magnitude knows nothing of the neurons that leave.
+        by_magnitude = self._method == "select"
+        prior_KI = analytic_KI[:, kept] if by_magnitude else compensate(train, analytic_KI, kept)
+        fitted = self._fit(train.of(kept), held.of(kept), prior_KI)
+        rows = {name: self.student.tensor(name) for _, name in self._reader_rows()}
+        self._apply(choice, rows)
+        if self.options.refit:
+            fitted, choice = self._best_merge(candidates, choice, fitted, prior_KI, rows)
+        report = {"kept": self._count(choice), "moved_mass": choice.moved}
+        return fitted, report | (coupling.as_dict() if coupling else {})
+
+    @property
+    def _method(self) -> str:
+        return self.options.heads if self.groups else self.options.mlp
+
+    def _choose(
+        self, moments: Moments, writer_KN: Tensor
+    ) -> tuple[Merge | HeadMerge, Coupling | None, Iterable[Merge | HeadMerge]]:
+        """The units that stay, and merges of the others into them from strict to loose."""
+        if self._bias is not None:
+            moments = moments.given_last()
+        transported = self._method == "dot" and self.options.refit
+        plan = self.options.transport
+        if self.groups is None:
+            kept = merge.choose(self.options.mlp, moments, writer_KN, self.width)
+            if not transported:
+                return Merge(kept), None, ()
+            return Merge(kept), *merge.merges(moments, writer_KN, kept, plan)
+        count = self.width // self.groups.width
+        kept = heads.choose_groups(self.options.heads, moments, writer_KN, self.groups, count)
+        alone = heads.whole(self.groups, kept)
+        if not transported:
+            return alone, None, ()
+        keys_NN = self._key_moment()
+        return alone, *heads.merges(moments, writer_KN, keys_NN, self.groups, kept, plan)
+
+    def _key_moment(self) -> Tensor:
+        """Second moment of the narrowed model's keys before rotation."""
+        name = next(linear.name for linear in self.sublayer.readers if linear.out == "kv")
+        weight_NK = self.student.tensor(f"{name}.weight").double()
+        total_KK = torch.zeros((), device=weight_NK.device)
+        for rows in self.streams.batches():
+            normed_BLK = self.student.normalise(self.sublayer, self.streams.narrowed(rows))
+            y_TK = normed_BLK.flatten(0, 1).double()
+            total_KK = total_KK + y_TK.T @ y_TK
+        return weight_NK @ total_KK @ weight_NK.T
+
+    def _count(self, choice: Merge | HeadMerge) -> int:
+        return len(choice.kept) // (self.groups.width if self.groups else 1)
+
+    def _writer_moments(self, analytic_KI: Tensor) -> tuple[Moments, Moments]:
+        """With error feedback the target is E^T X+ - r: the writer also repairs earlier drift.
 
         Without, it is what the analytic writer would have added. Each token counts by one over the
         mean square of X+, because the next norm will divide by it: else the few positions with
         massive activations would decide the fit.
         """
-        bias = self.student.tensors().get(f"{self.sublayer.writer.name}.bias", 0.0)
 
         def read(rows: Rows) -> tuple[Tensor, Tensor]:
-            original_BLD, narrowed_BLK = self.streams.original(rows), self.streams.narrowed(rows)
-            after_BLD = self.teacher.after(self.sublayer, original_BLD).double()
+            after_BLD, before_BLK = (
+                self.streams.original(rows).double(),
+                self.streams.narrowed(rows),
+            )
             weight_BL1 = after_BLD.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
-            inside_BLN = self.student.inside(self.sublayer, narrowed_BLK).double()
-            if self.options.refit:
-                target_BLK = after_BLD @ self.E_DK - narrowed_BLK - bias
+            inside_BLI = self.student.inside(self.sublayer, before_BLK).double()
+            if self._bias is not None:
+                inside_BLI = pad(inside_BLI, (0, 1), value=1.0)
+            if self.options.refit and self.options.feedback:
+                target_BLK = after_BLD @ self.E_DK - before_BLK
             else:
-                target_BLK = inside_BLN @ analytic_KN.T
-            return inside_BLN * weight_BL1, target_BLK * weight_BL1
+                target_BLK = inside_BLI @ analytic_KI.T
+            return inside_BLI * weight_BL1, target_BLK * weight_BL1
 
         return self.streams.moments(read)
 
-    def _fit(self, train: Moments, held: Moments, prior_KN: Tensor) -> Fit:
+    def _fit(self, train: Moments, held: Moments, prior_KI: Tensor) -> Fit:
         if self.options.refit:
-            return fit(train, held, prior_KN)
-        return Fit.unchanged(prior_KN, held)
+            return fit(train, held, prior_KI, ridge=self.options.ridge)
+        return Fit.unchanged(prior_KI, held)
 
     # Merging ----------------------------------------------------------------------------------
 
     def _best_merge(
         self,
-        moments: Moments,
-        coupling: Coupling,
-        alone: Merge,
-        chosen: Fit,
-        prior_KN: Tensor,
+        candidates: Iterable[Merge | HeadMerge],
+        accepted: Merge | HeadMerge,
+        best: Fit,
+        prior_KI: Tensor,
         rows: dict[str, Tensor],
-    ) -> tuple[Fit, Merge]:
-        """Move removed neurons into kept ones as far as held-out reconstruction improves.
+    ) -> tuple[Fit, Merge | HeadMerge]:
+        """Move removed units into kept ones as far as held-out reconstruction improves.
 
         Every candidate starts from the prior of the choice alone, which has not seen the held-out
         windows: from the fitted writer, any candidate would look better than it is.
         """
-        best, accepted = chosen, alone
-        tried = 0.0
-        for level in MERGE_LEVELS:
-            merge = barycentres(moments, coupling, alone.kept, least_cosine=level)
-            if merge.moved == tried:
-                continue
-            tried = merge.moved
-            self._apply(merge, rows)
-            train, held = self._writer_moments(prior_KN)
-            candidate = fit(train, held, prior_KN)
-            if candidate.error < best.error:
-                best, accepted = candidate, merge
+        for candidate in candidates:
+            self._apply(candidate, rows)
+            train, held = self._writer_moments(prior_KI)
+            fitted = self._fit(train, held, prior_KI)
+            if fitted.error < best.error:
+                best, accepted = fitted, candidate
         self._apply(accepted, rows)
         return best, accepted
 
-    def _reader_names(self) -> list[str]:
-        parts = ("weight", "bias")
-        names = [f"{linear.name}.{part}" for linear in self.sublayer.readers for part in parts]
-        return [name for name in names if name in self.student.tensors()]
+    def _reader_rows(self) -> Iterator[tuple[Linear, str]]:
+        held = self.student.tensors()
+        for linear in self.sublayer.readers:
+            for name in (f"{linear.name}.weight", f"{linear.name}.bias"):
+                if name in held:
+                    yield linear, name
 
-    def _apply(self, merge: Merge, rows: dict[str, Tensor]) -> None:
-        for name, row_NX in rows.items():
-            gated = name.startswith(f"{self.gated}.")
-            mix_KN = merge.gate_KN if gated else merge.up_KN
-            self.student.assign(name, mix_KN.to(row_NX.device) @ row_NX.double())
+    def _apply(self, choice: Merge | HeadMerge, rows: dict[str, Tensor]) -> None:
+        for linear, name in self._reader_rows():
+            space = "gate" if linear.name == self.gated else linear.out
+            self.student.assign(name, choice.rows(space, rows[name]))
 
+    # Healing ----------------------------------------------------------------------------------
 
-def _merge_report(merge: Merge | None, coupling: Coupling | None) -> dict[str, Any]:
-    if merge is None:
-        return {}
-    report: dict[str, Any] = {"kept": len(merge.kept), "moved_mass": merge.moved}
-    return report | (coupling.as_dict() if coupling else {})
+    @property
+    def _worth_healing(self) -> bool:
+        """An attention sublayer that lost no group gains next to nothing (docs/log.md)."""
+        return self.groups is None or self.width < self.groups.count * self.groups.width
+
+    def _heal(self, options: LocalOptions) -> local.Healed:
+        names = [name for _, name in self._reader_rows()]
+        writer = self.sublayer.writer.name
+        names += [f"{writer}.{part}" for part in ("weight", "bias")][: 1 + (self._bias is not None)]
+        leaves = self.student.leaves(names)
+        healed = local.heal(
+            leaves,
+            lambda r: self.student.after(self.sublayer, r),
+            self.streams,
+            self.E_DK,
+            options,
+            tokenwise=self.groups is None,
+            seed=self.options.seed,
+        )
+        for name, leaf in zip(names, leaves, strict=True):
+            self.student.assign(name, leaf.detach())
+        return healed

@@ -5,10 +5,11 @@ Reads config.json only; no weights, no torch.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dotexport.errors import SizeError, UsageError
@@ -27,7 +28,10 @@ STEPS = ((2048, 128), (1024, 64), (256, 32), (0, FLOOR))
 # Narrower than this share of the original, an axis is not searched.
 LEAST_SHARE = 0.25
 # How much a cut of the residual width hurts, against the same share cut from the MLP.
-RESIDUAL_WEIGHT = 2.0
+RESIDUAL_WEIGHT = 4.0
+# The same for KV groups (docs/results/fidelity.md has the curves).
+HEADS_WEIGHT = 1.5
+NUMBER = r"[0-9]*\.?[0-9]+(?:[eE][0-9]+)?"
 
 
 @dataclass(frozen=True)
@@ -63,78 +67,212 @@ class Plan:
         return rows
 
 
-def plan(
-    config: Mapping[str, Any],
-    *,
-    hidden_size: int | None = None,
-    intermediate_size: int | None = None,
-    params: str | None = None,
-) -> Plan:
-    """Decide the sizes: those asked for, or the best legal ones within a parameter budget.
+@dataclass(frozen=True, kw_only=True)
+class SizeOptions:
+    """How narrow.
 
-    Args:
-        params: `0.7x` of the original, or a number such as `5.2M` or `6e9`. Together with one
-            explicit size, the budget decides the other axis.
+    Attributes:
+        hidden_size, intermediate_size, num_key_value_heads: explicit sizes; None leaves an axis to
+            the budget, or as it is.
+        params: budget of parameters, `0.7x` of the original or a number such as `5.2M` or `6e9`.
+        size: budget of bytes as stored, `0.7x`, `300MB` or `1.5GB`.
+        latency: budget of time for one decoded token, `0.8x` of the original's on this device.
+        tied: False gives a shared embedding and head tables of their own; None keeps what is.
+        bias: whether linears get biases where the class has them and the original does not.
+    """
+
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_key_value_heads: int | None = None
+    params: str | None = None
+    size: str | None = None
+    latency: str | None = None
+    tied: bool | None = None
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        if sum(budget is not None for budget in (self.params, self.size, self.latency)) > 1:
+            raise UsageError("give one budget: --params, --size or --latency")
+
+    @property
+    def budgeted(self) -> bool:
+        return any(budget is not None for budget in (self.params, self.size, self.latency))
+
+    @property
+    def explicit(self) -> bool:
+        sizes = (self.hidden_size, self.intermediate_size, self.num_key_value_heads)
+        return any(size is not None for size in sizes)
+
+
+def plan(config: Mapping[str, Any], asked: SizeOptions) -> Plan:
+    """Decide the sizes: those asked for, or the best legal ones within a parameter budget.
 
     Raises:
         SizeError: a size no consumer could load, or a budget no legal sizes meet.
         UsageError: nothing was asked for.
         UnsupportedModelError: no family table, or weights that are quantised already.
     """
+    family, before = read_model(config)
+    if not asked.explicit and not asked.budgeted:
+        raise UsageError(
+            "say how narrow: --params 0.7x (or --size, --latency), or --hidden N, --intermediate N "
+            "and/or --kv-heads N"
+        )
+    check_sizes(family, before, asked)
+    if not asked.budgeted:
+        return Plan(family, before, _narrowed(family, before, asked))
+    return min(
+        within_budget(config, asked),
+        key=lambda p: (strain(before, p.after), -p.parameters_after),
+    )
+
+
+def read_model(config: Mapping[str, Any]) -> tuple[Family, Sizes]:
+    """Family table and sizes of a config.json.
+
+    Raises:
+        UnsupportedModelError: no family table, or weights that are quantised already.
+        CheckpointError: sizes are missing.
+    """
     check_quantised(config)
     family = find_family(config)
-    before = read_sizes(family, config)
-    if hidden_size is None and intermediate_size is None and params is None:
-        raise UsageError("say how narrow: --params 0.7x, or --hidden N and/or --intermediate N")
-    if hidden_size is not None:
-        check_hidden(family, before, hidden_size)
-    if intermediate_size is not None:
-        check_intermediate(before, intermediate_size)
-    if params is None:
-        after = before.narrowed(
-            hidden_size or before.hidden_size, intermediate_size or before.intermediate_size
-        )
-        return Plan(family, before, after)
-    budget = parse_budget(params, num_parameters(family, before))
-    hiddens = [hidden_size] if hidden_size else hidden_choices(family, before)
-    mlps = [intermediate_size] if intermediate_size else intermediate_choices(before)
-    return _within(family, before, budget, hiddens, mlps)
+    return family, read_sizes(family, config)
 
 
-def _within(
-    family: Family, before: Sizes, budget: int, hiddens: list[int], mlps: list[int]
-) -> Plan:
-    plans = [Plan(family, before, before.narrowed(h, m)) for h in hiddens for m in mlps]
-    fitting = [p for p in plans if p.parameters_after <= budget]
+def check_sizes(family: Family, before: Sizes, asked: SizeOptions) -> None:
+    """Refuse explicit sizes that the class or the kernels cannot hold.
+
+    Raises:
+        SizeError: naming the nearest legal ones.
+    """
+    if asked.num_key_value_heads is not None:
+        check_groups(before, asked.num_key_value_heads)
+    heads = before.narrowed(num_key_value_heads=asked.num_key_value_heads)
+    if asked.hidden_size is not None or (asked.num_key_value_heads and not asked.budgeted):
+        check_hidden(family, heads, asked.hidden_size or before.hidden_size)
+    if asked.intermediate_size is not None:
+        check_intermediate(before, asked.intermediate_size)
+
+
+def within_budget(config: Mapping[str, Any], asked: SizeOptions) -> list[Plan]:
+    """All plans on the legal grid that meet the budget.
+
+    Raises:
+        SizeError: there is none.
+        UsageError: a budget that is none.
+    """
+    family, before = read_model(config)
+    whole = Plan(family, before, before)
+    grid = _grid(family, before, asked)
+    plans = [Plan(family, before, _narrowed(family, before, choice)) for choice in grid]
+    cost, limit = _budget(config, whole, plans, asked)
+    fitting = [p for p in plans if cost(p) <= limit]
     if not fitting:
-        least = min(plans, key=lambda p: p.parameters_after)
+        least = min(plans, key=cost)
         raise SizeError(
-            f"no legal sizes come to {budget:,} parameters; the smallest are hidden "
-            f"{least.after.hidden_size}, intermediate {least.after.intermediate_size} with "
-            f"{least.parameters_after:,} ({least.ratio:.2f}x): ask for at least that"
+            f"no legal sizes come to {_budget_text(asked)}; the smallest are hidden "
+            f"{least.after.hidden_size}, intermediate {least.after.intermediate_size}, KV heads "
+            f"{least.after.num_key_value_heads} with {least.parameters_after:,} parameters "
+            f"({least.ratio:.2f}x): ask for at least that"
         )
-    return min(fitting, key=lambda p: (strain(before, p.after), -p.parameters_after))
+    return fitting
+
+
+Cost = Callable[[Plan], float]
+
+
+def _budget(
+    config: Mapping[str, Any], whole: Plan, plans: list[Plan], asked: SizeOptions
+) -> tuple[Cost, float]:
+    """What a plan costs, and the most it may."""
+    if asked.params is not None:
+        return lambda p: p.parameters_after, parse_budget(asked.params, whole.parameters_before)
+    if asked.size is not None:
+        each = bytes_per_parameter(config)
+        return lambda p: each * p.parameters_after, parse_size(
+            asked.size, each * whole.parameters_before
+        )
+    from dotexport.latency import Clock, parse_latency
+
+    assert asked.latency is not None
+    share = parse_latency(asked.latency)
+    return Clock.of(config, whole, plans).ratio, share
+
+
+def _budget_text(asked: SizeOptions) -> str:
+    budgets = {"parameters": asked.params, "bytes": asked.size, "time": asked.latency}
+    return next(f"a budget of {text} {what}" for what, text in budgets.items() if text)
+
+
+def _grid(family: Family, before: Sizes, asked: SizeOptions) -> Iterator[SizeOptions]:
+    """Every combination of legal sizes, where an axis is not given."""
+    groups = [asked.num_key_value_heads] if asked.num_key_value_heads else group_choices(before)
+    mlps = [asked.intermediate_size] if asked.intermediate_size else intermediate_choices(before)
+    step = _hidden_step(family, before)
+    for count in groups:
+        heads = before.narrowed(num_key_value_heads=count)
+        if asked.hidden_size:
+            hiddens = [asked.hidden_size] if is_hidden(family, heads, asked.hidden_size) else []
+        else:
+            hiddens = hidden_choices(family, heads, step)
+        for hidden, mlp in itertools.product(hiddens, mlps):
+            yield replace(
+                asked, hidden_size=hidden, intermediate_size=mlp, num_key_value_heads=count
+            )
+
+
+def _narrowed(family: Family, before: Sizes, asked: SizeOptions) -> Sizes:
+    return before.narrowed(
+        hidden_size=asked.hidden_size,
+        intermediate_size=asked.intermediate_size,
+        num_key_value_heads=asked.num_key_value_heads,
+        tied=asked.tied,
+        biases=family.bias_flags if asked.bias else frozenset(),
+    )
 
 
 def strain(before: Sizes, after: Sizes) -> float:
-    """How much a cut is expected to cost; smaller is better. The first allocation rule.
+    """How much a cut is expected to cost; smaller is better. A rule for when nothing is measured.
 
     A quadratic in the share cut from each axis: cuts hurt little at first and then more, so the
     rule shares a budget between the axes instead of emptying one.
     """
     hidden = 1 - after.hidden_size / before.hidden_size
     mlp = 1 - after.intermediate_size / before.intermediate_size
-    return RESIDUAL_WEIGHT * hidden**2 + mlp**2
+    heads = 1 - after.num_key_value_heads / before.num_key_value_heads
+    return RESIDUAL_WEIGHT * hidden**2 + mlp**2 + HEADS_WEIGHT * heads**2
 
 
-def hidden_choices(family: Family, sizes: Sizes) -> list[int]:
-    """Legal hidden sizes on the coarsest grid that still leaves a choice, the original included."""
+def group_choices(sizes: Sizes) -> list[int]:
+    """Numbers of KV heads that are searched, from half of them on; at most five."""
+    count = sizes.num_key_value_heads
+    step = max(1, count // 8)
+    return [count - step * k for k in range(count // 2 // step, -1, -1)]
+
+
+def hidden_choices(family: Family, sizes: Sizes, step: int) -> list[int]:
+    """Legal hidden sizes that are multiples of `step`, and the original where it is one."""
+    whole = [sizes.hidden_size] if is_hidden(family, sizes, sizes.hidden_size) else []
+    return sorted({*_multiples(_hidden_grid(family, sizes, step), sizes.hidden_size), *whole})
+
+
+def _hidden_step(family: Family, sizes: Sizes) -> int:
+    """The coarsest step that still leaves a choice."""
     for step in _steps(sizes.hidden_size):
-        grid = math.lcm(step, sizes.num_attention_heads) if family.divides else step
-        choices = _multiples(grid, sizes.hidden_size)
-        if len(choices) >= 4:
+        if len(_multiples(_hidden_grid(family, sizes, step), sizes.hidden_size)) >= 4:
             break
-    return sorted({*choices, sizes.hidden_size})
+    return step
+
+
+def _hidden_grid(family: Family, sizes: Sizes, step: int) -> int:
+    return math.lcm(step, sizes.num_attention_heads) if family.divides else step
+
+
+def is_hidden(family: Family, sizes: Sizes, hidden_size: int) -> bool:
+    """Whether the class can hold this residual width with this number of heads."""
+    if family.divides and hidden_size % sizes.num_attention_heads:
+        return False
+    return hidden_size == sizes.hidden_size or hidden_size % FLOOR == 0
 
 
 def intermediate_choices(sizes: Sizes) -> list[int]:
@@ -144,6 +282,17 @@ def intermediate_choices(sizes: Sizes) -> list[int]:
         if len(choices) >= 4:
             break
     return sorted({*choices, sizes.intermediate_size})
+
+
+def check_groups(sizes: Sizes, count: int) -> None:
+    """Refuse a number of KV heads that is none.
+
+    Raises:
+        SizeError.
+    """
+    most = sizes.num_key_value_heads
+    if not 1 <= count <= most:
+        raise SizeError(f"--kv-heads {count} is not between 1 and the original's {most}")
 
 
 def check_hidden(family: Family, sizes: Sizes, hidden_size: int) -> None:
@@ -156,7 +305,8 @@ def check_hidden(family: Family, sizes: Sizes, hidden_size: int) -> None:
     why = f"{FLOOR}"
     if family.divides:
         why += f" and of the {sizes.num_attention_heads} attention heads ({family.architecture})"
-    _check("hidden", hidden_size, sizes.hidden_size, grid, why)
+    whole = is_hidden(family, sizes, sizes.hidden_size)
+    _check("hidden", hidden_size, sizes.hidden_size, grid, why, whole=whole)
 
 
 def check_intermediate(sizes: Sizes, intermediate_size: int) -> None:
@@ -168,19 +318,20 @@ def check_intermediate(sizes: Sizes, intermediate_size: int) -> None:
     _check("intermediate", intermediate_size, sizes.intermediate_size, FLOOR, f"{FLOOR}")
 
 
-def _check(axis: str, asked: int, original: int, grid: int, why: str) -> None:
-    if asked == original or (0 < asked < original and asked % grid == 0):
+def _check(
+    axis: str, asked: int, original: int, grid: int, why: str, *, whole: bool = True
+) -> None:
+    legal = set(range(grid, original, grid)) | ({original} if whole else set())
+    if asked in legal:
         return
-    legal = sorted({*range(grid, original, grid), original})
-    nearest = [size for size in legal if size < asked][-1:] + [s for s in legal if s > asked][:1]
+    nearest = sorted(s for s in legal if s < asked)[-1:] + sorted(s for s in legal if s > asked)[:1]
     problem = (
         f"is wider than the original's {original}"
         if asked > original
         else f"is not a positive multiple of {why}"
     )
-    raise SizeError(
-        f"--{axis} {asked} {problem}; the nearest legal: {' and '.join(map(str, nearest))}"
-    )
+    legal_ones = " and ".join(map(str, nearest)) or "none"
+    raise SizeError(f"--{axis} {asked} {problem}; the nearest legal: {legal_ones}")
 
 
 def parse_budget(text: str, original: int) -> int:
@@ -192,18 +343,42 @@ def parse_budget(text: str, original: int) -> int:
     Raises:
         UsageError: not a budget, or not smaller than the original.
     """
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+(?:[eE][0-9]+)?)([xKMB]?)", text.strip())
+    units = {"K": 10**3, "M": 10**6, "B": 10**9}
+    return _parse("--params", text, original, units, "0.7x, 5.2M, 6e9 or 5200000", "parameters")
+
+
+def parse_size(text: str, original: int) -> int:
+    """Bytes from `0.7x`, `300MB`, `1.5GB` or `300000000`.
+
+    Raises:
+        UsageError: not a budget, or not smaller than the original.
+    """
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    return _parse("--size", text, original, units, "0.7x, 300MB or 1.5GB", "bytes")
+
+
+def _parse(
+    flag: str, text: str, original: int, units: Mapping[str, int], expected: str, what: str
+) -> int:
+    known = {"": 1, "x": original, **units}
+    match = re.fullmatch(rf"({NUMBER})({'|'.join(known)})", text.strip())
     if not match:
-        raise UsageError(f"--params {text!r} is no budget; expected 0.7x, 5.2M, 6e9 or 5200000")
-    unit = {"x": original, "K": 10**3, "M": 10**6, "B": 10**9, "": 1}[match[2]]
+        raise UsageError(f"{flag} {text!r} is no budget; expected {expected}")
+    unit = known[match[2]]
     budget = float(match[1]) * unit
     if not 1 <= budget <= original:
         hint = f"; did you mean {text}x?" if unit == 1 and budget < 1 else ""
         raise UsageError(
-            f"--params {text} is {budget:,.6g} parameters; expected at least 1 and at most the "
+            f"{flag} {text} is {budget:,.6g} {what}; expected at least 1 and at most the "
             f"original's {original:,}{hint}"
         )
     return round(budget)
+
+
+def bytes_per_parameter(config: Mapping[str, Any]) -> int:
+    """Of the type the weights are stored in, as config.json says; float32 where it does not."""
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return {"float16": 2, "bfloat16": 2, "float64": 8}.get(name, 4)
 
 
 def _steps(width: int) -> list[int]:

@@ -63,6 +63,19 @@ class Streams:
             device,
         )
 
+    def some(self, count: int) -> Streams:
+        """Streams of their own over `count` windows to fit on, and half as many held-out ones."""
+        fitted = [n for n in range(len(self.windows_NL)) if n not in self.held_out]
+        chosen = sorted({*fitted[:count], *sorted(self.held_out)[: max(1, count // 2)]})
+        windows_NL = self.windows_NL[chosen]
+        return Streams(
+            windows_NL,
+            torch.empty((*windows_NL.shape, self.original_NLD.shape[-1])),
+            torch.empty((*windows_NL.shape, self.narrowed_NLK.shape[-1])),
+            frozenset(n for n, window in enumerate(chosen) if window in self.held_out),
+            self.device,
+        )
+
     def batches(self) -> Iterator[Rows]:
         """Consecutive windows, a few thousand tokens at a time, held-out ones apart."""
         count, length = self.windows_NL.shape

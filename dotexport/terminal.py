@@ -14,8 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from dotexport.narrow import Progress
+    from dotexport.allocate import Allocation
     from dotexport.parity import Parity
+    from dotexport.sight import Progress
 
 stderr = Console(stderr=True)
 
@@ -26,7 +27,7 @@ def progress() -> Iterator[Progress]:
     from rich import progress as bars
 
     columns = (
-        bars.TextColumn("{task.description:<36}"),
+        bars.TextColumn("{task.description:<44}"),
         bars.BarColumn(bar_width=24),
         bars.TaskProgressColumn(),
         bars.TimeElapsedColumn(),
@@ -36,9 +37,12 @@ def progress() -> Iterator[Progress]:
         current: list[tuple[str, bars.TaskID]] = []
 
         def show(stage: str, done: int, total: int) -> None:
-            if not current or current[-1][0] != stage:
+            # What follows a colon is news of the same stage, and the bar goes on.
+            name = stage.partition(":")[0]
+            if not current or current[-1][0] != name:
                 _finish(shown, current)
-                current.append((stage, shown.add_task(stage, total=None)))
+                current.append((name, shown.add_task(stage, total=None)))
+            shown.update(current[-1][1], description=stage)
             # Nothing done yet says nothing about how long it takes: the bar pulses until it does.
             shown.update(current[-1][1], completed=done, total=total if done else None)
 
@@ -74,6 +78,27 @@ def show_rows(
     console.print(table)
     for label, path in paths:
         console.print(f"{label:<24} {path}", soft_wrap=True, highlight=False)
+
+
+def show_allocation(allocation: Allocation) -> None:
+    """What cutting each axis alone costs, as bars, and the sizes that were measured together."""
+    curves = Table("axis", "size", "parameters", "held-out KL", "", title="one axis at a time")
+    largest = max((kl for curve in allocation.curves for kl in curve.divergences), default=0.0)
+    for curve in allocation.curves:
+        rows = zip(curve.sizes, curve.parameters, curve.divergences, strict=True)
+        for size, parameters, kl in rows:
+            bar = "█" * round(12 * kl / (largest or 1.0))
+            curves.add_row(curve.axis, f"{size:,}", f"{parameters:,}", f"{kl:.4f}", bar)
+    stderr.print(curves)
+    checked = Table("hidden", "MLP", "KV heads", "parameters", "predicted KL", "held-out KL")
+    checked.title = "together; the least was taken"
+    for row in allocation.checked:
+        sizes = (
+            f"{row[key]:,}"
+            for key in ("hidden_size", "intermediate_size", "num_key_value_heads", "parameters")
+        )
+        checked.add_row(*sizes, f"{row['predicted_kl']:.4f}", f"{row['held_out_kl']:.4f}")
+    stderr.print(checked)
 
 
 def show_parities(parities: Iterable[Parity]) -> None:

@@ -84,6 +84,7 @@ def test_of_two_copies_one_leaves_and_the_other_takes_over_all_of_it(sign: float
         sums, transport(sums, WRITER_ON, kept, TransportOptions()), kept, least_cosine=0.9
     )
     assert merge.moved > 0.5
+    assert merge.up_KN is not None
     # The new up row is a mean of the two with the right sign: for copies, the kept one itself.
     up_TK = twin_TN @ merge.up_KN.T
     torch.testing.assert_close(up_TK, twin_TN[:, kept])
@@ -94,10 +95,10 @@ def test_nothing_moves_where_no_neuron_resembles_another() -> None:
     sums, kept = moments(apart_TN), torch.arange(5)
     coupling = transport(sums, WRITER_ON, kept, TransportOptions())
     merge = barycentres(sums, coupling, kept, least_cosine=0.5)
-    alone = Merge.nothing(kept, 8)
     assert merge.moved == 0
-    assert torch.equal(merge.gate_KN, alone.gate_KN)
-    assert torch.equal(merge.up_KN, alone.up_KN)
+    rows_NX = torch.randn(8, 3, dtype=torch.float64)
+    for space in ("gate", "mlp"):
+        assert torch.equal(merge.rows(space, rows_NX), Merge(kept).rows(space, rows_NX))
 
 
 def test_gates_take_no_signs() -> None:
@@ -106,6 +107,8 @@ def test_gates_take_no_signs() -> None:
     sums, kept = moments(twin_TN), torch.arange(6)
     coupling = transport(sums, WRITER_ON, kept, TransportOptions())
     merge = barycentres(sums, coupling, kept, least_cosine=0.9)
+    assert merge.gate_KN is not None
+    assert merge.up_KN is not None
     assert merge.gate_KN.min() >= 0
     assert merge.up_KN[1, 6] < 0
 

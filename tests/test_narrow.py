@@ -19,9 +19,10 @@ from dotexport.basis import Basis
 from dotexport.calibrate import TextOptions, token_windows
 from dotexport.embedded import MODEL_DIR
 from dotexport.origin import licence, model_name
-from dotexport.shrinking import ShrinkOptions, open_source, prepare, shrink
+from dotexport.prepare import prepare
+from dotexport.shrinking import ShrinkOptions, open_source, shrink
 from dotexport.site import NarrowOptions
-from dotexport.sizing import plan
+from dotexport.sizing import SizeOptions, plan
 
 TinyLlama = Callable[[str], Path]
 MODELS = ["wide-heads", "tied-bf16", "heads-of-8", "biased"]
@@ -45,9 +46,15 @@ def words(folder: Path, *, count: int = 4000) -> Path:
 
 def narrow(model: Path, out: Path, **sizes: Any) -> Path:
     methods = sizes.pop("methods", NarrowOptions())
+    others = {name: sizes.pop(name) for name in ("max_shard_bytes",) if name in sizes}
     out.parent.mkdir(exist_ok=True, parents=True)
     text = TextOptions(source=str(words(out.parent)), samples=24, seqlen=64)
-    shrink(model, out, ShrinkOptions(text=text, narrow=methods, **sizes), device="cpu")
+    shrink(
+        model,
+        out,
+        ShrinkOptions(sizes=SizeOptions(**sizes), text=text, narrow=methods, **others),
+        device="cpu",
+    )
     return out / "hf"
 
 
@@ -58,19 +65,18 @@ def test_full_width_in_any_rotation_is_the_original(
 ) -> None:
     """The lemmas at once: folded norms, the rescaled epsilon, rotated readers and writers."""
     source = open_source(tiny_llama(model))
-    same = plan(source.config, intermediate_size=88)
+    same = plan(source.config, SizeOptions(intermediate_size=88))
     untied = replace(same, after=replace(same.after, tied=False))
     text = TextOptions(source=str(words(tmp_path)), samples=8, seqlen=64)
     (tmp_path / "hf").mkdir()
-    options = ShrinkOptions(text=text, narrow=NarrowOptions(refit=refit))
-    run = prepare(source, untied, tmp_path, token_windows(source.folder, text), options)
+    windows_NL = token_windows(source.folder, text)
+    run = prepare(source, untied, tmp_path, windows_NL, NarrowOptions(refit=refit))
     # In float32 whatever the source is stored in: the question is the algebra, not the rounding.
     run.writer.specs = {n: replace(s, dtype=torch.float32) for n, s in run.writer.specs.items()}
     if model == "tied-bf16":
         run.writer = type(run.writer)(tmp_path / "hf", run.writer.specs)
     rotation_DD = np.linalg.qr(np.random.default_rng(0).normal(size=(48, 48)))[0]
-    with torch.inference_mode():
-        run.run(Basis(rotation_DD, "random rotation", 1.0))
+    run.run(Basis(rotation_DD, "random rotation", 1.0))
     run.writer.finish()
     original, rotated = logits(source.folder), logits(tmp_path / "hf")
     # 1e-4 of the largest logit: float32 through three layers in other coordinates.
@@ -112,7 +118,8 @@ def test_dropping_neurons_that_matter_does_change_something(
 def test_a_narrowed_model_is_stock_and_loads_without_a_word(
     model: str, tiny_llama: TinyLlama, tmp_path: Path
 ) -> None:
-    folder = narrow(tiny_llama(model), tmp_path / "out", hidden_size=40, intermediate_size=64)
+    sizes = {"hidden_size": 40, "intermediate_size": 64, "tied": False}
+    folder = narrow(tiny_llama(model), tmp_path / "out", **sizes)
     loaded, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert type(loaded).__name__ == "LlamaForCausalLM"
     assert not any(report.values())
@@ -148,7 +155,7 @@ def test_a_card_names_the_recipe_only_where_there_is_one(
 ) -> None:
     narrow(tiny_llama("heads-of-8"), tmp_path / "without", intermediate_size=64)
     text = TextOptions(source=str(words(tmp_path)), samples=2, seqlen=64)
-    options = ShrinkOptions(text=text, intermediate_size=64)
+    options = ShrinkOptions(text=text, sizes=SizeOptions(intermediate_size=64))
     shrink(tiny_llama("heads-of-8"), tmp_path / "with", options, recipe="model: it\n")
     assert "recipe.yaml" not in (tmp_path / "without" / "README.md").read_text()
     assert "`recipe.yaml` replays it; `dotexport.json`" in (tmp_path / "with/README.md").read_text()
@@ -178,6 +185,107 @@ def test_two_runs_give_the_same_bytes_and_sharding_changes_no_tensor(
     tensors = {name: t for shard in shards for name, t in load_file(shard).items()}
     whole = load_file(one / "model.safetensors")
     assert all(torch.equal(whole[name], tensors[name]) for name in whole)
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_a_tied_model_in_a_rotation_stays_tied_and_the_same(
+    refit: bool, tiny_llama: TinyLlama, tmp_path: Path
+) -> None:
+    """With a final gamma of ones: a rotated table is head and embedding alike."""
+    plain = Path(shutil.copytree(tiny_llama("tied-bf16"), tmp_path / "plain"))
+    weights = {name: t.float() for name, t in load_file(plain / "model.safetensors").items()}
+    weights["model.norm.weight"].fill_(1.0)
+    save_file(weights, plain / "model.safetensors", metadata={"format": "pt"})
+    source = open_source(plain)
+    same = plan(source.config, SizeOptions(intermediate_size=88))
+    text = TextOptions(source=str(words(tmp_path)), samples=8, seqlen=64)
+    (tmp_path / "hf").mkdir()
+    windows_NL = token_windows(plain, text)
+    run = prepare(source, same, tmp_path, windows_NL, NarrowOptions(refit=refit))
+    rotation_DD = np.linalg.qr(np.random.default_rng(0).normal(size=(48, 48)))[0]
+    run.run(Basis(rotation_DD, "random rotation", 1.0))
+    run.writer.finish()
+    assert "lm_head.weight" not in load_file(tmp_path / "hf" / "model.safetensors")
+    original, rotated = logits(plain), logits(tmp_path / "hf")
+    assert (original - rotated).abs().max() < 1e-4 * max(1.0, float(original.abs().max()))
+    assert abs(run.divergence) < 1e-6
+
+
+def test_a_cut_tied_model_keeps_one_table(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    folder = narrow(tiny_llama("tied-bf16"), tmp_path / "out", hidden_size=40)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("heads", ["dot", "obs", "select"])
+@pytest.mark.parametrize("refit", [False, True])
+def test_a_kv_group_that_says_nothing_leaves_without_a_trace(
+    refit: bool, heads: str, tiny_llama: TinyLlama, tmp_path: Path
+) -> None:
+    """Every layer has a silent group, each another one: o_proj reads nothing of it."""
+    silent = Path(shutil.copytree(tiny_llama("wide-heads"), tmp_path / "silent"))
+    config = open_source(silent).config
+    groups, width = config["num_key_value_heads"], config["head_dim"]
+    width *= config["num_attention_heads"] // groups
+    weights = load_file(silent / "model.safetensors")
+    for layer in range(3):
+        start = (layer % groups) * width
+        weights[f"model.layers.{layer}.self_attn.o_proj.weight"][:, start : start + width] = 0.0
+    save_file(weights, silent / "model.safetensors", metadata={"format": "pt"})
+    methods = NarrowOptions(heads=heads, refit=refit)
+    folder = narrow(silent, tmp_path / "out", num_key_value_heads=groups - 1, methods=methods)
+    changed = open_source(folder).config
+    assert changed["num_key_value_heads"] == groups - 1
+    assert changed["num_attention_heads"] * groups == config["num_attention_heads"] * (groups - 1)
+    before, after = logits(silent), logits(folder)
+    assert (before - after).abs().max() < 1e-3 * float(before.abs().max())
+
+
+def test_biases_that_the_class_has_are_given_and_say_nothing_without_refit(
+    tiny_llama: TinyLlama, tmp_path: Path
+) -> None:
+    model = tiny_llama("wide-heads")
+    folder = narrow(
+        model, tmp_path / "out", hidden_size=48, bias=True, methods=NarrowOptions(refit=False)
+    )
+    weights = load_file(folder / "model.safetensors")
+    assert open_source(folder).config["attention_bias"] is True
+    assert weights["model.layers.0.mlp.gate_proj.bias"].abs().max() == 0
+    assert (logits(model) - logits(folder)).abs().max() < 1e-4
+
+
+def test_fitted_biases_make_up_for_the_mean_of_what_left(
+    tiny_llama: TinyLlama, tmp_path: Path
+) -> None:
+    """Neurons with up = gate are hardly ever negative: what half of them said on average stays."""
+    model = Path(shutil.copytree(tiny_llama("wide-heads"), tmp_path / "positive"))
+    weights = load_file(model / "model.safetensors")
+    for layer in range(3):
+        prefix = f"model.layers.{layer}.mlp"
+        weights[f"{prefix}.up_proj.weight"] = weights[f"{prefix}.gate_proj.weight"].clone()
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    text = TextOptions(source=str(words(tmp_path)), samples=24, seqlen=64)
+    errors = {}
+    for bias in (False, True):
+        sizes = SizeOptions(intermediate_size=40, bias=bias)
+        shrunk = shrink(model, tmp_path / str(bias), ShrinkOptions(text=text, sizes=sizes))
+        first = next(site for site in shrunk.sites if site["site"] == "mlp.down_proj")
+        errors[bias] = first["error"]
+    assert errors[True] < errors[False]
+
+
+def test_auto_measures_every_basis_and_takes_the_best(
+    tiny_llama: TinyLlama, tmp_path: Path
+) -> None:
+    options = ShrinkOptions(
+        text=TextOptions(source=str(words(tmp_path)), samples=24, seqlen=64),
+        sizes=SizeOptions(hidden_size=32),
+        narrow=NarrowOptions(basis="auto"),
+    )
+    basis = shrink(tiny_llama("wide-heads"), tmp_path / "out", options, device="cpu").basis
+    assert set(basis["tried"]) == {"dot", "learned", "pca", "select"}
+    assert basis["tried"][basis["method"]] == min(basis["tried"].values())
 
 
 def test_another_seed_holds_out_other_windows(tiny_llama: TinyLlama, tmp_path: Path) -> None:
@@ -212,13 +320,14 @@ def stories(assets: Path) -> tuple[Path, Path]:
 @pytest.mark.parametrize(
     ("sizes", "methods", "floor"),
     [
-        ({"hidden_size": 48}, {"basis": "select"}, 16.5),
-        ({"hidden_size": 48}, {"basis": "dot"}, 15.5),
-        ({"hidden_size": 48}, {"basis": "pca"}, 11.8),
+        ({"hidden_size": 48, "tied": False}, {"basis": "select"}, 15.5),
+        ({"hidden_size": 48, "tied": False}, {"basis": "dot"}, 14.7),
+        ({"hidden_size": 48, "tied": False}, {"basis": "pca"}, 11.5),
+        ({"hidden_size": 48, "tied": False}, {"basis": "learned"}, 11.4),
         ({"intermediate_size": 128}, {"mlp": "dot"}, 6.5),
         ({"intermediate_size": 96}, {"mlp": "dot"}, 11.0),
     ],
-    ids=["select", "dot", "pca", "mlp128", "mlp96"],
+    ids=["select", "dot", "pca", "learned", "mlp128", "mlp96"],
 )
 def test_a_trained_llama_keeps_its_perplexity_floor(
     sizes: dict[str, int],
@@ -229,7 +338,7 @@ def test_a_trained_llama_keeps_its_perplexity_floor(
 ) -> None:
     model, text = stories
     options = ShrinkOptions(
-        **sizes,  # type: ignore[arg-type]
+        sizes=SizeOptions(**sizes),  # type: ignore[arg-type]
         text=TextOptions(source=str(text), samples=400, seqlen=256, skip=100),
         narrow=NarrowOptions(**methods),
     )

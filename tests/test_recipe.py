@@ -50,7 +50,7 @@ def test_the_same_recipe_has_the_same_dump_however_it_was_spelled() -> None:
 def test_the_recipe_of_the_demo_is_sound() -> None:
     demo = Recipe.load(Path(recipe.__file__).with_name("demo.yaml"))
     assert demo.model == "embedded"
-    assert demo.shrink.options().params == "0.7x"
+    assert demo.shrink.options().sizes.params == "0.7x"
 
 
 @pytest.mark.parametrize(

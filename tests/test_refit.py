@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dotexport.refit import Moments, compensate, fit, gain_solve, ridge_solve
+from dotexport.refit import Moments, compensate, fit, gain_solve, ridge_solve, symmetric_solve
 
 torch.manual_seed(0)
 INPUTS_TI = torch.randn(400, 6, dtype=torch.float64)
@@ -69,16 +69,46 @@ def test_singular_inputs_still_give_finite_weights() -> None:
     assert torch.isfinite(solved_OI).all()
 
 
-def test_a_gain_is_the_best_diagonal_matrix_in_the_metric() -> None:
-    inputs_TO = torch.randn(300, 4, dtype=torch.float64)
-    targets_TO = inputs_TO * torch.tensor([1.5, 0.5, -1.0, 2.0]) + 0.1 * TARGETS_TO[:300]
-    # |R (t - g z)|^2 written out as one tall least-squares problem in g.
-    design = (ROOT_OO[None] * inputs_TO[:, None]).reshape(-1, 4)
-    reference_O = torch.linalg.lstsq(design, (targets_TO @ ROOT_OO.T).reshape(-1, 1)).solution
-    sums = moments(inputs_TO, targets_TO, METRIC_OO)
-    solved_OO = gain_solve(sums, torch.eye(4, dtype=torch.float64), 0.0)
-    torch.testing.assert_close(solved_OO.diagonal(), reference_O.flatten())
-    assert (solved_OO - solved_OO.diagonal().diag()).abs().max() == 0
+def test_a_gain_is_the_best_scaling_of_the_columns_of_a_map_in_the_metric() -> None:
+    map_OI = torch.randn(4, 3, dtype=torch.float64)
+    inputs_TI = torch.randn(300, 3, dtype=torch.float64)
+    targets_TO = inputs_TI @ (map_OI * torch.tensor([1.5, 0.5, -1.0])).T + 0.1 * TARGETS_TO[:300]
+    # |R (t - map (g o z))|^2 written out as one tall least-squares problem in g.
+    design = ((ROOT_OO @ map_OI)[None] * inputs_TI[:, None]).reshape(-1, 3)
+    reference_I = torch.linalg.lstsq(design, (targets_TO @ ROOT_OO.T).reshape(-1, 1)).solution
+    sums = moments(inputs_TI, targets_TO, METRIC_OO)
+    solved_OI = gain_solve(sums, map_OI, 0.0, map_OI=map_OI)
+    torch.testing.assert_close(solved_OI, map_OI * reference_I.flatten())
+    strong_OI = gain_solve(sums, 2 * map_OI, 1e9, map_OI=map_OI)
+    torch.testing.assert_close(strong_OI, 2 * map_OI, atol=1e-6, rtol=0)
+
+
+def test_the_symmetric_solution_is_the_best_symmetric_matrix() -> None:
+    """Against least squares over the free entries of a symmetric matrix."""
+    root_KK, wanted_KK = torch.randn(2, 3, 3, dtype=torch.float64)
+    x_TK = torch.randn(50, 3, dtype=torch.float64)
+    target_TK = x_TK @ wanted_KK.T
+    places = [(i, j) for i in range(3) for j in range(i + 1)]
+    units = torch.zeros(len(places), 3, 3, dtype=torch.float64)
+    for unit_KK, (i, j) in zip(units, places, strict=True):
+        unit_KK[i, j] = unit_KK[j, i] = 1.0
+    design = torch.stack([(x_TK @ u_KK.T @ root_KK.T).flatten() for u_KK in units], dim=1)
+    free = torch.linalg.lstsq(design, (target_TK @ root_KK.T).reshape(-1, 1)).solution
+    reference_KK = (free[:, :, None] * units).sum(0)
+    left_KK, right_KK = root_KK.T @ root_KK, x_TK.T @ x_TK
+    solved_KK = symmetric_solve(left_KK, right_KK, left_KK @ wanted_KK @ right_KK)
+    torch.testing.assert_close(solved_KK, reference_KK)
+
+
+def test_sums_given_a_last_input_of_ones_are_covariances() -> None:
+    shifted_TI, shifted_TO = INPUTS_TI + 3.0, TARGETS_TO - 2.0
+    ones_TI = torch.column_stack([shifted_TI, torch.ones(len(shifted_TI))])
+    given = moments(ones_TI, shifted_TO).given_last()
+    centred_TI, centred_TO = shifted_TI - shifted_TI.mean(0), shifted_TO - shifted_TO.mean(0)
+    expected = moments(centred_TI, centred_TO)
+    torch.testing.assert_close(given.inputs_II, expected.inputs_II)
+    torch.testing.assert_close(given.cross_OI, expected.cross_OI)
+    assert given.targets == pytest.approx(expected.targets)
 
 
 def test_a_fit_lowers_the_held_out_loss() -> None:

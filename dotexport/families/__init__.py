@@ -63,6 +63,12 @@ class Family:
     divides: bool
     tied_by_default: bool = False
 
+    @property
+    def bias_flags(self) -> frozenset[str]:
+        """Flags of config.json that give linears of the class biases."""
+        linears = [linear for sub in self.sublayers for linear in (*sub.readers, sub.writer)]
+        return frozenset(linear.bias for linear in linears if linear.bias)
+
     def layer_name(self, layer: int, part: str) -> str:
         return f"{self.layer.format(layer)}.{part}"
 
@@ -92,15 +98,33 @@ class Sizes:
             "vocab": self.vocab_size,
         }
 
-    def narrowed(self, hidden_size: int, intermediate_size: int) -> Sizes:
-        """The sizes after narrowing.
+    def narrowed(
+        self,
+        *,
+        hidden_size: int | None = None,
+        intermediate_size: int | None = None,
+        num_key_value_heads: int | None = None,
+        tied: bool | None = None,
+        biases: frozenset[str] = frozenset(),
+    ) -> Sizes:
+        """The sizes after narrowing; None keeps what is.
 
-        Cutting the residual stream folds the final norm into lm_head, which unties it from the
-        embedding; an untouched residual stream keeps its tie.
+        Query heads leave with their KV head.
+
+        Args:
+            tied: False gives a shared table a head of its own.
+            biases: flags of config.json that give linears biases which the original lacks.
         """
-        tied = self.tied and hidden_size == self.hidden_size
+        hidden = hidden_size or self.hidden_size
+        groups = num_key_value_heads or self.num_key_value_heads
         return replace(
-            self, hidden_size=hidden_size, intermediate_size=intermediate_size, tied=tied
+            self,
+            hidden_size=hidden,
+            intermediate_size=intermediate_size or self.intermediate_size,
+            num_attention_heads=self.num_attention_heads // self.num_key_value_heads * groups,
+            num_key_value_heads=groups,
+            tied=self.tied if tied is None else self.tied and tied,
+            biases=self.biases | biases,
         )
 
 
@@ -143,7 +167,6 @@ def read_sizes(family: Family, config: Mapping[str, Any]) -> Sizes:
     normal = NormalizedConfigManager.get_normalized_config_class(family.model_type)
     named = normal(SimpleNamespace(**config))
     heads, hidden = _size(named, "num_attention_heads"), _size(named, "hidden_size")
-    flags = {linear.bias for sub in family.sublayers for linear in (*sub.readers, sub.writer)}
     return Sizes(
         hidden_size=hidden,
         intermediate_size=_size(named, "intermediate_size"),
@@ -153,7 +176,7 @@ def read_sizes(family: Family, config: Mapping[str, Any]) -> Sizes:
         num_layers=_size(named, "num_layers"),
         vocab_size=_size(named, "vocab_size"),
         tied=bool(config.get("tie_word_embeddings", family.tied_by_default)),
-        biases=frozenset(flag for flag in flags if flag and config.get(flag)),
+        biases=frozenset(flag for flag in family.bias_flags if config.get(flag)),
     )
 
 

@@ -36,19 +36,19 @@ def cosine(gram_NN: Array, kept_K: Indices) -> Array:
     return np.clip(cosine_NK, -1.0, 1.0)
 
 
-def activation_distance(gram_NN: Array, kept_K: Indices, *, signed: bool) -> Cost:
+def activation_distance(gram_NN: Array, kept_K: Indices) -> Cost:
     """Euclidean distance of unit activation vectors, `|| a_i/|a_i| - s_ij a_j/|a_j| ||_2`.
 
-    The sign s_ij is free where the site lets a neuron stand for another upside down (`signed`).
+    The sign s_ij is free where the site lets a neuron stand for another upside down .
     The cost is divided by its maximum, so that a regularisation has one meaning at every site.
     After DOTResize (arXiv 2507.04517), there without the sign.
 
     >>> gram = np.array([[1.0, -1.0], [-1.0, 1.0]])  # two neurons, one the other's negative
-    >>> activation_distance(gram, np.array([0]), signed=True).cost_NK.ravel().tolist()
+    >>> activation_distance(gram, np.array([0])).cost_NK.ravel().tolist()
     [0.0, 0.0]
     """
     cosine_NK = cosine(gram_NN, kept_K)
-    sign_NK = np.where(cosine_NK < 0, -1.0, 1.0) if signed else np.ones_like(cosine_NK)
+    sign_NK = np.where(cosine_NK < 0, -1.0, 1.0)
     distance_NK = np.sqrt(np.maximum(2.0 - 2.0 * sign_NK * cosine_NK, 0.0))
     largest = distance_NK.max(initial=0.0)
     return Cost(distance_NK / largest if largest > 0 else distance_NK, sign_NK)

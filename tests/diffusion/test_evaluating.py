@@ -68,13 +68,12 @@ def by_hand(name: str, pipe: Any, noisy: Tensor, time: Tensor, label: Tensor) ->
     embeds, _, pooled, _ = pipe.encode_prompt(
         list(bed.WORDS), None, None, do_classifier_free_guidance=False, **bed.CALL
     )
-    answer = pipe.transformer(
+    return pipe.transformer(
         hidden_states=noisy,
         timestep=time,
         encoder_hidden_states=embeds[label],
         pooled_projections=pooled[label],
     ).sample
-    return answer
 
 
 @pytest.mark.parametrize("name", ["mmdit", "dit"])
