@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from dotexport.adapter import find_target, target_names
+from dotexport.adapter import Target, find_target, target_names
 from dotexport.checkpoint import Checkpoint
+from dotexport.errors import RuntimeMissingError
 from dotexport.exporting import export
 from dotexport.reference import Reference, compute_reference
 
@@ -17,8 +19,15 @@ Exported = Callable[[str], Path]
 
 def specs() -> list[str]:
     """NAME:PRECISION of all targets whose runtime is installed here."""
-    targets = [find_target(name) for name in target_names()]
-    return [f"{t.name}:{p}" for t in targets if not t.missing() for p in t.precisions]
+    return [f"{t.name}:{p}" for t in usable_targets() for p in t.precisions]
+
+
+def usable_targets() -> Iterator[Target]:
+    for name in target_names():
+        with suppress(RuntimeMissingError):
+            target = find_target(name)
+            if not target.missing():
+                yield target
 
 
 @pytest.fixture(params=specs())
