@@ -202,7 +202,7 @@ def _round_outputs(graph: Any, matrix: Any) -> tuple[Any, Any]:
 
 def _constant(graph: Any, name: str, array: Any) -> Any:
     stored = ir.tensor(array, name=name)
-    value = ir.Value(name=name, const_value=stored, shape=stored.shape)
+    value = ir.Value(name=name, const_value=stored, shape=ir.Shape(array.shape))
     value.dtype = stored.dtype
     graph.register_initializer(value)
     return value
