@@ -62,11 +62,7 @@ class OpenVino:
         return trace_problems(checkpoint)
 
     def write(self, checkpoint: Checkpoint, folder: Path, precision: str) -> None:
-        from .traced import trace
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch, about its own deprecations
-            graph = ov.convert_model(trace(checkpoint))
+        graph = _translate(checkpoint)
         _keep_state(graph, _name_ports(graph), num_heads=_num_kv_heads(checkpoint.config))
         if precision in ("int8", "int4"):
             _round_products(graph, bits=int(precision[3:]))
@@ -80,6 +76,14 @@ class OpenVino:
 
     def open(self, folder: Path, *, threads: int | None = None) -> OpenVinoSession:
         return OpenVinoSession(folder, threads=threads)
+
+
+def _translate(checkpoint: Checkpoint) -> Any:
+    from .traced import trace
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about its own deprecations
+        return ov.convert_model(trace(checkpoint))
 
 
 def _name_ports(graph: Any) -> dict[str, str]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,8 +43,32 @@ def spec(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
+def translated_once() -> Iterator[None]:
+    """Tracing and translating take most of an export, and are the same for every precision."""
+    with pytest.MonkeyPatch.context() as patch:
+        with suppress(ImportError):
+            from dotexport.targets import portable
+
+            written = by_folder(portable._translate)
+            from_proto, to_proto = portable.ir.serde.from_proto, portable.ir.serde.to_proto
+            patch.setattr(portable, "_translate", lambda c: from_proto(to_proto(written(c.folder))))
+        with suppress(ImportError):
+            from dotexport.targets import intel
+
+            converted = by_folder(intel._translate)
+            patch.setattr(intel, "_translate", lambda c: converted(c.folder).clone())
+        yield
+
+
+def by_folder(translate: Callable[[Checkpoint], Any]) -> Callable[[Path], Any]:
+    return cache(lambda folder: translate(Checkpoint.open(folder)))
+
+
+@pytest.fixture(scope="session")
 def exported(
-    tiny_llama: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    tiny_llama: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    translated_once: None,
 ) -> Exported:
     """Name of a tiny model -> an output with every artifact of it, not verified."""
     outs: dict[str, Path] = {}

@@ -181,11 +181,9 @@ def one_weight_changed(graph: Any) -> None:
     put(graph, name, array)
 
 
-def a_bit_lost_in_the_table(graph: Any) -> None:
+def table_rounded(graph: Any) -> None:
     [name] = matrices(graph, (90, 48))
-    array = values(graph, name)
-    array[5] = np.trunc(array[5] * 8) / 8
-    put(graph, name, array)
+    put(graph, name, np.trunc(values(graph, name) * 64) / 64)
 
 
 def layers_swapped(graph: Any) -> None:
@@ -255,7 +253,7 @@ def a_weight_that_is_no_number(graph: Any) -> None:
 
 FAULTS = [
     one_weight_changed,
-    a_bit_lost_in_the_table,
+    table_rounded,
     layers_swapped,
     gate_and_up_swapped,
     mask_dropped,

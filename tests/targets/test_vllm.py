@@ -104,7 +104,7 @@ def vllm_python() -> Path:
 
 
 @pytest.fixture(scope="module")
-def narrowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def narrowed(vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model at 0.7x: heads x head_dim is no longer the hidden size."""
     from dotexport import ShrinkOptions, shrink
     from dotexport.calibrate import TextOptions
