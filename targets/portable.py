@@ -166,8 +166,10 @@ def _round_products(graph: Any) -> None:
         steps = ir.node("Mul", [scale, step_O])
         product = ir.node("Mul", [real.outputs[0], steps.outputs[0]])
         graph.insert_before(node, [whole, real, steps, product])
-        ir.convenience.replace_all_uses_with(node.outputs, product.outputs, True)
-        product.outputs[0].name = node.outputs[0].name
+        before, after = node.outputs[0], product.outputs[0]
+        after.shape, after.dtype = before.shape, ir.DataType.FLOAT
+        ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
+        after.name = before.name
         graph.remove(node, safe=True)
 
 
