@@ -119,6 +119,8 @@ def fidelity(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the tables.")] = RESULTS,
 ) -> None:
     """What each step of narrowing buys: quality by rung, budget and amount of text."""
+    if budget and (only not in SUBJECTS or budget not in SUBJECTS[only]().floors):
+        raise typer.BadParameter(f"--budget {budget} is none of those that --only {only} climbs at")
     chosen = [only] if only else [*SUBJECTS, "windows"]
     for name in chosen:
         if name == "windows":

@@ -123,7 +123,7 @@ def _points(axis: str, plans: Iterable[Plan], before: Sizes) -> list[tuple[str, 
     plans = list(plans)
     whole = getattr(before, axis)
     sizes = sorted({getattr(p.after, axis) for p in plans} - {whole})
-    # No plan worth the name empties one axis: twice the share that the budget asks for is enough.
+    # No plan worth the name empties one axis: 2.5 times the share that the budget takes is enough.
     share = 1 - max(p.ratio for p in plans)
     sizes = [s for s in sizes if s >= whole * max(1 - 2.5 * share, 0.2)] or sizes[-1:]
     alone = {s: replace(plans[0], after=_alone(axis, s, plans[0].after, before)) for s in sizes}

@@ -151,10 +151,11 @@ class Narrowing:
         basis = find_basis(method, sight, self.after.hidden_size, self.options.transport)
         if not self.after.tied:
             return basis
-        matrix_DK = basis.matrix_DK @ self._tied_head(basis, sight)[1].cpu().numpy()
+        matrix_DK = basis.matrix_DK @ self._turn_of_tied_head(basis, sight).cpu().numpy()
         return replace(basis, matrix_DK=matrix_DK)
 
-    def _tied_head(self, basis: Basis, sight: Sight) -> tuple[Tensor, Tensor]:
+    def _turn_of_tied_head(self, basis: Basis, sight: Sight) -> Tensor:
+        """R: eigenvectors of the best symmetric matrix in the place of the final norm's gamma."""
         E_DK = torch.from_numpy(basis.matrix_DK).to(self.streams.device)
         metric_DD, moment_DD = gram(self.original.embedding()), sight.final
         assert moment_DD is not None
@@ -167,8 +168,8 @@ class Narrowing:
             right_KK + ridge * right_KK.diagonal().mean(),
             wanted_KK,
         )
-        values_K, vectors_KK = torch.linalg.eigh(symmetric_KK)
-        return values_K, vectors_KK
+        turn_KK: Tensor = torch.linalg.eigh(symmetric_KK).eigenvectors
+        return turn_KK
 
     # Embedding, layers, head: teacher and student side by side --------------------------------
 

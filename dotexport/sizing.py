@@ -29,7 +29,7 @@ STEPS = ((2048, 128), (1024, 64), (256, 32), (0, FLOOR))
 LEAST_SHARE = 0.25
 # How much a cut of the residual width hurts, against the same share cut from the MLP.
 RESIDUAL_WEIGHT = 4.0
-# The same for KV groups (docs/results/fidelity.md has the curves).
+# The same for KV groups (docs/log.md says where both come from).
 HEADS_WEIGHT = 1.5
 NUMBER = r"[0-9]*\.?[0-9]+(?:[eE][0-9]+)?"
 
