@@ -9,7 +9,7 @@ import importlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import PackageNotFoundError, entry_points, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -111,9 +111,18 @@ def find_target(name: str) -> Target:
         target: Target = getattr(importlib.import_module(module), attribute)()
     except ImportError as error:
         raise RuntimeMissingError(
-            f"target {name} cannot be used here: {error}; install what it needs"
+            f"target {name} cannot be used here: {error}; {_how_to_install(name)}"
         ) from error
     return target
+
+
+def _how_to_install(name: str) -> str:
+    """The extra of a target has its name."""
+    try:
+        extras = metadata("dotexport").get_all("Provides-Extra") or []
+    except PackageNotFoundError:  # a checkout that was never installed
+        extras = []
+    return f"pip install 'dotexport[{name}]'" if name in extras else "install what it needs"
 
 
 def parse_spec(spec: str) -> tuple[str, str | None]:

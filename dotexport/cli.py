@@ -17,10 +17,11 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from dotexport import __version__
-from dotexport.errors import DotexportError, UsageError
+from dotexport.errors import DotexportError, RuntimeMissingError, UsageError
 from dotexport.terminal import (
     progress,
     show_allocation,
+    show_diagnosis,
     show_error,
     show_json,
     show_parities,
@@ -470,6 +471,23 @@ def targets(as_json: Json = False) -> None:
         missing = "; ".join(row.missing) or "nothing"
         table.add_row(row.name, ", ".join(row.precisions), row.summary, escape(missing))
     Console().print(table)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Which runtimes are here, on what they can compute, what clashes, and what mends it.
+
+    Exit code 6 if something that is installed cannot work.
+    """
+    from dotexport.targets.doctor import examine
+
+    found = examine()
+    if as_json:
+        show_json(found.as_dict())
+    else:
+        show_diagnosis(found)
+    if not found.healthy:
+        raise typer.Exit(RuntimeMissingError.exit_code)
 
 
 # Behind the verbs -------------------------------------------------------------------------------

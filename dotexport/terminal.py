@@ -124,6 +124,24 @@ def _held(figure: float | None, limit: float | None) -> str:
     return f"{figure:.2g}" if limit is None else f"{figure:.2g} ({limit:.2g})"
 
 
+def show_diagnosis(diagnosis: Any) -> None:
+    """Packages, devices, targets, and what is wrong with them."""
+    console = Console()
+    packages = Table("runtime", "version", "can compute on")
+    for name, number in diagnosis.packages.items():
+        devices = diagnosis.providers.get(name.removesuffix("-gpu"), ())
+        packages.add_row(name, number, ", ".join(devices))
+    console.print(packages)
+    targets = Table("target", "precisions", "missing here")
+    for row in diagnosis.targets:
+        missing = escape("; ".join(row.missing)) or "nothing"
+        targets.add_row(row.name, ", ".join(row.precisions), missing)
+    console.print(targets)
+    for finding in diagnosis.findings:
+        console.print(f"[bold red]problem:[/] {escape(finding.problem)}", soft_wrap=True)
+        console.print(f"[bold]mend:[/] {escape(finding.mend)}", soft_wrap=True)
+
+
 def show_json(document: Any) -> None:
     """One document, one line."""
     sys.stdout.write(json.dumps(document) + "\n")

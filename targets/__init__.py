@@ -1,7 +1,8 @@
 """Adapters to inference runtimes: one file each, and one line in BUILT_IN.
 
 Nothing here imports a runtime: `dotexport.exporting.find_target` imports the one file whose name
-is asked for.
+is asked for. A runtime that is not installed with dotexport itself comes with the extra that has
+the target's name.
 """
 
 if __name__ == "targets":
@@ -10,4 +11,7 @@ if __name__ == "targets":
 BUILT_IN = {
     "hf": "dotexport.targets.hf:HuggingFace",
     "ort-cpu": "dotexport.targets.ort:OrtCpu",
+    "onnx": "dotexport.targets.portable:Portable",
+    "openvino": "dotexport.targets.intel:OpenVino",
+    "gguf": "dotexport.targets.ggml:Gguf",
 }

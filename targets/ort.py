@@ -213,7 +213,7 @@ class OrtSession:
 
     def __init__(self, folder: Path, *, threads: int | None = None) -> None:
         self._read_config(folder)
-        self.session = _open_graph(folder / self.filename, threads)
+        self.session = open_graph(folder / self.filename, threads)
         self.binding = self.session.io_binding()
 
     def start(self, tokens_BL: Tokens, lengths_B: Sequence[int] | None = None) -> Logits:
@@ -288,7 +288,7 @@ class OrtSession:
             )
 
 
-def _open_graph(file: Path, threads: int | None) -> Any:
+def open_graph(file: Path, threads: int | None) -> Any:
     try:
         import onnxruntime as ort
     except ImportError as error:

@@ -1,14 +1,22 @@
-"""Every built-in target in every precision, exported once per model."""
+"""Every built-in target in every precision, exported once per model.
+
+DOTEXPORT_TARGETS=onnx,gguf runs the suite for some of them alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dotexport.adapter import find_target, target_names
+from dotexport.adapter import Target, find_target, target_names
 from dotexport.checkpoint import Checkpoint
+from dotexport.errors import RuntimeMissingError
 from dotexport.exporting import export
 from dotexport.reference import Reference, compute_reference
 
@@ -17,8 +25,16 @@ Exported = Callable[[str], Path]
 
 def specs() -> list[str]:
     """NAME:PRECISION of all targets whose runtime is installed here."""
-    targets = [find_target(name) for name in target_names()]
-    return [f"{t.name}:{p}" for t in targets if not t.missing() for p in t.precisions]
+    return [f"{t.name}:{p}" for t in usable_targets() for p in t.precisions]
+
+
+def usable_targets() -> Iterator[Target]:
+    chosen = os.environ.get("DOTEXPORT_TARGETS", ",".join(target_names())).split(",")
+    for name in filter(chosen.__contains__, target_names()):
+        with suppress(RuntimeMissingError):
+            target = find_target(name)
+            if not target.missing():
+                yield target
 
 
 @pytest.fixture(params=specs())
@@ -27,8 +43,32 @@ def spec(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
+def translated_once() -> Iterator[None]:
+    """Tracing and translating take most of an export, and are the same for every precision."""
+    with pytest.MonkeyPatch.context() as patch:
+        with suppress(ImportError):
+            from dotexport.targets import portable
+
+            written = by_folder(portable._translate)
+            from_proto, to_proto = portable.ir.serde.from_proto, portable.ir.serde.to_proto
+            patch.setattr(portable, "_translate", lambda c: from_proto(to_proto(written(c.folder))))
+        with suppress(ImportError):
+            from dotexport.targets import intel
+
+            converted = by_folder(intel._translate)
+            patch.setattr(intel, "_translate", lambda c: converted(c.folder).clone())
+        yield
+
+
+def by_folder(translate: Callable[[Checkpoint], Any]) -> Callable[[Path], Any]:
+    return cache(lambda folder: translate(Checkpoint.open(folder)))
+
+
+@pytest.fixture(scope="session")
 def exported(
-    tiny_llama: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    tiny_llama: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    translated_once: None,
 ) -> Exported:
     """Name of a tiny model -> an output with every artifact of it, not verified."""
     outs: dict[str, Path] = {}

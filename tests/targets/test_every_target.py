@@ -42,7 +42,7 @@ def test_what_was_written_computes_what_torch_computes(
     target, precision, folder = opened(exported(model), spec)
     parity = check(target, precision, folder, reference_of(model), artifact=spec)
     assert parity.problems == ()
-    if not precision.startswith("int"):
+    if precision in ("fp32", "as-stored"):
         assert parity.max_abs < 1e-4  # float32 differs by 1e-5 from one order of sums to another
 
 
@@ -62,8 +62,9 @@ def test_a_padded_batch_decodes_for_long_as_each_prompt_does_alone(
     for row, length, said_NV in zip(tokens_BL, lengths, said_BNV, strict=True):
         alone_NV = session.start(row[None, : length + steps])[0, length:]
         spread = alone_NV.std()
-        # float32 sums in another order; int4 also rounds activations, which flips now and then.
-        tolerance = 0.1 if precision == "int4" else 1e-5
+        # float32 sums in another order; integers may come with rounded activations, which flip
+        # now and then.
+        tolerance = 0.1 if precision.startswith("int") else 1e-5
         error = np.sqrt(np.square(said_NV - alone_NV).mean()) / spread
         assert error < tolerance
 

@@ -1,0 +1,237 @@
+"""A plain ONNX graph with its KV cache outside: for any ONNX runtime, Optimum and transformers.js.
+
+Inputs input_ids, attention_mask, position_ids and past_key_values.N.key/value, outputs logits and
+present.N.key/value, standard operators only. int8 rounds weights per output and
+activations per token (MatMulInteger), so that neither padding nor the rest of a batch changes what
+a token gets; a tied table stays in float32, because the embedding reads it too.
+
+Shapes: B sequences, L new tokens, P tokens in the cache, T = P + L, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxscript  # noqa: F401  torch.onnx writes with it, and says so only when it is too late
+
+from dotexport.adapter import Logits, Tokens
+
+from .growing import GrowingSession
+from .ort import open_graph
+
+if TYPE_CHECKING:
+    from dotexport.checkpoint import Checkpoint
+
+GRAPH, WEIGHTS = "model.onnx", "model.onnx_data"
+FIXED_INPUTS = ("input_ids", "attention_mask", "position_ids")
+OPSET = 18
+ONE_FILE = 1 << 30  # weights above this many bytes lie beside the graph: protobuf ends at 2 GiB
+
+
+class Portable:
+    """Writes by torch.onnx from a torch.export graph; runs with onnxruntime."""
+
+    name = "onnx"
+    summary = "portable ONNX graph with KV cache, in the layout of Optimum and transformers.js"
+    precisions = ("fp32", "int8")
+    exact_rounding = ()
+
+    def missing(self) -> list[str]:
+        return []  # without onnxscript this file cannot be imported
+
+    def problems(self, checkpoint: Checkpoint, precision: str) -> list[str]:
+        from .traced import trace_problems
+
+        return trace_problems(checkpoint)
+
+    def write(self, checkpoint: Checkpoint, folder: Path, precision: str) -> None:
+        model = _translate(checkpoint)
+        _forget_origins(model)
+        _turn_matrices(model.graph)
+        _share_tables(model.graph)
+        if precision == "int8":
+            _round_products(model.graph)
+        _save(model, folder)
+        for file in [checkpoint.folder / "config.json", *checkpoint.companions()]:
+            shutil.copyfile(file, folder / file.name)
+
+    def open(self, folder: Path, *, threads: int | None = None) -> PortableSession:
+        return PortableSession(folder, threads=threads)
+
+
+def _translate(checkpoint: Checkpoint) -> Any:
+    import torch
+
+    from .traced import trace
+
+    program = trace(checkpoint)
+    past, present = _cache_names(checkpoint.config["num_hidden_layers"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about its own deprecations
+        written: Any = torch.onnx.export(
+            program,
+            input_names=[*FIXED_INPUTS, *past],
+            output_names=["logits", *present],
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    _name_axes(written.model.graph)
+    return written.model
+
+
+def _cache_names(num_layers: int) -> tuple[list[str], list[str]]:
+    layers = [f"{layer}.{role}" for layer in range(num_layers) for role in ("key", "value")]
+    return [f"past_key_values.{name}" for name in layers], [f"present.{name}" for name in layers]
+
+
+def _name_axes(graph: Any) -> None:
+    """The names that Optimum gives: some readers print them, none needs them."""
+    new, past = "sequence_length", "past_sequence_length"
+    total = f"{past} + {new}"
+    names = {"attention_mask": {1: total}, "past": {2: past}, "present": {2: total}}
+    for value in [*graph.inputs, *graph.outputs]:
+        kind = str(value.name).partition(".")[0].partition("_key")[0]
+        axes = {0: "batch_size", **names.get(kind, {1: new})}
+        value.shape = ir.Shape([axes.get(i, dim) for i, dim in enumerate(value.shape)])
+
+
+def _turn_matrices(graph: Any) -> None:
+    """Store matrices as MatMul reads them, unless another operator reads them as they are."""
+    for node in list(graph):
+        if node.op_type != "Transpose":
+            continue
+        [matrix], [turned] = node.inputs, node.outputs
+        if matrix is None or not matrix.is_initializer() or len(matrix.uses()) > 1:
+            continue
+        name, order = matrix.name, node.attributes["perm"].as_ints()
+        array = np.ascontiguousarray(matrix.const_value.numpy().transpose(order))
+        graph.initializers.pop(name)
+        ir.convenience.replace_all_uses_with(turned, _constant(graph, name, array))
+        graph.remove(node, safe=True)
+
+
+def _share_tables(graph: Any) -> None:
+    """Constant folding may have stored a tied table a second time, turned: read the first again."""
+    tables = [node.inputs[0] for node in graph if node.op_type == "Gather"]
+    for table in tables:
+        if table is None or not table.is_initializer() or len(table.shape or ()) != 2:
+            continue
+        for other in [v for v in graph.initializers.values() if _is_turned(v, table)]:
+            turn = ir.node("Transpose", [table], {"perm": [1, 0]})
+            graph.insert_before(graph[0], turn)
+            for reader, index in list(other.uses()):
+                reader.replace_input_with(index, turn.outputs[0])
+            graph.initializers.pop(str(other.name))
+
+
+def _is_turned(value: ir.Value, table: ir.Value) -> bool:
+    one, other = value.const_value, table.const_value
+    if one is None or other is None or tuple(one.shape) != tuple(reversed(other.shape.numpy())):
+        return False
+    return bool(np.array_equal(one.numpy(), other.numpy().T))
+
+
+def _forget_origins(model: Any) -> None:
+    """Every node says which line of which file it was traced from: half of a small graph."""
+    for node in model.graph:
+        node.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+
+
+def _save(model: Any, folder: Path) -> None:
+    num_bytes = sum(v.const_value.nbytes for v in model.graph.initializers.values())
+    ir.save(model, folder / GRAPH, external_data=WEIGHTS if num_bytes > ONE_FILE else None)
+
+
+def _round_products(graph: Any) -> None:
+    """Multiply integers wherever a stored matrix is multiplied with."""
+    rounded: dict[Any, tuple[Any, Any]] = {}  # query, key and value read one input
+    for node in list(graph):
+        if node.op_type != "MatMul" or not node.inputs[1].is_initializer():
+            continue
+        x, matrix = node.inputs
+        if x not in rounded:
+            rounded[x] = _round_tokens(graph, node, x)
+        level, scale = rounded[x]
+        weight, step_O = _round_outputs(graph, matrix)
+        whole = ir.node("MatMulInteger", [level, weight])
+        real = ir.node("Cast", whole.outputs, {"to": ir.DataType.FLOAT})
+        steps = ir.node("Mul", [scale, step_O])
+        product = ir.node("Mul", [real.outputs[0], steps.outputs[0]])
+        graph.insert_before(node, [whole, real, steps, product])
+        before, after = node.outputs[0], product.outputs[0]
+        after.shape, after.dtype = before.shape, ir.DataType.FLOAT
+        ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
+        after.name = before.name
+        graph.remove(node, safe=True)
+
+
+def _round_tokens(graph: Any, before: Any, x: Any) -> tuple[Any, Any]:
+    """Each token's features to -127 ... 127, and the step between two of these."""
+    last = _constant(graph, f"{x.name}_last", np.array([-1]))
+    least = _constant(graph, f"{x.name}_least", np.array(1e-30, dtype=np.float32))
+    share = _constant(graph, f"{x.name}_share", np.array(1 / 127, dtype=np.float32))
+    size = ir.node("Abs", [x])
+    largest = ir.node("ReduceMax", [size.outputs[0], last], {"keepdims": 1})
+    some = ir.node("Max", [largest.outputs[0], least])
+    scale = ir.node("Mul", [some.outputs[0], share])
+    ratio = ir.node("Div", [x, scale.outputs[0]])
+    nearest = ir.node("Round", ratio.outputs)
+    level = ir.node("Cast", nearest.outputs, {"to": ir.DataType.INT8})
+    graph.insert_before(before, [size, largest, some, scale, ratio, nearest, level])
+    return level.outputs[0], scale.outputs[0]
+
+
+def _round_outputs(graph: Any, matrix: Any) -> tuple[Any, Any]:
+    """The matrix in 255 levels with one step per output; the float one leaves the graph."""
+    weight_IO = matrix.const_value.numpy()
+    largest_O = np.abs(weight_IO).max(0)
+    step_O = np.where(largest_O == 0, 1, largest_O / 127).astype(np.float32)
+    level_IO = np.rint(weight_IO / step_O).astype(np.int8)
+    graph.initializers.pop(matrix.name)
+    return (
+        _constant(graph, f"{matrix.name}_level", level_IO),
+        _constant(graph, f"{matrix.name}_step", step_O),
+    )
+
+
+def _constant(graph: Any, name: str, array: Any) -> Any:
+    stored = ir.tensor(array, name=name)
+    value = ir.Value(name=name, const_value=stored, shape=ir.Shape(array.shape))
+    value.dtype = stored.dtype
+    graph.register_initializer(value)
+    return value
+
+
+class PortableSession(GrowingSession):
+    """onnxruntime; what it says of the cache goes back in at the next step, uncopied."""
+
+    providers = ("CPUExecutionProvider",)
+
+    def __init__(self, folder: Path, *, threads: int | None = None) -> None:
+        import onnxruntime as ort
+
+        self.value: Any = ort.OrtValue.ortvalue_from_numpy
+        self.session = open_graph(folder / GRAPH, threads)
+        self.past = [port for port in self.session.get_inputs() if port.name not in FIXED_INPUTS]
+        self.outputs = [port.name for port in self.session.get_outputs()]
+        self.cache: list[Any] = []
+
+    def forget(self, num_sequences: int) -> None:
+        shapes = [(num_sequences, port.shape[1], 0, port.shape[3]) for port in self.past]
+        self.cache = [self.value(np.zeros(shape, dtype=np.float32)) for shape in shapes]
+
+    def run(self, tokens_BL: Tokens, position_BL: Tokens) -> Logits:
+        values = map(self.value, (tokens_BL, self.mask_BT, position_BL))
+        feed = dict(zip(FIXED_INPUTS, values, strict=True))
+        feed |= {port.name: held for port, held in zip(self.past, self.cache, strict=True)}
+        logits, *self.cache = self.session.run_with_ort_values(self.outputs, feed)
+        logits_BLV: Logits = logits.numpy()
+        return logits_BLV

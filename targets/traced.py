@@ -1,0 +1,138 @@
+"""A decoder as one graph of torch.export, its KV cache among the inputs and outputs.
+
+What openvino, onnx and executorch translate, each into its own language.
+
+Shapes: B sequences, L new tokens, P tokens in the cache, T = P + L; G KV heads, H width of a head.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.export import Dim, ExportedProgram
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from .hf import HuggingFace
+
+if TYPE_CHECKING:
+    from dotexport.checkpoint import Checkpoint
+
+Layers = list[tuple[torch.Tensor, torch.Tensor]]
+
+# Their frequencies depend on the length of the text, and a graph holds one set of them.
+CHANGING_ROPE = {"dynamic", "longrope"}
+PLAIN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class Decoder(torch.nn.Module):
+    """The stock model with plain tensors on both sides."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past: Layers,
+    ) -> tuple[torch.Tensor, Layers]:
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=filled_cache(past),
+            use_cache=True,
+        )
+        layers = output.past_key_values.layers
+        return output.logits, [(layer.keys, layer.values) for layer in layers]
+
+
+def filled_cache(past: Layers) -> DynamicCache:
+    """Every layer keeps all its slots: a sliding window is left to the mask, which knows padding.
+
+    Built by hand, because the cache's own way starts from an empty tensor of rank one, which not
+    every runtime can join to one of rank four.
+    """
+    cache = DynamicCache()
+    for keys, values in past:
+        layer: Any = DynamicLayer()  # type: ignore[no-untyped-call]
+        layer.keys, layer.values = keys, values
+        layer.dtype, layer.device = keys.dtype, keys.device
+        layer.is_initialized = True
+        cache.layers.append(layer)
+    return cache
+
+
+def trace(checkpoint: Checkpoint) -> ExportedProgram:
+    """The graph of a stock checkpoint in float32: any batch, any length, any fill of the cache."""
+    model: Any = HuggingFace().open(checkpoint.folder).model
+    inputs = _sample_inputs(model.config)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.export.export(
+            Decoder(model), (), inputs, dynamic_shapes=_dynamic_axes(inputs), strict=False
+        )
+
+
+def _sample_inputs(config: Any) -> dict[str, Any]:
+    """No axis is 0 or 1, which would be taken for a constant; the mask is padded, or tracing could
+    find it idle and leave it out."""
+    B, L, P = 2, 3, 4
+    heads = config.num_key_value_heads
+    mask_BT = torch.ones(B, P + L, dtype=torch.long)
+    mask_BT[0, 1] = 0
+    empty_BGPH = torch.zeros(B, heads, P, head_dim(config.to_dict()))
+    return {
+        "input_ids": torch.ones(B, L, dtype=torch.long),
+        "attention_mask": mask_BT,
+        "position_ids": torch.arange(P, P + L).repeat(B, 1),
+        "past": [(empty_BGPH.clone(), empty_BGPH.clone()) for _ in range(config.num_hidden_layers)],
+    }
+
+
+def _dynamic_axes(inputs: dict[str, Any]) -> dict[str, Any]:
+    both, cache = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, {0: Dim.DYNAMIC, 2: Dim.DYNAMIC}
+    return {name: both for name in inputs if name != "past"} | {
+        "past": [(cache, cache) for _ in inputs["past"]]
+    }
+
+
+def trace_problems(checkpoint: Checkpoint) -> list[str]:
+    """Every reason why one graph with a plain cache cannot stand for this model."""
+    config = checkpoint.config
+    problems = HuggingFace().problems(checkpoint, "as-stored")
+    rope = rope_type(config)
+    if rope in CHANGING_ROPE:
+        problems.append(
+            f"rope_type {rope!r} changes its frequencies with the length of the text, and a graph "
+            "holds one set of them; set it to 'default' if the context allows"
+        )
+    odd = sorted(set(config.get("layer_types") or ()) - PLAIN_LAYERS)
+    if odd:
+        problems.append(
+            f"layers of type {', '.join(odd)} keep another state than keys and values; "
+            "take a model with plain attention"
+        )
+    if config.get("quantization_config"):
+        problems.append(
+            "the weights are stored quantised (quantization_config); export the model they were "
+            "made from"
+        )
+    if config.get("is_encoder_decoder"):
+        problems.append("it is an encoder-decoder; only decoders are exported")
+    return problems
+
+
+def head_dim(config: Any) -> int:
+    heads = config.get("num_attention_heads") or 1
+    return int(config.get("head_dim") or config.get("hidden_size", 0) // heads)
+
+
+def rope_type(config: Any) -> str:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return str(rope.get("rope_type") or rope.get("type") or "default")

@@ -1,0 +1,238 @@
+"""The portable ONNX target: what only it has to do."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dotexport.adapter import find_target
+from dotexport.checkpoint import Checkpoint
+from dotexport.verifying import check
+
+pytest.importorskip("onnxscript")
+onnx: Any = pytest.importorskip("onnx")
+ir: Any = pytest.importorskip("onnx_ir")
+
+
+def load(folder: Path) -> Any:
+    return onnx.load(folder / "model.onnx")
+
+
+def axes(port: Any) -> list[Any]:
+    return [dim.dim_param or dim.dim_value for dim in port.type.tensor_type.shape.dim]
+
+
+def test_names_and_axes_are_those_of_optimum(exported: Any) -> None:
+    graph = load(exported("wide-heads") / "onnx-fp32").graph
+    inputs, outputs = ({p.name: axes(p) for p in ports} for ports in (graph.input, graph.output))
+    cache = [f"{layer}.{role}" for layer in range(3) for role in ("key", "value")]
+    assert list(inputs) == [
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        *(f"past_key_values.{name}" for name in cache),
+    ]
+    assert list(outputs) == ["logits", *(f"present.{name}" for name in cache)]
+    new, past = "sequence_length", "past_sequence_length"
+    assert inputs["input_ids"] == inputs["position_ids"] == ["batch_size", new]
+    assert inputs["attention_mask"] == ["batch_size", f"{past} + {new}"]
+    assert inputs["past_key_values.0.key"] == ["batch_size", 2, past, 32]
+    assert outputs["present.2.value"] == ["batch_size", 2, f"{past} + {new}", 32]
+    assert outputs["logits"] == ["batch_size", new, 90]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_any_runtime_has_the_operators(precision: str, exported: Any) -> None:
+    model = load(exported("wide-heads") / f"onnx-{precision}")
+    assert [opset.domain for opset in model.opset_import] == [""]
+    assert not model.functions
+    onnx.checker.check_model(model, full_check=True)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_the_weights_take_what_their_precision_says_and_a_tied_table_is_stored_once(
+    precision: str, exported: Any
+) -> None:
+    folder = exported("tied-bf16")
+    parameters, table = Checkpoint.open(folder / "hf").num_parameters, 90 * 48
+    stored = sum(len(i.raw_data) for i in load(folder / f"onnx-{precision}").graph.initializer)
+    # int8 leaves table and norms in float32 and adds a float32 step per output.
+    wanted = parameters * 4 if precision == "fp32" else parameters + 3 * table
+    assert wanted <= stored <= wanted + (1000 if precision == "fp32" else 0.1 * parameters + 3000)
+
+
+def test_the_graph_does_not_tell_where_it_was_made(exported: Any) -> None:
+    text = (exported("wide-heads") / "onnx-fp32" / "model.onnx").read_bytes()
+    assert b".py" not in text
+    assert str(Path.home()).encode() not in text
+
+
+def test_int8_rounds_every_product_with_a_matrix(exported: Any) -> None:
+    graph = load(exported("wide-heads") / "onnx-int8").graph
+    products = [node.op_type for node in graph.node if node.op_type.startswith("MatMul")]
+    assert products.count("MatMulInteger") == 3 * 7 + 1
+    assert products.count("MatMul") == 2 * 3  # attention multiplies activations with each other
+
+
+def test_a_large_matrix_is_stored_as_it_is_multiplied() -> None:
+    from dotexport.targets.portable import _turn_matrices
+
+    array = np.arange(6.0, dtype=np.float32).reshape(2, 3)
+    weight = ir.Value(name="w", const_value=ir.tensor(array))
+    x = ir.Value(name="x")
+    turn = ir.node("Transpose", [weight], {"perm": [1, 0]})
+    product = ir.node("MatMul", [x, turn.outputs[0]])
+    graph: Any = ir.Graph([x], product.outputs, nodes=[turn, product], initializers=[weight])
+    _turn_matrices(graph)
+    assert [node.op_type for node in graph] == ["MatMul"]
+    [stored] = graph.initializers.values()
+    np.testing.assert_array_equal(stored.const_value.numpy(), array.T)
+
+
+def test_without_onnxscript_the_extra_is_named() -> None:
+    code = (
+        "import sys; sys.modules['onnxscript'] = None\n"
+        "from dotexport.adapter import find_target\n"
+        "from dotexport.errors import RuntimeMissingError\n"
+        "try: find_target('onnx')\n"
+        "except RuntimeMissingError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'dotexport[onnx]'" in done.stdout
+
+
+# --- planted faults, on a graph that was written
+
+
+def values(graph: Any, name: str) -> np.ndarray:
+    return np.array(graph.initializers[name].const_value.numpy())
+
+
+def put(graph: Any, name: str, array: np.ndarray) -> None:
+    graph.initializers[name].const_value = ir.tensor(array, name=name)
+
+
+def matrices(graph: Any, shape: tuple[int, ...]) -> list[str]:
+    """Names of the stored matrices of a shape, in the order of the layers."""
+    return [n for n, v in graph.initializers.items() if tuple(v.const_value.shape) == shape]
+
+
+def first(graph: Any, operator: str) -> Any:
+    return next(node for node in graph if node.op_type == operator)
+
+
+def nothing(graph: Any) -> None:
+    """The control: writing a graph again as it was must pass, or the faults prove nothing."""
+
+
+def one_weight_changed(graph: Any) -> None:
+    name = matrices(graph, (88, 48))[1]
+    array = values(graph, name)
+    array[0, 0] += 10 * array.std()
+    put(graph, name, array)
+
+
+def table_rounded(graph: Any) -> None:
+    [name] = matrices(graph, (90, 48))
+    put(graph, name, np.trunc(values(graph, name) * 64) / 64)
+
+
+def layers_swapped(graph: Any) -> None:
+    one, other = matrices(graph, (88, 48))[:2]
+    first_array, second_array = values(graph, one), values(graph, other)
+    put(graph, one, second_array)
+    put(graph, other, first_array)
+
+
+def gate_and_up_swapped(graph: Any) -> None:
+    one, other = matrices(graph, (48, 88))[:2]
+    first_array, second_array = values(graph, one), values(graph, other)
+    put(graph, one, second_array)
+    put(graph, other, first_array)
+
+
+def mask_dropped(graph: Any) -> None:
+    mask = next(port for port in graph.inputs if port.name == "attention_mask")
+    readers = list(mask.uses())
+    same = ir.node("Equal", [mask, mask])
+    ones = ir.node("Cast", same.outputs, {"to": ir.DataType.INT64.value})
+    graph.insert_before(graph[0], [same, ones])
+    for reader, index in readers:
+        reader.replace_input_with(index, ones.outputs[0])
+
+
+def positions_shifted(graph: Any) -> None:
+    position = next(port for port in graph.inputs if port.name == "position_ids")
+    readers = list(position.uses())
+    later = ir.node("Add", [position, position])
+    graph.insert_before(graph[0], later)
+    for reader, index in readers:
+        reader.replace_input_with(index, later.outputs[0])
+
+
+def cache_not_kept(graph: Any) -> None:
+    """present.0.key answers with what came in: the cache of one layer forgets a token."""
+    keys = next(port for port in graph.outputs if port.name == "present.0.key")
+    values_of = next(port for port in graph.outputs if port.name == "present.0.value")
+    same = ir.node("Identity", [values_of])
+    graph.append(same)
+    same.outputs[0].name, same.outputs[0].shape = "present.0.key", keys.shape
+    same.outputs[0].dtype = keys.dtype
+    keys.name = "present.0.key.lost"
+    graph.outputs[list(graph.outputs).index(keys)] = same.outputs[0]
+
+
+def norm_without_its_scale(graph: Any) -> None:
+    name = matrices(graph, (48,))[-1]
+    put(graph, name, np.ones(48, dtype=np.float32))
+
+
+def activation_changed(graph: Any) -> None:
+    node = first(graph, "Sigmoid")
+    other = ir.node("HardSigmoid", node.inputs)
+    graph.insert_before(node, other)
+    ir.convenience.replace_all_uses_with(node.outputs, other.outputs)
+    graph.remove(node, safe=True)
+
+
+def a_weight_that_is_no_number(graph: Any) -> None:
+    name = matrices(graph, (48, 88))[2]
+    array = values(graph, name)
+    array[0, 0] = np.nan
+    put(graph, name, array)
+
+
+FAULTS = [
+    one_weight_changed,
+    table_rounded,
+    layers_swapped,
+    gate_and_up_swapped,
+    mask_dropped,
+    positions_shifted,
+    cache_not_kept,
+    norm_without_its_scale,
+    activation_changed,
+    a_weight_that_is_no_number,
+]
+
+
+@pytest.mark.parametrize("fault", [nothing, *FAULTS])
+def test_each_of_ten_faults_in_a_written_graph_is_found(
+    fault: Callable[[Any], None], exported: Any, reference_of: Any, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(exported("wide-heads") / "onnx-fp32", tmp_path / "copy"))
+    model = ir.load(folder / "model.onnx")
+    fault(model.graph)
+    ir.save(model, folder / "model.onnx")
+    reference = reference_of("wide-heads")
+    parity = check(find_target("onnx"), "fp32", folder, reference, artifact="under test")
+    assert parity.passed == (fault is nothing), parity
+    # Found by what it computes, not because it would not load.
+    assert not any("cannot be run" in problem for problem in parity.problems)
