@@ -66,8 +66,9 @@ class OpenVino:
         _keep_state(graph, _name_ports(graph), num_heads=_num_kv_heads(checkpoint.config))
         if precision in ("int8", "int4"):
             _round_products(graph, bits=int(precision[3:]))
-        if precision != "fp32":
-            compress_model_transformation(graph)  # what is still float32 becomes float16
+            _halve_tables(graph)
+        if precision == "fp16":
+            compress_model_transformation(graph)
         for option, value in EXACT.items():
             graph.set_rt_info(value, ["runtime_options", option])
         ov.save_model(graph, folder / GRAPH, compress_to_fp16=False)
@@ -145,6 +146,22 @@ def _round_products(graph: Any, *, bits: int) -> None:
         rounded = _decompressed(weight_OI, bits=bits)
         for reader in list(weight.get_target_inputs()):
             reader.replace_source_output(rounded.output(0))
+    graph.validate_nodes_and_infer_types()
+
+
+def _halve_tables(graph: Any) -> None:
+    """Store what is only looked up in float16: OpenVINO's own compression does nothing any more,
+    once a graph holds other numbers than float32."""
+    for node in graph.get_ordered_ops():
+        table = node.input_value(0) if node.get_type_name() == "Gather" else None
+        if table is None or table.get_node().get_type_name() != "Constant":
+            continue
+        with np.errstate(over="ignore"):
+            half = table.get_node().data.astype(np.float16)
+        if table.get_element_type() == ov.Type.f32 and np.isfinite(half).all():
+            whole = ops.convert(ops.constant(half), "f32")
+            for reader in list(table.get_target_inputs()):
+                reader.replace_source_output(whole.output(0))
     graph.validate_nodes_and_infer_types()
 
 

@@ -10,6 +10,7 @@ Shapes: B sequences, L new tokens, P tokens in the cache, T = P + L, V vocabular
 
 from __future__ import annotations
 
+import logging
 import shutil
 import warnings
 from pathlib import Path
@@ -71,6 +72,8 @@ def _translate(checkpoint: Checkpoint) -> Any:
 
     program = trace(checkpoint)
     past, present = _cache_names(checkpoint.config["num_hidden_layers"])
+    # It warns of operators of torchvision, whether or not the model has any.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, about its own deprecations
         written: Any = torch.onnx.export(

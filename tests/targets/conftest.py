@@ -44,8 +44,15 @@ def spec(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def translated_once() -> Iterator[None]:
-    """Tracing and translating take most of an export, and are the same for every precision."""
+    """Tracing and translating take most of an export, and are the same for every precision.
+
+    The trace is the same for every target that begins with one, too.
+    """
+    from dotexport.targets import traced
+
     with pytest.MonkeyPatch.context() as patch:
+        programs = by_folder(traced.trace)
+        patch.setattr(traced, "trace", lambda c: programs(c.folder))
         with suppress(ImportError):
             from dotexport.targets import portable
 

@@ -32,6 +32,17 @@ def test_the_weights_take_what_their_precision_says_and_a_tied_table_is_stored_o
     assert wanted <= stored <= wanted + scales + 2000
 
 
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+def test_a_table_that_is_only_looked_up_takes_two_bytes_at_most(
+    precision: str, exported: Any
+) -> None:
+    folder = exported("wide-heads")
+    graph = ov.Core().read_model(folder / f"openvino-{precision}" / "openvino_model.xml")
+    constants = [node for node in graph.get_ordered_ops() if node.get_type_name() == "Constant"]
+    tables = [node for node in constants if list(node.shape) == [90, 48]]
+    assert {str(node.get_element_type()) for node in tables} == {"<Type: 'float16'>"}
+
+
 def test_names_are_those_of_optimum_intel_and_the_cache_is_inside(exported: Any) -> None:
     graph = ov.Core().read_model(exported("wide-heads") / "openvino-fp32" / "openvino_model.xml")
     names = {port.get_any_name() for port in graph.inputs}
