@@ -33,7 +33,8 @@ from dotexport.streams import Streams
 
 logger = logging.getLogger(__name__)
 
-REHEARSAL = 16  # windows to fit on where several ways are measured before one is taken
+REHEARSAL = 16  # windows to fit on where several sizes are measured before one is taken
+COMPARED = 64  # the same for several bases, which are closer together than sizes
 JUDGED = 8192  # held-out tokens that decide
 JUDGED_AT_ONCE = 256
 
@@ -132,7 +133,7 @@ class Narrowing:
         """Held-out KL divergence of a run over a part of the text that writes nothing."""
         run = replace(
             self,
-            streams=self.streams.some(REHEARSAL),
+            streams=self.streams.some(COMPARED),
             writer=Nowhere(self.writer.specs),
             options=replace(self.options, mlp="obs", heads="obs", local=None),
             progress=lambda stage, done, total: None,

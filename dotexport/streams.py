@@ -22,7 +22,7 @@ from dotexport.checkpoint import reserve
 from dotexport.errors import CheckpointError
 from dotexport.refit import Moments
 
-TOKENS_PER_BATCH = 8192
+TOKENS_PER_BATCH = 4096
 MEMORY_SHARE = 0.25
 Rows = slice
 Read = Callable[[Rows], tuple[Tensor, Tensor]]

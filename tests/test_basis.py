@@ -38,7 +38,8 @@ def test_pca_keeps_the_most_energy_of_all_and_as_much_as_its_eigenvalues_say() -
     kept = {method: find_basis(method, sight(), 5).kept_energy for method in METHODS}
     values = np.linalg.eigvalsh(MOMENT_DD)
     assert kept["pca"] == pytest.approx(values[-5:].sum() / values.sum(), rel=1e-12)
-    assert kept["pca"] == max(kept.values())
+    # The learned basis starts there; sums of other order differ by rounding.
+    assert kept["pca"] == pytest.approx(max(kept.values()), rel=1e-12)
 
 
 def test_select_keeps_axes() -> None:
