@@ -150,7 +150,7 @@ def _config_problems(config: Any) -> list[str]:
             f"rope_type {rope!r} is written by the model builder as plain rotary embedding, "
             "without a word; export it with another target"
         )
-    window, context = _window(config), config.get("max_position_embeddings") or 0
+    window, context = window_of(config), config.get("max_position_embeddings") or 0
     if window and window < context:
         problems.append(
             f"sliding_window {window} is left out by the model builder, which is exact only for "
@@ -169,8 +169,8 @@ def _rope_type(config: Any) -> str:
     return str(rope.get("rope_type") or rope.get("type") or "default")
 
 
-def _window(config: Any) -> int | None:
-    """How far back a layer attends, in the classes whose window the builder leaves out."""
+def window_of(config: Any) -> int | None:
+    """How far back a layer attends, where a class has a window at all."""
     kind = config.get("model_type")
     if kind in ("qwen2", "qwen3") and not config.get("use_sliding_window"):
         return None
