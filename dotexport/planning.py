@@ -24,6 +24,8 @@ from dotexport.sizing import (
     Plan,
     SizeOptions,
     bytes_per_parameter,
+    check_sizes,
+    hidden_step,
     hidden_steps,
     plan,
     preference,
@@ -134,12 +136,13 @@ def choose(config: Mapping[str, Any], asked: SizeOptions, where: Deployment) -> 
 
 def _candidates(config: Mapping[str, Any], asked: SizeOptions) -> Iterable[list[Plan]]:
     """Plans, the best first, on finer and finer grids."""
-    first = plan(config, asked)
     if not asked.budgeted:
-        yield [first]
+        yield [plan(config, asked)]
         return
-    yield sorted(within_budget(config, asked), key=preference)
-    for step in hidden_steps(read_model(config)[1]):
+    family, before = read_model(config)
+    check_sizes(family, before, asked)
+    coarsest = hidden_step(family, before)
+    for step in (step for step in hidden_steps(before) if step <= coarsest):
         yield sorted(within_budget(config, asked, step=step), key=preference)
 
 

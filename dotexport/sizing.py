@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from dotexport.errors import SizeError, UsageError
@@ -52,6 +53,8 @@ class Plan:
     @property
     def carried_after(self) -> Sizes:
         """The sizes after narrowing in the carrier's words: biases go by other names there."""
+        if self.carrier is self.family:
+            return self.after
         biases = carried_biases(self.family, self.carrier, self.after)
         return replace(self.after, biases=biases)
 
@@ -64,7 +67,7 @@ class Plan:
     def parameters_before(self) -> int:
         return num_parameters(self.family, self.before)
 
-    @property
+    @cached_property
     def parameters_after(self) -> int:
         return num_parameters(self.carrier, self.carried_after)
 
@@ -188,7 +191,7 @@ def within_budget(
     """
     family, before = read_model(config)
     whole = Plan(family, before, before)
-    grid = _grid(family, before, asked, step or _hidden_step(family, before))
+    grid = _grid(family, before, asked, step or hidden_step(family, before))
     plans = [Plan(family, before, _narrowed(family, before, choice)) for choice in grid]
     cost, limit = _budget(config, whole, plans, asked)
     fitting = [p for p in plans if cost(p) <= limit]
@@ -282,7 +285,7 @@ def hidden_choices(family: Family, sizes: Sizes, step: int) -> list[int]:
     return sorted({*_multiples(_hidden_grid(family, sizes, step), sizes.hidden_size), *whole})
 
 
-def _hidden_step(family: Family, sizes: Sizes) -> int:
+def hidden_step(family: Family, sizes: Sizes) -> int:
     """The coarsest step that still leaves a choice."""
     for step in hidden_steps(sizes):
         if len(_multiples(_hidden_grid(family, sizes, step), sizes.hidden_size)) >= 4:

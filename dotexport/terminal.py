@@ -117,6 +117,14 @@ def show_costs(chosen: Choice) -> None:
     before, after = chosen.plan.architectures
     if before != after:
         console.print(f"written as {after}, which computes the same as {before}", soft_wrap=True)
+    after_sizes = chosen.plan.after
+    console.print(
+        f"shrink to them with --hidden {after_sizes.hidden_size} "
+        f"--intermediate {after_sizes.intermediate_size} "
+        f"--kv-heads {after_sizes.num_key_value_heads}",
+        soft_wrap=True,
+        highlight=False,
+    )
     if chosen.binding:
         console.print(f"decided by {'; '.join(chosen.binding)}", soft_wrap=True, highlight=False)
 

@@ -113,8 +113,9 @@ def test_a_target_of_one_class_alone_decides_the_carrier_and_is_named_as_binding
 
 def test_what_no_sizes_satisfy_is_refused_with_every_reason() -> None:
     where = Deployment(targets=("gguf",), tensor_parallel=7)
+    asked = SizeOptions(params="0.7x", num_key_value_heads=8, intermediate_size=8192)
     with pytest.raises(SizeError) as caught:
-        choose(PUBLISHED["Qwen3-8B"][0], SizeOptions(params="0.7x"), where)
+        choose(PUBLISHED["Qwen3-8B"][0], asked, where)
     text = str(caught.value)
     assert "Qwen3ForCausalLM is not written to GGUF" in text
     assert "num_attention_heads" in text
@@ -155,8 +156,12 @@ def test_the_verb_shows_costs_and_refuses_with_code_5(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0
     assert "KV cache per token" in shown.stdout
+    # What it says to give to shrink is what it chose.
+    flags = shown.stdout.partition("shrink to them with ")[2].splitlines()[0].split()
+    again = CliRunner().invoke(app, ["plan", str(tmp_path), *flags, "--json"])
     told = CliRunner().invoke(app, [*arguments, "--json"])
     document = json.loads(told.stdout)
+    assert json.loads(again.stdout)["parameters"] == document["parameters"]
     assert {"hf", "gguf-int8"} == set(document["artifact_bytes"])
     assert document["parameters"][0] == 134_515_008
     assert document["shrink_memory_bytes"] > document["disk_bytes"]
