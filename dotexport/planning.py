@@ -36,7 +36,8 @@ from dotexport.sizing import (
 BUDGET = "the budget"
 CACHE_BYTES = 4  # of a number in the KV cache, where a target does not say
 LOADED = 700_000_000  # an interpreter with torch and transformers, before any model
-SOLVED = 8  # (I, I) matrices of float64 at once: moments twice, their sum, factors and inverses
+# (I, I) matrices of float64 at once: moments twice, their sum, factors, inverses and products.
+SOLVED = 10
 
 
 @dataclass(frozen=True, kw_only=True)

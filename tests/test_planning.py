@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from dotexport.cli import app
 from dotexport.errors import SizeError, UsageError
 from dotexport.exporting import export
-from dotexport.planning import BUDGET, Deployment, choose
+from dotexport.planning import BUDGET, Deployment, choose, shrink_memory
 from dotexport.sizing import SizeOptions
 
 
@@ -168,3 +168,14 @@ def test_the_verb_shows_costs_and_refuses_with_code_5(tmp_path: Path) -> None:
     refused = CliRunner().invoke(app, [*arguments, "--tensor-parallel", "7"])
     assert isinstance(refused.exception, SizeError)
     assert refused.exception.exit_code == 5
+
+
+def test_the_estimated_memory_of_shrink_is_near_what_was_measured() -> None:
+    """docs/results/memory.json: hidden 512, MLP 1280, 32 windows of 256 tokens."""
+    file = Path(__file__).resolve().parents[1] / "docs/results/memory.json"
+    measured = config("llama", 512, 1280, 6, 8, 4, 4096, head_dim=64)
+    decided = choose(measured, SizeOptions(params="0.7x"), Deployment()).plan
+    estimate = shrink_memory(measured, decided, samples=32, seqlen=256) / 1e6
+    for row in json.loads(file.read_text())["rows"]:
+        # Allocators keep what was freed, and layers of any number share one place.
+        assert estimate == pytest.approx(row["peak, MB"], rel=0.15)
