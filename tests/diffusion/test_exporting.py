@@ -1,0 +1,145 @@
+"""Pruned pipelines in ONNX Runtime: every class, two batch sizes, two picture sizes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dotexport import manifest
+from dotexport.diffusion import exporting, graphs
+from dotexport.diffusion.layout import LayoutOptions
+from dotexport.diffusion.sampling import SampleOptions, load, sample
+from dotexport.diffusion.shrinking import ShrinkOptions, shrink
+from dotexport.errors import ParityError, UsageError
+
+pytest.importorskip("onnxscript", reason="needs the extra [diffusion]")
+Tiny = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def exported(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Name in PIPELINES -> an output of shrink with an artifact onnx-fp32, made once."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(f"exported-{name}")
+            prompts = folder / "prompts.txt"
+            prompts.write_text("1\n3\n7\n" if name == "dit" else "one\nthree\nseven\n")
+            size = None if name == "dit" else 16
+            extra = {"max_sequence_length": 3} if name in ("sd3", "flux") else {}
+            options = SampleOptions(
+                prompts=str(prompts), steps=2, guidance=2.0, height=size, width=size, extra=extra
+            )
+            layout = LayoutOptions(heads="0.5x", ffn="0.5x")
+            shrink(tiny(name), folder / "out", ShrinkOptions(sampling=options, layout=layout))
+            exporting.export(folder / "out", ["onnx"])
+            made[name] = folder / "out"
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "dit", "unet"])
+def test_a_pruned_pipeline_runs_in_onnx_runtime(name: str, exported: Callable[[str], Path]) -> None:
+    out = exported(name)
+    parity = manifest.read(out)["artifacts"]["onnx-fp32"]["parity"]
+    assert parity["passed"]
+    assert parity["step"] <= 1e-4
+    assert parity["trajectory"] <= 1e-3
+    assert len(set(parity["cases"])) == 2
+    folder = out / "onnx-fp32"
+    pipe = load(out / "pipeline")
+    for part in graphs.parts(pipe):
+        assert (folder / part.folder / "model.onnx").is_file()
+        assert (folder / part.folder / "config.json").is_file()
+    assert (folder / "scheduler" / "scheduler_config.json").is_file()
+    assert (folder / "model_index.json").is_file()
+
+
+def test_sessions_do_the_work_while_they_are_in_place(exported: Callable[[str], Path]) -> None:
+    """With the module's own weights destroyed, the pipeline still says what it said."""
+    out = exported("dit")
+    pipe = load(out / "pipeline")
+    options = SampleOptions(prompts="", steps=2, guidance=1.0)
+    expected = sample(pipe, [1, 2], 0, options)
+    with torch.no_grad():
+        for parameter in pipe.transformer.parameters():
+            parameter.zero_()
+    with graphs.in_place(pipe, out / "onnx-fp32"):
+        found = sample(pipe, [1, 2], 0, options)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(sample(pipe, [1, 2], 0, options), expected)
+
+
+def test_a_spoilt_graph_fails_verification(exported: Callable[[str], Path], tmp_path: Path) -> None:
+    import onnx
+
+    out = tmp_path / "out"
+    shutil.copytree(exported("dit"), out)
+    file = out / "onnx-fp32" / "transformer" / "model.onnx"
+    model = onnx.load(file)
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 2:
+            spoilt = onnx.numpy_helper.to_array(tensor) * np.float32(1.01)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(spoilt, tensor.name))
+    onnx.save(model, file)
+    for data in file.parent.glob("*.data"):
+        data.unlink()
+    (parity,) = exporting.verify(out)
+    assert any("one call differs" in problem for problem in parity.problems)
+    assert any("changed after the export" in problem for problem in parity.problems)
+    with pytest.raises(ParityError, match="onnx-fp32"):
+        exporting.require([parity])
+    assert not manifest.read(out)["artifacts"]["onnx-fp32"]["parity"]["passed"]
+
+
+def test_an_artifact_that_fails_is_not_kept(
+    exported: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, made = tmp_path / "out", exported("dit")
+    shutil.copytree(made, out, ignore=shutil.ignore_patterns("onnx-fp32"))
+    manifest.update(out, artifacts={})
+
+    def copied(pipe: Any, source: Path, folder: Path, *rest: Any) -> None:
+        shutil.copytree(made / "onnx-fp32", folder, dirs_exist_ok=True)
+
+    monkeypatch.setattr(exporting, "write_graphs", copied)
+    monkeypatch.setattr(exporting, "STEP_LIMIT", -1.0)
+    with pytest.raises(ParityError, match="not kept"):
+        exporting.export(out, ["onnx"])
+    assert not (out / "onnx-fp32").exists()
+    assert manifest.read(out)["artifacts"] == {}
+    monkeypatch.setattr(exporting, "STEP_LIMIT", 1e-4)
+    assert exporting.export(out, ["onnx:fp32"]) == ["onnx-fp32"]
+
+
+def test_other_targets_and_places_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="onnx:fp16"):
+        exporting.export(tiny("dit"), ["ort-cpu"], out=tmp_path / "out")
+    with pytest.raises(UsageError, match="-o"):
+        exporting.export(tiny("dit"), ["onnx"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_float16_graphs_stay_close(exported: Callable[[str], Path], tmp_path: Path) -> None:
+    out = tmp_path / "dit"
+    shutil.copytree(exported("dit") / "onnx-fp32", out)
+    before = (out / "transformer" / "model.onnx").stat().st_size
+    before += sum(file.stat().st_size for file in (out / "transformer").glob("*.data"))
+    graphs.to_float16(out / "transformer" / "model.onnx")
+    pipe = load(exported("dit") / "pipeline")
+    case = exporting.cases(pipe, {})[0]
+    call = exporting.record(pipe, case)["transformer"]
+    made = graphs.run(graphs.session(out / "transformer" / "model.onnx"), call.calls[0])
+    with torch.no_grad():
+        expected = call.method(*call.args, **call.kwargs).sample
+    assert exporting.difference(made["out_hidden_states"], expected) < exporting.HALF_STEP_LIMIT
+    after = (out / "transformer" / "model.onnx").stat().st_size
+    assert after < 0.75 * before
