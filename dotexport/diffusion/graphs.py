@@ -75,15 +75,15 @@ def flat(
     return found
 
 
-def _filled(part: Part, first: Recording, values: Call) -> dict[str, Any]:
+def _filled(part: Part, first: Recording, values: Call) -> inspect.BoundArguments:
     """The arguments of a recorded call, with other tensors in their places."""
-    bound = inspect.signature(first.method).bind(*first.args, **first.kwargs).arguments
-    for name, value in bound.items():
+    bound = inspect.signature(first.method).bind(*first.args, **first.kwargs)
+    for name, value in bound.arguments.items():
         if isinstance(value, Tensor):
-            bound[name] = values[part.input or name]
+            bound.arguments[name] = values[part.input or name]
         elif isinstance(value, Mapping):
-            bound[name] = {key: values.get(key, inner) for key, inner in value.items()}
-    return dict(bound)
+            bound.arguments[name] = {key: values.get(key, inner) for key, inner in value.items()}
+    return bound
 
 
 @dataclass
@@ -167,9 +167,14 @@ class _Adapter(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         values = dict(zip(self.names, tensors, strict=True))
+        return tuple(self.named(values).values())
+
+    def named(self, values: Call) -> dict[str, Tensor]:
+        """Answers to these tensors by name."""
         asked = _filled(self.part, self.first, values)
-        made = getattr(self.owner, self.part.method)(**asked)
-        return tuple(answers(self.part, made).values())
+        return answers(
+            self.part, getattr(self.owner, self.part.method)(*asked.args, **asked.kwargs)
+        )
 
 
 def write(owner: nn.Module, part: Part, first: Recording, second: Recording, folder: Path) -> None:
@@ -186,8 +191,7 @@ def write(owner: nn.Module, part: Part, first: Recording, second: Recording, fol
     )
     tensors = tuple(one[name] for name in adapter.names)
     with torch.no_grad():
-        made = getattr(owner, part.method)(**_filled(part, first, one))
-        outputs = list(answers(part, made))
+        outputs = list(adapter.named(one))
     folder.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(), _hushed():
         program = torch.onnx.export(
