@@ -141,7 +141,7 @@ def _first(made: Any) -> Tensor:
 def rebuilt(part: Part, outputs: Mapping[str, Tensor], kwargs: Mapping[str, Any]) -> Any:
     """What the pipeline expects, from the outputs of a graph."""
     if part.component in TEXT_ENCODERS:
-        from transformers.utils import ModelOutput
+        from transformers.utils.generic import ModelOutput
 
         fields = {name: value for name, value in outputs.items() if "." not in name}
         hidden = tuple(value for name, value in outputs.items() if "." in name)

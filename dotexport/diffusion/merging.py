@@ -9,7 +9,7 @@ Shapes: N neurons before, K after, T tokens, O outputs of the writer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dotexport.diffusion import obs
 from dotexport.diffusion.calibration import Calibration
 from dotexport.diffusion.moments import Moments
 from dotexport.diffusion.sampling import replaced
@@ -45,7 +44,7 @@ class Trial:
     def solve(self, prior_OK: Tensor, damping: float, *, centred: bool, every: bool) -> Tensor:
         """Weights of the writer, from all tokens or from those that do not judge."""
         moments = self.fitted + self.judged if every else self.fitted
-        return obs.best_weights(prior_OK, moments, damping=damping, centred=centred)
+        return moments.best_weights(prior_OK, damping=damping, centred=centred)
 
     def loss(self, weight_OK: Tensor, *, centred: bool) -> float:
         """E|y - W z|^2 on the tokens that judge, up to what does not depend on W."""
@@ -109,8 +108,8 @@ def _trials(
     coupling = couple(cost, mass_N.numpy(), TransportOptions())
     made: list[tuple[float | None, Rows]] = [(None, {})]
     for level in MERGE_LEVELS:
-        merge = barycentres(seen, coupling, kept, least_cosine=level)  # type: ignore[arg-type]
-        if merge.moved > 0:
+        merge = barycentres(seen.inputs_II, coupling, kept, least_cosine=level)
+        if merge.moved > 0 and merge.gate_KN is not None:
             made.append((level, _rows(model, site, merge.gate_KN)))
     shape = (len(kept), layer.out_features)
     return [
@@ -175,20 +174,19 @@ def _take(trial: Trial, hidden: Tensor, answer: Tensor) -> None:
 @contextmanager
 def _swapped(model: nn.Module, site: Site, kept: Tensor, rows: Rows) -> Iterator[None]:
     """Merged rows in the places of the kept neurons; the others' do not matter."""
-    undo: list[Callable[[], object]] = []
+    undo: list[tuple[nn.Parameter, Tensor, Tensor]] = []
     try:
         with torch.no_grad():
             for name, value in rows.items():
                 parameter = model.get_parameter(name)
                 parts = len(parameter) // site.units
                 places = (torch.arange(parts)[:, None] * site.units + kept).flatten()
-                old = parameter[places].clone()
-                undo.append(lambda p=parameter, at=places, o=old: p.data.index_copy_(0, at, o))
+                undo.append((parameter, places, parameter[places].clone()))
                 parameter.index_copy_(0, places, value)
         yield
     finally:
-        for restore in undo:
-            restore()
+        for parameter, places, old in undo:
+            parameter.data.index_copy_(0, places, old)
 
 
 def _best(model: nn.Module, site: Site, trials: Sequence[Trial], damping: float) -> Merged | None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dotexport.obs import Problem, damped, solve
+
 
 @dataclass
 class Moments:
@@ -92,8 +94,29 @@ class Moments:
             return mean_OI
         return mean_OI - torch.outer(self.answers_O / max(self.weight, 1e-300), self.mean)
 
+    def best_weights(self, weight_OI: Tensor, *, damping: float, centred: bool) -> Tensor:
+        """The weights that say best what the layer should say, drawn to the old ones.
 
-def damped(hessian_II: Tensor, damping: float) -> Tensor:
-    """H + damping x mean(diag H) x I; a tiny bound keeps the inverse finite where nothing fires."""
-    share = (damping * hessian_II.diagonal().mean()).clamp_min(1e-30)
-    return hessian_II + share * torch.eye(len(hessian_II), dtype=hessian_II.dtype)
+        argmin E|y - W x|^2 + damping |W - W_old|^2. Without answers of its own, it says what
+        it should already.
+        """
+        weight_OI = weight_OI.double()
+        if self.cross_OI is None:
+            return weight_OI
+        hessian_II = self.hessian(centred=centred)
+        ridge_II = damped(hessian_II, damping) - hessian_II
+        right_OI = self.cross(centred=centred) + weight_OI @ ridge_II
+        return solve(hessian_II + ridge_II, right_OI)
+
+    def problem(
+        self, weight_OI: Tensor, groups_NS: Tensor, *, damping: float, centred: bool
+    ) -> Problem:
+        """What a layer loses when groups leave it; `centred` where it has a bias."""
+        hessian_II = self.hessian(centred=centred)
+        scale_I = (self.inputs_II.diagonal() / max(self.weight, 1e-300)).clamp_min(1e-300)
+        return Problem(
+            self.best_weights(weight_OI, damping=damping, centred=centred),
+            damped(hessian_II, damping),
+            groups_NS,
+            hessian_II.diagonal() <= 1e-12 * scale_I,
+        )

@@ -79,7 +79,8 @@ def decode(pipe: Any, latents: Tensor, options: SampleOptions) -> Tensor:
         latents = pipe._unpack_latents(latents, *size, pipe.vae_scale_factor)
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     decoded = vae.decode(latents / vae.config.scaling_factor + shift).sample
-    return (decoded / 2 + 0.5).clamp(0, 1)
+    pictures: Tensor = (decoded / 2 + 0.5).clamp(0, 1)
+    return pictures
 
 
 def save_grid(file: Path, rows: Sequence[Tensor], *, columns: int = 10) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dotexport.diffusion import obs
+from dotexport import obs
 from dotexport.diffusion.calibration import Calibration
 from dotexport.diffusion.moments import Moments
 from dotexport.diffusion.sampling import replaced
@@ -70,9 +70,7 @@ def _without(
 ) -> tuple[Tensor, Tensor | None]:
     """Weights and bias with zeros where units left, the others refitted."""
     centred = layer.bias is not None
-    problem = obs.Problem.of(
-        layer.weight.detach(), moments, columns_NS, damping=damping, centred=centred
-    )
+    problem = moments.problem(layer.weight.detach(), columns_NS, damping=damping, centred=centred)
     stays_I = torch.ones(layer.in_features, dtype=torch.bool)
     stays_I[columns_NS.flatten()] = False
     stays_I[columns_NS[kept].flatten()] = True

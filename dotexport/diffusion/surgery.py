@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from dotexport.diffusion import obs
+from dotexport import obs
 from dotexport.diffusion.moments import Moments
 from dotexport.diffusion.tables import Site, attributes, linear
 
@@ -23,9 +23,8 @@ def problems(
 ) -> list[obs.Problem]:
     """The layers that a site's units leave together."""
     return [
-        obs.Problem.of(
+        moments[name].problem(
             linear(model, name).weight.detach(),
-            moments[name],
             site.columns(model, name),
             damping=damping,
             centred=linear(model, name).bias is not None,
@@ -135,9 +134,7 @@ def _cut_writer(
     old_OI, centred = layer.weight.detach().double(), layer.bias is not None
     new_OI = torch.zeros_like(old_OI)
     if refit:
-        problem = obs.Problem.of(
-            old_OI, moments, torch.empty(0, 1), damping=damping, centred=centred
-        )
+        problem = moments.problem(old_OI, torch.empty(0, 1), damping=damping, centred=centred)
         new_OI[:, kept] = obs.refit(problem.weight_OI, problem.hessian_II, kept)
     else:
         new_OI[:, kept] = old_OI[:, kept]

@@ -211,8 +211,8 @@ def _separable(
     if not units or any(linear(model, reader).out_features != width for reader in readers):
         return False
     norms = (getattr(module, name, None) for name in ("norm_q", "norm_k"))
-    sizes = [norm.weight.numel() for norm in norms if getattr(norm, "weight", None) is not None]
-    return all(size == width // units for size in sizes)
+    weights = (getattr(norm, "weight", None) for norm in norms)
+    return all(weight is None or weight.numel() == width // units for weight in weights)
 
 
 def _present(model: nn.Module, at: str, names: tuple[str, ...]) -> Iterator[str]:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dotexport.diffusion import obs
-from dotexport.diffusion.moments import Moments, damped
+from dotexport import obs
+from dotexport.diffusion.moments import Moments
 from dotexport.diffusion.sparse import Pattern, sweep
 from dotexport.errors import UsageError
+from dotexport.obs import damped
 
 N, S, OUT, T = 6, 3, 5, 400  # groups, columns of a group, outputs, tokens
 
@@ -32,7 +33,7 @@ def moments_of(x_TI: Tensor) -> Moments:
 
 def problem(x_TI: Tensor, weight_OI: Tensor, size: int = S, damping: float = 1e-8) -> obs.Problem:
     groups_NS = torch.arange(x_TI.shape[1]).view(-1, size)
-    return obs.Problem.of(weight_OI, moments_of(x_TI), groups_NS, damping=damping, centred=False)
+    return moments_of(x_TI).problem(weight_OI, groups_NS, damping=damping, centred=False)
 
 
 def true_loss(asked: obs.Problem, gone: list[int]) -> float:
@@ -125,7 +126,7 @@ def test_answers_of_their_own_make_weights_that_say_them() -> None:
     aim_OI = weights().flip(0)
     moments = Moments.zeros(N * S, OUT)
     moments.add(x_TI, x_TI @ aim_OI.T)
-    found_OI = obs.best_weights(weight_OI, moments, damping=1e-12, centred=False)
+    found_OI = moments.best_weights(weight_OI, damping=1e-12, centred=False)
     torch.testing.assert_close(found_OI, aim_OI, rtol=1e-6, atol=1e-6)
 
 

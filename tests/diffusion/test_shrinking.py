@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import nn
 
-from dotexport import manifest
-from dotexport.diffusion import obs, pruning, saving, surgery, tables
+from dotexport import manifest, obs
+from dotexport.diffusion import pruning, saving, surgery, tables
 from dotexport.diffusion.calibration import Calibration, TimestepWeights
 from dotexport.diffusion.layout import Curve, LayoutOptions, by_loss, num_parameters, uniform
 from dotexport.diffusion.pruning import PruneOptions

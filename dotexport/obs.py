@@ -20,8 +20,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dotexport.diffusion.moments import Moments, damped
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -31,33 +29,14 @@ class Problem:
         weight_OI: the weights, best ones for the damped Hessian.
         hessian_II: damped.
         groups_NS: columns of each group; columns in no group stay.
-        silent_I: columns that never fire, or always the same where a bias can say it.
+        silent_I: columns that never fire, or always the same where a bias can say it; None:
+            nothing is known of them.
     """
 
     weight_OI: Tensor
     hessian_II: Tensor
     groups_NS: Tensor
-    silent_I: Tensor
-
-    @classmethod
-    def of(
-        cls,
-        weight_OI: Tensor,
-        moments: Moments,
-        groups_NS: Tensor,
-        *,
-        damping: float,
-        centred: bool,
-    ) -> Problem:
-        """The problem of a layer; `centred` where it has a bias (see `Moments.hessian`)."""
-        diagonal_I = moments.hessian(centred=centred).diagonal()
-        scale_I = (moments.inputs_II.diagonal() / max(moments.weight, 1e-300)).clamp_min(1e-300)
-        return cls(
-            best_weights(weight_OI, moments, damping=damping, centred=centred),
-            damped(moments.hessian(centred=centred), damping),
-            groups_NS,
-            diagonal_I <= 1e-12 * scale_I,
-        )
+    silent_I: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -87,9 +66,10 @@ class _State:
     @classmethod
     def of(cls, problem: Problem) -> _State:
         # Silent columns say nothing: without their weights they are the first to leave.
-        weight_OI = problem.weight_OI.masked_fill(problem.silent_I, 0.0)
-        inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(problem.hessian_II))
-        return cls(weight_OI, inverse_II, problem.groups_NS)
+        weight_OI = problem.weight_OI
+        if problem.silent_I is not None:
+            weight_OI = weight_OI.masked_fill(problem.silent_I, 0.0)
+        return cls(weight_OI, _inverse(problem.hessian_II), problem.groups_NS)
 
     def scores(self, alive: Tensor) -> Tensor:
         """tr(W_S (G_SS)^-1 W_S^T) of the groups that are alive."""
@@ -99,7 +79,8 @@ class _State:
             diagonal_A = self.inverse_II.diagonal()[groups_AS[:, 0]]
             return weight_ASO[:, 0].square().sum(1) / diagonal_A
         inverse_ASS = self.inverse_II[groups_AS[:, :, None], groups_AS[:, None, :]]
-        return (weight_ASO * torch.linalg.solve(inverse_ASS, weight_ASO)).sum((1, 2))
+        solved_ASO: Tensor = torch.linalg.solve(inverse_ASS, weight_ASO)
+        return (weight_ASO * solved_ASO).sum((1, 2))
 
     def remove(self, groups: Tensor) -> None:
         columns = self.groups_NS[groups].flatten()
@@ -112,14 +93,14 @@ class _State:
         """The same problem on these groups alone; scores and removals among them stay exact."""
         columns_GS = self.groups_NS[groups]
         columns = columns_GS.flatten()
-        renamed_GS = torch.arange(len(columns)).view(columns_GS.shape)
+        renamed_GS = torch.arange(len(columns), device=columns.device).view(columns_GS.shape)
         inverse_CC = self.inverse_II[columns][:, columns]
         return _State(self.weight_OI[:, columns], inverse_CC, renamed_GS)
 
 
 def scores(problems: Sequence[Problem]) -> Tensor:
     """What each group alone would cost, all layers together."""
-    alive = torch.arange(len(problems[0].groups_NS))
+    alive = _all_groups(problems[0].groups_NS)
     return torch.stack([_State.of(problem).scores(alive) for problem in problems]).sum(0)
 
 
@@ -136,7 +117,7 @@ def greedy(problems: Sequence[Problem], count: int, *, block: int | None = None)
 
 
 def _greedy(states: Sequence[_State], count: int, block: int) -> Removal:
-    alive = torch.arange(len(states[0].groups_NS))
+    alive = _all_groups(states[0].groups_NS)
     order: list[int] = []
     losses: list[float] = []
     while len(order) < count:
@@ -157,33 +138,35 @@ def _greedy(states: Sequence[_State], count: int, block: int) -> Removal:
     return Removal(tuple(order), tuple(losses))
 
 
+def _all_groups(groups_NS: Tensor) -> Tensor:
+    return torch.arange(len(groups_NS), device=groups_NS.device)
+
+
 def _steps(cumulative: Sequence[float]) -> list[float]:
     return [b - a for a, b in zip((0.0, *cumulative), cumulative, strict=False)]
-
-
-def best_weights(weight_OI: Tensor, moments: Moments, *, damping: float, centred: bool) -> Tensor:
-    """The weights that say best what the layer should say: least squares, drawn to the old ones.
-
-    argmin E|y - W x|^2 + damping |W - W_old|^2. Without answers of its own, the layer says what it
-    should already.
-    """
-    weight_OI = weight_OI.double()
-    if moments.cross_OI is None:
-        return weight_OI
-    hessian_II = moments.hessian(centred=centred)
-    ridge_II = damped(hessian_II, damping) - hessian_II
-    right_OI = moments.cross(centred=centred) + weight_OI @ ridge_II
-    return _solve(hessian_II + ridge_II, right_OI)
 
 
 def refit(weight_OI: Tensor, hessian_II: Tensor, kept: Tensor) -> Tensor:
     """Least squares on the kept columns: W_K = (W H)_:,K (H_KK)^-1."""
     right_OK = (weight_OI.double() @ hessian_II)[:, kept]
-    return _solve(hessian_II[kept][:, kept], right_OK)
+    return solve(hessian_II[kept][:, kept], right_OK)
 
 
-def _solve(matrix_II: Tensor, right_OI: Tensor) -> Tensor:
+def solve(matrix_II: Tensor, right_OI: Tensor) -> Tensor:
+    """R M^-1 for a positive definite M."""
     return torch.cholesky_solve(right_OI.T, torch.linalg.cholesky(matrix_II)).T
+
+
+def damped(hessian_II: Tensor, damping: float) -> Tensor:
+    """H + damping x mean(diag H) x I; a tiny bound keeps the inverse finite where nothing fires."""
+    share = (damping * hessian_II.diagonal().mean()).clamp_min(1e-30)
+    return hessian_II + share * torch.eye(len(hessian_II)).to(hessian_II)
+
+
+def _inverse(matrix_II: Tensor) -> Tensor:
+    """Of a positive definite matrix, or of one that is so but for rounding."""
+    factor_II, failed = torch.linalg.cholesky_ex(matrix_II)
+    return torch.linalg.inv(matrix_II) if failed else torch.cholesky_inverse(factor_II)
 
 
 def loss(weight_OI: Tensor, other_OI: Tensor, hessian_II: Tensor) -> float:
