@@ -115,7 +115,8 @@ def cases(pipe: Any, record: dict[str, Any]) -> list[Case]:
     else:
         size = asked.get("height") or _default_size(pipe)
         first = replace(options, height=size, width=asked.get("width") or size)
-        second = replace(options, height=_other_size(pipe, size), width=size)
+        other = size if _takes_one_size(pipe) else _other_size(pipe, size)
+        second = replace(first, height=other)
     return [Case(tuple(prompts[:2]), first), Case(tuple(prompts), replace(second, extra=extra))]
 
 
@@ -127,6 +128,12 @@ def _default_size(pipe: Any) -> int:
     config = getattr(pipe, component_of(pipe)).config
     latent = getattr(pipe, "default_sample_size", None) or config.sample_size
     return int(latent) * int(pipe.vae_scale_factor)
+
+
+def _takes_one_size(pipe: Any) -> bool:
+    """Whether positions are computed outside of the graph (PixArt): it then holds one size."""
+    positions = getattr(getattr(pipe, component_of(pipe)), "pos_embed", None)
+    return positions is not None and not getattr(positions, "pos_embed_max_size", True)
 
 
 def _other_size(pipe: Any, size: int) -> int:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from dotexport.diffusion.sampling import COMPONENTS, replaced
+from dotexport.errors import UnsupportedModelError
 
 GRAPH = "model.onnx"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -178,7 +179,11 @@ class _Adapter(nn.Module):
 
 
 def write(owner: nn.Module, part: Part, first: Recording, second: Recording, folder: Path) -> None:
-    """Write one part as FOLDER/model.onnx; axes in which the two recordings differ are dynamic."""
+    """Write one part as FOLDER/model.onnx; axes in which the two recordings differ are dynamic.
+
+    Raises:
+        UnsupportedModelError: torch cannot trace it.
+    """
     adapter = _Adapter(owner, part, first).eval()
     one, two = first.calls[0], second.calls[0]
     shapes = tuple(
@@ -194,17 +199,31 @@ def write(owner: nn.Module, part: Part, first: Recording, second: Recording, fol
         outputs = list(adapter.named(one))
     folder.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(), _hushed():
-        program = torch.onnx.export(
-            adapter,
-            tensors,
-            input_names=adapter.names,
-            output_names=outputs,
-            dynamic_shapes=(shapes,),
-            dynamo=True,
-            verbose=False,
-        )
+        try:
+            # By itself torch.onnx keeps equal axes apart, and a mask then fits nothing.
+            traced = torch.export.export(adapter, tensors, dynamic_shapes=(shapes,), strict=False)
+            _drop_idle_squeezes(traced)
+            program = torch.onnx.export(
+                traced, input_names=adapter.names, output_names=outputs, dynamo=True, verbose=False
+            )
+        except Exception as error:  # tracing has no class of its own for what it cannot follow
+            reason = str(error).partition("\n")[0]
+            raise UnsupportedModelError(
+                f"{part.component} ({type(owner).__name__}) cannot be written as ONNX by torch "
+                f"{torch.__version__}: {reason}"
+            ) from error
         assert program is not None
         program.save(folder / GRAPH)
+
+
+def _drop_idle_squeezes(traced: torch.export.ExportedProgram) -> None:
+    """PixArt squeezes an axis that is longer than 1: nothing to torch, an error to ONNX."""
+    graph = traced.graph_module.graph
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.squeeze.dim):
+        (source, *_) = node.args
+        if node.meta["val"].ndim == source.meta["val"].ndim:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
 
 
 @contextmanager

@@ -37,6 +37,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
+@pytest.fixture(scope="session")
+def calls() -> dict[str, dict[str, Any]]:
+    """What the pipelines are asked in tests: as little as shows everything."""
+    short = {"max_sequence_length": 3}
+    asked = {"sd3": short, "flux": short, "pixart": short | {"use_resolution_binning": False}}
+    return {name: asked.get(name, {}) for name in PIPELINES}
+
+
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     """Three prompts; for class-conditional pipelines the same as numbers."""
@@ -203,12 +211,88 @@ def unet() -> Any:
     )
 
 
-PIPELINES: dict[str, Callable[[], Any]] = {"sd3": sd3, "flux": flux, "dit": dit, "unet": unet}
+def pixart() -> Any:
+    """Cross attention beside self-attention, and a T5 with a mask."""
+    from diffusers import DDIMScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+    from transformers import T5Config, T5EncoderModel
 
-# What the pipelines are asked in tests: as little as shows everything.
-CALLS: dict[str, dict[str, Any]] = {
-    "sd3": {"max_sequence_length": 3},
-    "flux": {"max_sequence_length": 3},
-    "dit": {},
-    "unet": {},
+    from dotexport.bench import digits
+
+    transformer = PixArtTransformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        cross_attention_dim=32,
+        caption_channels=32,
+        use_additional_conditions=False,
+    )
+    t5 = T5Config(
+        vocab_size=13, d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2, pad_token_id=0
+    )
+    return PixArtSigmaPipeline(
+        transformer=transformer,
+        vae=_vae(4),
+        text_encoder=T5EncoderModel(t5),
+        tokenizer=digits.word_tokenizer(),
+        scheduler=DDIMScheduler(),
+    )
+
+
+def sdxl() -> Any:
+    """Two text encoders, added conditions, transformers of several blocks."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+    )
+
+    from dotexport.bench import digits
+
+    model = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=64,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        transformer_layers_per_block=(1, 2),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=80,  # six numbers of 8, and the pooled 32
+        norm_num_groups=4,
+    )
+    clip = CLIPTextConfig(
+        vocab_size=13,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=3,
+        eos_token_id=12,
+        projection_dim=32,
+    )
+    return StableDiffusionXLPipeline(
+        unet=model,
+        vae=_vae(4),
+        text_encoder=CLIPTextModel(clip),
+        text_encoder_2=CLIPTextModelWithProjection(clip),
+        tokenizer=digits.word_tokenizer(),
+        tokenizer_2=digits.word_tokenizer(),
+        scheduler=EulerDiscreteScheduler(),
+    )
+
+
+PIPELINES: dict[str, Callable[[], Any]] = {
+    "sd3": sd3,
+    "flux": flux,
+    "dit": dit,
+    "unet": unet,
+    "pixart": pixart,
+    "sdxl": sdxl,
 }

@@ -16,14 +16,16 @@ from dotexport.diffusion import exporting, graphs
 from dotexport.diffusion.layout import LayoutOptions
 from dotexport.diffusion.sampling import SampleOptions, load, sample
 from dotexport.diffusion.shrinking import ShrinkOptions, shrink
-from dotexport.errors import ParityError, UsageError
+from dotexport.errors import ParityError, UnsupportedModelError, UsageError
 
 pytest.importorskip("onnxscript", reason="needs the extra [diffusion]")
 Tiny = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def exported(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def exported(
+    tiny: Tiny, calls: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
     """Name in PIPELINES -> an output of shrink with an artifact onnx-fp32, made once."""
     made: dict[str, Path] = {}
 
@@ -33,9 +35,13 @@ def exported(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
             prompts = folder / "prompts.txt"
             prompts.write_text("1\n3\n7\n" if name == "dit" else "one\nthree\nseven\n")
             size = None if name == "dit" else 16
-            extra = {"max_sequence_length": 3} if name in ("sd3", "flux") else {}
             options = SampleOptions(
-                prompts=str(prompts), steps=2, guidance=2.0, height=size, width=size, extra=extra
+                prompts=str(prompts),
+                steps=2,
+                guidance=2.0,
+                height=size,
+                width=size,
+                extra=calls[name],
             )
             layout = LayoutOptions(heads="0.5x", ffn="0.5x")
             shrink(tiny(name), folder / "out", ShrinkOptions(sampling=options, layout=layout))
@@ -46,7 +52,7 @@ def exported(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     return make
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "dit", "unet"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "dit", "unet", "pixart", "sdxl"])
 def test_a_pruned_pipeline_runs_in_onnx_runtime(name: str, exported: Callable[[str], Path]) -> None:
     out = exported(name)
     parity = manifest.read(out)["artifacts"]["onnx-fp32"]["parity"]
@@ -54,6 +60,7 @@ def test_a_pruned_pipeline_runs_in_onnx_runtime(name: str, exported: Callable[[s
     assert parity["step"] <= 1e-4
     assert parity["trajectory"] <= 1e-3
     assert len(set(parity["cases"])) == 2
+    assert (parity["cases"][1].endswith("8 px")) == (name not in ("dit", "pixart"))
     folder = out / "onnx-fp32"
     pipe = load(out / "pipeline")
     for part in graphs.parts(pipe):
@@ -126,6 +133,23 @@ def test_other_targets_and_places_are_refused(tiny: Tiny, tmp_path: Path) -> Non
     with pytest.raises(UsageError, match="-o"):
         exporting.export(tiny("dit"), ["onnx"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_that_torch_cannot_trace_is_named(
+    exported: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = load(exported("dit") / "pipeline")
+    part = next(part for part in graphs.parts(pipe) if part.folder == "transformer")
+    call = exporting.record(pipe, exporting.cases(pipe, {})[0])["transformer"]
+    forward = pipe.transformer.forward
+
+    def asks_for_values(*args: Any, **kwargs: Any) -> Any:
+        made = forward(*args, **kwargs)
+        return made if made.sample.mean() > 0 else None
+
+    monkeypatch.setattr(pipe.transformer, "forward", asks_for_values)
+    with pytest.raises(UnsupportedModelError, match=r"transformer .* cannot be written as ONNX"):
+        graphs.write(pipe.transformer, part, call, call, tmp_path)
 
 
 def test_float16_graphs_stay_close(exported: Callable[[str], Path], tmp_path: Path) -> None:

@@ -32,18 +32,17 @@ from dotexport.errors import (
 )
 
 Tiny = Callable[[str], Path]
-NAMES = ("sd3", "flux", "dit", "unet")
+NAMES = ("sd3", "flux", "dit", "unet", "pixart", "sdxl")
 
 
 @pytest.fixture
-def sampling(prompts: Path) -> Callable[[str], SampleOptions]:
+def sampling(prompts: Path, calls: dict[str, Any]) -> Callable[[str], SampleOptions]:
     def make(name: str) -> SampleOptions:
-        extra = {"max_sequence_length": 3} if name in ("sd3", "flux") else {}
         size = None if name == "dit" else 16
         if name == "dit":
             prompts.write_text("1\n3\n\n7\n", encoding="utf-8")
         return SampleOptions(
-            prompts=str(prompts), steps=2, batch=2, height=size, width=size, extra=extra
+            prompts=str(prompts), steps=2, batch=2, height=size, width=size, extra=calls[name]
         )
 
     return make
