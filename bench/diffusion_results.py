@@ -202,7 +202,8 @@ def speed(
         "Diffusion: an MMDiT of width 512 in ONNX Runtime",
         "`python -m dotexport.bench.diffusion_results speed`. SD3Transformer2DModel, 4 blocks, 8 "
         "heads of 64, 32x32 latents (256 picture tokens), batch 1, float32, one CPU thread, "
-        "untrained, the same share of heads and neurons removed from every block; dense and pruned in turns (A B B A) with a 95 % bootstrap interval. MB are "
+        "untrained, the same share of heads and neurons removed from every block; dense and pruned "
+        "in turns (A B B A) with a 95 % bootstrap interval. MB are "
         "those of the denoiser's graph.",
         rows,
     )

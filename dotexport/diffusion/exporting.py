@@ -24,7 +24,7 @@ from dotexport.diffusion import card, graphs, saving
 from dotexport.diffusion.calibration import Progress
 from dotexport.diffusion.sampling import INDEX, SampleOptions, component_of, load, sample
 from dotexport.errors import ParityError, RuntimeMissingError, UsageError
-from dotexport.output import check_free, new_folder, read_json, write_json
+from dotexport.output import check_free, new_folder, read_json, write_json, write_text
 from dotexport.verifying import changed_files
 
 TARGET = "onnx"
@@ -274,6 +274,10 @@ def _companions(pipe: Any, source: Path, folder: Path) -> None:
         if entry.is_dir() and entry.name not in modules:
             shutil.copytree(entry, folder / entry.name, ignore=saving.ignore_pickles)
     shutil.copyfile(source / INDEX, folder / INDEX)
+    # optimum-onnx lives with transformers 4, which knows this class by its older name only.
+    for file in (folder / INDEX, *folder.glob("tokenizer*/tokenizer_config.json")):
+        text = file.read_text(encoding="utf-8")
+        write_text(file, text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
 
 
 # Verifying ---------------------------------------------------------------------------------------

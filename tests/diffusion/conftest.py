@@ -45,6 +45,41 @@ def calls() -> dict[str, dict[str, Any]]:
     return {name: asked.get(name, {}) for name in PIPELINES}
 
 
+@pytest.fixture(scope="session")
+def exported(
+    tiny: Callable[[str], Path], calls: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Name in PIPELINES -> an output of shrink with an artifact onnx-fp32, made once."""
+    from dotexport.diffusion import exporting
+    from dotexport.diffusion.layout import LayoutOptions
+    from dotexport.diffusion.sampling import SampleOptions
+    from dotexport.diffusion.shrinking import ShrinkOptions, shrink
+
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(f"exported-{name}")
+            prompts = folder / "prompts.txt"
+            prompts.write_text("1\n3\n7\n" if name == "dit" else "one\nthree\nseven\n")
+            size = None if name == "dit" else 16
+            options = SampleOptions(
+                prompts=str(prompts),
+                steps=2,
+                guidance=2.0,
+                height=size,
+                width=size,
+                extra=calls[name],
+            )
+            layout = LayoutOptions(heads="0.5x", ffn="0.5x")
+            shrink(tiny(name), folder / "out", ShrinkOptions(sampling=options, layout=layout))
+            exporting.export(folder / "out", ["onnx"])
+            made[name] = folder / "out"
+        return made[name]
+
+    return make
+
+
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     """Three prompts; for class-conditional pipelines the same as numbers."""
@@ -64,7 +99,7 @@ def spread(pipe: Any) -> None:
                 torch.nn.init.normal_(parameter, 0.0, 0.1)
 
 
-def _vae(channels: int) -> Any:
+def _vae(channels: int, **config: float) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -75,6 +110,7 @@ def _vae(channels: int) -> Any:
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         norm_num_groups=2,
+        **config,
     )
 
 
@@ -108,7 +144,7 @@ def sd3() -> Any:
         **pipe.components
         | {
             "transformer": transformer,
-            "vae": _vae(4),
+            "vae": _vae(4, shift_factor=0.1),
             "text_encoder_3": T5EncoderModel(t5),
             "tokenizer_3": digits.word_tokenizer(),
         }
@@ -152,7 +188,7 @@ def flux() -> Any:
     return FluxPipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=_vae(4),
+        vae=_vae(4, shift_factor=0.1),
         text_encoder=CLIPTextModel(clip),
         tokenizer=digits.word_tokenizer(),
         text_encoder_2=T5EncoderModel(t5),

@@ -13,43 +13,11 @@ import torch
 
 from dotexport import manifest
 from dotexport.diffusion import exporting, graphs
-from dotexport.diffusion.layout import LayoutOptions
 from dotexport.diffusion.sampling import SampleOptions, load, sample
-from dotexport.diffusion.shrinking import ShrinkOptions, shrink
 from dotexport.errors import ParityError, UnsupportedModelError, UsageError
 
 pytest.importorskip("onnxscript", reason="needs the extra [diffusion]")
 Tiny = Callable[[str], Path]
-
-
-@pytest.fixture(scope="module")
-def exported(
-    tiny: Tiny, calls: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    """Name in PIPELINES -> an output of shrink with an artifact onnx-fp32, made once."""
-    made: dict[str, Path] = {}
-
-    def make(name: str) -> Path:
-        if name not in made:
-            folder = tmp_path_factory.mktemp(f"exported-{name}")
-            prompts = folder / "prompts.txt"
-            prompts.write_text("1\n3\n7\n" if name == "dit" else "one\nthree\nseven\n")
-            size = None if name == "dit" else 16
-            options = SampleOptions(
-                prompts=str(prompts),
-                steps=2,
-                guidance=2.0,
-                height=size,
-                width=size,
-                extra=calls[name],
-            )
-            layout = LayoutOptions(heads="0.5x", ffn="0.5x")
-            shrink(tiny(name), folder / "out", ShrinkOptions(sampling=options, layout=layout))
-            exporting.export(folder / "out", ["onnx"])
-            made[name] = folder / "out"
-        return made[name]
-
-    return make
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "dit", "unet", "pixart", "sdxl"])
