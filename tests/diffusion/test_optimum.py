@@ -70,7 +70,7 @@ def test_a_pruned_pipeline_samples_in_optimum(
     asked.write_text(json.dumps({"folder": str(out / "onnx-fp32"), "cases": cases}))
     assert PYTHON is not None
     done = subprocess.run(
-        [os.path.abspath(PYTHON), "-c", SAMPLE, asked],
+        [Path(PYTHON).absolute(), "-c", SAMPLE, asked],
         capture_output=True,
         text=True,
         cwd=tmp_path,
