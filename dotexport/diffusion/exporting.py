@@ -232,12 +232,11 @@ def write_graphs(
     for number, part in enumerate(wanted):
         progress("exporting", number, len(wanted))
         owner = getattr(pipe, part.component)
-        graphs.write(owner, part, first[part.folder], second[part.folder], folder / part.folder)
+        seen, half = (first[part.folder], second[part.folder]), precision == "fp16"
+        graphs.write(owner, part, *seen, folder / part.folder, half=half)
         shutil.copyfile(
             source / part.component / "config.json", folder / part.folder / "config.json"
         )
-        if precision == "fp16":
-            graphs.to_float16(folder / part.folder / graphs.GRAPH)
     _companions(pipe, source, folder)
     progress("exporting", len(wanted), len(wanted))
 

@@ -10,6 +10,7 @@ Shapes: B pictures.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import io
 import logging
@@ -159,11 +160,12 @@ def rebuilt(part: Part, outputs: Mapping[str, Tensor], kwargs: Mapping[str, Any]
 
 
 class _Adapter(nn.Module):
-    """A part as a function of tensors alone."""
+    """A part as a function of tensors alone; one in float16 is still given float32."""
 
-    def __init__(self, owner: nn.Module, part: Part, first: Recording) -> None:
+    def __init__(self, owner: nn.Module, part: Part, first: Recording, *, half: bool) -> None:
         super().__init__()
-        self.owner, self.part, self.first = owner, part, first
+        self.owner = copy.deepcopy(owner).half() if half else owner
+        self.part, self.first, self.halves = part, first, half
         self.names = list(first.calls[0])
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -172,19 +174,37 @@ class _Adapter(nn.Module):
 
     def named(self, values: Call) -> dict[str, Tensor]:
         """Answers to these tensors by name."""
+        if self.halves:
+            values = {name: _halved(value) for name, value in values.items()}
         asked = _filled(self.part, self.first, values)
-        return answers(
-            self.part, getattr(self.owner, self.part.method)(*asked.args, **asked.kwargs)
-        )
+        made = getattr(self.owner, self.part.method)(*asked.args, **asked.kwargs)
+        found = answers(self.part, made)
+        return {name: value.float() for name, value in found.items()} if self.halves else found
 
 
-def write(owner: nn.Module, part: Part, first: Recording, second: Recording, folder: Path) -> None:
+def _halved(value: Tensor) -> Tensor:
+    """Times stay as they are: of one near 1000 float16 knows no fraction."""
+    return value.half() if value.is_floating_point() and value.ndim > 1 else value
+
+
+def write(
+    owner: nn.Module,
+    part: Part,
+    first: Recording,
+    second: Recording,
+    folder: Path,
+    *,
+    half: bool = False,
+) -> None:
     """Write one part as FOLDER/model.onnx; axes in which the two recordings differ are dynamic.
+
+    Args:
+        half: weights and what is computed in float16; inputs and outputs stay float32.
 
     Raises:
         UnsupportedModelError: torch cannot trace it.
     """
-    adapter = _Adapter(owner, part, first).eval()
+    adapter = _Adapter(owner, part, first, half=half).eval()
     one, two = first.calls[0], second.calls[0]
     shapes = tuple(
         {
@@ -202,7 +222,7 @@ def write(owner: nn.Module, part: Part, first: Recording, second: Recording, fol
         try:
             # By itself torch.onnx keeps equal axes apart, and a mask then fits nothing.
             traced = torch.export.export(adapter, tensors, dynamic_shapes=(shapes,), strict=False)
-            _drop_idle_squeezes(traced)
+            _mend(traced)
             program = torch.onnx.export(
                 traced, input_names=adapter.names, output_names=outputs, dynamo=True, verbose=False
             )
@@ -216,14 +236,27 @@ def write(owner: nn.Module, part: Part, first: Recording, second: Recording, fol
         program.save(folder / GRAPH)
 
 
-def _drop_idle_squeezes(traced: torch.export.ExportedProgram) -> None:
-    """PixArt squeezes an axis that is longer than 1: nothing to torch, an error to ONNX."""
+def _mend(traced: torch.export.ExportedProgram) -> None:
+    """What is nothing to torch and an error to ONNX: PixArt squeezes an axis that is longer than 1,
+    and SDXL in float16 joins tensors of two types."""
     graph = traced.graph_module.graph
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.squeeze.dim):
         (source, *_) = node.args
         if node.meta["val"].ndim == source.meta["val"].ndim:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.concat.default):
+        (parts, *rest), dtype = node.args, node.meta["val"].dtype
+        with graph.inserting_before(node):
+            node.args = ([_cast(graph, part, dtype) for part in parts], *rest)
+
+
+def _cast(graph: torch.fx.Graph, node: torch.fx.Node, dtype: torch.dtype) -> torch.fx.Node:
+    if node.meta["val"].dtype == dtype:
+        return node
+    cast = graph.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": dtype})
+    cast.meta["val"] = node.meta["val"].to(dtype)
+    return cast
 
 
 @contextmanager
@@ -237,18 +270,6 @@ def _hushed() -> Iterator[None]:
             yield
     finally:
         logging.disable(threshold)
-
-
-def to_float16(file: Path) -> None:
-    """Store and compute a graph in float16; inputs and outputs stay float32."""
-    import onnx
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    model = onnx.load(file)
-    half = convert_float_to_float16(model, keep_io_types=True, disable_shape_infer=True)
-    for extra in file.parent.glob(f"{file.name}.data"):
-        extra.unlink()
-    onnx.save(half, file)
 
 
 # Running -----------------------------------------------------------------------------------------
