@@ -32,7 +32,20 @@ from dotexport.terminal import (
 
 
 class Verbs(TyperGroup):
-    """Ends an interrupted verb with a word and exit code 130, whatever the release of typer."""
+    """Ends an interrupted verb with a word and exit code 130, whatever the release of typer.
+
+    A verb that is given a diffusers pipeline is the one of dotexport/diffusion/cli.py instead.
+    """
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
+        folders = [Path(arg) for arg in args[1:] if not arg.startswith("-")]
+        if any((at / "model_index.json").is_file() for f in folders for at in (f, f / "pipeline")):
+            from dotexport.diffusion.cli import app as pipelines
+
+            known = typer.main.get_command(pipelines)
+            if args[0] in getattr(known, "commands", {}):
+                return known.resolve_command(ctx, args)  # type: ignore[attr-defined]
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         try:
@@ -229,6 +242,8 @@ def shrink(
     """Narrow a model: MODEL in, OUT/hf of the same stock class out.
 
     Example: dotexport shrink ./llama -o out --params 0.7x --calib text.jsonl
+
+    A diffusers pipeline folder has options of its own: dotexport shrink FOLDER --help
     """
     from dotexport.pipeline import source_folder
     from dotexport.recipe import Recipe, ShrinkStep
