@@ -19,8 +19,9 @@ def write(out: Path) -> None:
 
 def rows(record: Mapping[str, Any]) -> Iterator[Row]:
     """Label, dense, pruned, change: for the card and for the terminal."""
-    before, after = record["sizes"]["parameters"]
-    yield "parameters of the denoiser", f"{before:,}", f"{after:,}", f"{after / before:.3f}x"
+    if "sizes" in record:  # a plain pipeline that was only exported has one size
+        before, after = record["sizes"]["parameters"]
+        yield "parameters of the denoiser", f"{before:,}", f"{after:,}", f"{after / before:.3f}x"
     for label, dense, pruned, digits in _quality(record.get("quality", {})):
         change = f"{pruned / dense:.3f}x" if dense else ""
         yield label, f"{dense:.{digits}f}", f"{pruned:.{digits}f}", change

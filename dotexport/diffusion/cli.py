@@ -282,11 +282,13 @@ def bench(
     candidate: Output,
     baseline: Annotated[Path, typer.Option(help="The original pipeline.")],
     target: Annotated[str, typer.Option(help="onnx, onnx:fp16, or torch.")] = "onnx",
-    batch: Annotated[int, typer.Option(help="Pictures at once.")] = 1,
-    steps: Annotated[int, typer.Option(help="Steps of the whole pipeline.")] = 4,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
-    groups: Annotated[int, typer.Option(help="A B B A turns; 8 and more give a verdict.")] = 10,
-    seconds: Annotated[float, typer.Option(help="Seconds for each model, at least.")] = 5.0,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the whole pipeline.")] = 4,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    groups: Annotated[
+        int, typer.Option(min=2, help="A B B A turns; 8 and more give a verdict.")
+    ] = 10,
+    seconds: Annotated[float, typer.Option(min=0, help="Seconds for each model, at least.")] = 5.0,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:

@@ -24,7 +24,7 @@ from dotexport.diffusion import card, graphs, saving
 from dotexport.diffusion.calibration import Progress
 from dotexport.diffusion.sampling import INDEX, SampleOptions, component_of, load, sample
 from dotexport.errors import ParityError, RuntimeMissingError, UsageError
-from dotexport.output import check_free, new_folder, read_json, write_json, write_text
+from dotexport.output import check_free, new_folder, read_json, write_json
 from dotexport.verifying import changed_files
 
 TARGET = "onnx"
@@ -33,6 +33,8 @@ STEP_LIMIT, TRAJECTORY_LIMIT = 1e-4, 1e-3
 HALF_STEP_LIMIT, HALF_TRAJECTORY_LIMIT = 2e-2, 1e-1
 STEPS = 4
 REPORT = "reports/verify.json"
+TOKENIZER, TOKENIZER_CLASS = "tokenizer.json", "PreTrainedTokenizerFast"
+VOCABULARIES = ("vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 WORDS = ("a photo of a cat", "a red bicycle", "mountains at dawn")
 
 logger = logging.getLogger(__name__)
@@ -272,11 +274,23 @@ def _companions(pipe: Any, source: Path, folder: Path) -> None:
     for entry in sorted(source.iterdir()):
         if entry.is_dir() and entry.name not in modules:
             shutil.copytree(entry, folder / entry.name, ignore=saving.ignore_pickles)
-    shutil.copyfile(source / INDEX, folder / INDEX)
-    # optimum-onnx lives with transformers 4, which knows this class by its older name only.
-    for file in (folder / INDEX, *folder.glob("tokenizer*/tokenizer_config.json")):
-        text = file.read_text(encoding="utf-8")
-        write_text(file, text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
+    index = read_json(source / INDEX, advice="save the pipeline again")
+    for file in sorted(folder.glob(f"*/{TOKENIZER}")):
+        if not any((file.parent / name).is_file() for name in VOCABULARIES):
+            _name_for_both(file.parent, index)
+    write_json(folder / INDEX, index)
+
+
+def _name_for_both(tokenizer: Path, index: dict[str, Any]) -> None:
+    """Name the class that transformers 4, which optimum-onnx needs, knows as well as 5.
+
+    Transformers 5 names a tokenizer that is nothing but its tokenizer.json by classes that 4 does
+    not have, or has with another vocabulary file.
+    """
+    index[tokenizer.name] = ["transformers", TOKENIZER_CLASS]
+    config = tokenizer / "tokenizer_config.json"
+    told = read_json(config, advice="save the pipeline again") if config.is_file() else {}
+    write_json(config, told | {"tokenizer_class": TOKENIZER_CLASS})
 
 
 # Verifying ---------------------------------------------------------------------------------------

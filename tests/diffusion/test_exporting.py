@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from dotexport import manifest
 from dotexport.diffusion import exporting, graphs
 from dotexport.diffusion.sampling import SampleOptions, component_of, load, sample
 from dotexport.errors import ParityError, UnsupportedModelError, UsageError
+from dotexport.output import read_json, write_json
 
 pytest.importorskip("onnxscript", reason="needs the extra [diffusion]")
 Tiny = Callable[[str], Path]
@@ -36,6 +38,28 @@ def test_a_pruned_pipeline_runs_in_onnx_runtime(name: str, exported: Callable[[s
         assert (folder / part.folder / "config.json").is_file()
     assert (folder / "scheduler" / "scheduler_config.json").is_file()
     assert (folder / "model_index.json").is_file()
+
+
+def test_tokenizers_are_named_for_both_transformers(tmp_path: Path) -> None:
+    """A tokenizer that is one tokenizer.json gets a class of 4 and 5; others keep their own."""
+    source, made = tmp_path / "pipeline", tmp_path / "made"
+    index = {"tokenizer": ["transformers", "TokenizersBackend"]}
+    index["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
+    for name, (_, kind) in index.items():
+        (source / name).mkdir(parents=True)
+        (source / name / "tokenizer.json").write_text("{}")
+        write_json(source / name / "tokenizer_config.json", {"tokenizer_class": kind, "x": 1})
+    (source / "tokenizer_2" / "vocab.json").write_text("{}")
+    write_json(source / "model_index.json", index)
+    made.mkdir()
+    exporting._companions(SimpleNamespace(), source, made)
+    named = read_json(made / "model_index.json", advice="")
+    configs = [read_json(made / name / "tokenizer_config.json", advice="") for name in index]
+    assert named == index | {"tokenizer": ["transformers", "PreTrainedTokenizerFast"]}
+    assert configs[0] == {"tokenizer_class": "PreTrainedTokenizerFast", "x": 1}
+    assert configs[1] == {"tokenizer_class": "CLIPTokenizer", "x": 1}
+    # What the user has stays as it is.
+    assert read_json(source / "model_index.json", advice="") == index
 
 
 def test_sessions_do_the_work_while_they_are_in_place(exported: Callable[[str], Path]) -> None:
