@@ -203,6 +203,7 @@ def verify(
     Exit code 3 if one of them does not compute what torch computes.
     """
     from dotexport.diffusion import exporting
+    from dotexport.verifying import require
 
     with stderr.status("verifying"):
         parities = exporting.verify(out, target)
@@ -210,7 +211,7 @@ def verify(
         show_json([parity.as_dict() for parity in parities])
     else:
         show_parities(parities)
-    exporting.require(parities)
+    require(parities)
 
 
 @app.command("eval")

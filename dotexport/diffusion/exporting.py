@@ -23,9 +23,9 @@ from dotexport import manifest
 from dotexport.diffusion import card, graphs, saving
 from dotexport.diffusion.calibration import Progress
 from dotexport.diffusion.sampling import INDEX, SampleOptions, component_of, load, sample
-from dotexport.errors import ParityError, RuntimeMissingError, UsageError
+from dotexport.errors import RuntimeMissingError, UsageError
 from dotexport.output import check_free, new_folder, read_json, write_json
-from dotexport.verifying import changed_files
+from dotexport.verifying import changed_files, require
 
 TARGET = "onnx"
 PRECISIONS = ("fp32", "fp16")
@@ -373,21 +373,6 @@ def _trajectory(pipe: Any, folder: Path, case: Case) -> float:
     with graphs.in_place(pipe, folder):
         found = sample(pipe, case.prompts, 0, case.options)
     return difference(found, expected)
-
-
-def require(parities: Sequence[Parity], *, note: str = "") -> None:
-    """Raise for those that failed.
-
-    Raises:
-        ParityError: with every problem of every failed artifact.
-    """
-    failed = [parity for parity in parities if not parity.passed]
-    if failed:
-        lines = [
-            f"  {parity.artifact}: {problem}" for parity in failed for problem in parity.problems
-        ]
-        names = ", ".join(parity.artifact for parity in failed)
-        raise ParityError(f"{names}: verification failed{note}\n" + "\n".join(lines))
 
 
 def _report(home: Path, parities: Sequence[Parity]) -> None:

@@ -114,10 +114,33 @@ def _vae(channels: int, **config: float) -> Any:
     )
 
 
+def _t5(width: int) -> Any:
+    from transformers import T5Config
+
+    return T5Config(
+        vocab_size=13, d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2, pad_token_id=0
+    )
+
+
+def _clip(layers: int) -> Any:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=13,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=3,
+        eos_token_id=12,
+        projection_dim=32,
+    )
+
+
 def sd3() -> Any:
     """SD3.5: norms on queries and keys, dual attention in one block, a VAE and a T5."""
     from diffusers import SD3Transformer2DModel
-    from transformers import T5Config, T5EncoderModel
+    from transformers import T5EncoderModel
 
     from dotexport.bench import digits
 
@@ -137,9 +160,7 @@ def sd3() -> Any:
         dual_attention_layers=(0,),
         qk_norm="rms_norm",
     )
-    t5 = T5Config(
-        vocab_size=13, d_model=64, d_kv=8, d_ff=16, num_layers=1, num_heads=2, pad_token_id=0
-    )
+    t5 = _t5(64)
     return type(pipe)(
         **pipe.components
         | {
@@ -157,7 +178,7 @@ def flux() -> Any:
         FluxPipeline,
         FluxTransformer2DModel,
     )
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+    from transformers import CLIPTextModel, T5EncoderModel
 
     from dotexport.bench import digits
 
@@ -173,18 +194,8 @@ def flux() -> Any:
         guidance_embeds=True,
         axes_dims_rope=(4, 4, 8),
     )
-    clip = CLIPTextConfig(
-        vocab_size=13,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=3,
-        eos_token_id=12,
-    )
-    t5 = T5Config(
-        vocab_size=13, d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2, pad_token_id=0
-    )
+    clip = _clip(1)
+    t5 = _t5(32)
     return FluxPipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(),
@@ -213,7 +224,7 @@ def dit() -> Any:
 def unet() -> Any:
     """SD 1.5: GEGLU and cross attention."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextModel
 
     from dotexport.bench import digits
 
@@ -227,15 +238,7 @@ def unet() -> Any:
         attention_head_dim=(4, 4),
         norm_num_groups=4,
     )
-    clip = CLIPTextConfig(
-        vocab_size=13,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=3,
-        eos_token_id=12,
-    )
+    clip = _clip(1)
     return StableDiffusionPipeline(
         unet=model,
         vae=_vae(4),
@@ -250,7 +253,7 @@ def unet() -> Any:
 def pixart() -> Any:
     """Cross attention beside self-attention, and a T5 with a mask."""
     from diffusers import DDIMScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
-    from transformers import T5Config, T5EncoderModel
+    from transformers import T5EncoderModel
 
     from dotexport.bench import digits
 
@@ -265,9 +268,7 @@ def pixart() -> Any:
         caption_channels=32,
         use_additional_conditions=False,
     )
-    t5 = T5Config(
-        vocab_size=13, d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2, pad_token_id=0
-    )
+    t5 = _t5(32)
     return PixArtSigmaPipeline(
         transformer=transformer,
         vae=_vae(4),
@@ -281,7 +282,6 @@ def sdxl() -> Any:
     """Two text encoders, added conditions, transformers of several blocks."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import (
-        CLIPTextConfig,
         CLIPTextModel,
         CLIPTextModelWithProjection,
     )
@@ -303,16 +303,7 @@ def sdxl() -> Any:
         projection_class_embeddings_input_dim=80,  # six numbers of 8, and the pooled 32
         norm_num_groups=4,
     )
-    clip = CLIPTextConfig(
-        vocab_size=13,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=3,
-        eos_token_id=12,
-        projection_dim=32,
-    )
+    clip = _clip(2)
     return StableDiffusionXLPipeline(
         unet=model,
         vae=_vae(4),

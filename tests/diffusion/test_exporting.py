@@ -17,6 +17,7 @@ from dotexport.diffusion import exporting, graphs
 from dotexport.diffusion.sampling import SampleOptions, component_of, load, sample
 from dotexport.errors import ParityError, UnsupportedModelError, UsageError
 from dotexport.output import read_json, write_json
+from dotexport.verifying import require
 
 pytest.importorskip("onnxscript", reason="needs the extra [diffusion]")
 Tiny = Callable[[str], Path]
@@ -95,7 +96,7 @@ def test_a_spoilt_graph_fails_verification(exported: Callable[[str], Path], tmp_
     assert any("one call differs" in problem for problem in parity.problems)
     assert any("changed after the export" in problem for problem in parity.problems)
     with pytest.raises(ParityError, match="onnx-fp32"):
-        exporting.require([parity])
+        require([parity])
     assert not manifest.read(out)["artifacts"]["onnx-fp32"]["parity"]["passed"]
 
 
