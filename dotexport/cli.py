@@ -38,8 +38,7 @@ class Verbs(TyperGroup):
     """
 
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
-        folders = [Path(arg) for arg in args[1:] if not arg.startswith("-")]
-        if any((at / "model_index.json").is_file() for f in folders for at in (f, f / "pipeline")):
+        if any(_holds_pipeline(arg) for arg in args[1:]):
             from dotexport.diffusion.cli import app as pipelines
 
             known = typer.main.get_command(pipelines)
@@ -54,6 +53,14 @@ class Verbs(TyperGroup):
             kept = escape(str(error)) or "nothing unfinished was kept"
             stderr.print(f"[bold red]interrupted[/]: {kept}", soft_wrap=True, highlight=False)
             raise typer.Exit(130) from error
+
+
+def _holds_pipeline(argument: str) -> bool:
+    folder = Path(argument)
+    try:
+        return any((at / "model_index.json").is_file() for at in (folder, folder / "pipeline"))
+    except OSError:  # no name of a folder at all
+        return False
 
 
 app = typer.Typer(

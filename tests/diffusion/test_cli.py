@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +52,39 @@ def test_a_pipeline_is_shrunk_evaluated_and_benched_by_the_same_verbs(
     assert "torch step" in card
     assert (tmp_path / "out" / "reports" / "grid.png").is_file()
     assert set(manifest.read(tmp_path / "out")) >= {"source", "shrink", "quality", "bench"}
+
+
+def test_bench_times_step_and_pipeline_in_onnx_runtime(
+    tiny: Tiny, exported: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Through the command line, for people and for programs; few turns give no verdict."""
+    out, few = tmp_path / "out", ["--threads", "1", "--groups", "2", "--seconds", "0"]
+    shutil.copytree(exported("dit"), out)
+    asked = ["bench", str(out), "--baseline", str(tiny("dit")), "--steps", "2", *few]
+    made = run(app, [*asked, "--json"])
+    assert made.exit_code == 0, made.output
+    record = json.loads(made.stdout)
+    assert record["target"] == "onnx"
+    assert record["threads"] == 1
+    assert record["bytes"][1] < record["bytes"][0]
+    for what in ("step", "whole"):
+        assert 0 < record[what]["low"] <= record[what]["ratio"] <= record[what]["high"]
+        assert "no verdict" in record[what]["verdict"]
+        dense, pruned = record[what]["samples_ms"]
+        assert len(dense) == len(pruned) == record[what]["groups"] >= 2
+    # Two steps of the pipeline hold two of the denoiser.
+    assert record["whole"]["baseline_ms"] > record["step"]["baseline_ms"]
+    # The table has what earlier runs found, too; torch needs no graphs of the original.
+    shown = run(app, [*asked, "--target", "torch"], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0, shown.output
+    for words in (
+        "onnx step, 1 thread",
+        "onnx whole, 1 thread",
+        "torch step, 1 thread",
+        "no verdict",
+    ):
+        assert words in shown.output
+    assert run(app, [*asked, "--groups", "1"]).exit_code == 2
 
 
 def test_help_is_that_of_what_is_given(tiny: Tiny) -> None:
