@@ -135,7 +135,7 @@ def _points(axis: str, plans: Iterable[Plan], before: Sizes) -> list[tuple[str, 
 
 
 def _alone(axis: str, size: int, like: Sizes, before: Sizes) -> Sizes:
-    changes: dict[str, int] = {axis: size}
+    changes: dict[str, Any] = {axis: size}
     if axis == "num_key_value_heads":
         per_group = before.num_attention_heads // before.num_key_value_heads
         changes["num_attention_heads"] = per_group * size

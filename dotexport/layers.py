@@ -60,6 +60,22 @@ class Stock:
         cos, sin = self.rotary(example_BLD, steps)
         return cos, sin
 
+    def mask(self, number: int, length: int) -> Tensor | None:
+        """What positions of a text see, True (1, 1, L, L), where a layer attends to a window.
+
+        None: all before them. Texts are never padded here, and without a mask sdpa is causal.
+        """
+        kinds = getattr(self.config, "layer_types", None)
+        window = getattr(self.config, "sliding_window", None)
+        if kinds and kinds[number] != "sliding_attention":
+            window = None
+        if window is None or window >= length:
+            return None
+        step_L = torch.arange(length)
+        distance_LL = step_L[:, None] - step_L
+        seen_LL: Tensor = (distance_LL >= 0) & (distance_LL < window)
+        return seen_LL[None, None]
+
 
 class Layer:
     """A decoder layer run sublayer by sublayer, whose weights can be exchanged for narrower ones.
@@ -82,6 +98,7 @@ class Layer:
         dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         self.stock = stock
+        self.number = number
         self.module = stock.layer(number)
         self._dtypes = dtypes or {}
         self._tensors: dict[str, Tensor] = {}
@@ -129,11 +146,11 @@ class Layer:
         if sublayer.module != "self_attn":
             neurons_BLI: Tensor = module(normed_BLD)
             return neurons_BLI
-        # Without a mask, sdpa is causal: calibration windows are never padded.
+        mask = self.stock.mask(self.number, normed_BLD.shape[1])
         heads_BLI: Tensor = module(
             hidden_states=normed_BLD,
             position_embeddings=self.stock.positions(normed_BLD),
-            attention_mask=None,
+            attention_mask=None if mask is None else mask.to(normed_BLD.device),
         )[0]
         return heads_BLI
 

@@ -221,7 +221,7 @@ class Narrowing:
             )
             for linear in (*sublayer.readers, sublayer.writer):
                 weight, bias = f"{linear.name}.weight", f"{linear.name}.bias"
-                if linear.bias in self.after.biases and bias not in tensors:
+                if self.after.has_bias(linear) and bias not in tensors:
                     tensors[bias] = torch.zeros(len(tensors[weight]), device=self.streams.device)
                 if linear is not sublayer.writer:
                     tensors[weight] = (tensors[weight].double() @ self.E_DK) * self.scale

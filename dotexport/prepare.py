@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dotexport.carriers import carry
 from dotexport.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
 from dotexport.errors import RuntimeMissingError, UsageError
 from dotexport.families import shapes
@@ -37,6 +38,7 @@ def prepare(
     progress: Progress = lambda stage, done, total: None,
 ) -> Narrowing:
     """Everything a run needs, with config.json and empty weight files already in FOLDER/hf."""
+    source, decided = carry(source, decided)
     write_json(folder / "hf" / "config.json", narrowed_config(source.config, decided))
     writer = CheckpointWriter(
         folder / "hf", tensor_specs(source, decided), max_shard_bytes=max_shard_bytes
@@ -56,10 +58,11 @@ def rehearsals(
     basis = options.basis if options.basis in ("dot", "select") else "pca"
     cheap = replace(options, basis=basis, mlp="obs", heads="obs", local=None)
 
-    def measure(decided: Plan) -> float:
+    def measure(planned: Plan) -> float:
+        carried, decided = carry(source, planned)
         streams = _streams(decided, windows_NL, options, device, None).some(REHEARSAL)
-        writer = Nowhere(tensor_specs(source, decided))
-        run = _assemble(source, decided, streams, writer, cheap, lambda stage, done, total: None)
+        writer = Nowhere(tensor_specs(carried, decided))
+        run = _assemble(carried, decided, streams, writer, cheap, lambda stage, done, total: None)
         run.run()
         return run.divergence
 

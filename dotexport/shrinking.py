@@ -17,6 +17,7 @@ import torch
 from dotexport import card, manifest
 from dotexport.allocate import Allocation, allocate
 from dotexport.calibrate import TextOptions, token_windows
+from dotexport.carriers import carry
 from dotexport.checkpoint import Checkpoint, CheckpointWriter, find_model
 from dotexport.errors import (
     CheckpointError,
@@ -89,6 +90,7 @@ class Shrunk:
         return {
             "out": str(self.out),
             "sizes": self.plan.as_dict(),
+            "architecture": self.plan.architectures,
             "basis": self.basis,
             "held_out_kl": self.divergence,
             "seconds": round(self.seconds, 2),
@@ -189,7 +191,7 @@ def _narrowed(
     writer = partial(
         CheckpointWriter,
         folder / "hf",
-        tensor_specs(source, decided),
+        tensor_specs(*carry(source, decided)),
         max_shard_bytes=options.max_shard_bytes,
     )
     report = heal_into(
@@ -328,6 +330,7 @@ def _describe(
             "sha256": hashlib.sha256(windows_NL.numpy().tobytes()).hexdigest(),
         },
         sizes=shrunk.plan.as_dict(),
+        architecture=shrunk.plan.architectures,
         basis=closed.basis,
         artifacts={"hf": _artifact(folder / "hf")},
         timings={"shrink_seconds": round(shrunk.seconds, 2)},

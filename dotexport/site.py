@@ -97,7 +97,7 @@ class Site:
     E_DK: Tensor
     scale: float
     width: int
-    gated: str
+    gated: str | None
     groups: Groups | None
     options: NarrowOptions
 

@@ -16,7 +16,9 @@ from dotexport.errors import SizeError, UsageError
 from dotexport.families import (
     Family,
     Sizes,
+    carried_biases,
     check_quantised,
+    find_carrier,
     find_family,
     num_parameters,
     read_sizes,
@@ -43,12 +45,28 @@ class Plan:
     after: Sizes
 
     @property
+    def carrier(self) -> Family:
+        """The class that is written: of those that compute the same, the first that can hold it."""
+        return find_carrier(self.family, self.after)
+
+    @property
+    def carried_after(self) -> Sizes:
+        """The sizes after narrowing in the carrier's words: biases go by other names there."""
+        biases = carried_biases(self.family, self.carrier, self.after)
+        return replace(self.after, biases=biases)
+
+    @property
+    def architectures(self) -> list[str]:
+        """Of the original, and of what is written."""
+        return [self.family.architecture, self.carrier.architecture]
+
+    @property
     def parameters_before(self) -> int:
         return num_parameters(self.family, self.before)
 
     @property
     def parameters_after(self) -> int:
-        return num_parameters(self.family, self.after)
+        return num_parameters(self.carrier, self.carried_after)
 
     @property
     def ratio(self) -> float:
@@ -222,13 +240,15 @@ def _grid(family: Family, before: Sizes, asked: SizeOptions) -> Iterator[SizeOpt
 
 
 def _narrowed(family: Family, before: Sizes, asked: SizeOptions) -> Sizes:
-    return before.narrowed(
+    after = before.narrowed(
         hidden_size=asked.hidden_size,
         intermediate_size=asked.intermediate_size,
         num_key_value_heads=asked.num_key_value_heads,
         tied=asked.tied,
-        biases=family.bias_flags if asked.bias else frozenset(),
     )
+    if not asked.bias:
+        return after
+    return replace(after, biases=after.biases | find_carrier(family, after).bias_flags)
 
 
 def strain(before: Sizes, after: Sizes) -> float:

@@ -87,6 +87,7 @@ class TorchSession:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.apart: list[TorchSession] = []
 
     @torch.inference_mode()
     def start(self, tokens_BL: Tokens, lengths_B: Sequence[int] | None = None) -> Logits:
@@ -94,6 +95,9 @@ class TorchSession:
         lengths = [L] * B if lengths_B is None else list(lengths_B)
         self.cache = DynamicCache(config=self.model.config)
         self.position_B = torch.tensor(lengths)
+        self.apart = []
+        if min(lengths) < L and getattr(self.model.config, "sliding_window", None):
+            return self._start_apart(tokens_BL, lengths)
         # Without padding no mask is needed, and attention takes its faster causal path.
         ragged = min(lengths) < L
         self.mask_BL = (torch.arange(L) < self.position_B[:, None]).long() if ragged else None
@@ -102,6 +106,9 @@ class TorchSession:
 
     @torch.inference_mode()
     def step(self, tokens_B: Tokens) -> Logits:
+        if self.apart:
+            alone = zip(self.apart, tokens_B, strict=True)
+            return np.concatenate([session.step(token[None]) for session, token in alone])
         if self.mask_BL is not None:
             seen = self.mask_BL.new_ones(len(tokens_B), 1)
             self.mask_BL = torch.cat([self.mask_BL, seen], dim=1)
@@ -109,6 +116,14 @@ class TorchSession:
         logits_B1V = self._run(token_B1, self.position_B[:, None])
         self.position_B = self.position_B + 1
         return logits_B1V[:, 0]
+
+    def _start_apart(self, tokens_BL: Tokens, lengths: Sequence[int]) -> Logits:
+        """A window counts slots of the cache, padding included: every prompt gets a cache alone."""
+        self.apart = [TorchSession(self.model) for _ in lengths]
+        logits_BLV = np.zeros((*tokens_BL.shape, self.model.config.vocab_size), dtype=np.float32)
+        for row, (session, length) in enumerate(zip(self.apart, lengths, strict=True)):
+            logits_BLV[row, :length] = session.start(tokens_BL[row : row + 1, :length])[0]
+        return logits_BLV
 
     def _run(self, token_BL: torch.Tensor, position_BL: torch.Tensor) -> Logits:
         output = self.model(

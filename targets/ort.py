@@ -150,8 +150,8 @@ def _config_problems(config: Any) -> list[str]:
             f"rope_type {rope!r} is written by the model builder as plain rotary embedding, "
             "without a word; export it with another target"
         )
-    window, context = config.get("sliding_window"), config.get("max_position_embeddings") or 0
-    if architecture == "MistralForCausalLM" and window and window < context:
+    window, context = window_of(config), config.get("max_position_embeddings") or 0
+    if window and window < context:
         problems.append(
             f"sliding_window {window} is left out by the model builder, which is exact only for "
             f"contexts up to it; lower max_position_embeddings from {context} to {window}"
@@ -167,6 +167,17 @@ def _head_dim(config: Any) -> int:
 def _rope_type(config: Any) -> str:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
+def window_of(config: Any) -> int | None:
+    """How far back a layer attends, where a class has a window at all."""
+    kind = config.get("model_type")
+    if kind in ("qwen2", "qwen3") and not config.get("use_sliding_window"):
+        return None
+    default = 4096 if kind == "mistral" else None
+    in_layers = kind in ("mistral", "qwen2", "qwen3", "phi3")
+    window: int | None = config.get("sliding_window", default) if in_layers else None
+    return window
 
 
 def _confused_widths(config: Any, q_width: int, kv_width: int) -> list[str]:

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from .hf import HuggingFace
+from .ort import window_of
 
 if TYPE_CHECKING:
     from dotexport.checkpoint import Checkpoint
@@ -111,6 +112,12 @@ def trace_problems(checkpoint: Checkpoint) -> list[str]:
         problems.append(
             f"rope_type {rope!r} changes its frequencies with the length of the text, and a graph "
             "holds one set of them; set it to 'default' if the context allows"
+        )
+    window, context = window_of(config), config.get("max_position_embeddings") or 0
+    if window and window < context:
+        problems.append(
+            f"sliding_window {window} is counted in slots of the cache by such a graph, padding "
+            f"included; lower max_position_embeddings from {context} to {window}"
         )
     odd = sorted(set(config.get("layer_types") or ()) - PLAIN_LAYERS)
     if odd:

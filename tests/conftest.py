@@ -57,6 +57,22 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 @pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """What differs from BASE, model_type among it -> the folder of such a model, sharded."""
+    folders: dict[str, Path] = {}
+
+    def make(**changes: Any) -> Path:
+        key = repr(changes)
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp(changes["model_type"]) / "model"
+            write_sharded(folders[key], **changes)
+            write_letters(folders[key])
+        return folders[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def assets() -> Path:
     """The folder of real models and texts; the test is skipped where there is none."""
     beside = Path(__file__).resolve().parents[1] / "../shared/assets"
@@ -71,11 +87,27 @@ def write_llama(folder: Path, *, dtype: torch.dtype = torch.float32, **changes: 
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**{"tie_word_embeddings": False, **BASE, **changes}))
+    randomise(model).to(dtype).save_pretrained(folder)
+
+
+def write_sharded(folder: Path, **changes: Any) -> None:
+    """A change to None leaves a setting to the class."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    settings = {"tie_word_embeddings": False, "pad_token_id": 0, **BASE, **changes}
+    config = AutoConfig.for_model(**{k: v for k, v in settings.items() if v is not None})
+    model = randomise(AutoModelForCausalLM.from_config(config))
+    model.save_pretrained(folder, max_shard_size="80KB")
+
+
+def randomise(model: Any) -> Any:
+    """Weights large enough that every layer matters: with the usual 0.02 two swapped ones hardly
+    show."""
     for name, parameter in model.named_parameters():
-        # Large enough that every layer matters: with the usual 0.02 two swapped ones hardly show.
         centre = 1.0 if "norm" in name else 0.0
         torch.nn.init.normal_(parameter, centre, 0.1 if parameter.ndim == 1 else 0.15)
-    model.to(dtype).save_pretrained(folder)
+    return model
 
 
 def write_tokenizer(folder: Path, *, size: int = 90) -> None:
@@ -86,6 +118,21 @@ def write_tokenizer(folder: Path, *, size: int = 90) -> None:
     vocab = {word: number for number, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+
+
+def write_letters(folder: Path, *, size: int = 90) -> None:
+    """Byte-level BPE of single letters, the one kind that every class of tokenizer here reads."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<unk>", "<s>", "</s>", *(chr(33 + n) for n in range(size - 3))]
+    vocab = {letter: number for number, letter in enumerate(letters)}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)

@@ -21,25 +21,43 @@ from typing import Any
 
 from dotexport.errors import CheckpointError, UnsupportedModelError
 
+ALWAYS = "always"
+"""In the place of a flag: a bias that the class has without asking config.json."""
+
 
 @dataclass(frozen=True)
 class Linear:
-    """A torch.nn.Linear: weight (out, in); `bias` names the config flag that gives it one."""
+    """A torch.nn.Linear: weight (out, in).
+
+    Attributes:
+        out: the space of its rows; of several matrices fused into one, their spaces in that order
+            (`query+kv+kv`).
+        bias: the config flag that gives it one, or ALWAYS.
+    """
 
     name: str
     out: str
     in_: str
     bias: str | None = None
 
+    @property
+    def outs(self) -> tuple[str, ...]:
+        return tuple(self.out.split("+"))
+
 
 @dataclass(frozen=True)
 class Sublayer:
-    """Norm, readers of the normalised stream, and one writer that adds back to it."""
+    """Norm, readers of the normalised stream, and one writer that adds back to it.
+
+    Attributes:
+        head_norms: norms over the features of each head, which no narrowing touches.
+    """
 
     module: str
     norm: str
     readers: tuple[Linear, ...]
     writer: Linear
+    head_norms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,8 +65,13 @@ class Family:
     """One stock class of transformers.
 
     Attributes:
-        gated: the MLP's reader whose nonlinearity forbids a free sign or scale.
+        gated: the MLP's reader whose nonlinearity forbids a free sign or scale; None where it is
+            fused with another.
         divides: whether the class insists on hidden_size % num_attention_heads == 0.
+        windows: whether layers of it can attend to a window (`sliding_window`) only.
+        carriers: architectures that compute the same and that more runtimes read, the best first;
+            what is written is the first that holds the sizes (carriers.py). Empty: itself.
+        head_dim: of a head, where config.json does not say; None: hidden_size / heads.
         tied_by_default: what tie_word_embeddings is where config.json does not say.
     """
 
@@ -59,15 +82,22 @@ class Family:
     sublayers: tuple[Sublayer, ...]
     final_norm: str
     head: Linear
-    gated: str
+    gated: str | None
     divides: bool
+    windows: bool = False
+    carriers: tuple[str, ...] = ()
+    head_dim: int | None = None
     tied_by_default: bool = False
 
     @property
     def bias_flags(self) -> frozenset[str]:
         """Flags of config.json that give linears of the class biases."""
-        linears = [linear for sub in self.sublayers for linear in (*sub.readers, sub.writer)]
-        return frozenset(linear.bias for linear in linears if linear.bias)
+        return frozenset(linear.bias for linear in self.linears if linear.bias) - {ALWAYS}
+
+    @property
+    def linears(self) -> list[Linear]:
+        """Those of one layer: readers, then the writer, sublayer by sublayer."""
+        return [linear for sub in self.sublayers for linear in (*sub.readers, sub.writer)]
 
     def layer_name(self, layer: int, part: str) -> str:
         return f"{self.layer.format(layer)}.{part}"
@@ -75,7 +105,12 @@ class Family:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The numbers of config.json that decide every shape."""
+    """The numbers of config.json that decide every shape, and what a carrier must hold besides.
+
+    Attributes:
+        biases: flags that are on.
+        windowed: some layers, unlike others, attend to a window only.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -86,6 +121,14 @@ class Sizes:
     vocab_size: int
     tied: bool
     biases: frozenset[str] = frozenset()
+    windowed: bool = False
+
+    def has_bias(self, linear: Linear) -> bool:
+        return linear.bias == ALWAYS or linear.bias in self.biases
+
+    def rows(self, linear: Linear) -> list[int]:
+        """Outputs of a linear, one number for each matrix that is fused into it."""
+        return [self.spaces[space] for space in linear.outs]
 
     @property
     def spaces(self) -> dict[str, int]:
@@ -105,7 +148,6 @@ class Sizes:
         intermediate_size: int | None = None,
         num_key_value_heads: int | None = None,
         tied: bool | None = None,
-        biases: frozenset[str] = frozenset(),
     ) -> Sizes:
         """The sizes after narrowing; None keeps what is.
 
@@ -113,7 +155,6 @@ class Sizes:
 
         Args:
             tied: False gives a shared table a head of its own.
-            biases: flags of config.json that give linears biases which the original lacks.
         """
         hidden = hidden_size or self.hidden_size
         groups = num_key_value_heads or self.num_key_value_heads
@@ -124,7 +165,6 @@ class Sizes:
             num_attention_heads=self.num_attention_heads // self.num_key_value_heads * groups,
             num_key_value_heads=groups,
             tied=self.tied if tied is None else self.tied and tied,
-            biases=self.biases | biases,
         )
 
 
@@ -135,11 +175,13 @@ def shapes(family: Family, sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]
     for layer in range(sizes.num_layers):
         for sublayer in family.sublayers:
             yield family.layer_name(layer, f"{sublayer.norm}.weight"), (sizes.hidden_size,)
+            for norm in sublayer.head_norms:
+                yield family.layer_name(layer, f"{norm}.weight"), (sizes.head_dim,)
             for linear in (*sublayer.readers, sublayer.writer):
-                name = family.layer_name(layer, linear.name)
-                yield f"{name}.weight", (width[linear.out], width[linear.in_])
-                if linear.bias in sizes.biases:
-                    yield f"{name}.bias", (width[linear.out],)
+                name, rows = family.layer_name(layer, linear.name), sum(sizes.rows(linear))
+                yield f"{name}.weight", (rows, width[linear.in_])
+                if sizes.has_bias(linear):
+                    yield f"{name}.bias", (rows,)
     yield f"{family.final_norm}.weight", (sizes.hidden_size,)
     if not sizes.tied:
         yield f"{family.head.name}.weight", (sizes.vocab_size, sizes.hidden_size)
@@ -172,12 +214,23 @@ def read_sizes(family: Family, config: Mapping[str, Any]) -> Sizes:
         intermediate_size=_size(named, "intermediate_size"),
         num_attention_heads=heads,
         num_key_value_heads=_size(named, "num_key_value_heads", default=heads),
-        head_dim=_size(named, "head_dim", default=hidden // heads),
+        head_dim=_size(named, "head_dim", default=family.head_dim or hidden // heads),
         num_layers=_size(named, "num_layers"),
         vocab_size=_size(named, "vocab_size"),
         tied=bool(config.get("tie_word_embeddings", family.tied_by_default)),
         biases=frozenset(flag for flag in family.bias_flags if config.get(flag)),
+        windowed=_windowed(config),
     )
+
+
+def _windowed(config: Mapping[str, Any]) -> bool:
+    """Whether the switch of the Qwen classes is on, and some layer behind it."""
+    kinds, layers = config.get("layer_types"), config.get("num_hidden_layers", 0)
+    if not config.get("use_sliding_window"):
+        return False
+    if kinds is not None:
+        return "sliding_attention" in kinds
+    return bool(layers > config.get("max_window_layers", 28))
 
 
 def _size(named: Any, key: str, *, default: int | None = None) -> int:
@@ -218,9 +271,15 @@ def check_shapes(
 
 def supported() -> dict[str, Family]:
     """Architecture -> family table."""
+    from dotexport.families.granite import GRANITE
     from dotexport.families.llama import LLAMA
+    from dotexport.families.mistral import MISTRAL
+    from dotexport.families.phi3 import PHI3
+    from dotexport.families.qwen2 import QWEN2
+    from dotexport.families.qwen3 import QWEN3
 
-    return {family.architecture: family for family in (LLAMA,)}
+    tables = (LLAMA, MISTRAL, GRANITE, QWEN2, QWEN3, PHI3)
+    return {family.architecture: family for family in tables}
 
 
 def find_family(config: Mapping[str, Any]) -> Family:
@@ -248,6 +307,26 @@ def find_family(config: Mapping[str, Any]) -> Family:
         f"{what} is not supported; dotexport narrows {', '.join(sorted(known))}. "
         "docs/adding-a-family.md shows how to add a table"
     )
+
+
+def find_carrier(family: Family, sizes: Sizes) -> Family:
+    """The class that these sizes are written as: the first of the carriers that can hold them."""
+    for carrier in (supported()[architecture] for architecture in family.carriers):
+        whole_heads = not carrier.divides or sizes.hidden_size % sizes.num_attention_heads == 0
+        if whole_heads and (carrier.windows or not sizes.windowed):
+            return carrier
+    return family
+
+
+def carried_biases(family: Family, carrier: Family, sizes: Sizes) -> frozenset[str]:
+    """The carrier's flags for biases: those that are on, and those of linears that have one."""
+    on: set[str | None] = set(sizes.biases)
+    apart = iter(carrier.linears)
+    for linear in family.linears:
+        flags = {next(apart).bias for _ in linear.outs}
+        if sizes.has_bias(linear):
+            on |= flags
+    return frozenset(flag for flag in carrier.bias_flags if flag in on)
 
 
 def check_quantised(config: Mapping[str, Any]) -> None:

@@ -91,18 +91,33 @@ def test_all_problems_are_listed_at_once(tiny_llama: Callable[[str], Path]) -> N
         assert word in problem
 
 
+@pytest.mark.parametrize(
+    ("architecture", "model_type"),
+    [
+        ("MistralForCausalLM", "mistral"),
+        ("Qwen2ForCausalLM", "qwen2"),
+        ("Qwen3ForCausalLM", "qwen3"),
+    ],
+)
 def test_a_window_that_the_builder_leaves_out_is_refused(
-    tiny_llama: Callable[[str], Path],
+    architecture: str, model_type: str, tiny_llama: Callable[[str], Path]
 ) -> None:
     folder = tiny_llama("wide-heads")
-    config = {**Checkpoint.open(folder).config, "architectures": ["MistralForCausalLM"]}
+    config = {
+        **Checkpoint.open(folder).config,
+        "architectures": [architecture],
+        "model_type": model_type,
+        "use_sliding_window": True,
+    }
 
-    def problems(window: int | None) -> list[str]:
-        windowed = Checkpoint(folder, {**config, "sliding_window": window}, {})
+    def problems(window: int | None, **changes: Any) -> list[str]:
+        windowed = Checkpoint(folder, {**config, "sliding_window": window, **changes}, {})
         return find_target("ort-cpu").problems(windowed, "fp32")
 
     assert problems(None) == problems(512) == []
     assert "max_position_embeddings from 512 to 64" in problems(64)[0]
+    switched_off = problems(64, use_sliding_window=False)
+    assert (switched_off == []) == (model_type != "mistral")
 
 
 def test_a_failing_builder_is_quoted(tiny_llama: Callable[[str], Path], tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""Every class that is written, narrowed and run by every target that can hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dotexport.calibrate import TextOptions
+from dotexport.errors import RuntimeMissingError, SizeError
+from dotexport.exporting import export
+from dotexport.shrinking import ShrinkOptions, shrink
+from dotexport.site import NarrowOptions
+from dotexport.sizing import SizeOptions
+
+SQUARE = {"head_dim": None, "hidden_size": 64}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+ALL = ["onnx", "openvino", "ort-cpu", "gguf"]
+
+# Name -> the original, the targets that are tried, and those of them that hold what is written.
+MODELS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
+    "window": ({"model_type": "mistral", "sliding_window": 16}, ALL, []),
+    "phi3": (
+        {"model_type": "phi3", **SQUARE, "sliding_window": None},
+        ["onnx", "openvino", "ort-cpu"],
+        ["onnx", "openvino", "ort-cpu"],
+    ),
+    "qwen2": ({"model_type": "qwen2", **SQUARE}, ["ort-cpu", "gguf"], ["ort-cpu", "gguf"]),
+    "qwen3": ({"model_type": "qwen3"}, ["ort-cpu"], ["ort-cpu"]),
+    "qwen3-yarn": ({"model_type": "qwen3", "rope_parameters": YARN}, ALL, ["onnx", "openvino"]),
+    "granite": (
+        {"model_type": "granite", "residual_multiplier": 0.2, "attention_multiplier": 0.1},
+        ALL,
+        ["onnx", "openvino", "ort-cpu"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_narrowed_family_computes_in_every_target_what_torch_computes(
+    name: str, tiny_model: Callable[..., Path], tmp_path: Path, translated_once: None
+) -> None:
+    changes, tried, expected = MODELS[name]
+    model = tiny_model(num_hidden_layers=2, **changes)
+    letters = np.random.default_rng(0).integers(0, 87, size=2000)
+    text = tmp_path / "letters.txt"
+    text.write_text("".join(chr(33 + n) for n in letters))
+    options = ShrinkOptions(
+        text=TextOptions(source=str(text), samples=12, seqlen=64),
+        sizes=SizeOptions(hidden_size=40, intermediate_size=64),
+        narrow=NarrowOptions(local=None),
+    )
+    out = shrink(model, tmp_path / "out", options, device="cpu").out
+    made = []
+    for target in ["hf", *tried]:
+        try:
+            made += [artifact.target for artifact in export(out, [target])]
+        except SizeError:  # it said so before it wrote anything
+            assert target not in expected
+        except RuntimeMissingError:
+            expected = [other for other in expected if other != target]
+    # Nothing failed to agree with torch: that would have raised.
+    assert sorted(made) == sorted(["hf", *expected])
