@@ -14,7 +14,7 @@ _HOMES = {
     "evaluate": "evaluating",
     "export": "exporting",
     "shrink": "shrinking",
-    "verify": "verifying",
+    "verify": "exporting",
 }
 
 __all__ = ["ShrinkOptions", "evaluate", "export", "shrink", "verify"]
