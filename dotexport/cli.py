@@ -375,18 +375,31 @@ def export(
 @app.command()
 def verify(
     out: Output,
-    target: Annotated[list[str] | None, typer.Option(help="Only these; default: all.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Only these, vllm among them; default: all artifacts.")
+    ] = None,
+    vllm_python: Annotated[
+        Path | None, typer.Option(help="Python of an environment with vLLM, for --target vllm.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Hold every artifact against torch: prefill, cached decode, padding, greedy tokens, NaN.
 
-    Exit code 3 if one of them does not compute what torch computes.
+    Exit code 3 if one of them does not compute what torch computes. With --target vllm, hf/ is
+    loaded by vLLM, which must say torch's greedy tokens.
     """
+    from dotexport.targets.served import NAME, verify_vllm
     from dotexport.verifying import require
     from dotexport.verifying import verify as check
 
+    by_vllm = NAME in (target or ())
+    if by_vllm != (vllm_python is not None):
+        raise UsageError("expected --target vllm and --vllm-python together, or neither")
+    others = None if target is None else [name for name in target if name != NAME]
     with stderr.status("verifying"):
-        parities = check(out, target)
+        parities = [] if by_vllm and not others else check(out, others)
+        if vllm_python is not None:
+            parities.append(verify_vllm(out, vllm_python))
     if as_json:
         show_json([parity.as_dict() for parity in parities])
     else:
