@@ -41,7 +41,11 @@ def main(
     asked = target or target_names()
     with tempfile.TemporaryDirectory() as scratch:
         shrunk = Path(scratch) / "out"
-        shrink(embedded.MODEL_DIR, shrunk, ShrinkOptions(sizes=SizeOptions(params=PARAMS), text=CALIBRATION))
+        shrink(
+            embedded.MODEL_DIR,
+            shrunk,
+            ShrinkOptions(sizes=SizeOptions(params=PARAMS), text=CALIBRATION),
+        )
         checkpoint = Checkpoint.open(shrunk / "hf")
         reference = compute_reference(checkpoint)
         ready, missing = _usable(asked)
