@@ -119,8 +119,11 @@ model = ORTModelForCausalLM.from_pretrained(sys.argv[1])
 said = []
 for prompt in json.loads(sys.argv[2]):
     ids = torch.tensor([prompt])
-    # An end-of-text token must not end it: torch's continuation goes on as well.
-    out = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    # An end-of-text token must not end it, and none is padding: so it is for torch, too.
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False,
+        eos_token_id=None, pad_token_id=0,
+    )
     said.append(out[0, len(prompt):].tolist())
 print(json.dumps(said))
 """
