@@ -18,7 +18,7 @@ import torch
 
 from dotexport.checkpoint import Checkpoint, TensorSpec
 from dotexport.errors import UnsupportedModelError
-from dotexport.families import Family, Sizes, carried_biases, read_sizes, shapes
+from dotexport.families import Family, carried_biases, read_sizes, shapes
 from dotexport.sizing import Plan
 
 # config.json key of Granite -> what it is where nothing is multiplied.
@@ -78,18 +78,27 @@ def carry(source: Checkpoint, decided: Plan) -> tuple[Checkpoint, Plan]:
     Raises:
         UnsupportedModelError: the carrier has no place for something in config.json.
     """
-    if decided.carrier is decided.family and not _multiplied(source.config):
+    config, carried = carry_config(source.config, decided)
+    if carried is decided:
         return source, decided
-    config = carried_config(source.config, decided.family, decided.carrier)
-    before = read_sizes(decided.carrier, config)
-    parts = dict(_parts(decided.family, decided.carrier, decided.before, before, source.config))
+    parts = dict(_parts(decided, carried, source.config))
     files = {name: source.files[part.source] for name, part in parts.items() if part.source}
-    carried = Carried(
-        source.folder, config, files, source, parts, dict(shapes(decided.carrier, before))
-    )
-    return carried, replace(
-        decided, family=decided.carrier, before=before, after=decided.carried_after
-    )
+    expected = dict(shapes(carried.family, carried.before))
+    return Carried(source.folder, config, files, source, parts, expected), carried
+
+
+def carry_config(config: Mapping[str, Any], decided: Plan) -> tuple[Mapping[str, Any], Plan]:
+    """The same for a config.json alone.
+
+    Raises:
+        UnsupportedModelError: the carrier has no place for something in it.
+    """
+    family, carrier = decided.family, decided.carrier
+    if carrier is family and all(config.get(key, 1.0) == 1.0 for key in MULTIPLIERS):
+        return config, decided
+    carried = carried_config(config, family, carrier)
+    before = read_sizes(carrier, carried)
+    return carried, replace(decided, family=carrier, before=before, after=decided.carried_after)
 
 
 def carried_config(config: Mapping[str, Any], family: Family, carrier: Family) -> dict[str, Any]:
@@ -125,14 +134,9 @@ def carried_config(config: Mapping[str, Any], family: Family, carrier: Family) -
     }
 
 
-def _multiplied(config: Mapping[str, Any]) -> bool:
-    return any(config.get(key, 1.0) != 1.0 for key in MULTIPLIERS)
-
-
-def _parts(
-    family: Family, carrier: Family, sizes: Sizes, carried: Sizes, config: Mapping[str, Any]
-) -> Iterator[tuple[str, Part]]:
+def _parts(decided: Plan, carried: Plan, config: Mapping[str, Any]) -> Iterator[tuple[str, Part]]:
     """Every tensor of the carrier, in the order of its shapes."""
+    family, carrier, sizes = decided.family, carried.family, decided.before
     embedding, residual, logits = (float(config.get(key, 1.0)) for key in MULTIPLIERS)
     scales = {f"{family.embedding}.weight": embedding}
     # The head divides by its scaling, and a shared table has the embedding's multiplier in it.
@@ -151,5 +155,5 @@ def _parts(
                 bias = f"{found}.bias" if sizes.has_bias(linear) else None
                 sources[f"{name}.bias"] = Part(bias, *kept)
                 start += rows
-    for name, _ in shapes(carrier, carried):
+    for name, _ in shapes(carrier, carried.before):
         yield name, sources.get(name) or Part(name, scale=scales.get(name, 1.0))

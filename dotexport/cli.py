@@ -21,6 +21,7 @@ from dotexport.errors import DotexportError, RuntimeMissingError, UsageError
 from dotexport.terminal import (
     progress,
     show_allocation,
+    show_costs,
     show_diagnosis,
     show_error,
     show_json,
@@ -317,13 +318,26 @@ def plan(
     kv_heads: KvHeads = None,
     tied: Tied = None,
     bias: Bias = False,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME or NAME:PRECISION that must take the sizes, e.g. gguf:int4."),
+    ] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option(help="Devices that share every matrix: heads and MLP must divide.")
+    ] = 1,
+    group: Annotated[
+        int, typer.Option(help="Weights per scale in later quantisation, e.g. 128: rows divide.")
+    ] = 1,
     as_json: Json = False,
 ) -> None:
-    """Show the sizes that shrink would choose. Reads config.json only."""
+    """Show sizes that all named targets take, and what they cost. Reads config.json only.
+
+    Example: dotexport plan ./llama --params 0.7x --target gguf:int4 --target ort-cpu:int4
+    """
     from dotexport.checkpoint import read_config
     from dotexport.pipeline import source_folder
+    from dotexport.planning import Deployment, choose
     from dotexport.sizing import SizeOptions
-    from dotexport.sizing import plan as decide
 
     asked = SizeOptions(
         params=params,
@@ -335,11 +349,13 @@ def plan(
         tied=tied,
         bias=bias,
     )
-    decided = decide(read_config(source_folder(model, config_only=True)), asked)
+    where = Deployment(targets=tuple(target or ()), tensor_parallel=tensor_parallel, group=group)
+    chosen = choose(read_config(source_folder(model, config_only=True)), asked, where)
     if as_json:
-        show_json(decided.as_dict())
+        show_json(chosen.as_dict())
         return
-    show_rows("sizes", {"sizes": decided.as_dict()})
+    show_rows("sizes", {"sizes": chosen.plan.as_dict()})
+    show_costs(chosen)
 
 
 @app.command()

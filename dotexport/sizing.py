@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from dotexport.errors import SizeError, UsageError
@@ -52,6 +53,8 @@ class Plan:
     @property
     def carried_after(self) -> Sizes:
         """The sizes after narrowing in the carrier's words: biases go by other names there."""
+        if self.carrier is self.family:
+            return self.after
         biases = carried_biases(self.family, self.carrier, self.after)
         return replace(self.after, biases=biases)
 
@@ -64,7 +67,7 @@ class Plan:
     def parameters_before(self) -> int:
         return num_parameters(self.family, self.before)
 
-    @property
+    @cached_property
     def parameters_after(self) -> int:
         return num_parameters(self.carrier, self.carried_after)
 
@@ -139,10 +142,12 @@ def plan(config: Mapping[str, Any], asked: SizeOptions) -> Plan:
     check_sizes(family, before, asked)
     if not asked.budgeted:
         return Plan(family, before, _narrowed(family, before, asked))
-    return min(
-        within_budget(config, asked),
-        key=lambda p: (strain(before, p.after), -p.parameters_after),
-    )
+    return min(within_budget(config, asked), key=preference)
+
+
+def preference(decided: Plan) -> tuple[float, int]:
+    """What plans are sorted by, the best first."""
+    return strain(decided.before, decided.after), -decided.parameters_after
 
 
 def read_model(config: Mapping[str, Any]) -> tuple[Family, Sizes]:
@@ -172,8 +177,13 @@ def check_sizes(family: Family, before: Sizes, asked: SizeOptions) -> None:
         check_intermediate(before, asked.intermediate_size)
 
 
-def within_budget(config: Mapping[str, Any], asked: SizeOptions) -> list[Plan]:
+def within_budget(
+    config: Mapping[str, Any], asked: SizeOptions, *, step: int | None = None
+) -> list[Plan]:
     """All plans on the legal grid that meet the budget.
+
+    Args:
+        step: of the grid of hidden sizes; None: the coarsest that leaves a choice.
 
     Raises:
         SizeError: there is none.
@@ -181,7 +191,7 @@ def within_budget(config: Mapping[str, Any], asked: SizeOptions) -> list[Plan]:
     """
     family, before = read_model(config)
     whole = Plan(family, before, before)
-    grid = _grid(family, before, asked)
+    grid = _grid(family, before, asked, step or hidden_step(family, before))
     plans = [Plan(family, before, _narrowed(family, before, choice)) for choice in grid]
     cost, limit = _budget(config, whole, plans, asked)
     fitting = [p for p in plans if cost(p) <= limit]
@@ -222,11 +232,10 @@ def _budget_text(asked: SizeOptions) -> str:
     return next(f"a budget of {text} {what}" for what, text in budgets.items() if text)
 
 
-def _grid(family: Family, before: Sizes, asked: SizeOptions) -> Iterator[SizeOptions]:
+def _grid(family: Family, before: Sizes, asked: SizeOptions, step: int) -> Iterator[SizeOptions]:
     """Every combination of legal sizes, where an axis is not given."""
     groups = [asked.num_key_value_heads] if asked.num_key_value_heads else group_choices(before)
     mlps = [asked.intermediate_size] if asked.intermediate_size else intermediate_choices(before)
-    step = _hidden_step(family, before)
     for count in groups:
         heads = before.narrowed(num_key_value_heads=count)
         if asked.hidden_size:
@@ -276,12 +285,17 @@ def hidden_choices(family: Family, sizes: Sizes, step: int) -> list[int]:
     return sorted({*_multiples(_hidden_grid(family, sizes, step), sizes.hidden_size), *whole})
 
 
-def _hidden_step(family: Family, sizes: Sizes) -> int:
+def hidden_step(family: Family, sizes: Sizes) -> int:
     """The coarsest step that still leaves a choice."""
-    for step in _steps(sizes.hidden_size):
+    for step in hidden_steps(sizes):
         if len(_multiples(_hidden_grid(family, sizes, step), sizes.hidden_size)) >= 4:
             break
     return step
+
+
+def hidden_steps(sizes: Sizes) -> list[int]:
+    """Steps of hidden sizes that kernels like, the coarsest first."""
+    return _steps(sizes.hidden_size)
 
 
 def _hidden_grid(family: Family, sizes: Sizes, step: int) -> int:

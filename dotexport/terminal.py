@@ -16,6 +16,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from dotexport.allocate import Allocation
     from dotexport.parity import Parity
+    from dotexport.planning import Choice
     from dotexport.sight import Progress
 
 stderr = Console(stderr=True)
@@ -99,6 +100,33 @@ def show_allocation(allocation: Allocation) -> None:
         )
         checked.add_row(*sizes, f"{row['predicted_kl']:.4f}", f"{row['held_out_kl']:.4f}")
     stderr.print(checked)
+
+
+def show_costs(chosen: Choice) -> None:
+    """What planned sizes cost in every target, and what decided them."""
+    console, costs = Console(), chosen.costs
+    table = Table("", "original", "narrowed", title="bytes, estimated from config.json")
+    rows = {f"{name}, MB": sizes for name, sizes in costs.artifacts.items()}
+    for label, sizes in rows.items():
+        table.add_row(label, *(f"{size / 1e6:,.2f}" for size in sizes))
+    for name, sizes in costs.cache_per_token.items():
+        table.add_row(f"{name}, KV cache per token, KB", *(f"{size / 1e3:,.2f}" for size in sizes))
+    table.add_row("disk for hf/ and artifacts, MB", "", f"{costs.disk / 1e6:,.2f}")
+    table.add_row("peak memory of shrink, MB", "", f"{costs.shrink_memory / 1e6:,.0f}")
+    console.print(table)
+    before, after = chosen.plan.architectures
+    if before != after:
+        console.print(f"written as {after}, which computes the same as {before}", soft_wrap=True)
+    after_sizes = chosen.plan.after
+    console.print(
+        f"shrink to them with --hidden {after_sizes.hidden_size} "
+        f"--intermediate {after_sizes.intermediate_size} "
+        f"--kv-heads {after_sizes.num_key_value_heads}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    if chosen.binding:
+        console.print(f"decided by {'; '.join(chosen.binding)}", soft_wrap=True, highlight=False)
 
 
 def show_parities(parities: Iterable[Parity]) -> None:

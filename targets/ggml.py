@@ -13,10 +13,10 @@ import importlib.util
 import io
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import gguf
 import numpy as np
@@ -59,6 +59,9 @@ class Gguf:
     name = "gguf"
     summary = "GGUF for llama.cpp (int8 is Q8_0, int4 is Q4_0), read back by transformers"
     precisions = ("fp16", "int8", "int4")
+    weight_bits: ClassVar = {"fp16": (16, 16), "int8": (8.5, 8.5), "int4": (4.5, 8.5)}
+    row_groups: ClassVar = {"int8": BLOCK, "int4": BLOCK}
+    cache_bytes = 2  # what llama.cpp keeps unless told otherwise
     exact_rounding = ()  # rows that are no multiple of 32 stay F16
 
     def missing(self) -> list[str]:
@@ -70,9 +73,12 @@ class Gguf:
 
         return [
             *HuggingFace().problems(checkpoint, "as-stored"),
-            *_config_problems(checkpoint.config),
+            *self.config_problems(checkpoint.config, precision),
             *_tokenizer_problems(checkpoint),
         ]
+
+    def config_problems(self, config: Mapping[str, Any], precision: str) -> list[str]:
+        return _config_problems(config)
 
     def write(self, checkpoint: Checkpoint, folder: Path, precision: str) -> None:
         arch = ARCHITECTURES[checkpoint.config["architectures"][0]]

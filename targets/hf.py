@@ -6,7 +6,7 @@ Shapes: B sequences, L tokens of the longest prompt, V vocabulary.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ class HuggingFace:
     summary = "stock transformers checkpoint: torch, vLLM, SGLang, TGI"
     precisions = ("as-stored",)
     exact_rounding = ()
+    weight_bits: Mapping[str, tuple[float, float]] = {}  # as stored
 
     def missing(self) -> list[str]:
         return []  # torch and transformers are what dotexport itself stands on
@@ -40,6 +41,14 @@ class HuggingFace:
             ]
         try:
             AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+        except Exception as error:  # whatever the config class objects to is the answer
+            return [f"transformers refuses config.json: {_first_line(error)}"]
+        return []
+
+    def config_problems(self, config: Mapping[str, Any], precision: str) -> list[str]:
+        settings = dict(config)
+        try:
+            AutoConfig.for_model(settings.pop("model_type", ""), **settings)
         except Exception as error:  # whatever the config class objects to is the answer
             return [f"transformers refuses config.json: {_first_line(error)}"]
         return []

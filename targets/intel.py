@@ -12,8 +12,9 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import openvino as ov
@@ -51,6 +52,8 @@ class OpenVino:
     name = "openvino"
     summary = "OpenVINO on the CPU: a stateful graph, named as optimum-intel does"
     precisions = ("fp32", "fp16", "int8", "int4")
+    weight_bits: ClassVar = {"fp32": (32, 32), "fp16": (16, 16), "int8": (8, 16), "int4": (4.5, 16)}
+    row_groups: ClassVar = {"int4": QUANTISED_BLOCK}
     exact_rounding = ()  # blocks are smaller where a width is no multiple of 32
 
     def missing(self) -> list[str]:
@@ -60,6 +63,11 @@ class OpenVino:
         from .traced import trace_problems
 
         return trace_problems(checkpoint)
+
+    def config_problems(self, config: Mapping[str, Any], precision: str) -> list[str]:
+        from .traced import config_problems
+
+        return config_problems(config)
 
     def write(self, checkpoint: Checkpoint, folder: Path, precision: str) -> None:
         graph = _translate(checkpoint)

@@ -15,9 +15,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +56,7 @@ class OrtCpu:
     summary = "ONNX Runtime on the CPU; onnxruntime-genai loads the same folder"
     precisions = ("fp32", "int4")
     exact_rounding = ("int4",)
+    weight_bits: ClassVar = {"fp32": (32, 32), "int4": (5, 32)}  # a float32 scale per 32
 
     def missing(self) -> list[str]:
         wanted = {
@@ -65,7 +67,11 @@ class OrtCpu:
         return [how for module, how in wanted.items() if importlib.util.find_spec(module) is None]
 
     def problems(self, checkpoint: Checkpoint, precision: str) -> list[str]:
-        return [*_config_problems(checkpoint.config), *_folder_problems(checkpoint)]
+        config = checkpoint.config
+        return [*self.config_problems(config, precision), *_folder_problems(checkpoint)]
+
+    def config_problems(self, config: Mapping[str, Any], precision: str) -> list[str]:
+        return _config_problems(config)
 
     def write(self, checkpoint: Checkpoint, folder: Path, precision: str) -> None:
         with tempfile.TemporaryDirectory(prefix="dotexport-") as cache:
@@ -207,6 +213,7 @@ def _folder_problems(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
+@cache
 def _known_architectures() -> set[str]:
     # The builder has no list to import, and importing it would load half of transformers.
     text = _builder().read_text(encoding="utf-8")

@@ -13,8 +13,9 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -41,6 +42,7 @@ class Portable:
     summary = "portable ONNX graph with KV cache, in the layout of Optimum and transformers.js"
     precisions = ("fp32", "int8")
     exact_rounding = ()
+    weight_bits: ClassVar = {"fp32": (32, 32), "int8": (8, 32)}
 
     def missing(self) -> list[str]:
         return []  # without onnxscript this file cannot be imported
@@ -49,6 +51,11 @@ class Portable:
         from .traced import trace_problems
 
         return trace_problems(checkpoint)
+
+    def config_problems(self, config: Mapping[str, Any], precision: str) -> list[str]:
+        from .traced import config_problems
+
+        return config_problems(config)
 
     def write(self, checkpoint: Checkpoint, folder: Path, precision: str) -> None:
         model = _translate(checkpoint)

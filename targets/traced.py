@@ -105,8 +105,13 @@ def _dynamic_axes(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def trace_problems(checkpoint: Checkpoint) -> list[str]:
     """Every reason why one graph with a plain cache cannot stand for this model."""
-    config = checkpoint.config
-    problems = HuggingFace().problems(checkpoint, "as-stored")
+    stock = HuggingFace().problems(checkpoint, "as-stored")
+    return stock + config_problems(checkpoint.config)
+
+
+def config_problems(config: Any) -> list[str]:
+    """Those that config.json alone gives."""
+    problems = []
     rope = rope_type(config)
     if rope in CHANGING_ROPE:
         problems.append(

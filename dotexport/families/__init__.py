@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -130,7 +131,7 @@ class Sizes:
         """Outputs of a linear, one number for each matrix that is fused into it."""
         return [self.spaces[space] for space in linear.outs]
 
-    @property
+    @cached_property
     def spaces(self) -> dict[str, int]:
         """Space -> number of neurons."""
         return {
@@ -190,12 +191,13 @@ def shapes(family: Family, sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]
 def num_parameters(family: Family, sizes: Sizes) -> int:
     """Distinct weights; a tied embedding counts once."""
     # All layers are alike, and a search over sizes asks this thousands of times.
-    one, two = (_count(family, replace(sizes, num_layers=layers)) for layers in (1, 2))
-    return one + (sizes.num_layers - 1) * (two - one)
-
-
-def _count(family: Family, sizes: Sizes) -> int:
-    return sum(math.prod(shape) for _, shape in shapes(family, sizes))
+    repeated, once = 0, 0
+    for name, shape in shapes(family, replace(sizes, num_layers=1)):
+        if name.startswith(family.layer_name(0, "")):
+            repeated += math.prod(shape)
+        else:
+            once += math.prod(shape)
+    return once + sizes.num_layers * repeated
 
 
 def read_sizes(family: Family, config: Mapping[str, Any]) -> Sizes:
@@ -269,6 +271,7 @@ def check_shapes(
             )
 
 
+@cache
 def supported() -> dict[str, Family]:
     """Architecture -> family table."""
     from dotexport.families.granite import GRANITE
