@@ -123,7 +123,7 @@ def _learned(sight: Sight, width: int, options: TransportOptions) -> tuple[Array
             basis_DK = torch.linalg.qr(free_DK).Q
             loss = reader_loss(sight, basis_DK)
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         if float(loss.detach()) < least:
             best_DK, least = basis_DK.detach().clone(), float(loss.detach())
         optimiser.step()

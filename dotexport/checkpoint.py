@@ -141,7 +141,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(
             f"{folder} is not a model folder: it has no config.json; "
-            "expected a transformers checkpoint (config.json and *.safetensors)"
+            "expected a transformers checkpoint (config.json and *.safetensors) or a diffusers "
+            "pipeline (model_index.json)"
         )
     return read_json(file, advice="take a fresh copy")
 

@@ -33,7 +33,19 @@ from dotexport.terminal import (
 
 
 class Verbs(TyperGroup):
-    """Ends an interrupted verb with a word and exit code 130, whatever the release of typer."""
+    """Ends an interrupted verb with a word and exit code 130, whatever the release of typer.
+
+    A verb that is given a diffusers pipeline is the one of dotexport/diffusion/cli.py instead.
+    """
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
+        if any(_holds_pipeline(arg) for arg in args[1:]):
+            from dotexport.diffusion.cli import app as pipelines
+
+            known = typer.main.get_command(pipelines)
+            if args[0] in getattr(known, "commands", {}):
+                return known.resolve_command(ctx, args)  # type: ignore[attr-defined]
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         try:
@@ -42,6 +54,14 @@ class Verbs(TyperGroup):
             kept = escape(str(error)) or "nothing unfinished was kept"
             stderr.print(f"[bold red]interrupted[/]: {kept}", soft_wrap=True, highlight=False)
             raise typer.Exit(130) from error
+
+
+def _holds_pipeline(argument: str) -> bool:
+    folder = Path(argument)
+    try:
+        return any((at / "model_index.json").is_file() for at in (folder, folder / "pipeline"))
+    except OSError:  # no name of a folder at all
+        return False
 
 
 app = typer.Typer(
@@ -230,6 +250,8 @@ def shrink(
     """Narrow a model: MODEL in, OUT/hf of the same stock class out.
 
     Example: dotexport shrink ./llama -o out --params 0.7x --calib text.jsonl
+
+    A diffusers pipeline folder has options of its own: dotexport shrink FOLDER --help
     """
     from dotexport.pipeline import source_folder
     from dotexport.recipe import Recipe, ShrinkStep
@@ -369,18 +391,31 @@ def export(
 @app.command()
 def verify(
     out: Output,
-    target: Annotated[list[str] | None, typer.Option(help="Only these; default: all.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Only these, vllm among them; default: all artifacts.")
+    ] = None,
+    vllm_python: Annotated[
+        Path | None, typer.Option(help="Python of an environment with vLLM, for --target vllm.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Hold every artifact against torch: prefill, cached decode, padding, greedy tokens, NaN.
 
-    Exit code 3 if one of them does not compute what torch computes.
+    Exit code 3 if one of them does not compute what torch computes. With --target vllm, hf/ is
+    loaded by vLLM, which must say torch's greedy tokens.
     """
+    from dotexport.targets.served import NAME, verify_vllm
     from dotexport.verifying import require
     from dotexport.verifying import verify as check
 
+    by_vllm = NAME in (target or ())
+    if by_vllm != (vllm_python is not None):
+        raise UsageError("expected --target vllm and --vllm-python together, or neither")
+    others = None if target is None else [name for name in target if name != NAME]
     with stderr.status("verifying"):
-        parities = check(out, target)
+        parities = [] if by_vllm and not others else check(out, others)
+        if vllm_python is not None:
+            parities.append(verify_vllm(out, vllm_python))
     if as_json:
         show_json([parity.as_dict() for parity in parities])
     else:

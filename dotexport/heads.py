@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dotexport import obs
 from dotexport.merge import MERGE_LEVELS
 from dotexport.ot.cost import Cost
 from dotexport.ot.coupling import Coupling, TransportOptions, couple
@@ -106,23 +107,13 @@ def _by_obs(moments: Moments, writer_ON: Tensor, groups: Groups, count: int) -> 
     G is the inverse of the damped Gram matrix and S the features of one group, so a score is
     the exact increase of the reconstruction loss when that group leaves and all else is refitted.
     """
-    gram_NN = moments.inputs_II / max(moments.count, 1)
-    gram_NN.diagonal().add_((DAMPING * gram_NN.diagonal().mean()).clamp_min(1e-30))
-    inverse_NN = torch.linalg.inv(gram_NN)
-    writer_ON = ridge_solve(moments, writer_ON.double(), DAMPING)
-    columns, alive = _each(groups), list(range(groups.count))
-    while len(alive) > count:
-        scores = [_group_loss(inverse_NN, writer_ON, columns[group]) for group in alive]
-        gone = columns[alive.pop(int(np.argmin(scores)))]
-        solved_SN = torch.linalg.solve(inverse_NN[gone][:, gone], inverse_NN[gone])
-        writer_ON = writer_ON - writer_ON[:, gone] @ solved_SN
-        inverse_NN = inverse_NN - inverse_NN[:, gone] @ solved_SN
-    return torch.tensor(alive, device=writer_ON.device)
-
-
-def _group_loss(inverse_NN: Tensor, writer_ON: Tensor, gone: Tensor) -> float:
-    w_OS = writer_ON[:, gone]
-    return float((torch.linalg.solve(inverse_NN[gone][:, gone], w_OS.T).T * w_OS).sum())
+    problem = obs.Problem(
+        ridge_solve(moments, writer_ON.double(), DAMPING),
+        obs.damped(moments.inputs_II / max(moments.count, 1), DAMPING),
+        torch.stack(_each(groups)).to(writer_ON.device),
+    )
+    removal = obs.greedy([problem], groups.count - count)
+    return removal.kept(groups.count, count).to(writer_ON.device)
 
 
 def _contribution(moments: Moments, writer_ON: Tensor, columns: Tensor) -> float:

@@ -40,7 +40,7 @@ class Stock:
         if getattr(single, "layer_types", None):
             single.layer_types = single.layer_types[:1]
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(single)  # type: ignore[no-untyped-call]
+            model = AutoModelForCausalLM.from_config(single)
         decoder = model.get_decoder()
         rotary = type(decoder.rotary_emb)(config=stock).to(device)
         return cls(stock, type(decoder.layers[0]), type(decoder.norm), rotary)

@@ -94,7 +94,7 @@ def heal(
         with torch.enable_grad():
             loss = _error(step(before_BLK), goal_BLK, weight_BL1)
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         optimiser.step()
         schedule.step()
         if number in checked and (error := batches.held_out_error(step)) < least:

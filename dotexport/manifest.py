@@ -21,6 +21,7 @@ LIBRARIES = (
     "dotexport",
     "torch",
     "transformers",
+    "diffusers",
     "safetensors",
     "numpy",
     "scipy",

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dotexport import obs
 from dotexport.ot.cost import activation_distance, cosine
 from dotexport.ot.coupling import Coupling, TransportOptions, couple
 from dotexport.refit import Moments, ridge_solve
@@ -72,46 +73,16 @@ def choose_by_obs(
 
     H is the damped Gram matrix of the neurons and w_i the column of the least-squares writer, so a
     score is the exact increase of the reconstruction loss when one neuron leaves and all others
-    are refitted (Hassibi and Stork 1993). Large layers lose several neurons per step, which makes
-    the downdate of everything else a matrix product.
+    are refitted.
     """
     size = len(moments.inputs_II)
-    gram_NN = moments.inputs_II / max(moments.count, 1)
-    # Nothing fires in a layer of zeros: the bound keeps its inverse finite.
-    gram_NN.diagonal().add_((damping * gram_NN.diagonal().mean()).clamp_min(1e-30))
-    inverse_NN = torch.linalg.inv(gram_NN)
-    writer_ON = ridge_solve(moments, writer_ON.double(), damping)
-    alive = torch.ones(size, dtype=torch.bool, device=gram_NN.device)
-    block = max(1, size // 256)
-    while (excess := int(alive.sum()) - width) > 0:
-        leaving = _cheapest(inverse_NN, writer_ON, alive, min(block, excess))
-        # W -= W_S (G_SS)^-1 G_S,:  and  G -= G_:,S (G_SS)^-1 G_S,:
-        solved_SN = torch.linalg.solve(inverse_NN[leaving][:, leaving], inverse_NN[leaving])
-        writer_ON = writer_ON - writer_ON[:, leaving] @ solved_SN
-        inverse_NN = inverse_NN - inverse_NN[:, leaving] @ solved_SN
-        alive[leaving] = False
-    return alive.nonzero().flatten()
-
-
-def _cheapest(inverse_NN: Tensor, writer_ON: Tensor, alive: Tensor, count: int) -> Tensor:
-    """The next `count` neurons to leave, one by one among the cheapest few.
-
-    One by one, because two copies of each other are both cheap until one of them has gone.
-    """
-    score_N = writer_ON.square().sum(0) / inverse_NN.diagonal()
-    score_N[~alive] = torch.inf
-    pool = torch.argsort(score_N, stable=True)[: min(4 * count, int(alive.sum()))]
-    inverse_PP, writer_OP = inverse_NN[pool][:, pool], writer_ON[:, pool]
-    leaving: list[int] = []
-    for _ in range(count):
-        score_P = writer_OP.square().sum(0) / inverse_PP.diagonal()
-        score_P[leaving] = torch.inf
-        next_ = int(score_P.argmin())
-        share_P = inverse_PP[next_] / inverse_PP[next_, next_]
-        writer_OP = writer_OP - torch.outer(writer_OP[:, next_], share_P)
-        inverse_PP = inverse_PP - torch.outer(inverse_PP[:, next_], share_P)
-        leaving.append(next_)
-    return pool[leaving]
+    problem = obs.Problem(
+        ridge_solve(moments, writer_ON.double(), damping),
+        obs.damped(moments.inputs_II / max(moments.count, 1), damping),
+        torch.arange(size, device=writer_ON.device)[:, None],
+    )
+    kept: Tensor = obs.greedy([problem], size - width).kept(size, width)
+    return kept.to(writer_ON.device)
 
 
 def merges(
@@ -123,7 +94,7 @@ def merges(
     def loosened() -> Iterator[Merge]:
         moved = 0.0
         for level in MERGE_LEVELS:
-            merge = barycentres(moments, coupling, kept, least_cosine=level)
+            merge = barycentres(moments.inputs_II, coupling, kept, least_cosine=level)
             if merge.moved > moved:
                 yield merge
             moved = merge.moved
@@ -143,21 +114,25 @@ def transport(
 
 
 def barycentres(
-    moments: Moments, coupling: Coupling, kept: Tensor, *, least_cosine: float
+    inputs_NN: Tensor, coupling: Coupling, kept: Tensor, *, least_cosine: float
 ) -> Merge:
-    """New reader rows: kept neurons plus those removed ones that resemble their target enough."""
-    gram_NN, kept_K = moments.inputs_II.cpu().numpy(), kept.cpu().numpy()
-    alike_NK = np.abs(cosine(gram_NN, kept_K)) >= least_cosine
+    """New reader rows: kept neurons plus those removed ones that resemble their target enough.
+
+    Two neurons resemble each other by the cosine of their activations; `inputs_NN` is their Gram
+    matrix.
+    """
+    kept_K = kept.cpu().numpy()
+    alike_NK = np.abs(cosine(inputs_NN.cpu().numpy(), kept_K)) >= least_cosine
     own_NK = np.zeros_like(alike_NK)
     own_NK[kept_K, np.arange(len(kept_K))] = True
     alike_NK[kept_K] = False  # a target gives nothing away
     plan_NK = np.where(alike_NK | own_NK, coupling.plan_NK, 0.0)
     plan_NK[own_NK] = np.maximum(coupling.mass_N[kept_K], 1e-300)
     share_NK = plan_NK / plan_NK.sum(0, keepdims=True)
-    removed_N = np.ones(len(gram_NN), dtype=bool)
+    removed_N = np.ones(len(inputs_NN), dtype=bool)
     removed_N[kept_K] = False
     mass = coupling.mass_N[removed_N].sum()
     moved = float(plan_NK[removed_N].sum() / mass) if mass > 0 else 0.0
-    gate_KN = torch.from_numpy(share_NK.T.copy()).to(moments.inputs_II.device)
+    gate_KN = torch.from_numpy(share_NK.T.copy()).to(inputs_NN.device)
     up_KN = torch.from_numpy((share_NK * coupling.sign_NK).T.copy()).to(gate_KN.device)
     return Merge(kept, gate_KN, up_KN, moved)

@@ -261,8 +261,13 @@ def open_source(folder: Path) -> Checkpoint:
 
 def library_of(folder: Path) -> str | None:
     """The library that a folder without config.json belongs to, if Optimum knows it."""
+    from transformers.utils import logging as theirs
+
+    verbosity = theirs.get_verbosity()
+    theirs.set_verbosity_error()  # optimum imports all of diffusers, which tells what it lacks
     from optimum.exporters.tasks import TasksManager
 
+    theirs.set_verbosity(verbosity)
     try:
         return str(TasksManager.infer_library_from_model(str(folder)))
     except ValueError:

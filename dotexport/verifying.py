@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dotexport import manifest
 from dotexport.adapter import Target, find_target, resolve
@@ -96,7 +96,18 @@ def require_runtime(target: Target) -> None:
         raise RuntimeMissingError(f"target {target.name} needs: {'; '.join(missing)}")
 
 
-def require(parities: Iterable[Parity], *, note: str = "") -> None:
+class Verdict(Protocol):
+    """What verification of any artifact comes to."""
+
+    @property
+    def artifact(self) -> str: ...
+    @property
+    def passed(self) -> bool: ...
+    @property
+    def problems(self) -> Sequence[str]: ...
+
+
+def require(parities: Iterable[Verdict], *, note: str = "") -> None:
     """Raise for those that failed.
 
     Raises:

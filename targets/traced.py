@@ -61,7 +61,7 @@ def filled_cache(past: Layers) -> DynamicCache:
     """
     cache = DynamicCache()
     for keys, values in past:
-        layer: Any = DynamicLayer()  # type: ignore[no-untyped-call]
+        layer: Any = DynamicLayer()
         layer.keys, layer.values = keys, values
         layer.dtype, layer.device = keys.dtype, keys.device
         layer.is_initialized = True

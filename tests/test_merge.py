@@ -81,7 +81,7 @@ def test_of_two_copies_one_leaves_and_the_other_takes_over_all_of_it(sign: float
     gone = (set(range(8)) - set(kept.tolist())).pop()
     assert gone in (1, 6)
     merge = barycentres(
-        sums, transport(sums, WRITER_ON, kept, TransportOptions()), kept, least_cosine=0.9
+        sums.inputs_II, transport(sums, WRITER_ON, kept, TransportOptions()), kept, least_cosine=0.9
     )
     assert merge.moved > 0.5
     assert merge.up_KN is not None
@@ -94,7 +94,7 @@ def test_nothing_moves_where_no_neuron_resembles_another() -> None:
     apart_TN = torch.linalg.qr(torch.randn(300, 8, dtype=torch.float64)).Q
     sums, kept = moments(apart_TN), torch.arange(5)
     coupling = transport(sums, WRITER_ON, kept, TransportOptions())
-    merge = barycentres(sums, coupling, kept, least_cosine=0.5)
+    merge = barycentres(sums.inputs_II, coupling, kept, least_cosine=0.5)
     assert merge.moved == 0
     rows_NX = torch.randn(8, 3, dtype=torch.float64)
     for space in ("gate", "mlp"):
@@ -106,7 +106,7 @@ def test_gates_take_no_signs() -> None:
     twin_TN[:, 6] = -twin_TN[:, 1]
     sums, kept = moments(twin_TN), torch.arange(6)
     coupling = transport(sums, WRITER_ON, kept, TransportOptions())
-    merge = barycentres(sums, coupling, kept, least_cosine=0.9)
+    merge = barycentres(sums.inputs_II, coupling, kept, least_cosine=0.9)
     assert merge.gate_KN is not None
     assert merge.up_KN is not None
     assert merge.gate_KN.min() >= 0

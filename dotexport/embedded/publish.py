@@ -26,7 +26,7 @@ def write_model(
     model.to(torch.bfloat16).save_pretrained(partial)
     save_tokenizer(corpus.tokenizer, partial)
     token = corpus.tokenizer.bos_token_id
-    GenerationConfig(  # type: ignore[no-untyped-call]
+    GenerationConfig(
         bos_token_id=token, eos_token_id=token, pad_token_id=token, do_sample=False
     ).save_pretrained(partial)
     loss = _loss_of_folder(partial, corpus.tokenizer)

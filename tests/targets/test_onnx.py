@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 
 from dotexport.adapter import find_target
 from dotexport.checkpoint import Checkpoint
+from dotexport.reference import compute_reference
 from dotexport.verifying import check
 
 pytest.importorskip("onnxscript")
@@ -106,6 +109,47 @@ def test_without_onnxscript_the_extra_is_named() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'dotexport[onnx]'" in done.stdout
+
+
+OPTIMUM = """
+import json, sys
+import torch
+from optimum.onnxruntime import ORTModelForCausalLM
+model = ORTModelForCausalLM.from_pretrained(sys.argv[1])
+said = []
+for prompt in json.loads(sys.argv[2]):
+    ids = torch.tensor([prompt])
+    # An end-of-text token must not end it, and none is padding: so it is for torch, too.
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False,
+        eos_token_id=None, pad_token_id=0,
+    )
+    said.append(out[0, len(prompt):].tolist())
+print(json.dumps(said))
+"""
+
+
+@pytest.mark.optimum
+def test_optimum_loads_the_folder_and_generates_the_tokens_of_torch(
+    tiny_llama: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Where head_dim is hidden_size / heads: Optimum 0.1.0 computes it so, whatever config says."""
+    if "DOTEXPORT_OPTIMUM_PYTHON" not in os.environ:
+        pytest.skip(
+            "set DOTEXPORT_OPTIMUM_PYTHON to the Python of an environment with optimum-onnx"
+        )
+    model, folder = tiny_llama("square"), tmp_path / "onnx-fp32"
+    folder.mkdir()
+    find_target("onnx").write(Checkpoint.open(model), folder, "fp32")
+    reference = compute_reference(Checkpoint.open(model), rounded=False)
+    pairs = list(zip(reference.sequences, reference.prompt_lengths, strict=True))
+    prompts = json.dumps([tokens_L[:length].tolist() for tokens_L, length in pairs])
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [os.environ["DOTEXPORT_OPTIMUM_PYTHON"], "-c", OPTIMUM, str(folder), prompts]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said == [tokens_L[length:].tolist() for tokens_L, length in pairs]
 
 
 # --- planted faults, on a graph that was written

