@@ -6,6 +6,7 @@ import logging
 import signal
 import sys
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -39,7 +40,9 @@ class Verbs(TyperGroup):
     """
 
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
-        if any(_holds_pipeline(arg) for arg in args[1:]):
+        # What an output holds so far says nothing of the model that is to replace it.
+        given = (arg for before, arg in pairwise(args) if before not in ("-o", "--out"))
+        if any(map(_holds_pipeline, given)):
             from dotexport.diffusion.cli import app as pipelines
 
             known = typer.main.get_command(pipelines)

@@ -104,7 +104,7 @@ class Gguf:
 
 
 def _config_problems(config: Any) -> list[str]:
-    from .traced import rope_type
+    from .ort import rope_type
 
     problems = []
     architecture = (config.get("architectures") or ["none"])[0]

@@ -150,7 +150,7 @@ def _config_problems(config: Any) -> list[str]:
             f"head_dim {head_dim} is no multiple of 8, which GroupQueryAttention needs; "
             "choose a model with other heads"
         )
-    rope = _rope_type(config)
+    rope = rope_type(config)
     if rope in SILENTLY_WRONG_ROPE:
         problems.append(
             f"rope_type {rope!r} is written by the model builder as plain rotary embedding, "
@@ -170,7 +170,7 @@ def _head_dim(config: Any) -> int:
     return int(config.get("head_dim") or config.get("hidden_size", 0) // heads)
 
 
-def _rope_type(config: Any) -> str:
+def rope_type(config: Any) -> str:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     return str(rope.get("rope_type") or rope.get("type") or "default")
 

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from .hf import HuggingFace
-from .ort import window_of
+from .ort import rope_type, window_of
 
 if TYPE_CHECKING:
     from dotexport.checkpoint import Checkpoint
@@ -143,8 +143,3 @@ def config_problems(config: Any) -> list[str]:
 def head_dim(config: Any) -> int:
     heads = config.get("num_attention_heads") or 1
     return int(config.get("head_dim") or config.get("hidden_size", 0) // heads)
-
-
-def rope_type(config: Any) -> str:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return str(rope.get("rope_type") or rope.get("type") or "default")

@@ -91,6 +91,8 @@ def test_help_is_that_of_what_is_given(tiny: Tiny) -> None:
     assert "diffusers pipeline folder" in run(app, ["shrink", "--help"]).output
     shown = run(app, ["shrink", str(tiny("dit")), "--help"], env={"COLUMNS": "200"}).output
     assert "--timestep-weights" in shown
+    replaced = ["shrink", "a-model", "-o", str(tiny("dit")), "--help"]
+    assert "--timestep-weights" not in run(app, replaced, env={"COLUMNS": "200"}).output
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,10 @@ import torch
 from dotexport.diffusion.sampling import load
 
 PYTHON = os.environ.get("DOTEXPORT_OPTIMUM_PYTHON")  # taken from where pytest was started
-pytestmark = pytest.mark.skipif(PYTHON is None, reason="needs DOTEXPORT_OPTIMUM_PYTHON")
+pytestmark = [
+    pytest.mark.optimum,
+    pytest.mark.skipif(PYTHON is None, reason="needs DOTEXPORT_OPTIMUM_PYTHON"),
+]
 
 SAMPLE = """
 import json, sys
