@@ -69,7 +69,7 @@ class CompiledSession(TorchSession):
         self.used += 1
 
     def decode(self, inputs: dict[str, Any]) -> torch.Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         try:
             logits_B1V: torch.Tensor = self.compiled(**inputs).logits
         except torch._dynamo.exc.TorchDynamoException as error:

@@ -158,7 +158,12 @@ class TorchSession:
     @property
     def providers(self) -> tuple[str, ...]:
         """Where the weights really lie, and as what."""
-        return (f"torch on {_device_name(self.device)}, {str(self.model.dtype)[6:]}",)
+        return (f"torch on {_device_name(self.device)}, {self.number}",)
+
+    @property
+    def number(self) -> str:
+        """One of DTYPES: what all weights are while they run, whatever was stored."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.model.dtype)
 
     @property
     def peak_device_bytes(self) -> int | None:
@@ -180,7 +185,8 @@ class TorchSession:
         self.mask_BL = self.mask(L) if min(lengths) < L else None
         position_BL = torch.arange(L, device=self.device).expand(B, L)
         logits_BLV = self.model(**self._inputs(self._tokens(tokens_BL), position_BL)).logits
-        return self._answer(logits_BLV)
+        answer_BLV: Logits = self._answer(logits_BLV)
+        return answer_BLV
 
     @torch.inference_mode()
     def step(self, tokens_B: Tokens) -> Logits:
@@ -192,7 +198,8 @@ class TorchSession:
             self._inputs(self._tokens(tokens_B)[:, None], self.position_B[:, None])
         )
         self.position_B = self.position_B + 1
-        return self._answer(logits_B1V[:, 0])
+        answer_BV: Logits = self._answer(logits_B1V[:, 0])
+        return answer_BV
 
     def forget(self, num_sequences: int, length: int) -> None:
         """An empty cache for prompts of this length."""
@@ -241,7 +248,9 @@ class TorchSession:
 
 
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if device.type != "cuda":
+        return device.type
+    return f"cuda ({torch.cuda.get_device_name(device)})"
 
 
 @contextmanager
