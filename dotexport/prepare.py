@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dotexport.basis import check_basis
 from dotexport.carriers import carry
 from dotexport.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
 from dotexport.errors import RuntimeMissingError, UsageError
@@ -39,6 +40,8 @@ def prepare(
 ) -> Narrowing:
     """Everything a run needs, with config.json and empty weight files already in FOLDER/hf."""
     source, decided = carry(source, decided)
+    family = decided.family
+    check_basis(options.basis, family.architecture, rotates=family.rotates)
     write_json(folder / "hf" / "config.json", narrowed_config(source.config, decided))
     writer = CheckpointWriter(
         folder / "hf", tensor_specs(source, decided), max_shard_bytes=max_shard_bytes
@@ -55,14 +58,16 @@ def rehearsals(
     It sees a part of the text, and takes the cheap way where there is one: PCA for a basis that
     would be learned or searched, no transport, no healing.
     """
-    basis = options.basis if options.basis in ("dot", "select") else "pca"
-    cheap = replace(options, basis=basis, mlp="obs", heads="obs", local=None)
+    cheap = replace(options, mlp="obs", heads="obs", local=None)
 
     def measure(planned: Plan) -> float:
         carried, decided = carry(source, planned)
+        rough = "pca" if decided.family.rotates else "select"
+        basis = options.basis if options.basis in ("dot", "select") else rough
         streams = _streams(decided, windows_NL, options, device, None).some(REHEARSAL)
         writer = Nowhere(tensor_specs(carried, decided))
-        run = _assemble(carried, decided, streams, writer, cheap, lambda stage, done, total: None)
+        quiet: Progress = lambda stage, done, total: None  # noqa: E731
+        run = _assemble(carried, decided, streams, writer, replace(cheap, basis=basis), quiet)
         run.run()
         return run.divergence
 
