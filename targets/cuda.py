@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dotexport.errors import RuntimeMissingError
 
@@ -44,6 +44,13 @@ class Driver:
     cuda: tuple[int, int]
 
 
+class Fault(NamedTuple):
+    """What onnxruntime would need, and how to come by it."""
+
+    need: str
+    mend: str
+
+
 def lacking() -> list[str]:
     """What keeps onnxruntime from CUDA here, each with what to do; empty: it loads."""
     seen = driver()
@@ -51,34 +58,31 @@ def lacking() -> list[str]:
         return ["an NVIDIA GPU and its driver (libcuda is not here); use a machine with a GPU"]
     if seen.num_devices == 0:
         return ["a GPU: the NVIDIA driver shows none; check nvidia-smi and CUDA_VISIBLE_DEVICES"]
-    return faults(seen)
+    return [f"{fault.need}; {fault.mend}" for fault in faults(seen)]
 
 
-def faults(seen: Driver) -> list[str]:
+def faults(seen: Driver) -> list[Fault]:
     """What is wrong with onnxruntime on a machine whose driver shows a GPU."""
     import onnxruntime as ort
 
     if CUDA not in ort.get_available_providers():
-        return [
-            "an onnxruntime with CUDA: this one has none; "
-            "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
-        ]
+        mend = "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        return [Fault("an onnxruntime with CUDA: this one is built without", mend)]
     built = _release(ort.cuda_version)
     if seen.cuda[0] < built[0]:
-        return [
+        need = (
             f"a driver for CUDA {_dotted(built)}, which onnxruntime {ort.__version__} is built "
-            f"for: this one serves CUDA up to {_dotted(seen.cuda)}; update the driver, or install "
-            f"an onnxruntime-gpu that is built for CUDA {seen.cuda[0]}"
-        ]
+            f"for: this one serves CUDA up to {_dotted(seen.cuda)}"
+        )
+        other = f"or install an onnxruntime-gpu that is built for CUDA {seen.cuda[0]}"
+        return [Fault(need, f"update the NVIDIA driver, {other}")]
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
         ort.preload_dlls()
     reason = _load_error(Path(ort.__file__).parent / "capi")
     if reason is None:
         return []
-    return [
-        f"the libraries of CUDA {_dotted(built)}: {CUDA} is listed and does not load ({reason}); "
-        "pip install 'onnxruntime-gpu[cuda,cudnn]', or put CUDA and cuDNN on LD_LIBRARY_PATH"
-    ]
+    need = f"libraries of CUDA {_dotted(built)}: {CUDA} is listed and does not load ({reason})"
+    return [Fault(need, "pip install 'onnxruntime-gpu[cuda,cudnn]'")]
 
 
 def driver() -> Driver | None:
