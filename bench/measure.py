@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dotexport import manifest
-from dotexport.adapter import Target, find_target
+from dotexport.adapter import Target, find_target, lacking
 from dotexport.errors import RuntimeMissingError, UsageError
 from dotexport.output import write_json
 
@@ -162,6 +162,8 @@ def _ready(target: str) -> Target:
     missing = adapter.missing()
     if missing:
         raise RuntimeMissingError(f"target {target} cannot run here: install {', '.join(missing)}")
+    if absent := lacking(adapter):
+        raise RuntimeMissingError(f"target {target} cannot run here: it needs {'; '.join(absent)}")
     return adapter
 
 

@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from dotexport import __version__
 from dotexport.errors import DotexportError, RuntimeMissingError, UsageError
 from dotexport.terminal import (
+    missing_here,
     progress,
     show_allocation,
     show_costs,
@@ -388,7 +389,8 @@ def export(
         show_json({artifact.name: made[artifact.name] for artifact in artifacts})
         return
     for artifact in artifacts:
-        stderr.print(f"{artifact.folder}  {artifact.num_bytes / 1e6:.2f} MB")
+        note = "" if artifact.parity else "  not verified"
+        stderr.print(f"{artifact.folder}  {artifact.num_bytes / 1e6:.2f} MB{note}")
 
 
 @app.command()
@@ -404,8 +406,9 @@ def verify(
 ) -> None:
     """Hold every artifact against torch: prefill, cached decode, padding, greedy tokens, NaN.
 
-    Exit code 3 if one of them does not compute what torch computes. With --target vllm, hf/ is
-    loaded by vLLM, which must say torch's greedy tokens.
+    Exit code 3 if one of them does not compute what torch computes, 6 if all do as far as can be
+    told and one needs a device that is not here. With --target vllm, hf/ is loaded by vLLM, which
+    must say torch's greedy tokens.
     """
     from dotexport.targets.served import NAME, verify_vllm
     from dotexport.verifying import require
@@ -553,8 +556,8 @@ def targets(as_json: Json = False) -> None:
         return
     table = Table("target", "precisions", "what", "missing here")
     for row in rows:
-        missing = "; ".join(row.missing) or "nothing"
-        table.add_row(row.name, ", ".join(row.precisions), row.summary, escape(missing))
+        missing = escape(missing_here(row))
+        table.add_row(row.name, ", ".join(row.precisions), row.summary, missing)
     Console().print(table)
 
 

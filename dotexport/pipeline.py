@@ -70,9 +70,10 @@ def source_folder(model: str, *, config_only: bool = False) -> Path:
 def _check_later_steps(recipe: Recipe, model: Path) -> None:
     """Refuse now what a step would refuse after an hour of narrowing."""
     from dotexport.adapter import resolve
+    from dotexport.verifying import require_device
 
     for spec in (*recipe.export, *(_spec(step) for step in recipe.bench)):
-        resolve(spec)
+        require_device(resolve(spec)[0])
     for step in recipe.bench:
         _workload(step)
     names = [bench_name(step) for step in recipe.bench]

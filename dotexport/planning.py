@@ -241,7 +241,7 @@ def _costs(
             pair = (decided.family, before), (decided.carrier, after)
             one, two = (weight_bytes(family, sizes, *bits) for family, sizes in pair)
             artifacts[_name(target, precision)] = one, two
-            cache_bytes[_name(target, precision)] = getattr(target, "cache_bytes", CACHE_BYTES)
+            cache_bytes[_name(target, precision)] = _cache_bytes(target, precision)
     return Costs(
         artifacts,
         {
@@ -251,6 +251,12 @@ def _costs(
         shrink_memory(config, decided),
         sum(pair[1] for pair in artifacts.values()),
     )
+
+
+def _cache_bytes(target: Target, precision: str) -> int:
+    """Of a number in the cache: one for all precisions of a target, or by precision."""
+    said: int | Mapping[str, int] = getattr(target, "cache_bytes", CACHE_BYTES)
+    return said[precision] if isinstance(said, Mapping) else said
 
 
 def weight_bytes(family: Family, sizes: Sizes, matrix_bits: float, table_bits: float) -> int:

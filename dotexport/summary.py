@@ -82,11 +82,22 @@ def _ratio(after: float, before: float) -> str:
     return f"{after / before:.3f}x" if before else ""
 
 
+def _standing(parity: Mapping[str, Any] | None) -> str:
+    if parity is None or (parity.get("unverified") and not parity["problems"]):
+        return " NOT VERIFIED"
+    return "" if parity["passed"] else " FAILED PARITY"
+
+
+def unverified(record: Mapping[str, Any]) -> list[str]:
+    """Artifacts in a manifest that nobody has held against torch where they are meant to run."""
+    artifacts = record.get("artifacts", {})
+    return [name for name, entry in artifacts.items() if "NOT" in _standing(entry["parity"])]
+
+
 def paths(out: Path) -> Iterator[tuple[str, Path]]:
     """What lies in an output folder, for the closing lines."""
     for name, artifact in manifest.read(out).get("artifacts", {}).items():
-        failed = artifact["parity"] is not None and not artifact["parity"]["passed"]
-        yield f"artifact {name}" + (" FAILED PARITY" if failed else ""), out / name
+        yield f"artifact {name}{_standing(artifact['parity'])}", out / name
     for label, name in (
         ("report", "reports"),
         ("model card", "README.md"),

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from dotexport.adapter import TargetRow
     from dotexport.allocate import Allocation
     from dotexport.parity import Parity
     from dotexport.planning import Choice
@@ -141,7 +142,8 @@ def show_parities(parities: Iterable[Parity]) -> None:
             (parity.kl, limits.kl),
             (parity.top1, limits.top1),
         )
-        verdict = "passed" if parity.passed else "; ".join(parity.problems)
+        said = parity.problems or (parity.unverified or "passed",)
+        verdict = "; ".join(said)
         table.add_row(parity.artifact, *(_held(*pair) for pair in figures), escape(verdict))
     stderr.print(table)
 
@@ -150,6 +152,13 @@ def _held(figure: float | None, limit: float | None) -> str:
     if figure is None:
         return ""
     return f"{figure:.2g}" if limit is None else f"{figure:.2g} ({limit:.2g})"
+
+
+def missing_here(row: TargetRow) -> str:
+    """What keeps a target from being used here, or from being run."""
+    if row.lacking:
+        return f"nothing to write it; to run it, {'; '.join(row.lacking)}"
+    return "; ".join(row.missing) or "nothing"
 
 
 def show_diagnosis(diagnosis: Any) -> None:
@@ -162,8 +171,7 @@ def show_diagnosis(diagnosis: Any) -> None:
     console.print(packages)
     targets = Table("target", "precisions", "missing here")
     for row in diagnosis.targets:
-        missing = escape("; ".join(row.missing)) or "nothing"
-        targets.add_row(row.name, ", ".join(row.precisions), missing)
+        targets.add_row(row.name, ", ".join(row.precisions), escape(missing_here(row)))
     console.print(targets)
     for finding in diagnosis.findings:
         console.print(f"[bold red]problem:[/] {escape(finding.problem)}", soft_wrap=True)

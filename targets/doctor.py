@@ -11,6 +11,8 @@ from typing import Any
 from dotexport import manifest
 from dotexport.adapter import TargetRow, list_targets
 
+from . import cuda
+
 # The packages of a row write into one folder: the last one installed wins, and what is left of the
 # others breaks it. The first of a row serves best, and is the one to keep.
 ONE_OF = (
@@ -20,6 +22,7 @@ ONE_OF = (
     ("openvino", "openvino-nightly"),
 )
 OTHERS = ("torch", "transformers", "gguf", "executorch", "optimum", "optimum-onnx")
+OF_NVIDIA = (cuda.CUDA, "TensorrtExecutionProvider")
 OLD_TRANSFORMERS = (4, 58)  # optimum-onnx takes none from here on
 
 
@@ -68,6 +71,8 @@ def examine() -> Diagnosis:
             continue
         except Exception as error:  # whatever keeps it from loading is the finding
             findings.append(_does_not_load(runtime, error))
+    if "onnxruntime" in providers:
+        findings += _unused_gpu()
     return Diagnosis(manifest.environment(), packages, providers, list_targets(), findings)
 
 
@@ -117,7 +122,18 @@ def _does_not_load(runtime: str, error: Exception) -> Finding:
 
 
 def _onnxruntime() -> list[str]:
-    return list(importlib.import_module("onnxruntime").get_available_providers())
+    """It lists what it was built with, whether or not that loads here."""
+    listed = importlib.import_module("onnxruntime").get_available_providers()
+    absent = OF_NVIDIA if cuda.lacking() else ()
+    return [name for name in listed if name not in absent]
+
+
+def _unused_gpu() -> Iterator[Finding]:
+    """A GPU that onnxruntime would leave idle, without a word."""
+    seen = cuda.driver()
+    if seen is not None and seen.num_devices:
+        for need, mend in cuda.faults(seen):
+            yield Finding(f"onnxruntime cannot use the GPU of this machine: it needs {need}", mend)
 
 
 def _openvino() -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from dotexport.adapter import Target, find_target, target_names
+from dotexport.adapter import Target, find_target, lacking, target_names
 from dotexport.checkpoint import Checkpoint
 from dotexport.errors import RuntimeMissingError
 from dotexport.exporting import export
@@ -24,8 +24,17 @@ Exported = Callable[[str], Path]
 
 
 def specs() -> list[str]:
-    """NAME:PRECISION of all targets whose runtime is installed here."""
-    return [f"{t.name}:{p}" for t in usable_targets() for p in t.precisions]
+    """NAME:PRECISION of all targets that can be run here."""
+    return [f"{t.name}:{p}" for t in usable_targets() if not lacking(t) for p in t.precisions]
+
+
+def marked_specs() -> Iterator[Any]:
+    """Those and, to be skipped with the reason, those whose device is not here."""
+    for target in usable_targets():
+        absent = "; ".join(lacking(target))
+        marks = [pytest.mark.skip(reason=f"{target.name} needs {absent}")] if absent else []
+        for precision in target.precisions:
+            yield pytest.param(f"{target.name}:{precision}", marks=marks)
 
 
 def usable_targets() -> Iterator[Target]:
@@ -37,7 +46,7 @@ def usable_targets() -> Iterator[Target]:
                 yield target
 
 
-@pytest.fixture(params=specs())
+@pytest.fixture(params=marked_specs())
 def spec(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -77,7 +86,7 @@ def exported(
     tmp_path_factory: pytest.TempPathFactory,
     translated_once: None,
 ) -> Exported:
-    """Name of a tiny model -> an output with every artifact of it, not verified."""
+    """Name of a tiny model -> an output with every artifact that can run, not verified."""
     outs: dict[str, Path] = {}
 
     def make(name: str) -> Path:
