@@ -43,6 +43,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_
 Runs = Annotated[int, typer.Option(help="Benches, one after another.")]
 Seconds = Annotated[float, typer.Option(help="Measured seconds of each model, at least.")]
 Rounds = Annotated[int, typer.Option(help="Pairs of fresh processes.")]
+Prompt = Annotated[int, typer.Option(help="Tokens of a prompt.")]
+Generate = Annotated[int, typer.Option(help="Tokens generated.")]
 Threads = Annotated[int | None, typer.Option(help="Default: one per core.")]
 
 SMOLLM2_135M = {
@@ -137,8 +139,8 @@ def smollm(
     threads: Threads = None,
     budget: Annotated[list[str] | None, typer.Option(help="Default: 0.8x, 0.7x, 0.5x.")] = None,
     layers: Annotated[int, typer.Option(help="Fewer are a trial.")] = 30,
-    prompt: Annotated[int, typer.Option(help="Tokens.")] = 128,
-    generate: Annotated[int, typer.Option(help="Tokens.")] = 64,
+    prompt: Prompt = 128,
+    generate: Generate = 64,
 ) -> None:
     """SmolLM2-135M's sizes with random weights: decode speed-up against the ratio of bytes."""
     workload = Workload(
@@ -178,12 +180,20 @@ def judge(
     rounds: Rounds = 5,
     threads: Threads = None,
     layers: Annotated[int, typer.Option(help="Of SmolLM2-135M's sizes; fewer are a trial.")] = 30,
+    prompt: Prompt = 128,
+    generate: Generate = 64,
     runs: Runs = 3,
 ) -> None:
     """onnxruntime-genai's own generator, timed outside of the bench, on the same folder."""
     if missing := find_target("ort-cpu").missing():
         raise RuntimeMissingError(f"the judge cannot run here: {', '.join(missing)}")
-    workload = Workload(min_seconds=seconds, rounds=rounds, threads=threads).with_threads()
+    workload = Workload(
+        prompt_length=prompt,
+        generation_length=generate,
+        min_seconds=seconds,
+        rounds=rounds,
+        threads=threads,
+    ).with_threads()
     with tempfile.TemporaryDirectory() as scratch:
         config = SMOLLM2_135M | {"num_hidden_layers": layers}
         checkpoint = Checkpoint.open(_random_model(config, Path(scratch) / "model"))
