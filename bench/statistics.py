@@ -5,13 +5,17 @@ Shapes: G groups (one A B B A each), S samples of one model in a group, R resamp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr, stdtrit
 
 Array = NDArray[np.float64]
+Statistic = Callable[..., Any]
+"""Takes an array and `axis`, as numpy's own do."""
 
 CONFIDENCE = 0.95
 PERCENTILES = (50, 90, 95, 99)
@@ -88,9 +92,15 @@ class Comparison:
 
 
 def compare(
-    candidate_GS: ArrayLike, baseline_GS: ArrayLike, *, seed: int = 0, resamples: int = 2000
+    candidate_GS: ArrayLike,
+    baseline_GS: ArrayLike,
+    *,
+    seed: int = 0,
+    resamples: int = 2000,
+    statistic: Statistic = np.median,
 ) -> Comparison:
-    """Ratio of median times at equal pace, with a block bootstrap interval.
+    """Ratio of median times (or of another statistic) at equal pace, with a block bootstrap
+    interval.
 
     Timings of one machine are not independent: it heats up, a neighbour wakes, the clock steps
     down. Two samples a second apart share most of that, so a bootstrap over single samples
@@ -112,8 +122,9 @@ def compare(
         raise ValueError("one group says nothing about the noise between groups; need two")
     pace_G1 = np.sqrt(_medians(candidate) * _medians(baseline))
     candidate, baseline = candidate / pace_G1, baseline / pace_G1
-    ratio = float(np.median(candidate) / np.median(baseline))
-    ratios_R = _resampled_ratios(candidate, baseline, resamples, np.random.default_rng(seed))
+    ratio = float(statistic(candidate) / statistic(baseline))
+    rng = np.random.default_rng(seed)
+    ratios_R = _resampled_ratios(candidate, baseline, resamples, rng, statistic)
     tail = _tail_probability(len(candidate))
     low, high = np.quantile(ratios_R, [tail, 1 - tail])
     return Comparison(ratio, float(low), float(high), len(candidate))
@@ -139,7 +150,11 @@ def _tail_probability(num_groups: int) -> float:
 
 
 def _resampled_ratios(
-    candidate_GS: Array, baseline_GS: Array, resamples: int, rng: np.random.Generator
+    candidate_GS: Array,
+    baseline_GS: Array,
+    resamples: int,
+    rng: np.random.Generator,
+    statistic: Statistic,
 ) -> Array:
     num_groups = len(candidate_GS)
     step = max(1, MAX_CELLS // max(candidate_GS.size, baseline_GS.size))
@@ -149,5 +164,5 @@ def _resampled_ratios(
         drawn_RG = rng.integers(num_groups, size=(count, num_groups))
         candidate_RT = candidate_GS[drawn_RG].reshape(count, -1)
         baseline_RT = baseline_GS[drawn_RG].reshape(count, -1)
-        pieces.append(np.median(candidate_RT, axis=1) / np.median(baseline_RT, axis=1))
+        pieces.append(statistic(candidate_RT, axis=1) / statistic(baseline_RT, axis=1))
     return np.concatenate(pieces)

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from dotexport import __version__
+from dotexport import __version__, bench_cli
 from dotexport.errors import DotexportError, RuntimeMissingError, UsageError
 from dotexport.terminal import (
     progress,
@@ -81,6 +81,7 @@ app = typer.Typer(
     Exit codes: 0 ok, 1 failure, 2 usage, 3 parity failed, 4 gate failed, 5 impossible sizes or
     unsupported model, 6 runtime missing or provider fell back, 130 interrupted.""",
 )
+app.add_typer(bench_cli.app)
 Model = Annotated[str, typer.Argument(help="Model folder (config.json, *.safetensors) or hub id.")]
 Output = Annotated[Path, typer.Argument(help="Output of dotexport shrink, export or run.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder; must be new or empty.")]
