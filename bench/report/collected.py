@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dotexport import manifest
 from dotexport.errors import UsageError
 from dotexport.output import read_json
@@ -67,6 +69,15 @@ class Output:
     def model(self) -> str:
         """What was narrowed."""
         return str(self.record.get("source", {}).get("model") or self.name)
+
+    @property
+    def original(self) -> str:
+        """The model as the recipe names it, or by its name alone."""
+        try:
+            named = yaml.safe_load(self.recipe) if self.recipe else {}
+        except yaml.YAMLError:
+            named = {}
+        return str(named.get("model", self.model)) if isinstance(named, Mapping) else self.model
 
     @property
     def quality(self) -> Mapping[str, Any]:

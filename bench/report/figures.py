@@ -26,6 +26,7 @@ from .plots import (
     axes,
     bars,
     bars_height,
+    log_scale,
 )
 
 SITES = {
@@ -37,6 +38,8 @@ SITES = {
 MEASURED = {"ttft": "prefill", "tpot": "decode", "e2el": "end to end"}
 LATENCIES = {"ttft": "Time to first token", "itl": "Inter-token latency"}
 DRAWN = 200  # points of a distribution: more is not seen
+SPREAD = 8  # slowest over fastest, from which on times are drawn on a log axis
+SHARES = (0, 0.25, 0.5, 0.75, 0.9, 0.99)
 QUANTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 
 
@@ -81,6 +84,18 @@ def sizes(outputs: Sequence[Output]) -> Iterator[Plot]:
         "exported them.",
         height=bars_height(len(rows)),
     )
+
+
+def footprint(outputs: Sequence[Output]) -> Iterator[Plot]:
+    """Bytes on disk and in memory."""
+    yield from sizes(outputs)
+    yield from memory(outputs)
+
+
+def speeds(outputs: Sequence[Output]) -> Iterator[Plot]:
+    """Speed over the original, and rates by batch."""
+    yield from speed(outputs)
+    yield from batches(outputs)
 
 
 def quality(outputs: Sequence[Output]) -> Iterator[Plot]:
@@ -229,8 +244,8 @@ def _tradeoff(
         draw=lambda canvas: _scatter(canvas, points, best, x),
         note="Lower is better, and so is further "
         + ("left" if smaller else "right")
-        + ". The dotted line joins what nothing else beats in both. Perplexity is that of the float32 "
-        "weights; what rounding adds stands under parity.",
+        + ". The dotted line joins what nothing else beats in both. Perplexity is that of the "
+        "float32 weights; what rounding adds stands under parity.",
         height=3.3,
     )
 
@@ -255,7 +270,6 @@ def _scatter(canvas: Canvas, points: list[Point], best: list[Point], x: str) -> 
                 zorder=3,
                 **hollow,
             )
-        line = sorted(best)
         line = sorted(best, key=lambda p: p.x)
         panel.plot(
             [p.x for p in line],
@@ -289,7 +303,8 @@ def _distribution(bench: Bench, metric: str, title: str) -> Plot:
     medians = {name: float(np.median(found)) for name, found in values.items()}
     note = f"{len(values['original']):,} and {len(values['narrowed']):,} values."
     if beyond:
-        note += f" {beyond} beyond the right edge, the longest {max(f[-1] for f in values.values()):.1f} ms."
+        longest = max(float(found[-1]) for found in values.values())
+        note += f" {beyond} beyond the right edge, the longest {longest:.1f} ms."
     return Plot(
         name=f"{bench.slug}-{metric}",
         title=title,
@@ -313,11 +328,12 @@ def _ecdf(canvas: Canvas, values: dict[str, Any], edge: float) -> None:
             panel.plot(np.quantile(found, shares), shares, style, color=colour, label=name)
             marks = [0.5, 0.9, 0.99]
             panel.plot(np.quantile(found, marks), marks, "o", color=colour, markersize=4)
-        panel.set_xlim(min(float(f[0]) for f in values.values()) * 0.95, edge)
+        least = min(float(found[0]) for found in values.values()) * 0.95
+        if least > 0 and edge > SPREAD * least:  # else the few slow ones squeeze all others
+            log_scale(panel.xaxis)
+        panel.set_xlim(least, edge)
         panel.set_ylim(0, 1.02)
-        panel.set_yticks(
-            [0, 0.25, 0.5, 0.75, 0.9, 0.99], ["0", "25 %", "50 %", "75 %", "90 %", "99 %"]
-        )
+        panel.set_yticks(SHARES, [f"{100 * share:g} %" for share in SHARES])
 
 
 def _by_batch(title: str, rate: str, by_batch: dict[int, Bench], lengths: tuple[int, int]) -> Plot:
@@ -375,7 +391,7 @@ def _layers(canvas: Canvas, sites: list[dict[str, Any]]) -> None:
                 label=SITES.get(name, name),
             )
         if any(s["error"] > 0 for s in sites):
-            panel.set_yscale("log")
+            log_scale(panel.yaxis)
         panel.xaxis.get_major_locator().set_params(integer=True)
 
 

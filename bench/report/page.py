@@ -44,11 +44,9 @@ def draw(outputs: Sequence[Output]) -> list[tuple[str, list[Plot]]]:
     """All plots by heading; headings without plots are left out."""
     parts = {
         "Quality against size and speed": figures.quality,
-        "Speed": figures.speed,
+        "Speed": figures.speeds,
         "Latency": figures.latency,
-        "Batches": figures.batches,
-        "Size": figures.sizes,
-        "Memory": figures.memory,
+        "Size and memory": figures.footprint,
         "Where the error is": figures.layers,
     }
     drawn = [(title, list(plots_of(outputs))) for title, plots_of in parts.items()]

@@ -61,7 +61,7 @@ STYLE: dict[str, Any] = {
     "figure.facecolor": PAPER,
     "figure.constrained_layout.use": True,
 }
-WIDTH, HEIGHT = 4.7, 3.1  # inches: at this width 9 pt stay legible on a phone of 360 px
+WIDTH, HEIGHT = 4.2, 2.9  # inches: at this width 9 pt stay legible on a phone of 360 px
 DPI = 160
 
 Draw = Callable[[Canvas], None]
@@ -109,9 +109,8 @@ class Plot:
         text = re.sub(r"font-family: [^;\"]*;?", "", text)
         text = re.sub(r"font: ([0-9.]+px)[^;\"]*", r"font-size: \1", text)
         text = re.sub(r'\bid="', f'id="{self.name}-', text)
-        text = text.replace("url(#", f"url(#{self.name}-").replace(
-            'href="#', f'href="#{self.name}-'
-        )
+        for reference in ("url(#", 'href="#'):
+            text = text.replace(reference, f"{reference}{self.name}-")
         for variable, colour in COLOURS.items():
             text = text.replace(colour, f"var(--{variable})")
         return text.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1)
@@ -151,6 +150,15 @@ def axes(canvas: Canvas, *, x: str, y: str, legend: bool = True) -> Iterator[Any
     if legend and handles:
         columns = 1 if max(map(len, labels)) > 26 else 2
         canvas.legend(handles, labels, loc="outside upper left", ncols=columns)
+
+
+def log_scale(axis: Any) -> None:
+    """Decades, written as plain numbers."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def bars(
@@ -193,4 +201,4 @@ def bars(
 
 def bars_height(rows: int) -> float:
     """Inches for so many labels."""
-    return 1.05 + 0.52 * rows
+    return 1.05 + 0.5 * rows

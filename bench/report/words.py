@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dotexport import summary
+from dotexport import __version__, summary
 
 from ..result import METRICS
 from ..table import conditions, verdicts
@@ -123,15 +124,13 @@ def environment(output: Output) -> Table:
     columns = [("narrowing", made)]
     for bench in output.benches:
         columns.append((bench.label, bench.result.environment))
-    names = [n for n in dict.fromkeys(k for _, e in columns for k in e) if n != "libraries"]
+    apart = ("libraries", "load_average", "roofline")  # shown elsewhere
+    names = [n for n in dict.fromkeys(k for _, e in columns for k in e) if n not in apart]
     libraries = list(dict.fromkeys(k for _, e in columns for k in e.get("libraries", {})))
     rows = [(_words(name), *(_said(e.get(name)) for _, e in columns)) for name in names]
-    rows += [
-        (name, *(e.get("libraries", {}).get(name, "") for _, e in columns)) for name in libraries
-    ]
-    return _narrow(
-        Table("Where it was made and measured", ("", *(n for n, _ in columns)), tuple(rows))
-    )
+    rows += [(n, *(e.get("libraries", {}).get(n, "") for _, e in columns)) for n in libraries]
+    labels = ("", *(name for name, _ in columns))
+    return _merged(Table("Where it was made and measured", labels, tuple(rows)))
 
 
 def workloads(output: Output) -> list[tuple[str, list[str]]]:
@@ -256,16 +255,41 @@ def _flat(stored: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _narrow(table: Table) -> Table:
-    """Columns that say the same are one."""
-    kept: dict[tuple[Any, ...], list[str]] = {}
+def _merged(table: Table) -> Table:
+    """Columns that nowhere contradict each other are one."""
+    kept: list[tuple[list[str], list[Any]]] = []
     for number, name in enumerate(table.columns[1:], 1):
-        kept.setdefault(tuple(row[number] for row in table.rows), []).append(name)
-    columns = [("value" if len(kept) == 1 else ", ".join(dict.fromkeys(n))) for n in kept.values()]
-    rows = tuple(
-        (row[0], *cells) for row, cells in zip(table.rows, zip(*kept, strict=True), strict=True)
-    )
-    return Table(table.caption, (table.columns[0], *columns), rows)
+        cells = [row[number] for row in table.rows]
+        for names, told in kept:
+            if all(a == b or not a or not b for a, b in zip(told, cells, strict=True)):
+                names.append(name)
+                told[:] = [a or b for a, b in zip(told, cells, strict=True)]
+                break
+        else:
+            kept.append(([name], cells))
+    labels = [", ".join(dict.fromkeys(names)) for names, _ in kept]
+    columns = (table.columns[0], *(labels if len(labels) > 1 else ["everywhere"]))
+    rows = ((row[0], *(told[n] for _, told in kept)) for n, row in enumerate(table.rows))
+    return Table(table.caption, columns, tuple(rows))
+
+
+def commands(output: Output) -> list[str]:
+    """What makes the same output and measures it again."""
+    out, model = shlex.quote(output.folder.name), shlex.quote(output.original)
+    told = [f"pip install dotexport=={output.record.get('dotexport', __version__)}"]
+    if output.recipe:
+        told.append(f"dotexport run recipe.yaml -o {out}")
+    if text := output.record.get("quality", {}).get("text"):
+        told.append(f"dotexport eval {out} --baseline {model} --text {shlex.quote(text)}")
+    for bench in output.benches:
+        asked = bench.result.workload
+        told.append(
+            f"dotexport bench {out} --baseline {model} --target {bench.result.target} "
+            f"--precision {bench.result.precision} --prompt {asked.prompt_length} "
+            f"--generate {asked.generation_length} --batch {asked.batch_size} "
+            f"--threads {asked.threads} --seed {asked.seed}"
+        )
+    return told
 
 
 def _said(value: Any) -> str:
