@@ -15,7 +15,7 @@ from rich.text import Text
 from dotexport.errors import UsageError
 
 from .comparison import Compared, between, headline, summary, within
-from .gate import DOUBT, MET, Limit, Line, hold, read_gate
+from .gate import DOUBT, MET, Limit, Line, hold
 from .intervals import WIDEST, Estimate
 from .result import BenchResult
 from .sides import of_result, quality_of, read_reports, said
@@ -78,7 +78,7 @@ def judge(
     Raises:
         UsageError: no report, nothing to compare, or a gate that asks for what is not there.
     """
-    limits = read_gate(gate, rule) if gate else []
+    limits = readgate_table(gate, rule) if gate else []
     if len(quality) > len(files):
         raise UsageError(f"{len(quality)} --quality for {len(files)} reports; give one for each")
     given = [None] * (len(files) - len(quality)) + list(quality)
@@ -97,7 +97,7 @@ def render(judgement: Judgement) -> Group:
     """Tables of the figures and of the gate, and what to keep in mind."""
     tables = [_figures(compared) for compared in judgement.comparisons]
     if judgement.lines:
-        tables.append(_gate(judgement.lines))
+        tables.append(gate_table(judgement.lines))
     return Group(*tables, Text(WEAK), *(Text(f"note: {note}") for note in judgement.notes))
 
 
@@ -128,7 +128,8 @@ def _bounds(found: Estimate) -> str:
     return f"{found.low:.3f} to {found.high:.3f}" + ("" if found.trusted else " (weak)")
 
 
-def _gate(lines: Sequence[Line]) -> Table:
+def gate_table(lines: Sequence[Line]) -> Table:
+    """Each limit, what was found, and the verdict."""
     several = len({line.of for line in lines}) > 1
     table = Table(*(["of"] if several else []), "limit", "found", "verdict", "", title="gate")
     for line in lines:

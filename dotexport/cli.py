@@ -474,6 +474,10 @@ def bench(
     min_seconds: Annotated[float, typer.Option(help="Seconds for each model, at least.")] = 10.0,
     warmups: Annotated[int, typer.Option(help="Requests before measuring, at least.")] = 10,
     seed: Annotated[int, typer.Option(help="Of token ids and bootstrap.")] = 0,
+    gate: Annotated[
+        str | None,
+        typer.Option(help="YAML file of limits; exit code 4 if one is missed. See compare."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="File of the report; default: in OUT/reports."),
@@ -487,8 +491,10 @@ def bench(
 
     Example: dotexport bench OUT --baseline MODEL --target ort-cpu --precision int4
     """
+    from dotexport.bench.gate import require
+    from dotexport.bench.judging import gate_table
     from dotexport.bench.table import render
-    from dotexport.pipeline import bench_into, source_folder
+    from dotexport.pipeline import bench_into, judge_bench, source_folder
     from dotexport.recipe import BenchStep
 
     if noise == (baseline is not None):
@@ -504,12 +510,17 @@ def bench(
         min_seconds=min_seconds,
         warmups=warmups,
         seed=seed,
+        gate=gate,
     )
     original = None if baseline is None else source_folder(baseline)
     with progress() as report:
         result = bench_into(candidate, original, step, report=out, progress=report)
     Console(stderr=as_json).print(render(result))
     show_json(result.as_dict() if as_json else result.headline())
+    if gate is not None:
+        judged = judge_bench(step, result, candidate)
+        stderr.print(gate_table(judged.lines))
+        require(judged.lines)
 
 
 @app.command()

@@ -126,6 +126,7 @@ class BenchStep:
     min_seconds: float = 10.0
     warmups: int = 10
     seed: int = 0
+    gate: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,7 +88,8 @@ def paths(out: Path) -> Iterator[tuple[str, Path]]:
         failed = artifact["parity"] is not None and not artifact["parity"]["passed"]
         yield f"artifact {name}" + (" FAILED PARITY" if failed else ""), out / name
     for label, name in (
-        ("report", "reports"),
+        ("report", "reports/report.html"),
+        ("figures of every step", "reports"),
         ("model card", "README.md"),
         ("recipe", "recipe.yaml"),
     ):

@@ -38,7 +38,7 @@ SITES = {
 MEASURED = {"ttft": "prefill", "tpot": "decode", "e2el": "end to end"}
 LATENCIES = {"ttft": "Time to first token", "itl": "Inter-token latency"}
 DRAWN = 200  # points of a distribution: more is not seen
-SPREAD = 8  # slowest over fastest, from which on times are drawn on a log axis
+SPREAD = 20  # slowest over fastest, from which on times are drawn on a log axis
 SHARES = (0, 0.25, 0.5, 0.75, 0.9, 0.99)
 QUANTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 

@@ -11,7 +11,7 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -132,11 +132,18 @@ class Plot:
 
     def _saved(self, kind: str, **options: Any) -> bytes:
         stream = io.BytesIO()
-        with mpl.rc_context({**mpl.rcParamsDefault, **STYLE}):
+        with styled():
             canvas = Canvas(figsize=(WIDTH, self.height))
             self.draw(canvas)
             canvas.savefig(stream, format=kind, **options)
         return stream.getvalue()
+
+
+def styled() -> AbstractContextManager[None]:
+    """Our style alone, whatever matplotlibrc the user has."""
+    style: Any = dict(mpl.rcParamsDefault)
+    style.update(STYLE)
+    return mpl.rc_context(style)
 
 
 @contextmanager
@@ -154,9 +161,10 @@ def axes(canvas: Canvas, *, x: str, y: str, legend: bool = True) -> Iterator[Any
 
 def log_scale(axis: Any) -> None:
     """Decades, written as plain numbers."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 

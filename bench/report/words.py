@@ -48,9 +48,10 @@ def cards(output: Output) -> Iterator[Card]:
     )
     if bench is None:
         return
-    found = bench.result.comparisons["tpot"]
-    shown = f"{1 / found.ratio:.2f}×" if found.faster or found.slower else "no gain"
-    interval = f"{1 / found.high:.2f} to {1 / found.low:.2f}, {bench.label}"
+    decode = bench.result.comparisons["tpot"]
+    measurable = decode.faster or decode.slower
+    shown = f"{1 / decode.ratio:.2f}×" if measurable else "no measurable gain"
+    interval = f"{1 / decode.high:.2f} to {1 / decode.low:.2f}, {bench.label}"
     yield Card("decode speed", shown, interval)
     ours, theirs = (m.peak_rss_bytes for m in (bench.result.candidate, bench.result.baseline))
     detail = f"{theirs / 1e6:,.0f} → {ours / 1e6:,.0f} MB"
