@@ -78,7 +78,7 @@ def judge(
     Raises:
         UsageError: no report, nothing to compare, or a gate that asks for what is not there.
     """
-    limits = readgate_table(gate, rule) if gate else []
+    limits = read_gate(gate, rule) if gate else []
     if len(quality) > len(files):
         raise UsageError(f"{len(quality)} --quality for {len(files)} reports; give one for each")
     given = [None] * (len(files) - len(quality)) + list(quality)

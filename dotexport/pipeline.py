@@ -178,7 +178,8 @@ def write_report(out: Path) -> Path:
     """OUT/reports/report.html from what lies in OUT by now."""
     from dotexport.bench.report import write_report as write
 
-    return write([out])
+    file: Path = write([out])
+    return file
 
 
 def judge_bench(step: BenchStep, result: Any, candidate: Path) -> Judgement:
