@@ -15,7 +15,7 @@ from rich.text import Text
 from dotexport.errors import UsageError
 
 from .comparison import Compared, between, headline, summary, within
-from .gate import DOUBT, MET, Limit, Line, hold
+from .gate import DOUBT, MET, Limit, Line, hold, read_gate
 from .intervals import WIDEST, Estimate
 from .result import BenchResult
 from .sides import of_result, quality_of, read_reports, said
