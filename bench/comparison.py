@@ -66,7 +66,7 @@ class Compared:
         if sampled is None:
             return Estimate(value)
         times_GS, statistic = sampled
-        found = alone(times_GS, STATISTICS[statistic], seed=self.report.seed)
+        found = alone(times_GS, STATISTICS[statistic], rounds=side.rounds, seed=self.report.seed)
         return found.inverted(value * found.value) if figure in RATES else found
 
     def ratio(self, figure: str) -> Estimate:
@@ -83,7 +83,13 @@ class Compared:
             return Estimate(_over(figure, ours.figures[figure], theirs.figures[figure]))
         measure = interleaved if self.reference is None else unpaired
         statistic = STATISTICS[ours_GS[1]]
-        found = measure(ours_GS[0], theirs_GS[0], statistic, seed=self.report.seed)
+        found = measure(
+            ours_GS[0],
+            theirs_GS[0],
+            statistic,
+            rounds=(ours.rounds, theirs.rounds),
+            seed=self.report.seed,
+        )
         return found.inverted() if figure in RATES else found
 
     def _quality_ratio(self, figure: str) -> Estimate:

@@ -3,7 +3,8 @@
 `statistics.compare` is for two models that took turns. Both resample whole groups, because
 timings a second apart share most of what disturbs them.
 
-Shapes: G groups (one A B B A each), S samples of one model in a group, R resamples.
+Shapes: G groups (one A B B A each), S samples of one model in a group, U units that are drawn,
+R resamples.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 
 from .statistics import (
     ENOUGH_GROUPS,
+    ENOUGH_ROUNDS,
     MAX_CELLS,
     PERCENTILES,
     Array,
@@ -65,28 +67,38 @@ class Estimate:
         return Estimate(numerator / self.value, low, high, self.groups)
 
 
-def alone(times_GS: Array, statistic: Statistic, *, seed: int = 0) -> Estimate:
+def alone(times_GS: Array, statistic: Statistic, *, rounds: int = 1, seed: int = 0) -> Estimate:
     """One model's figure, with an interval for the noise within this run."""
     found = float(statistic(times_GS))
     if len(times_GS) < 2:
         return Estimate(found, groups=len(times_GS))
-    drawn_R = _resampled(times_GS, statistic, np.random.default_rng(seed))
-    return _estimate(found, drawn_R, len(times_GS))
+    drawn_R = _resampled(times_GS, rounds, statistic, np.random.default_rng(seed))
+    return _estimate(found, drawn_R, len(times_GS), rounds)
 
 
 def interleaved(
-    candidate_GS: Array, baseline_GS: Array, statistic: Statistic, *, seed: int = 0
+    candidate_GS: Array,
+    baseline_GS: Array,
+    statistic: Statistic,
+    *,
+    rounds: tuple[int, int] = (1, 1),
+    seed: int = 0,
 ) -> Estimate:
     """Ratio of two models that took turns, at equal pace: see `statistics.compare`."""
     if min(len(candidate_GS), len(baseline_GS)) < 2 or len(candidate_GS) != len(baseline_GS):
         ratio = float(statistic(candidate_GS) / statistic(baseline_GS))
         return Estimate(ratio, groups=min(len(candidate_GS), len(baseline_GS)))
-    found = compare(candidate_GS, baseline_GS, seed=seed, statistic=statistic)
+    found = compare(candidate_GS, baseline_GS, rounds=rounds[0], seed=seed, statistic=statistic)
     return Estimate(found.ratio, found.low, found.high, found.groups)
 
 
 def unpaired(
-    candidate_GS: Array, baseline_GS: Array, statistic: Statistic, *, seed: int = 0
+    candidate_GS: Array,
+    baseline_GS: Array,
+    statistic: Statistic,
+    *,
+    rounds: tuple[int, int] = (1, 1),
+    seed: int = 0,
 ) -> Estimate:
     """Ratio of two models measured in runs of their own.
 
@@ -98,21 +110,30 @@ def unpaired(
     if groups < 2:
         return Estimate(ratio, groups=groups)
     rng = np.random.default_rng(seed)
-    above_R, below_R = (_resampled(t_GS, statistic, rng) for t_GS in (candidate_GS, baseline_GS))
-    return _estimate(ratio, above_R / below_R, groups)
+    above_R = _resampled(candidate_GS, rounds[0], statistic, rng)
+    below_R = _resampled(baseline_GS, rounds[1], statistic, rng)
+    return _estimate(ratio, above_R / below_R, groups, min(rounds))
 
 
-def _resampled(times_GS: Array, statistic: Statistic, rng: np.random.Generator) -> Array:
-    groups, pieces = len(times_GS), []
+def _resampled(
+    times_GS: Array, rounds: int, statistic: Statistic, rng: np.random.Generator
+) -> Array:
+    units = _units(len(times_GS), rounds)
+    times_US, pieces = times_GS.reshape(units, -1), []
     step = max(1, MAX_CELLS // times_GS.size)
     for start in range(0, RESAMPLES, step):
         count = min(step, RESAMPLES - start)
-        drawn_RT = times_GS[rng.integers(groups, size=(count, groups))].reshape(count, -1)
+        drawn_RT = times_US[rng.integers(units, size=(count, units))].reshape(count, -1)
         pieces.append(statistic(drawn_RT, axis=1))
     return np.concatenate(pieces)
 
 
-def _estimate(found: float, drawn_R: Array, groups: int) -> Estimate:
-    tail = _tail_probability(groups)
+def _units(groups: int, rounds: int) -> int:
+    """What is drawn: rounds of fresh processes if there are enough of them, else groups."""
+    return rounds if rounds >= ENOUGH_ROUNDS and groups % rounds == 0 else groups
+
+
+def _estimate(found: float, drawn_R: Array, groups: int, rounds: int) -> Estimate:
+    tail = _tail_probability(_units(groups, rounds))
     low, high = np.quantile(drawn_R, [tail, 1 - tail])
     return Estimate(found, float(low), float(high), groups)

@@ -87,10 +87,11 @@ def judge(
     return Judgement(tuple(found), tuple(hold(limits, found)))
 
 
-def judge_result(result: BenchResult, limits: Sequence[Limit], file: Path) -> Judgement:
-    """The same for a bench that was just made and lies, or would lie, in `file`."""
-    compared = Compared(of_result(result, file, quality_of(file, None)))
-    return Judgement((compared,), tuple(hold(limits, [compared])))
+def judge_results(results: Sequence[BenchResult], limits: Sequence[Limit], file: Path) -> Judgement:
+    """The same for what was just measured and lies, or would lie, in `file`."""
+    quality = quality_of(file, None)
+    found = tuple(Compared(of_result(result, file, quality)) for result in results)
+    return Judgement(found, tuple(hold(limits, found)))
 
 
 def render(judgement: Judgement) -> Group:

@@ -1,30 +1,27 @@
-"""The bench verb: two models, a process each, taking turns on one machine."""
+"""The bench verb: two models, fresh processes, taking turns on one machine."""
 
 from __future__ import annotations
 
-import math
-import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dotexport import manifest
 from dotexport.adapter import Target, find_target
-from dotexport.errors import RuntimeMissingError
+from dotexport.errors import RuntimeMissingError, UsageError
 from dotexport.output import write_json
 
-from .process import Worker
-from .result import BenchResult, Measurement, Sample
+from .device import environment
+from .result import BenchResult
+from .runner import Progress, Setting, measure
 from .subject import Subject, choose_precision, find_subject
+from .sweep import Sweep
 from .workload import Workload
 
 REPORT = Path("reports/bench.json")
-
-Progress = Callable[[str, int, int], None]
-"""Told what is being done, and how many percent of the measuring are; never while timing."""
 
 
 def bench(
@@ -34,6 +31,8 @@ def bench(
     *,
     precision: str | None = None,
     workload: Workload | None = None,
+    runtime: Mapping[str, Any] | None = None,
+    roofline: bool = True,
     out: Path | None = None,
     progress: Progress | None = None,
 ) -> BenchResult:
@@ -45,16 +44,19 @@ def bench(
         target: name of the runtime.
         precision: of both artifacts; None: that of the candidate's artifact, or the default.
         workload: None: one sequence, 128 tokens in, 64 out.
+        runtime: options of the target: for `hf`, device, dtype and compiled.
+        roofline: measure bandwidth and matrix rate of the device as well, before and after.
         out: file of the report; None: reports/bench.json in the candidate, if it is an output.
         progress: called between measurements.
 
     Raises:
-        UsageError: a folder or precision that cannot serve.
+        UsageError: a folder, precision or option that cannot serve.
         UnsupportedModelError: the target cannot hold one of the models.
         RuntimeMissingError: the runtime is not installed, or runs them on different providers.
         DotexportError: a measuring process died; the message holds its last words.
     """
-    result = _compare(candidate, baseline, target, precision, workload, progress or _silent)
+    setting = _setting(target, precision, runtime, roofline, candidate, baseline)
+    (result,) = _compare(candidate, baseline, setting, [workload or Workload()], progress)
     if out is None and manifest.is_output(candidate):
         out = candidate / REPORT
     if out is not None:
@@ -68,44 +70,91 @@ def noise_check(
     *,
     precision: str | None = None,
     workload: Workload | None = None,
+    runtime: Mapping[str, Any] | None = None,
+    roofline: bool = False,
     out: Path | None = None,
     progress: Progress | None = None,
 ) -> BenchResult:
     """A against A: one artifact as both candidate and baseline.
 
-    On a machine fit for measuring the verdict is "no measurable gain"; any other verdict, and
-    the width of the interval, say how far figures taken on this machine can be trusted.
+    On a machine fit for measuring the interval holds 1 (`noise_verdict` says PASS), and its width
+    says how small a difference can be seen there.
     """
-    result = _compare(model, model, target, precision, workload, progress or _silent)
+    setting = _setting(target, precision, runtime, roofline, model, model)
+    (result,) = _compare(model, model, setting, [workload or Workload()], progress)
     if out is not None:
         write_json(out, result.as_dict())
     return result
 
 
+def sweep(
+    candidate: Path,
+    baseline: Path | None,
+    target: str = "ort-cpu",
+    *,
+    workloads: Sequence[Workload],
+    precision: str | None = None,
+    runtime: Mapping[str, Any] | None = None,
+    roofline: bool = True,
+    out: Path | None = None,
+    progress: Progress | None = None,
+) -> Sweep:
+    """`bench` for several workloads, one after another; without a baseline, A against A.
+
+    What has to be exported is exported once. The report is one document.
+    """
+    other = candidate if baseline is None else baseline
+    setting = _setting(target, precision, runtime, roofline, candidate, other)
+    result = Sweep(tuple(_compare(candidate, other, setting, workloads, progress)))
+    if out is not None:
+        write_json(out, result.as_dict())
+    return result
+
+
+def _setting(
+    target: str,
+    precision: str | None,
+    runtime: Mapping[str, Any] | None,
+    roofline: bool,
+    *folders: Path,
+) -> Setting:
+    adapter = _ready(target)
+    takes = getattr(adapter, "run_options", ())
+    if unknown := [name for name in runtime or {} if name not in takes]:
+        raise UsageError(
+            f"target {target} has no {', '.join(unknown)} to choose; hf has device, dtype and "
+            "compiled, other targets have a name or a precision for each"
+        )
+    precision = choose_precision(adapter, precision, *folders)
+    return Setting(adapter, precision, dict(runtime or {}), roofline)
+
+
 def _compare(
     candidate: Path,
     baseline: Path,
-    target: str,
-    precision: str | None,
-    workload: Workload | None,
-    progress: Progress,
-) -> BenchResult:
-    workload = (workload or Workload()).with_threads()
-    adapter = _ready(target)
-    precision = choose_precision(adapter, precision, candidate, baseline)
-    environment = _environment(workload)  # before an export raises the load average
-    with _subjects(candidate, baseline, adapter, precision, progress) as subjects:
-        for subject in subjects:
-            subject.check_fits(workload.prompt_length + workload.generation_length)
-        measured = _measure(subjects, target, workload, progress)
-    return BenchResult(
-        target=target,
-        precision=precision,
-        workload=workload,
-        environment=environment,
-        candidate=measured[0],
-        baseline=measured[1],
-    )
+    setting: Setting,
+    workloads: Sequence[Workload],
+    progress: Progress | None,
+) -> Iterator[BenchResult]:
+    progress = progress or _silent
+    asked = [workload.with_threads() for workload in workloads]
+    machines = [environment(workload) for workload in asked]  # before an export raises the load
+    with _subjects(candidate, baseline, setting.target, setting.precision, progress) as subjects:
+        for workload in asked:
+            for subject in subjects:
+                subject.check_fits(workload.prompt_length + workload.generation_length)
+        for workload, machine in zip(asked, machines, strict=True):
+            first, second, rates = measure(subjects, setting, workload, progress)
+            yield BenchResult(
+                target=setting.target.name,
+                precision=setting.precision,
+                workload=workload,
+                environment=machine,
+                candidate=first,
+                baseline=second,
+                runtime=dict(setting.runtime),
+                rates=rates,
+            )
 
 
 def _ready(target: str) -> Target:
@@ -129,126 +178,6 @@ def _subjects(
         progress("preparing the baseline", 0, 100)
         second = find_subject("baseline", baseline, target, precision, Path(scratch))
         yield first, second
-
-
-def _environment(workload: Workload) -> dict[str, Any]:
-    """The machine as it is before anything runs."""
-    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
-    return {
-        **manifest.environment(),
-        "threads": workload.threads,
-        "governor": governor.read_text().strip() if governor.is_file() else None,
-        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-    }
-
-
-@dataclass
-class _Runner:
-    """One model, its process, and what came out of it so far."""
-
-    subject: Subject
-    worker: Worker
-    loaded: dict[str, Any]
-    warmed: dict[str, Any] = field(default_factory=dict)
-    samples: list[Sample] = field(default_factory=list)
-
-    def run(self, group: int, iterations: int) -> None:
-        answer = self.worker.ask("measure", iterations=iterations)
-        for first, *gaps in answer["samples_ns"]:
-            self.samples.append(Sample(group, first / 1e6, tuple(gap / 1e6 for gap in gaps)))
-
-    @property
-    def seconds(self) -> float:
-        return sum(sample.e2el_ms for sample in self.samples) / 1e3
-
-    def measurement(self) -> Measurement:
-        return Measurement(
-            name=self.subject.name,
-            source=str(self.subject.source),
-            artifact=str(self.subject.artifact),
-            artifact_bytes=self.subject.num_bytes,
-            num_parameters=self.subject.num_parameters,
-            vocabulary=self.loaded["vocabulary"],
-            import_s=self.loaded["import_s"],
-            load_s=self.loaded["load_s"],
-            first_run_ms=self.loaded["first_run_ms"],
-            warmups=self.warmed["warmups"],
-            warmed_up=self.warmed["stable"],
-            harness_overhead_us=self.loaded["harness_overhead_us"],
-            rss_before_load_bytes=self.loaded["rss_before_load_bytes"],
-            peak_rss_bytes=self.worker.ask("memory")["peak_rss_bytes"],
-            providers=tuple(self.loaded["providers"]),
-            samples=tuple(self.samples),
-        )
-
-
-def _measure(
-    subjects: tuple[Subject, Subject], target: str, workload: Workload, progress: Progress
-) -> tuple[Measurement, Measurement]:
-    with ExitStack() as stack:
-        first, second = (
-            _loaded(subject, target, workload, progress, stack) for subject in subjects
-        )
-        _check_same_providers(first, second)
-        vocabulary = min(first.loaded["vocabulary"], second.loaded["vocabulary"])
-        for runner in (first, second):
-            progress(f"warming up the {runner.subject.name}", 0, 100)
-            runner.warmed = runner.worker.ask("warm_up", vocabulary=vocabulary)
-        _take_turns(first, second, workload, progress)
-        return first.measurement(), second.measurement()
-
-
-def _loaded(
-    subject: Subject, target: str, workload: Workload, progress: Progress, stack: ExitStack
-) -> _Runner:
-    progress(f"loading the {subject.name}", 0, 100)
-    label = f"{subject.name} {subject.source}"
-    worker = stack.enter_context(Worker(label, threads=workload.threads))
-    loaded = worker.ask(
-        "load", target=target, folder=str(subject.artifact), workload=workload.as_dict()
-    )
-    return _Runner(subject, worker, loaded)
-
-
-def _check_same_providers(first: _Runner, second: _Runner) -> None:
-    ours, theirs = first.loaded["providers"], second.loaded["providers"]
-    if ours != theirs:
-        raise RuntimeMissingError(
-            f"the candidate runs on {ours} and the baseline on {theirs}; expected the same: one "
-            "of them fell back, so the comparison would mean nothing"
-        )
-
-
-def _take_turns(first: _Runner, second: _Runner, workload: Workload, progress: Progress) -> None:
-    """A B B A, then B A A B, until both have their iterations and their seconds.
-
-    In each group both models have the same mean position in time; starting each second group
-    with the other model makes neither always the one that follows a pause.
-    """
-    iterations = _block_size(workload, min(r.warmed["iteration_s"] for r in (first, second)))
-    group = 0
-    while (done := _share_done(first, second, group, workload)) < 1:
-        progress("measuring", int(100 * done), 100)
-        outer, inner = (first, second) if group % 2 == 0 else (second, first)
-        for runner in (outer, inner, inner, outer):
-            runner.run(group, iterations)
-        group += 1
-    progress("measured", 100, 100)
-
-
-def _block_size(workload: Workload, iteration_s: float) -> int:
-    """Iterations in a block, so that min_groups groups are about enough: two blocks in each."""
-    needed = max(workload.min_iterations, workload.min_seconds / max(iteration_s, 1e-9))
-    return max(1, math.ceil(needed / (2 * workload.min_groups)))
-
-
-def _share_done(first: _Runner, second: _Runner, groups: int, workload: Workload) -> float:
-    shares = [groups / workload.min_groups]
-    for runner in (first, second):
-        shares.append(len(runner.samples) / workload.min_iterations)
-        if workload.min_seconds > 0:
-            shares.append(runner.seconds / workload.min_seconds)
-    return min(shares)
 
 
 def _silent(stage: str, done: int, total: int) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -46,14 +47,20 @@ class Worker:
         Raises:
             DotexportError: what the worker reports, or that it died, with its last words.
         """
+        self.send(do, **arguments)
+        return self.receive(do)
+
+    def send(self, do: str, **arguments: object) -> None:
+        """Let it start; `receive` waits. Several workers that were sent to run at once."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
+        with suppress(BrokenPipeError):  # receive says how it ended
             self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
+
+    def receive(self, do: str) -> dict[str, Any]:
+        """The answer to the last request; raises as `ask` does."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
         if not line.endswith("\n"):
             raise DotexportError(self._obituary(do))
         answer: dict[str, Any] = json.loads(line)
@@ -95,11 +102,9 @@ class Worker:
 
     def _close_pipes(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):
-            try:
+            with suppress(BrokenPipeError):  # it died with a request unread
                 if pipe is not None:
                     pipe.close()
-            except BrokenPipeError:
-                pass  # it died with a request unread
 
 
 def _environment(threads: int | None) -> dict[str, str]:

@@ -6,7 +6,7 @@ read back gives the same figures. Field names of the summaries are those of vLLM
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -15,13 +15,16 @@ from numpy.typing import NDArray
 
 from dotexport.errors import UsageError
 
+from .cost import Cost
+from .roofline import Rates, Roofline
 from .statistics import Comparison, Summary, compare, summarize
 from .workload import Workload
 
 SCHEMA = "dotexport.bench/1"
 
 METRICS = {
-    "ttft": "time to first token: one prefill of the whole prompt, logits of every position",
+    "ttft": "time to first token: one prefill of the whole prompt, with what logits the runtime "
+    "gives (torch: of the last position; graphs: of every one)",
     "tpot": "time per output token: (end-to-end - TTFT) / (tokens - 1)",
     "itl": "inter-token latency: each gap between two tokens",
     "e2el": "end-to-end latency: one request, prefill and all decode steps",
@@ -37,11 +40,13 @@ class Sample:
         group: which A B B A it belongs to.
         ttft_ms: to the first token.
         itl_ms: from each token to the next.
+        round: which pair of processes it was asked of.
     """
 
     group: int
     ttft_ms: float
     itl_ms: tuple[float, ...]
+    round: int = 0
 
     @property
     def tpot_ms(self) -> float:
@@ -72,6 +77,14 @@ class Measurement:
         rss_before_load_bytes: resident with interpreter, harness and its libraries alone.
         peak_rss_bytes: most the process ever held: all that, runtime, weights, cache, logits.
         providers: what the runtime says it runs on, where it says so.
+        peak_device_bytes: most it ever held on the GPU; None: no GPU, or nobody says.
+        answered_positions: of a prompt, for which the runtime gives logits.
+        energy: joules of all measured requests and per generated token, and what counted them; or
+            the reason why nothing did.
+        cost: bytes and operations of a token; None: its shapes are not known.
+
+    Where several processes answer at once, memory is the sum over them (what they share counted
+    each time); over rounds, times of loading are medians and memory is the largest.
     """
 
     name: str
@@ -90,6 +103,10 @@ class Measurement:
     peak_rss_bytes: int
     providers: tuple[str, ...]
     samples: tuple[Sample, ...]
+    peak_device_bytes: int | None = None
+    answered_positions: int | None = None
+    energy: dict[str, Any] | None = None
+    cost: Cost | None = None
 
     def values(self, metric: str) -> list[float]:
         """All values of one of METRICS, in milliseconds."""
@@ -109,8 +126,12 @@ class Measurement:
         return np.array([groups[number] for number in sorted(groups)])
 
     def throughput(self, workload: Workload) -> dict[str, float]:
-        """Rates: the first three over all measured time, as vLLM has it; the others of medians."""
-        busy_s = sum(self.values("e2el")) / 1e3
+        """Rates: the first three over all measured time, as vLLM has it; the others of medians.
+
+        Of all concurrent processes together.
+        """
+        clients = workload.concurrency
+        busy_s = sum(self.values("e2el")) / 1e3 / clients
         prompt = workload.batch_size * workload.prompt_length
         output = workload.batch_size * workload.generation_length
         runs = len(self.samples)
@@ -118,9 +139,14 @@ class Measurement:
             "request_throughput": runs * workload.batch_size / busy_s,
             "output_throughput": runs * output / busy_s,
             "total_token_throughput": runs * (prompt + output) / busy_s,
-            "prefill_tok_s": prompt / self.summaries["ttft"].p50 * 1e3,
-            "decode_tok_s": workload.batch_size / self.summaries["tpot"].p50 * 1e3,
+            "prefill_tok_s": clients * prompt / self.summaries["ttft"].p50 * 1e3,
+            "decode_tok_s": clients * workload.batch_size / self.summaries["tpot"].p50 * 1e3,
         }
+
+    @property
+    def overhead_share(self) -> float:
+        """Of the time per output token that is the harness's own."""
+        return self.harness_overhead_us / 1e3 / self.summaries["tpot"].p50
 
     def as_dict(self, workload: Workload) -> dict[str, Any]:
         stored = asdict(self)
@@ -132,6 +158,7 @@ class Measurement:
         return {
             **stored,
             "completed": len(samples),
+            "harness_overhead_share": self.overhead_share,
             **figures,
             **self.throughput(workload),
             "samples": samples,
@@ -139,14 +166,25 @@ class Measurement:
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Measurement:
-        fields = {name: stored[name] for name in cls.__dataclass_fields__}
-        samples = (Sample(s["group"], s["ttft_ms"], tuple(s["itl_ms"])) for s in stored["samples"])
-        return cls(**fields | {"samples": tuple(samples), "providers": tuple(stored["providers"])})
+        # Fields that came later are missing from older reports and have defaults.
+        fields = {name: stored[name] for name in cls.__dataclass_fields__ if name in stored}
+        samples = (
+            Sample(s["group"], s["ttft_ms"], tuple(s["itl_ms"]), s.get("round", 0))
+            for s in stored["samples"]
+        )
+        cost = Cost(**stored["cost"]) if stored.get("cost") else None
+        lists = {"samples": tuple(samples), "providers": tuple(stored["providers"])}
+        return cls(**fields | lists | {"cost": cost})
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchResult:
-    """Two models under one workload on one target, and how they compare."""
+    """Two models under one workload on one target, and how they compare.
+
+    Attributes:
+        runtime: options of the target, such as device and dtype of torch.
+        rates: what the device did at best meanwhile; None: nobody asked, or shapes are not known.
+    """
 
     target: str
     precision: str
@@ -154,6 +192,8 @@ class BenchResult:
     environment: dict[str, Any]
     candidate: Measurement
     baseline: Measurement
+    runtime: dict[str, Any] = field(default_factory=dict)
+    rates: Rates | None = None
 
     @cached_property
     def comparisons(self) -> dict[str, Comparison]:
@@ -162,6 +202,7 @@ class BenchResult:
             metric: compare(
                 self.candidate.by_group(metric),
                 self.baseline.by_group(metric),
+                rounds=len({sample.round for sample in self.candidate.samples}),
                 seed=self.workload.seed,
             )
             for metric in COMPARED
@@ -172,6 +213,23 @@ class BenchResult:
         """The end-to-end comparison in words."""
         return self.comparisons["e2el"].verdict
 
+    @cached_property
+    def roofline(self) -> Roofline | None:
+        """How far from the device's limits; None without rates or shapes."""
+        return Roofline.of(self)
+
+    @property
+    def noise_verdict(self) -> str | None:
+        """PASS or FAIL in words, where a model was measured against itself; else None."""
+        if self.candidate.artifact != self.baseline.artifact:
+            return None
+        found = self.comparisons["e2el"]
+        where = f"the 95 % interval of A against A, {found.low:.3f} to {found.high:.3f},"
+        if not found.low <= 1 <= found.high:
+            return f"FAIL: {where} does not hold 1; other work disturbs this machine too much"
+        blind = max(1 - found.low, found.high - 1)
+        return f"PASS: {where} holds 1; differences below {100 * blind:.1f} % stay unseen here"
+
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON: what was measured and what follows from it."""
         return {
@@ -179,11 +237,16 @@ class BenchResult:
             "verdict": self.verdict,
             "target": self.target,
             "precision": self.precision,
+            "runtime": self.runtime,
+            "noise_check": self.noise_verdict,
             "workload": self.workload.as_dict(),
             "comparisons": {
                 metric: {**asdict(comparison), "verdict": comparison.verdict}
                 for metric, comparison in self.comparisons.items()
             },
+            "rates": self.rates and self.rates.as_dict(),
+            "roofline": self.roofline and self.roofline.as_dict(),
+            "limit": self.roofline and self.roofline.headline(),
             "metrics": METRICS,
             "environment": self.environment,
             "candidate": self.candidate.as_dict(self.workload),
@@ -193,7 +256,8 @@ class BenchResult:
     def headline(self) -> dict[str, Any]:
         """The report without raw samples and conditions, small enough for one line."""
         figures = self.as_dict()
-        small = {key: figures[key] for key in ("schema", "verdict", "target", "precision")}
+        kept = ("schema", "verdict", "target", "precision", "runtime", "noise_check", "limit")
+        small = {key: figures[key] for key in kept}
         for name in ("candidate", "baseline"):
             model = figures[name]
             small[name] = {key: value for key, value in model.items() if key != "samples"}
@@ -213,8 +277,11 @@ class BenchResult:
         return cls(
             target=stored["target"],
             precision=stored["precision"],
-            workload=Workload(**stored["workload"]),
+            # A report from before there were rounds is of one.
+            workload=Workload(**{"rounds": 1, **stored["workload"]}),
             environment=stored["environment"],
             candidate=Measurement.from_dict(stored["candidate"]),
             baseline=Measurement.from_dict(stored["baseline"]),
+            runtime=stored.get("runtime", {}),
+            rates=Rates.from_dict(stored["rates"]) if stored.get("rates") else None,
         )

@@ -24,8 +24,8 @@ from dotexport.output import read_json
 from .intervals import STATISTICS
 from .result import METRICS, SCHEMA, BenchResult, Measurement
 from .statistics import Array
+from .sweep import SCHEMA as SWEEP
 
-SWEEP = "dotexport.sweep/1"
 QUALITY = ("perplexity", "kl", "top1_agreement")
 
 # Each rate is some number of tokens or requests over a time, which carries its uncertainty.
@@ -37,7 +37,7 @@ RATES = {
     "total_token_throughput": "mean_e2el_ms",
 }
 # How long and how carefully was measured, which changes no figure's meaning.
-EFFORT = {"min_iterations", "min_seconds", "min_warmups", "max_warmup_seconds", "seed"}
+EFFORT = {"rounds", "min_iterations", "min_seconds", "min_warmups", "max_warmup_seconds", "seed"}
 HARDWARE = ("cpu", "gpu", "gpus", "driver", "gpu_driver", "cuda")
 LIBRARIES = {
     "ort": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda"),
@@ -57,12 +57,14 @@ class Side:
     Attributes:
         times: milliseconds by group and sample, by metric: `ttft`, `itl`, ...
         figures: every number of the report by its name there.
+        rounds: of fresh processes that the groups are of, equally many of each.
     """
 
     name: str
     source: str
     times: Mapping[str, Array]
     figures: Mapping[str, float]
+    rounds: int = 1
 
     def sampled(self, figure: str) -> tuple[Array, str] | None:
         """Times and statistic that a figure follows from; None if it was not sampled."""
@@ -140,7 +142,7 @@ def said(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {inner}" for key, inner in value.items()) or "none"
     if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) or "none"
+        return ", ".join(map(said, value)) or "none"
     return "not recorded" if value is None else str(value)
 
 
@@ -167,12 +169,21 @@ def of_result(
     known = stored or {}
     return Report(
         file=file,
-        label=f"{result.target} {result.precision}, batch {result.workload.batch_size}",
+        label=_label(result),
         conditions=_conditions(result),
         candidate=_side(result.candidate, result, known.get("candidate", {})),
         baseline=_side(result.baseline, result, known.get("baseline", {})),
         seed=result.workload.seed,
         quality=quality or {},
+    )
+
+
+def _label(result: BenchResult) -> str:
+    asked = result.workload
+    at_once = f" of {asked.concurrency} at once" if asked.concurrency > 1 else ""
+    return (
+        f"{result.target} {result.precision}, {asked.prompt_length}+{asked.generation_length} "
+        f"tokens, batch {asked.batch_size}{at_once}, {asked.threads} threads"
     )
 
 
@@ -183,6 +194,7 @@ def _side(measured: Measurement, result: BenchResult, stored: Mapping[str, Any])
         source=measured.source,
         times={metric: _by_group(measured, metric) for metric in METRICS},
         figures=dict(_numbers(computed)),
+        rounds=len({sample.round for sample in measured.samples}),
     )
 
 
@@ -218,12 +230,20 @@ def _conditions(result: BenchResult) -> dict[str, Any]:
     return {
         "target": result.target,
         "precision": result.precision,
+        **({"options": result.runtime} if result.runtime else {}),
         **{name: machine[name] for name in HARDWARE if machine.get(name)},
         "cores": machine.get("cores", {}).get("usable"),
+        **_limited(machine),
         "providers": list(result.candidate.providers),
         "runtime": {name: libraries[name] for name in named if name in libraries},
         **{name: value for name, value in asked.items() if name not in EFFORT},
     }
+
+
+def _limited(machine: Mapping[str, Any]) -> dict[str, Any]:
+    """Processors' worth of time that a container grants, where it is fewer than there are."""
+    granted = (machine.get("container") or {}).get("cpus")
+    return {} if granted is None else {"container cpus": granted}
 
 
 def _of_pipelines(file: Path, stored: Mapping[str, Any]) -> Report:

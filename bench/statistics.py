@@ -1,6 +1,7 @@
 """What a stream of timings says: summaries, and one ratio with its uncertainty.
 
-Shapes: G groups (one A B B A each), S samples of one model in a group, R resamples.
+Shapes: G groups (one A B B A each), S samples of one model in a group, C rounds (pairs of fresh
+processes; each has the same number of groups), R resamples.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ RESOLUTION = 0.01
 # Simulated with wandering, bursting and heavy-tailed noise, the interval covers the truth in 92 to
 # 97 of 100 runs of 15 groups, in 84 of 6, and in 50 of 2: with fewer than this, nothing is claimed.
 ENOUGH_GROUPS = 8
+ENOUGH_ROUNDS = 5
 MAX_CELLS = 4_000_000  # of resampled timings held at once: 32 MB
 
 
@@ -56,7 +58,8 @@ def summarize(values: ArrayLike) -> Summary:
 class Comparison:
     """Candidate over baseline: the ratio of their median times at equal pace; below 1 is faster.
 
-    `low` and `high` bound the ratio with `confidence`, as far as so many groups can tell.
+    `low` and `high` bound the ratio with `confidence`, as far as so many groups can tell; with
+    fewer than ENOUGH_ROUNDS rounds, what differs from process to process is not in them.
     """
 
     ratio: float
@@ -64,6 +67,7 @@ class Comparison:
     high: float
     groups: int
     confidence: float = CONFIDENCE
+    rounds: int = 1
 
     @property
     def faster(self) -> bool:
@@ -95,6 +99,7 @@ def compare(
     candidate_GS: ArrayLike,
     baseline_GS: ArrayLike,
     *,
+    rounds: int = 1,
     seed: int = 0,
     resamples: int = 2000,
     statistic: Statistic = np.median,
@@ -112,6 +117,8 @@ def compare(
     - whole A B B A groups are drawn, with replacement, and both models always together: the
       interval shows what differs between groups. Inside a group a linear drift cancels, as A
       and B have the same mean position in it;
+    - where there were several rounds of fresh processes, whole rounds are drawn: a process that
+      is fast by the luck of its memory stays so in all its groups, which are one witness then;
     - with few groups a percentile interval is too short, as a normal interval is beside
       Student's; its tails are widened accordingly (Hesterberg's expanded percentile interval).
     """
@@ -120,14 +127,18 @@ def compare(
         raise ValueError(f"{len(candidate)} groups of one model, {len(baseline)} of the other")
     if len(candidate) < 2:
         raise ValueError("one group says nothing about the noise between groups; need two")
+    if len(candidate) % rounds:
+        raise ValueError(f"{len(candidate)} groups are not {rounds} rounds of equally many")
     pace_G1 = np.sqrt(_medians(candidate) * _medians(baseline))
     candidate, baseline = candidate / pace_G1, baseline / pace_G1
     ratio = float(statistic(candidate) / statistic(baseline))
-    rng = np.random.default_rng(seed)
-    ratios_R = _resampled_ratios(candidate, baseline, resamples, rng, statistic)
-    tail = _tail_probability(len(candidate))
+    # The unit that is drawn: a round if there are enough of them, else a group.
+    units = rounds if rounds >= ENOUGH_ROUNDS else len(candidate)
+    one, two = candidate.reshape(units, -1), baseline.reshape(units, -1)
+    ratios_R = _resampled_ratios(one, two, resamples, np.random.default_rng(seed), statistic)
+    tail = _tail_probability(units)
     low, high = np.quantile(ratios_R, [tail, 1 - tail])
-    return Comparison(ratio, float(low), float(high), len(candidate))
+    return Comparison(ratio, float(low), float(high), len(candidate), rounds=rounds)
 
 
 def _groups(timings_GS: ArrayLike) -> Array:

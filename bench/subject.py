@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dotexport.adapter import Target
 from dotexport.errors import DotexportError, UnsupportedModelError, UsageError
@@ -25,7 +26,7 @@ class Subject:
         source: the folder that was given.
         artifact: the folder that the target opens.
         num_bytes: of the artifact.
-        num_parameters, context: None where no checkpoint lies beside the artifact.
+        num_parameters, context, config: None where no checkpoint lies beside the artifact.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Subject:
     num_bytes: int
     num_parameters: int | None
     context: int | None = None
+    config: Mapping[str, Any] | None = None
 
     def check_fits(self, num_tokens: int) -> None:
         """Refuse sequences longer than the model was made for.
@@ -96,7 +98,8 @@ def find_subject(name: str, source: Path, target: Target, precision: str, scratc
             artifact = _export(name, checkpoint, target, precision, scratch)
     if artifact is None:
         artifact = _as_artifact(name, source, target)
-    return Subject(name, source, artifact, _num_bytes(artifact), parameters, context)
+    config = checkpoint.config if checkpoint else None
+    return Subject(name, source, artifact, _num_bytes(artifact), parameters, context, config)
 
 
 def _holds(folder: Path, target: Target, precision: str) -> bool:

@@ -9,14 +9,28 @@ from rich.table import Table
 from rich.text import Text
 
 from .result import METRICS, BenchResult
+from .sweep import Sweep
 
 Row = tuple[str, str, str, str]
+SWEEP_COLUMNS = (
+    "tokens",
+    "batch",
+    "threads",
+    "processes",
+    "prefill tok/s",
+    "speed-up",
+    "decode tok/s",
+    "speed-up",
+    "of decode limit",
+)
 BUSY = 0.5  # load average of the minute before; an idle machine has next to none
 
 
-def render(result: BenchResult) -> Group:
+def render(result: BenchResult | Sweep) -> Group:
     """The verdict, the table, its conditions and definitions."""
-    table = Table(title=f"{result.target} {result.precision}: candidate against baseline")
+    if isinstance(result, Sweep):
+        return _render_sweep(result)
+    table = Table(title=f"{_runtime(result)}: candidate against baseline")
     table.add_column("")
     for column in ("candidate", "baseline", "candidate / baseline"):
         table.add_column(column, justify="right")
@@ -26,10 +40,47 @@ def render(result: BenchResult) -> Group:
     return Group(table, *(Text(line) for line in lines))
 
 
+def _render_sweep(sweep: Sweep) -> Group:
+    one = sweep.results[0]
+    table = Table(title=f"{_runtime(one)}: candidate against baseline, by workload")
+    for column in SWEEP_COLUMNS:
+        table.add_column(column, justify="right")
+    for result in sweep.results:
+        table.add_row(*sweep_row(result))
+    lines = [sweep.noise_verdict] if sweep.noise_verdict else []
+    lines += [f"{_shape(result)}: {result.verdict}" for result in sweep.results]
+    lines += _machine(one)
+    lines += [f"{metric.upper()}: {meaning}" for metric, meaning in METRICS.items()]
+    return Group(table, *(Text(line) for line in lines))
+
+
+def sweep_row(result: BenchResult) -> list[str]:
+    """Cells of SWEEP_COLUMNS."""
+    asked, found = result.workload, result.comparisons
+    rates = [model.throughput(asked) for model in (result.candidate, result.baseline)]
+    cells = [f"{asked.prompt_length}+{asked.generation_length}", str(asked.batch_size)]
+    cells += [str(asked.threads), str(asked.concurrency)]
+    for metric, rate in {"ttft": "prefill_tok_s", "tpot": "decode_tok_s"}.items():
+        one = found[metric]
+        cells.append(f"{rates[0][rate]:.1f} / {rates[1][rate]:.1f}")
+        cells.append(f"{1 / one.ratio:.2f}x [{1 / one.high:.2f}, {1 / one.low:.2f}]")
+    limits = result.roofline and result.roofline.limits
+    cells.append(
+        " / ".join(f"{100 * limits[name]['decode'].share:.0f} %" for name in limits)
+        if limits
+        else ""
+    )
+    return cells
+
+
 def verdicts(result: BenchResult) -> Iterator[str]:
-    """The comparisons in words, the whole request first."""
+    """The comparisons in words, the whole request first; then how far the device's limits are."""
+    if result.noise_verdict:
+        yield result.noise_verdict
     for metric, label in {"e2el": "end to end", "ttft": "prefill", "tpot": "decode"}.items():
         yield f"{label}: {result.comparisons[metric].verdict}"
+    if result.roofline:
+        yield from result.roofline.sentences()
 
 
 def rows(result: BenchResult) -> Iterator[Row]:
@@ -40,8 +91,8 @@ def rows(result: BenchResult) -> Iterator[Row]:
             mine, other = (getattr(m.summaries[metric], name) for m in (ours, theirs))
             comparison = result.comparisons.get(metric) if name == "p50" else None
             ratio = _ratio(mine, other)
-            if comparison is not None:
-                ratio += f" [{comparison.low:.3f}, {comparison.high:.3f}]"
+            if comparison is not None:  # of medians at equal pace, as its interval
+                ratio = f"{comparison.ratio:.3f} [{comparison.low:.3f}, {comparison.high:.3f}]"
             yield f"{metric.upper()} {name}, ms", f"{mine:.3f}", f"{other:.3f}", ratio
     rates, other_rates = (m.throughput(result.workload) for m in (ours, theirs))
     for key, label in {
@@ -56,25 +107,29 @@ def rows(result: BenchResult) -> Iterator[Row]:
     yield _row("peak memory, MB", ours.peak_rss_bytes / 1e6, theirs.peak_rss_bytes / 1e6, ".1f")
     mine, other = ((m.peak_rss_bytes - m.rss_before_load_bytes) / 1e6 for m in (ours, theirs))
     yield _row("... for runtime and model", mine, other, ".1f")
+    if ours.peak_device_bytes and theirs.peak_device_bytes:
+        yield _row(
+            "peak on the GPU, MB",
+            ours.peak_device_bytes / 1e6,
+            theirs.peak_device_bytes / 1e6,
+            ".1f",
+        )
+    energy = [(model.energy or {}).get("joules_per_token") for model in (ours, theirs)]
+    if energy[0] and energy[1]:
+        yield _row("energy, J per token", energy[0], energy[1], ".3f")
     if ours.num_parameters and theirs.num_parameters:
         yield _row("parameters, M", ours.num_parameters / 1e6, theirs.num_parameters / 1e6, ".2f")
 
 
 def conditions(result: BenchResult) -> Iterator[str]:
     """What the figures depend on, what to doubt, and what each metric is."""
-    asked, machine = result.workload, result.environment
-    ours = result.candidate
+    asked, ours = result.workload, result.candidate
     groups = len(ours.by_group("e2el"))
     yield (
-        f"prompt {asked.prompt_length}, generated {asked.generation_length}, batch "
-        f"{asked.batch_size}, {asked.threads} threads; {len(ours.samples)} requests of each model "
-        f"in {groups} groups A B B A, seed {asked.seed}"
+        f"{_shape(result)}; {len(ours.samples)} requests of each model in {groups} groups A B B A, "
+        f"{asked.rounds} rounds of fresh processes, seed {asked.seed}"
     )
-    yield (
-        f"{machine['cpu']}, {machine['platform']}, Python {machine['python']}; load average "
-        f"before: {_load(machine['load_average'])}; harness: {ours.harness_overhead_us:.2f} us "
-        "in each interval"
-    )
+    yield from _machine(result)
     yield (
         "peak memory: most that the process ever held; "
         f"{ours.rss_before_load_bytes / 1e6:.0f} MB of it before runtime and model were loaded"
@@ -82,6 +137,37 @@ def conditions(result: BenchResult) -> Iterator[str]:
     yield from _doubts(result)
     for metric, meaning in METRICS.items():
         yield f"{metric.upper()}: {meaning}"
+
+
+def _runtime(result: BenchResult) -> str:
+    options = ["compiled" if v is True else str(v) for v in result.runtime.values()]
+    return " ".join([result.target, result.precision, *options])
+
+
+def _shape(result: BenchResult) -> str:
+    asked = result.workload
+    clients = f", {asked.concurrency} processes at once" if asked.concurrency > 1 else ""
+    return (
+        f"prompt {asked.prompt_length}, generated {asked.generation_length}, batch "
+        f"{asked.batch_size}, {asked.threads} threads{clients}"
+    )
+
+
+def _machine(result: BenchResult) -> Iterator[str]:
+    machine, ours = result.environment, result.candidate
+    gpus = "".join(f", {gpu['name']}" for gpu in machine.get("gpus", ()))
+    on = f"; runs on {', '.join(ours.providers)}" if ours.providers else ""
+    yield (
+        f"{machine['cpu']}{gpus}, {machine['platform']}, Python {machine['python']}{on}; governor "
+        f"{machine.get('governor') or 'unknown'}; load average before: "
+        f"{_load(machine['load_average'])}"
+    )
+    yield (
+        f"harness: {ours.harness_overhead_us:.2f} us in each interval, "
+        f"{100 * ours.overhead_share:.2f} % of a token"
+    )
+    energy = ours.energy or {}
+    yield f"energy: {energy.get('source') or 'not measured, ' + energy.get('reason', 'unknown')}"
 
 
 def _doubts(result: BenchResult) -> Iterator[str]:

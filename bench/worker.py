@@ -4,10 +4,12 @@
 
 reads one JSON object per line from stdin and answers each with one line on stdout:
 
-    {"do": "load", "target": ..., "folder": ..., "workload": {...}}  -> load and first-run times
+    {"do": "load", "target": ..., "folder": ..., "workload": {...}}  -> load and first-run times;
+                     "runtime": {...} goes to the target's `open`
     {"do": "warm_up", "vocabulary": V}                               -> how many, and if stable
     {"do": "measure", "iterations": K}                               -> K raw samples
     {"do": "memory"}                                                 -> resident bytes, and peak
+    {"do": "probe", "device": ..., "sizes": [...], "numbers": [...]} -> rates of the device
 
 It ends when stdin does. A request that cannot be met is answered {"error": ..., "message": ...};
 any other failure ends the process, with its traceback on stderr.
@@ -23,7 +25,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -33,9 +35,10 @@ from typing import Any, TextIO
 import numpy as np
 import psutil
 
-from dotexport.adapter import Logits, Session, Tokens, find_target
+from dotexport.adapter import Logits, Session, Target, Tokens, find_target
 from dotexport.errors import DotexportError
 
+from .device import ask_nvidia
 from .workload import Workload
 
 STABLE_WINDOW = 5
@@ -86,15 +89,28 @@ class Bench:
     workload: Workload
     prompt_BL: Tokens
     continuation_NB: Tokens
+    answered_positions: int
+    patience: float
 
-    def load(self, target: str, folder: str, workload: dict[str, Any]) -> dict[str, Any]:
+    def load(
+        self,
+        target: str,
+        folder: str,
+        workload: dict[str, Any],
+        runtime: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Open the artifact and run it once, the two timed apart."""
         self.workload = Workload(**workload)
         before = _resident()
         start = perf_counter()
         adapter = find_target(target)
         imported = perf_counter()
-        self.session = adapter.open(Path(folder), threads=self.workload.threads)
+        self.session = adapter.open(
+            Path(folder),
+            threads=self.workload.threads_each,
+            **(runtime or {}),
+            **self._own_options(adapter),
+        )
         loaded = perf_counter()
         vocabulary, first_run_ms = self._first_run()
         return {
@@ -102,10 +118,18 @@ class Bench:
             "load_s": loaded - imported,
             "first_run_ms": first_run_ms,
             "vocabulary": vocabulary,
+            "answered_positions": self.answered_positions,
+            "number": getattr(self.session, "number", None),
             "rss_before_load_bytes": before,
             "providers": [str(p) for p in getattr(self.session, "providers", ())],
             "harness_overhead_us": harness_overhead_us(self.workload),
         }
+
+    def _own_options(self, adapter: Target) -> dict[str, Any]:
+        """What a runtime is told because it is measured, if it takes such options."""
+        asked = self.workload
+        own = {"lean": True, "capacity": asked.prompt_length + asked.generation_length}
+        return {name: own[name] for name in own if name in getattr(adapter, "run_options", ())}
 
     def _first_run(self) -> tuple[int, float]:
         # The vocabulary is not known yet; id 0 is in every one.
@@ -115,11 +139,17 @@ class Bench:
         for tokens_B in continuation_NB:
             last_BV = self.session.step(tokens_B)
         first_run_ms = (perf_counter() - start) * 1e3
-        _check(prefill_BLV[:, -1], last_BV, expected=prompt_BL.shape[0])
+        self.answered_positions = int(prefill_BLV.shape[1])
+        _check(_on_host(prefill_BLV[:, -1]), _on_host(last_BV), expected=prompt_BL.shape[0])
         return int(last_BV.shape[-1]), first_run_ms
 
-    def warm_up(self, vocabulary: int) -> dict[str, Any]:
-        """Iterate until times are stable, and give an idea of how long one takes."""
+    def warm_up(self, vocabulary: int, patience: float | None = None) -> dict[str, Any]:
+        """Iterate until times are stable, and give an idea of how long one takes.
+
+        Args:
+            patience: seconds after which to stop anyhow; None: the workload's.
+        """
+        self.patience = self.workload.max_warmup_seconds if patience is None else patience
         self.prompt_BL, self.continuation_NB = self.workload.tokens(vocabulary)
         start = perf_counter()
         times: list[int] = []
@@ -134,12 +164,14 @@ class Bench:
     def _warm(self, times: list[int], elapsed: float) -> bool:
         if len(times) < 2:
             return False
-        if elapsed >= self.workload.max_warmup_seconds:
+        if elapsed >= self.patience:
             return True
         return len(times) >= self.workload.min_warmups and is_stable(times)
 
-    def measure(self, iterations: int) -> dict[str, Any]:
+    def measure(self, iterations: int, cpus: list[int] | None = None) -> dict[str, Any]:
         """Raw samples. One request that is not kept wakes threads and refills caches first."""
+        if cpus:
+            stay_on(cpus)
         self.session.start(self.prompt_BL)
         self.session.step(self.continuation_NB[0])
         return {"samples_ns": [self._iterate() for _ in range(iterations)]}
@@ -151,7 +183,35 @@ class Bench:
             return iterate(self.session, self.prompt_BL, self.continuation_NB)
 
     def memory(self) -> dict[str, Any]:
-        return {"rss_bytes": _resident(), "peak_rss_bytes": peak_resident()}
+        return {
+            "rss_bytes": _resident(),
+            "peak_rss_bytes": peak_resident(),
+            "peak_device_bytes": self._device_bytes(),
+        }
+
+    def _device_bytes(self) -> int | None:
+        """Most that the runtime held on a GPU if it says so, else what the driver says it holds."""
+        session = getattr(self, "session", None)
+        providers = " ".join(map(str, getattr(session, "providers", ())))
+        if "cuda" not in providers.lower():
+            return None
+        peak: int | None = getattr(session, "peak_device_bytes", None)
+        return held_on_gpu() if peak is None else peak
+
+    def probe(self, device: str, sizes: list[int], numbers: list[str]) -> dict[str, Any]:
+        """What the device can do; in a worker that holds no model."""
+        from .probe import measure  # torch comes with it
+
+        return measure(device, None, sizes, numbers)
+
+
+def stay_on(cpus: list[int]) -> None:
+    """Bind every thread of this process to these processors, where the system can."""
+    tasks = Path("/proc/self/task")
+    if hasattr(os, "sched_setaffinity") and tasks.is_dir():
+        for task in tasks.iterdir():
+            with suppress(ProcessLookupError):  # a thread may end meanwhile
+                os.sched_setaffinity(int(task.name), cpus)
 
 
 def is_stable(times: list[int]) -> bool:
@@ -161,6 +221,12 @@ def is_stable(times: list[int]) -> bool:
     recent = median(times[-STABLE_WINDOW:])
     earlier = median(times[-2 * STABLE_WINDOW : -STABLE_WINDOW])
     return abs(recent - earlier) <= STABLE_WITHIN * earlier
+
+
+def _on_host(logits: Any) -> Logits:
+    """An array of what may be a tensor on a device."""
+    array: Logits = logits.float().cpu().numpy() if hasattr(logits, "cpu") else logits
+    return array
 
 
 def _check(first_BV: Logits, last_BV: Logits, *, expected: int) -> None:
@@ -209,6 +275,15 @@ def peak_resident() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def held_on_gpu() -> int | None:
+    """Bytes that the driver says this process holds now; None where it does not say."""
+    for line in ask_nvidia("--query-compute-apps=pid,used_memory"):
+        pid, _, mebibytes = line.partition(", ")
+        if pid == str(os.getpid()) and mebibytes.isdigit():
+            return int(mebibytes) << 20
+    return None
+
+
 def serve(requests: TextIO, answer: Callable[[dict[str, Any]], None]) -> None:
     """Meet requests, one line each, until there are no more."""
     bench = Bench()
@@ -217,6 +292,7 @@ def serve(requests: TextIO, answer: Callable[[dict[str, Any]], None]) -> None:
         "warm_up": bench.warm_up,
         "measure": bench.measure,
         "memory": bench.memory,
+        "probe": bench.probe,
     }
     for line in requests:
         request = json.loads(line)

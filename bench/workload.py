@@ -28,6 +28,9 @@ class Workload:
         generation_length: tokens generated after it, the first one included; no end-of-text.
         batch_size: sequences that run together.
         threads: CPU threads of the runtime; None: one per physical core this process may use.
+        concurrency: processes of each model that answer at the same time, each one request after
+            another (a closed loop); they share the threads.
+        rounds: pairs of fresh processes, one after another, that share the measuring.
         min_iterations, min_seconds: measure each model until it has both.
         min_warmups: iterations before anything is kept; more until times are stable.
         max_warmup_seconds: a slow model stops warming up here, after two iterations at least.
@@ -38,6 +41,8 @@ class Workload:
     generation_length: int = 64
     batch_size: int = 1
     threads: int | None = None
+    concurrency: int = 1
+    rounds: int = 8
     min_iterations: int = 30
     min_seconds: float = 10.0
     min_warmups: int = 10
@@ -50,17 +55,25 @@ class Workload:
         _at_least(2, generation_length=self.generation_length, min_iterations=self.min_iterations)
         _at_least(0, min_seconds=self.min_seconds, min_warmups=self.min_warmups, seed=self.seed)
         _at_least(0, max_warmup_seconds=self.max_warmup_seconds)
+        _at_least(1, concurrency=self.concurrency, rounds=self.rounds)
         if self.threads is not None:
-            _at_least(1, threads=self.threads)
+            # A process has one thread at least.
+            _at_least(self.concurrency, threads=self.threads)
 
     @property
-    def min_groups(self) -> int:
-        """A B B A groups to aim for: enough of them for an interval, few enough to stay cheap."""
-        return min(MOST_GROUPS, max(MIN_GROUPS, -(-self.min_iterations // 2)))
+    def groups_each_round(self) -> int:
+        """A B B A groups of one round; of all, enough for an interval, few enough to stay cheap."""
+        wanted = min(MOST_GROUPS, max(MIN_GROUPS, -(-self.min_iterations // 2)))
+        return -(-wanted // self.rounds)
 
     def with_threads(self) -> Workload:
         """This workload with the number of threads spelled out."""
         return self if self.threads else replace(self, threads=usable_cores())
+
+    @property
+    def threads_each(self) -> int | None:
+        """Of one process."""
+        return self.threads and self.threads // self.concurrency
 
     def tokens(self, vocabulary: int) -> tuple[Tokens, Tokens]:
         """prompt_BL and continuation_NB: seeded random ids below `vocabulary`."""

@@ -462,14 +462,28 @@ def bench(
     noise: Annotated[
         bool, typer.Option("--noise-check", help="Measure CANDIDATE against itself.")
     ] = False,
+    runs: Annotated[int, typer.Option(help="Noise checks, one after another.")] = 1,
     target: Annotated[str, typer.Option(help="Runtime to measure on; hf is torch.")] = "ort-cpu",
     precision: Annotated[str | None, typer.Option(help="Precision of both artifacts.")] = None,
-    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 128,
-    generate: Annotated[int, typer.Option(help="Tokens generated.")] = 64,
-    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads; default: one per physical core.")
+    device: Annotated[str | None, typer.Option(help="hf: cpu or cuda.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="hf: fp32, bf16 or fp16.")] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="hf: decode through torch.compile.")
+    ] = False,
+    preset: Annotated[str | None, typer.Option(help="chat, rag, edge or offline.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Tokens of a prompt (128); several, 128,512, are a sweep.")
     ] = None,
+    generate: Annotated[str | None, typer.Option(help="Tokens generated (64), or several.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Sequences at once (1), or several.")] = None,
+    threads: Annotated[
+        str | None, typer.Option(help="CPU threads, or several; default: one per physical core.")
+    ] = None,
+    concurrency: Annotated[
+        str | None, typer.Option(help="Processes of each model at once, sharing the threads.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Pairs of fresh processes, at least.")] = 8,
+    roofline: Annotated[bool, typer.Option(help="Measure the device's own limits too.")] = True,
     min_iterations: Annotated[int, typer.Option(help="Requests of each model, at least.")] = 30,
     min_seconds: Annotated[float, typer.Option(help="Seconds for each model, at least.")] = 10.0,
     warmups: Annotated[int, typer.Option(help="Requests before measuring, at least.")] = 10,
@@ -490,11 +504,14 @@ def bench(
     for the target yet is exported into a temporary folder first.
 
     Example: dotexport bench OUT --baseline MODEL --target ort-cpu --precision int4
+
+    Several values make a sweep: dotexport bench OUT --baseline MODEL --batch 1,4,8
     """
     from dotexport.bench.gate import require
     from dotexport.bench.judging import gate_table
+    from dotexport.bench.sweep import steps_of
     from dotexport.bench.table import render
-    from dotexport.pipeline import bench_into, judge_bench, source_folder
+    from dotexport.pipeline import bench_into, judge_bench, source_folder, sweep_into
     from dotexport.recipe import BenchStep
 
     if noise == (baseline is not None):
@@ -502,19 +519,33 @@ def bench(
     step = BenchStep(
         target=target,
         precision=precision,
-        prompt=prompt,
-        generate=generate,
-        batch=batch,
-        threads=threads,
+        device=device,
+        dtype=dtype,
+        compiled=compiled,
+        preset=preset,
+        rounds=rounds,
+        roofline=roofline,
         min_iterations=min_iterations,
         min_seconds=min_seconds,
         warmups=warmups,
         seed=seed,
         gate=gate,
     )
+    shape = {
+        "prompt": prompt,
+        "generate": generate,
+        "batch": batch,
+        "threads": threads,
+        "concurrency": concurrency,
+    }
+    steps = steps_of(step, shape, runs=runs, noise=noise)
     original = None if baseline is None else source_folder(baseline)
     with progress() as report:
-        result = bench_into(candidate, original, step, report=out, progress=report)
+        result = (
+            bench_into(candidate, original, steps[0], report=out, progress=report)
+            if len(steps) == 1
+            else sweep_into(candidate, original, steps, report=out, progress=report)
+        )
     Console(stderr=as_json).print(render(result))
     show_json(result.as_dict() if as_json else result.headline())
     if gate is not None:

@@ -7,7 +7,7 @@ was killed goes on with the first step whose result is not there.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,11 +156,7 @@ def bench_into(
     """
     from dotexport.bench import bench, noise_check
 
-    asked: dict[str, Any] = {
-        "precision": step.precision,
-        "workload": _workload(step),
-        "progress": progress,
-    }
+    asked = _asked(step, progress) | {"workload": _workload(step)}
     if baseline is None:
         return noise_check(candidate, step.target, out=report, **asked)
     if report is None and manifest.is_output(candidate):
@@ -185,10 +181,11 @@ def write_report(out: Path) -> Path:
 def judge_bench(step: BenchStep, result: Any, candidate: Path) -> Judgement:
     """Hold the gate of a step against what it measured, and the quality that `candidate` has."""
     from dotexport.bench.gate import read_gate
-    from dotexport.bench.judging import judge_result
+    from dotexport.bench.judging import judge_results
 
     limits = read_gate(Path(step.gate)) if step.gate else []
-    return judge_result(result, limits, candidate / _bench_report(step))
+    results = getattr(result, "results", (result,))  # of a sweep, or the one
+    return judge_results(results, limits, candidate / _bench_report(step))
 
 
 def _require_gates(recipe: Recipe, out: Path) -> None:
@@ -212,14 +209,49 @@ def _bench_report(step: BenchStep) -> Path:
     return Path("reports", f"bench-{bench_name(step)}.json")
 
 
+def sweep_into(
+    candidate: Path,
+    baseline: Path | None,
+    steps: Sequence[BenchStep],
+    *,
+    report: Path | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Any:
+    """`bench_into` for steps that differ in their workload alone; one report, no manifest entry."""
+    from dotexport.bench import sweep
+
+    first = steps[0]
+    if report is None and baseline is not None and manifest.is_output(candidate):
+        report = candidate / "reports" / f"bench-{bench_name(first)}-sweep.json"
+    workloads = [_workload(step) for step in steps]
+    asked = _asked(first, progress)
+    return sweep(candidate, baseline, first.target, workloads=workloads, out=report, **asked)
+
+
+def _asked(step: BenchStep, progress: Progress) -> dict[str, Any]:
+    return {
+        "precision": step.precision,
+        "runtime": step.runtime(),
+        "roofline": step.roofline,
+        "progress": progress,
+    }
+
+
 def _workload(step: BenchStep) -> Workload:
     from dotexport.bench import Workload
+    from dotexport.bench.presets import find_preset
 
+    shape = {
+        "prompt_length": step.prompt,
+        "generation_length": step.generate,
+        "batch_size": step.batch,
+        "threads": step.threads,
+        "concurrency": step.concurrency,
+    }
     return Workload(
-        prompt_length=step.prompt,
-        generation_length=step.generate,
-        batch_size=step.batch,
-        threads=step.threads,
+        **(find_preset(step.preset) if step.preset else {})
+        | {name: value for name, value in shape.items() if value is not None},
+        rounds=step.rounds,
         min_iterations=step.min_iterations,
         min_seconds=step.min_seconds,
         min_warmups=step.warmups,
@@ -228,8 +260,10 @@ def _workload(step: BenchStep) -> Workload:
 
 
 def bench_name(step: BenchStep) -> str:
-    """Key of a bench in the manifest: target and precision."""
-    return _spec(step).replace(":", "-")
+    """Key of a bench in the manifest: target, precision and what else it ran as."""
+    runtime = step.runtime()
+    compiled = ["compiled"] if runtime.pop("compiled", False) else []
+    return "-".join([_spec(step).replace(":", "-"), *runtime.values(), *compiled]).replace(":", "")
 
 
 def _spec(step: BenchStep) -> str:

@@ -114,19 +114,31 @@ class EvalStep:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchStep:
-    """Flags of `dotexport bench`."""
+    """Flags of `dotexport bench`; what is None comes from the preset, or from `Workload`."""
 
     target: str = "ort-cpu"
     precision: str | None = None
-    prompt: int = 128
-    generate: int = 64
-    batch: int = 1
+    device: str | None = None
+    dtype: str | None = None
+    compiled: bool = False
+    preset: str | None = None
+    prompt: int | None = None
+    generate: int | None = None
+    batch: int | None = None
     threads: int | None = None
+    concurrency: int | None = None
+    rounds: int = 8
+    roofline: bool = True
     min_iterations: int = 30
     min_seconds: float = 10.0
     warmups: int = 10
     seed: int = 0
     gate: str | None = None
+
+    def runtime(self) -> dict[str, Any]:
+        """Options of the target that were asked for."""
+        asked = {"device": self.device, "dtype": self.dtype, "compiled": self.compiled or None}
+        return {name: value for name, value in asked.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,9 @@ from transformers.utils import logging as transformers_logging
 
 from dotexport.adapter import Logits, Tokens
 from dotexport.checkpoint import INDEX, Checkpoint
-from dotexport.errors import CheckpointError
+from dotexport.errors import CheckpointError, RuntimeMissingError, UsageError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class HuggingFace:
@@ -29,6 +31,7 @@ class HuggingFace:
     precisions = ("as-stored",)
     exact_rounding = ()
     weight_bits: Mapping[str, tuple[float, float]] = {}  # as stored
+    run_options = ("device", "dtype", "compiled", "capacity", "lean")
 
     def missing(self) -> list[str]:
         return []  # torch and transformers are what dotexport itself stands on
@@ -61,12 +64,34 @@ class HuggingFace:
         if index.is_file():
             shutil.copyfile(index, folder / INDEX)
 
-    def open(self, folder: Path, *, threads: int | None = None) -> TorchSession:
-        """Load in float32; `threads` is torch's setting for the whole process.
+    def open(
+        self,
+        folder: Path,
+        *,
+        threads: int | None = None,
+        device: str = "cpu",
+        dtype: str = "fp32",
+        compiled: bool = False,
+        capacity: int | None = None,
+        lean: bool = False,
+    ) -> TorchSession:
+        """Load in float32 on the CPU, unless asked for something else.
+
+        Args:
+            threads: torch's setting for the whole process.
+            device: as torch names it: "cpu", "cuda", "cuda:1".
+            dtype: one of DTYPES.
+            compiled: decode through torch.compile over a cache of fixed size.
+            capacity: tokens that this cache holds; None: 256 more than the prompt.
+            lean: answer as a server needs it: logits of the last position alone, left on the device
+                (a tensor there, once it is computed; an array on the CPU).
 
         Raises:
             CheckpointError: tensors that config.json calls for are missing, or others are left.
+            UsageError: no such dtype or device.
+            RuntimeMissingError: torch does not see this device.
         """
+        place, number = find_device(device), find_dtype(dtype)
         if threads is not None:
             torch.set_num_threads(threads)
         loader: Any = AutoModelForCausalLM  # its stubs do not know output_loading_info
@@ -74,7 +99,7 @@ class HuggingFace:
             with _no_progress_bar():
                 model, report = loader.from_pretrained(
                     folder,
-                    dtype=torch.float32,
+                    dtype=number,
                     local_files_only=True,
                     trust_remote_code=False,
                     output_loading_info=True,
@@ -84,7 +109,37 @@ class HuggingFace:
                 f"transformers cannot load {folder}: {_first_line(error)}; export it again"
             ) from error
         _check_complete(folder, report)
-        return TorchSession(model.eval())
+        model = model.eval().to(place)
+        if not compiled:
+            return TorchSession(model, lean=lean)
+        from .compiled import CompiledSession
+
+        return CompiledSession(model, lean=lean, capacity=capacity)
+
+
+def find_dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise UsageError(f"dtype {name!r} is unknown; expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def find_device(name: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        UsageError: torch knows no such name.
+        RuntimeMissingError: this torch does not see the device.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"device {name!r} is unknown to torch; expected cpu or cuda") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RuntimeMissingError(
+            f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices and {name} "
+            "was asked for; install a build of torch for CUDA and look at `dotexport doctor`"
+        )
+    return device
 
 
 class TorchSession:
@@ -94,37 +149,75 @@ class TorchSession:
     follow go on from each prompt's own length.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, lean: bool = False) -> None:
         self.model = model
+        self.lean = lean
+        self.device: torch.device = model.device
         self.apart: list[TorchSession] = []
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """Where the weights really lie, and as what."""
+        return (f"torch on {_device_name(self.device)}, {self.number}",)
+
+    @property
+    def number(self) -> str:
+        """One of DTYPES: what all weights are while they run, whatever was stored."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.model.dtype)
+
+    @property
+    def peak_device_bytes(self) -> int | None:
+        """Most that torch ever allocated on the device; None on the CPU."""
+        if self.device.type != "cuda":
+            return None
+        return int(torch.cuda.max_memory_allocated(self.device))
 
     @torch.inference_mode()
     def start(self, tokens_BL: Tokens, lengths_B: Sequence[int] | None = None) -> Logits:
         B, L = tokens_BL.shape
         lengths = [L] * B if lengths_B is None else list(lengths_B)
-        self.cache = DynamicCache(config=self.model.config)
-        self.position_B = torch.tensor(lengths)
+        self.position_B = torch.tensor(lengths, device=self.device)
         self.apart = []
         if min(lengths) < L and getattr(self.model.config, "sliding_window", None):
             return self._start_apart(tokens_BL, lengths)
+        self.forget(B, L)
         # Without padding no mask is needed, and attention takes its faster causal path.
-        ragged = min(lengths) < L
-        self.mask_BL = (torch.arange(L) < self.position_B[:, None]).long() if ragged else None
-        position_BL = torch.arange(L).expand(B, L)
-        return self._run(torch.from_numpy(np.ascontiguousarray(tokens_BL)), position_BL)
+        self.mask_BL = self.mask(L) if min(lengths) < L else None
+        position_BL = torch.arange(L, device=self.device).expand(B, L)
+        logits_BLV = self.model(**self._inputs(self._tokens(tokens_BL), position_BL)).logits
+        answer_BLV: Logits = self._answer(logits_BLV)
+        return answer_BLV
 
     @torch.inference_mode()
     def step(self, tokens_B: Tokens) -> Logits:
         if self.apart:
             alone = zip(self.apart, tokens_B, strict=True)
             return np.concatenate([session.step(token[None]) for session, token in alone])
-        if self.mask_BL is not None:
-            seen = self.mask_BL.new_ones(len(tokens_B), 1)
-            self.mask_BL = torch.cat([self.mask_BL, seen], dim=1)
-        token_B1 = torch.from_numpy(np.ascontiguousarray(tokens_B))[:, None]
-        logits_B1V = self._run(token_B1, self.position_B[:, None])
+        self.append()
+        logits_B1V = self.decode(
+            self._inputs(self._tokens(tokens_B)[:, None], self.position_B[:, None])
+        )
         self.position_B = self.position_B + 1
-        return logits_B1V[:, 0]
+        answer_BV: Logits = self._answer(logits_B1V[:, 0])
+        return answer_BV
+
+    def forget(self, num_sequences: int, length: int) -> None:
+        """An empty cache for prompts of this length."""
+        self.cache: Any = DynamicCache(config=self.model.config)
+
+    def mask(self, length: int) -> torch.Tensor:
+        """Which slots of the cache hold tokens, not padding."""
+        return (torch.arange(length, device=self.device) < self.position_B[:, None]).long()
+
+    def append(self) -> None:
+        """One more slot of every sequence is in use."""
+        if self.mask_BL is not None:
+            seen = self.mask_BL.new_ones(len(self.position_B), 1)
+            self.mask_BL = torch.cat([self.mask_BL, seen], dim=1)
+
+    def decode(self, inputs: dict[str, Any]) -> torch.Tensor:
+        logits_B1V: torch.Tensor = self.model(**inputs).logits
+        return logits_B1V
 
     def _start_apart(self, tokens_BL: Tokens, lengths: Sequence[int]) -> Logits:
         """A window counts slots of the cache, padding included: every prompt gets a cache alone."""
@@ -134,16 +227,30 @@ class TorchSession:
             logits_BLV[row, :length] = session.start(tokens_BL[row : row + 1, :length])[0]
         return logits_BLV
 
-    def _run(self, token_BL: torch.Tensor, position_BL: torch.Tensor) -> Logits:
-        output = self.model(
-            input_ids=token_BL,
-            attention_mask=self.mask_BL,
-            position_ids=position_BL,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        logits_BLV: Logits = output.logits.numpy()
-        return logits_BLV
+    def _tokens(self, tokens: Tokens) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(tokens)).to(self.device)
+
+    def _inputs(self, token_BL: torch.Tensor, position_BL: torch.Tensor) -> dict[str, Any]:
+        return {
+            "input_ids": token_BL,
+            "attention_mask": self.mask_BL,
+            "position_ids": position_BL,
+            "past_key_values": self.cache,
+            "use_cache": True,
+            "logits_to_keep": int(self.lean),
+        }
+
+    def _answer(self, logits: torch.Tensor) -> Any:
+        if self.lean and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # a kernel that was launched is no answer yet
+            return logits
+        return logits.float().cpu().numpy()
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type != "cuda":
+        return device.type
+    return f"cuda ({torch.cuda.get_device_name(device)})"
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from dotexport.errors import UsageError
 from dotexport.output import read_json
 
 from ..result import SCHEMA, BenchResult
-from ..sides import SWEEP
+from ..sweep import SCHEMA as SWEEP
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,17 @@ class Bench:
 
     @property
     def label(self) -> str:
-        """Runtime and batch; the batch of one goes without saying."""
-        batch = self.result.workload.batch_size
-        return self.runtime if batch == 1 else f"{self.runtime}, batch {batch}"
+        """Runtime and what is unusual: a batch of one goes without saying, and so on."""
+        asked = self.result.workload
+        told = [self.runtime]
+        if asked.batch_size > 1:
+            told.append(f"batch {asked.batch_size}")
+        if asked.concurrency > 1:
+            told.append(f"{asked.concurrency} at once")
+        if self.swept:
+            told.append(f"{asked.prompt_length}+{asked.generation_length} tokens")
+            told.append(f"{asked.threads} threads")
+        return ", ".join(told)
 
     @property
     def slug(self) -> str:

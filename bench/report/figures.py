@@ -113,7 +113,7 @@ def speed(outputs: Sequence[Output]) -> Iterator[Plot]:
     rows: list[tuple[str, Comparison]] = [
         (f"{_named(bench, outputs)}: {MEASURED[metric]}", bench.result.comparisons[metric])
         for output in outputs
-        for bench in output.benches
+        for bench in _single(output)
         for metric in MEASURED
     ]
     if not rows:
@@ -137,22 +137,22 @@ def speed(outputs: Sequence[Output]) -> Iterator[Plot]:
 def latency(outputs: Sequence[Output]) -> Iterator[Plot]:
     """Distribution of each latency, one plot for each bench that is no point of a sweep."""
     for output in outputs:
-        for bench in output.benches:
-            if not bench.swept:
-                for metric, title in LATENCIES.items():
-                    yield _distribution(bench, metric, f"{title}, {_named(bench, outputs)}")
+        for bench in _single(output):
+            for metric, title in LATENCIES.items():
+                yield _distribution(bench, metric, f"{title}, {_named(bench, outputs)}")
 
 
 def batches(outputs: Sequence[Output]) -> Iterator[Plot]:
     """Decode and prefill rates by batch size, where more than one was measured."""
-    series: dict[tuple[str, int, int], list[Bench]] = {}
+    series: dict[tuple[Any, ...], list[Bench]] = {}
     for output in outputs:
         for bench in output.benches:
             asked = bench.result.workload
             name = f"{output.name}: {bench.runtime}" if several(outputs) else bench.runtime
-            key = (name, asked.prompt_length, asked.generation_length)
+            shape = (asked.prompt_length, asked.generation_length)
+            key = (name, *shape, asked.threads, asked.concurrency)
             series.setdefault(key, []).append(bench)
-    for (name, prompt, generated), benches in series.items():
+    for (name, prompt, generated, *_), benches in series.items():
         by_batch = {b.result.workload.batch_size: b for b in benches}
         if len(by_batch) < 2:
             continue
@@ -164,7 +164,7 @@ def memory(outputs: Sequence[Output]) -> Iterator[Plot]:
     """Peak memory of each measuring process."""
     rows: list[tuple[Cell, ...]] = []
     for output in outputs:
-        for bench in output.benches:
+        for bench in _single(output):
             sides = (bench.result.baseline, bench.result.candidate)
             peaks = [side.peak_rss_bytes / 1e6 for side in sides]
             own = [(side.peak_rss_bytes - side.rss_before_load_bytes) / 1e6 for side in sides]
@@ -430,6 +430,11 @@ def _by_speed(outputs: Sequence[Output]) -> list[Point]:
                 rate = side.throughput(bench.result.workload)["decode_tok_s"]
                 points.append(Point(model, bench.runtime, rate, value))
     return points
+
+
+def _single(output: Output) -> list[Bench]:
+    """Benches that are no points of a sweep; the sweep if there is nothing else."""
+    return [bench for bench in output.benches if not bench.swept] or list(output.benches)
 
 
 def _once(output: Output) -> list[Bench]:

@@ -12,7 +12,7 @@ from dotexport import __version__, summary
 
 from ..result import METRICS
 from ..table import conditions, verdicts
-from .collected import Bench, Output
+from .collected import Output
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,18 @@ def sentences(output: Output) -> Iterator[str]:
     if found := output.quality:
         yield _quality_sentence(found)
     for bench in output.benches:
+        if bench.swept:
+            continue
         said = dict(line.split(": ", 1) for line in verdicts(bench.result))
         yield (
             f"On {bench.label}: prefill {said['prefill']}; decode {said['decode']}; end to end "
             f"{said['end to end']}."
+        )
+    if swept := [bench.result for bench in output.benches if bench.swept]:
+        gains = [1 / result.comparisons["tpot"].ratio for result in swept]
+        yield (
+            f"Over {len(swept)} workloads of a sweep, decode is {min(gains):.2f}x to "
+            f"{max(gains):.2f}x as fast."
         )
     failed = [
         name
@@ -147,15 +155,50 @@ def definitions() -> list[tuple[str, str]]:
     return [(metric.upper(), meaning) for metric, meaning in METRICS.items()]
 
 
-def extras(output: Output) -> Iterator[Table]:
-    """Sections that a bench may carry: what binds (roofline), energy, and the like."""
-    for name, title in {"roofline": "What binds: roofline", "energy": "Energy"}.items():
-        found = [(b, _flat(section)) for b in output.benches for section in _sections(b, name)]
-        if not found:
+def limits(output: Output) -> Iterator[tuple[str, list[str], Table]]:
+    """What binds: by bench, sentences and a table of each phase against the device's limit."""
+    for bench in output.benches:
+        found = bench.result.roofline
+        if found is None:
             continue
-        keys = list(dict.fromkeys(key for _, flat in found for key in flat))
-        rows = tuple((_words(key), *(_said(flat.get(key)) for _, flat in found)) for key in keys)
-        yield Table(title, ("", *(bench.label for bench, _ in found)), rows)
+        rows = tuple(
+            (
+                f"{'narrowed' if name == 'candidate' else 'original'}, {phase}",
+                _g(one.measured_ms),
+                _g(one.bytes_ms),
+                _g(one.arithmetic_ms),
+                f"{100 * one.share:.0f} %",
+                one.binds,
+            )
+            for name, phases in found.limits.items()
+            for phase, one in phases.items()
+        )
+        columns = (
+            "model and phase",
+            "measured, ms",
+            "bytes alone, ms",
+            "arithmetic alone, ms",
+            "of the limit",
+            "what binds",
+        )
+        table = Table(f"Roofline of {bench.label}", columns, rows)
+        yield bench.label, list(found.sentences()), table
+
+
+def energy(output: Output) -> Table | None:
+    """Joules, or why nobody counted them."""
+    found = [
+        (f"{bench.label}, {name}", side.energy)
+        for bench in output.benches
+        for name, side in (
+            ("original", bench.result.baseline),
+            ("narrowed", bench.result.candidate),
+        )
+        if side.energy
+    ]
+    keys = list(dict.fromkeys(key for _, stored in found for key in stored))
+    rows = tuple((name, *(_said(stored.get(key)) for key in keys)) for name, stored in found)
+    return Table("Energy", ("", *map(_words, keys)), rows) if rows else None
 
 
 def hashes(output: Output) -> Table:
@@ -237,13 +280,8 @@ def _definitions() -> tuple[str, ...]:
     return tuple(f"{metric.upper()}:" for metric in METRICS)
 
 
-def _sections(bench: Bench, name: str) -> Iterator[Mapping[str, Any]]:
-    if isinstance(bench.stored.get(name), Mapping):
-        yield bench.stored[name]
-    for side in ("candidate", "baseline"):
-        found = bench.stored.get(side, {}).get(name)
-        if isinstance(found, Mapping):
-            yield {f"{side} {key}": value for key, value in found.items()}
+def _g(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def _flat(stored: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,111 @@
+"""What a token costs a device at the least: bytes that must be read, and arithmetic.
+
+Counted from shapes alone, as the roofline model does (Williams, Waterman and Patterson, 2009):
+every weight of a matrix product is read once in a forward pass, whatever the batch, and takes two
+operations per sequence and position; the KV cache is read once by every decode step.
+
+Shapes: B sequences of a batch, L prompt tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dotexport.adapter import Target
+from dotexport.errors import DotexportError
+
+from .workload import Workload
+
+NUMBER_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+# Products of a graph with these weights round activations to 8 bits and multiply integers.
+INTEGER_PRODUCTS = {("ort-cpu", "int4"), ("onnx", "int8")}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one forward pass.
+
+    Attributes:
+        num_bytes: weights and KV cache that it reads, and keys and values that it writes.
+        flops: multiplications and additions of its matrix products and its attention.
+    """
+
+    num_bytes: float
+    flops: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What decides the work of a model in one runtime.
+
+    Attributes:
+        weight_bytes: read in every forward pass: all but an embedding table that is no head too.
+        cache_bytes: keys and values of one token in all layers.
+        layer_parameters: of the matrix products in all layers.
+        head_parameters: of the product with the output head.
+        attention_width: query heads x head_dim, summed over layers.
+        number: of the matrix products: fp32, bf16, fp16 or int8.
+    """
+
+    weight_bytes: int
+    cache_bytes: int
+    layer_parameters: int
+    head_parameters: int
+    attention_width: int
+    number: str
+
+    def decode(self, asked: Workload) -> Work:
+        """One step at the mean position of a request."""
+        B, position = asked.batch_size, asked.prompt_length + asked.generation_length / 2
+        products = 2 * B * (self.layer_parameters + self.head_parameters)
+        return Work(
+            self.weight_bytes + B * position * self.cache_bytes,
+            products + 4 * B * position * self.attention_width,
+        )
+
+    def prefill(self, asked: Workload, answered: int) -> Work:
+        """A whole prompt, with logits of `answered` positions of each sequence."""
+        B, L = asked.batch_size, asked.prompt_length
+        products = 2 * B * (L * self.layer_parameters + answered * self.head_parameters)
+        causal = 4 * B * self.attention_width * L * (L + 1) / 2
+        return Work(self.weight_bytes + B * L * self.cache_bytes, products + causal)
+
+
+def find_cost(
+    config: Mapping[str, Any], target: Target, precision: str, number: str | None
+) -> Cost | None:
+    """The cost of the model that this config.json describes; None: its family is not known.
+
+    Args:
+        number: in which torch holds all weights, whatever was stored; None: as the target wrote.
+    """
+    # Imported late, for torch comes with them.
+    from dotexport.families import find_family, num_parameters, read_sizes, shapes
+    from dotexport.planning import CACHE_BYTES, kv_numbers, weight_bytes
+
+    try:
+        family = find_family(config)
+        sizes = read_sizes(family, config)
+    except DotexportError:
+        return None
+    bits: tuple[float, float] | None = getattr(target, "weight_bits", {}).get(precision)
+    cache_bytes = getattr(target, "cache_bytes", CACHE_BYTES)
+    if number is not None:
+        bits = (8.0 * NUMBER_BYTES[number],) * 2
+        cache_bytes = NUMBER_BYTES[number]
+    if bits is None:
+        return None
+    table = sizes.vocab_size * sizes.hidden_size
+    looked_up = 0 if sizes.tied else table
+    products = sum(s[0] * s[1] for _, s in shapes(family, sizes) if len(s) == 2)
+    assert products <= num_parameters(family, sizes)
+    return Cost(
+        weight_bytes=weight_bytes(family, sizes, *bits) - round(looked_up * bits[1] / 8),
+        cache_bytes=kv_numbers(sizes) * cache_bytes,
+        layer_parameters=products - table - looked_up,
+        head_parameters=table,
+        attention_width=sizes.spaces["query"] * sizes.num_layers,
+        number=number or ("int8" if (target.name, precision) in INTEGER_PRODUCTS else "fp32"),
+    )
