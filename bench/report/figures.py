@@ -26,6 +26,7 @@ from .plots import (
     axes,
     bars,
     bars_height,
+    brief,
     log_scale,
 )
 
@@ -130,7 +131,7 @@ def speed(outputs: Sequence[Output]) -> Iterator[Plot]:
         draw=lambda canvas: _forest(canvas, rows),
         note="Dots are ratios of medians, bars their 95 % intervals; left of the line is slower. "
         "An interval that holds 1 is no measurable gain.",
-        height=0.85 + 0.3 * len(rows),
+        height=0.85 + 0.32 * len(rows),
     )
 
 
@@ -290,7 +291,7 @@ def _forest(canvas: Canvas, rows: list[tuple[str, Comparison]]) -> None:
             panel.plot([low, high], [number, number], color=colour, linewidth=3, alpha=0.55)
             panel.plot(middle, number, "o", color=colour, markersize=6)
         panel.axvline(1, color=INK, linewidth=1, linestyle="--")
-        panel.set_yticks(range(len(rows)), [label for label, _ in rows])
+        panel.set_yticks(range(len(rows)), [brief(label) for label, _ in rows])
         panel.set_ylim(len(rows) - 0.4, -0.6)
         panel.grid(visible=False, axis="y")
 

@@ -10,6 +10,8 @@ import base64
 import csv
 import io
 import re
+import textwrap
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -132,7 +134,9 @@ class Plot:
 
     def _saved(self, kind: str, **options: Any) -> bytes:
         stream = io.BytesIO()
-        with styled():
+        with styled(), warnings.catch_warnings():
+            # A name in letters that its font lacks: in the page the reader's own fonts serve.
+            warnings.filterwarnings("ignore", message="Glyph .* missing")
             canvas = Canvas(figsize=(WIDTH, self.height))
             self.draw(canvas)
             canvas.savefig(stream, format=kind, **options)
@@ -156,6 +160,7 @@ def axes(canvas: Canvas, *, x: str, y: str, legend: bool = True) -> Iterator[Any
     handles, labels = panel.get_legend_handles_labels()
     if legend and handles:
         columns = 1 if max(map(len, labels)) > 26 else 2
+        labels = [brief(label, 56, lines=1) for label in labels]
         canvas.legend(handles, labels, loc="outside upper left", ncols=columns)
 
 
@@ -202,9 +207,14 @@ def bars(
                     value + longest * 0.015, height, format(value, form), va="center", fontsize=8
                 )
         panel.set_xlim(0, longest * 1.17)
-        panel.set_yticks(range(len(labels)), labels)
+        panel.set_yticks(range(len(labels)), [brief(label) for label in labels])
         panel.invert_yaxis()
         panel.grid(visible=False, axis="y")
+
+
+def brief(label: str, width: int = 26, lines: int = 2) -> str:
+    """A label that leaves room for its plot; the table has it whole."""
+    return "\n".join(textwrap.wrap(label, width, max_lines=lines, placeholder="…"))
 
 
 def bars_height(rows: int) -> float:

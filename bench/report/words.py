@@ -318,7 +318,7 @@ def commands(output: Output) -> list[str]:
     told = [f"pip install dotexport=={output.record.get('dotexport', __version__)}"]
     if output.recipe:
         told.append(f"dotexport run recipe.yaml -o {out}")
-    if text := output.record.get("quality", {}).get("text"):
+    if text := (output.record.get("quality") or {}).get("text"):
         told.append(f"dotexport eval {out} --baseline {model} --text {shlex.quote(text)}")
     for bench in output.benches:
         asked = bench.result.workload

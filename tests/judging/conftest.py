@@ -1,4 +1,4 @@
-"""Reports of models that were never run: timings drawn around a known ratio, and outputs with them."""
+"""Reports of models that never ran: timings around a known ratio, and outputs that hold them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 
 from dotexport import manifest
 from dotexport.bench import BenchResult, Measurement, Sample, Workload
+from dotexport.bench.report import write_report
 from dotexport.output import write_json
 
 MACHINE = {
@@ -155,5 +156,21 @@ def output_at(folder: Path, make: Make, **section: Any) -> Path:
 
 
 @pytest.fixture(scope="session")
-def output(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return output_at(tmp_path_factory.mktemp("outputs") / "small", make)
+def fill(make: Make) -> Callable[..., Path]:
+    """fill(folder): an output with everything that a report shows, in this folder."""
+
+    def filled(folder: Path, **section: Any) -> Path:
+        return output_at(folder, make, **section)
+
+    return filled
+
+
+@pytest.fixture(scope="session")
+def output(fill: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fill(tmp_path_factory.mktemp("outputs") / "small")
+
+
+@pytest.fixture(scope="session")
+def report(output: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its page."""
+    return write_report([output], tmp_path_factory.mktemp("page") / "report.html")
