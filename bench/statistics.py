@@ -6,13 +6,17 @@ processes; each has the same number of groups), R resamples.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr, stdtrit
 
 Array = NDArray[np.float64]
+Statistic = Callable[..., Any]
+"""Takes an array and `axis`, as numpy's own do."""
 
 CONFIDENCE = 0.95
 PERCENTILES = (50, 90, 95, 99)
@@ -98,8 +102,10 @@ def compare(
     rounds: int = 1,
     seed: int = 0,
     resamples: int = 2000,
+    statistic: Statistic = np.median,
 ) -> Comparison:
-    """Ratio of median times at equal pace, with a block bootstrap interval.
+    """Ratio of median times (or of another statistic) at equal pace, with a block bootstrap
+    interval.
 
     Timings of one machine are not independent: it heats up, a neighbour wakes, the clock steps
     down. Two samples a second apart share most of that, so a bootstrap over single samples
@@ -125,11 +131,11 @@ def compare(
         raise ValueError(f"{len(candidate)} groups are not {rounds} rounds of equally many")
     pace_G1 = np.sqrt(_medians(candidate) * _medians(baseline))
     candidate, baseline = candidate / pace_G1, baseline / pace_G1
-    ratio = float(np.median(candidate) / np.median(baseline))
+    ratio = float(statistic(candidate) / statistic(baseline))
     # The unit that is drawn: a round if there are enough of them, else a group.
     units = rounds if rounds >= ENOUGH_ROUNDS else len(candidate)
     one, two = candidate.reshape(units, -1), baseline.reshape(units, -1)
-    ratios_R = _resampled_ratios(one, two, resamples, np.random.default_rng(seed))
+    ratios_R = _resampled_ratios(one, two, resamples, np.random.default_rng(seed), statistic)
     tail = _tail_probability(units)
     low, high = np.quantile(ratios_R, [tail, 1 - tail])
     return Comparison(ratio, float(low), float(high), len(candidate), rounds=rounds)
@@ -155,7 +161,11 @@ def _tail_probability(num_groups: int) -> float:
 
 
 def _resampled_ratios(
-    candidate_GS: Array, baseline_GS: Array, resamples: int, rng: np.random.Generator
+    candidate_GS: Array,
+    baseline_GS: Array,
+    resamples: int,
+    rng: np.random.Generator,
+    statistic: Statistic,
 ) -> Array:
     num_groups = len(candidate_GS)
     step = max(1, MAX_CELLS // max(candidate_GS.size, baseline_GS.size))
@@ -165,5 +175,5 @@ def _resampled_ratios(
         drawn_RG = rng.integers(num_groups, size=(count, num_groups))
         candidate_RT = candidate_GS[drawn_RG].reshape(count, -1)
         baseline_RT = baseline_GS[drawn_RG].reshape(count, -1)
-        pieces.append(np.median(candidate_RT, axis=1) / np.median(baseline_RT, axis=1))
+        pieces.append(statistic(candidate_RT, axis=1) / statistic(baseline_RT, axis=1))
     return np.concatenate(pieces)

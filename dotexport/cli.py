@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from dotexport import __version__
+from dotexport import __version__, bench_cli
 from dotexport.errors import DotexportError, RuntimeMissingError, UsageError
 from dotexport.terminal import (
     missing_here,
@@ -82,6 +82,7 @@ app = typer.Typer(
     Exit codes: 0 ok, 1 failure, 2 usage, 3 parity failed, 4 gate failed, 5 impossible sizes or
     unsupported model, 6 runtime missing or provider fell back, 130 interrupted.""",
 )
+app.add_typer(bench_cli.app)
 Model = Annotated[str, typer.Argument(help="Model folder (config.json, *.safetensors) or hub id.")]
 Output = Annotated[Path, typer.Argument(help="Output of dotexport shrink, export or run.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder; must be new or empty.")]
@@ -490,6 +491,10 @@ def bench(
     min_seconds: Annotated[float, typer.Option(help="Seconds for each model, at least.")] = 10.0,
     warmups: Annotated[int, typer.Option(help="Requests before measuring, at least.")] = 10,
     seed: Annotated[int, typer.Option(help="Of token ids and bootstrap.")] = 0,
+    gate: Annotated[
+        str | None,
+        typer.Option(help="YAML file of limits; exit code 4 if one is missed. See compare."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="File of the report; default: in OUT/reports."),
@@ -505,9 +510,11 @@ def bench(
 
     Several values make a sweep: dotexport bench OUT --baseline MODEL --batch 1,4,8
     """
+    from dotexport.bench.gate import require
+    from dotexport.bench.judging import gate_table
     from dotexport.bench.sweep import steps_of
     from dotexport.bench.table import render
-    from dotexport.pipeline import bench_into, source_folder, sweep_into
+    from dotexport.pipeline import bench_into, judge_bench, source_folder, sweep_into
     from dotexport.recipe import BenchStep
 
     if noise == (baseline is not None):
@@ -525,6 +532,7 @@ def bench(
         min_seconds=min_seconds,
         warmups=warmups,
         seed=seed,
+        gate=gate,
     )
     shape = {
         "prompt": prompt,
@@ -543,6 +551,10 @@ def bench(
         )
     Console(stderr=as_json).print(render(result))
     show_json(result.as_dict() if as_json else result.headline())
+    if gate is not None:
+        judged = judge_bench(step, result, candidate)
+        stderr.print(gate_table(judged.lines))
+        require(judged.lines)
 
 
 @app.command()

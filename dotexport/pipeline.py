@@ -1,4 +1,4 @@
-"""The run verb: shrink, export, verify, evaluate, bench, in one resumable chain.
+"""The run verb: shrink, export, verify, evaluate, bench, report, in one resumable chain.
 
 Each step leaves its result in OUT as soon as it is whole, under the hash of the recipe; a run that
 was killed goes on with the first step whose result is not there.
@@ -22,6 +22,7 @@ from dotexport.sight import Progress
 
 if TYPE_CHECKING:
     from dotexport.bench import Workload
+    from dotexport.bench.judging import Judgement
 
 
 def run(
@@ -36,6 +37,7 @@ def run(
 
     Raises:
         UsageError: `out` holds something else, or was made by another recipe.
+        GateError: a bench misses the limits of its gate; everything was made, the report too.
         DotexportError: whatever a step raises; what earlier steps made stays, and the same command
             goes on from there.
     """
@@ -57,6 +59,8 @@ def run(
     for step in recipe.bench:
         if bench_name(step) not in manifest.read(out).get("bench", {}):
             bench_into(out, model, step, progress=progress)
+    write_report(out)
+    _require_gates(recipe, out)
     return manifest.read(out)
 
 
@@ -76,6 +80,7 @@ def _check_later_steps(recipe: Recipe, model: Path) -> None:
         require_device(resolve(spec)[0])
     for step in recipe.bench:
         _workload(step)
+        _check_gate(step)
     names = [bench_name(step) for step in recipe.bench]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UsageError(
@@ -156,13 +161,53 @@ def bench_into(
     if baseline is None:
         return noise_check(candidate, step.target, out=report, **asked)
     if report is None and manifest.is_output(candidate):
-        report = candidate / "reports" / f"bench-{bench_name(step)}.json"
+        report = candidate / _bench_report(step)
+    _check_gate(step)
     result = bench(candidate, baseline, step.target, out=report, **asked)
     if manifest.is_output(candidate):
         measured = manifest.read(candidate).get("bench", {})
         manifest.update(candidate, bench={**measured, bench_name(step): result.headline()})
         card.write(candidate)
     return result
+
+
+def write_report(out: Path) -> Path:
+    """OUT/reports/report.html from what lies in OUT by now."""
+    from dotexport.bench.report import write_report as write
+
+    file: Path = write([out])
+    return file
+
+
+def judge_bench(step: BenchStep, result: Any, candidate: Path) -> Judgement:
+    """Hold the gate of a step against what it measured, and the quality that `candidate` has."""
+    from dotexport.bench.gate import read_gate
+    from dotexport.bench.judging import judge_results
+
+    limits = read_gate(Path(step.gate)) if step.gate else []
+    results = getattr(result, "results", (result,))  # of a sweep, or the one
+    return judge_results(results, limits, candidate / _bench_report(step))
+
+
+def _require_gates(recipe: Recipe, out: Path) -> None:
+    from dotexport.bench.gate import require
+    from dotexport.bench.judging import judge
+
+    gated = ((step.gate, out / _bench_report(step)) for step in recipe.bench)
+    found = (judge([report], gate=Path(gate)).lines for gate, report in gated if gate)
+    require([line for lines in found for line in lines])
+
+
+def _check_gate(step: BenchStep) -> None:
+    """Refuse a gate that cannot be read before anything is measured."""
+    if step.gate is not None:
+        from dotexport.bench.gate import read_gate
+
+        read_gate(Path(step.gate))
+
+
+def _bench_report(step: BenchStep) -> Path:
+    return Path("reports", f"bench-{bench_name(step)}.json")
 
 
 def sweep_into(

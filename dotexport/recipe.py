@@ -133,6 +133,7 @@ class BenchStep:
     min_seconds: float = 10.0
     warmups: int = 10
     seed: int = 0
+    gate: str | None = None
 
     def runtime(self) -> dict[str, Any]:
         """Options of the target that were asked for."""

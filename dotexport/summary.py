@@ -99,7 +99,8 @@ def paths(out: Path) -> Iterator[tuple[str, Path]]:
     for name, artifact in manifest.read(out).get("artifacts", {}).items():
         yield f"artifact {name}{_standing(artifact['parity'])}", out / name
     for label, name in (
-        ("report", "reports"),
+        ("report", "reports/report.html"),
+        ("figures of every step", "reports"),
         ("model card", "README.md"),
         ("recipe", "recipe.yaml"),
     ):

@@ -1,0 +1,149 @@
+"""What an output holds: its manifest and the reports beside it, read once, absent parts absent."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dotexport import manifest
+from dotexport.errors import UsageError
+from dotexport.output import read_json
+
+from ..result import SCHEMA, BenchResult
+from ..sweep import SCHEMA as SWEEP
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One measured workload of an output.
+
+    Attributes:
+        stored: the JSON as it lies there, with whatever sections later versions add.
+    """
+
+    output: str
+    file: str
+    result: BenchResult
+    stored: Mapping[str, Any]
+    swept: bool = False
+
+    @property
+    def runtime(self) -> str:
+        return f"{self.result.target} {self.result.precision}"
+
+    @property
+    def label(self) -> str:
+        """Runtime and what is unusual: a batch of one goes without saying, and so on."""
+        asked = self.result.workload
+        told = [self.runtime]
+        if asked.batch_size > 1:
+            told.append(f"batch {asked.batch_size}")
+        if asked.concurrency > 1:
+            told.append(f"{asked.concurrency} at once")
+        if self.swept:
+            told.append(f"{asked.prompt_length}+{asked.generation_length} tokens")
+            told.append(f"{asked.threads} threads")
+        return ", ".join(told)
+
+    @property
+    def slug(self) -> str:
+        return slug(f"{self.output} {Path(self.file).stem} {self.label}")
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output folder.
+
+    Attributes:
+        name: of the folder, made unique among those that are shown together.
+        record: its manifest.
+        shrink, verify: of reports/; empty if not there.
+    """
+
+    name: str
+    folder: Path
+    record: Mapping[str, Any]
+    shrink: Mapping[str, Any] = field(default_factory=dict)
+    verify: Mapping[str, Any] = field(default_factory=dict)
+    benches: tuple[Bench, ...] = ()
+    recipe: str = ""
+
+    @property
+    def model(self) -> str:
+        """What was narrowed."""
+        return str(self.record.get("source", {}).get("model") or self.name)
+
+    @property
+    def original(self) -> str:
+        """The model as the recipe names it, or by its name alone."""
+        try:
+            named = yaml.safe_load(self.recipe) if self.recipe else {}
+        except yaml.YAMLError:
+            named = {}
+        return str(named.get("model", self.model)) if isinstance(named, Mapping) else self.model
+
+    @property
+    def quality(self) -> Mapping[str, Any]:
+        """Of an evaluation with the original beside it."""
+        found = self.record.get("quality") or {}
+        return found if found.get("baseline_perplexity") else {}
+
+    @property
+    def is_pipeline(self) -> bool:
+        return (self.folder / "pipeline").is_dir()
+
+
+def collect(folders: Sequence[Path]) -> list[Output]:
+    """Read outputs.
+
+    Raises:
+        CheckpointError: a folder that is no output, or a damaged file in it.
+        UsageError: the same output twice.
+    """
+    resolved = [folder.resolve() for folder in folders]
+    if len(set(resolved)) < len(resolved):
+        raise UsageError("the same output is given twice; give each one once")
+    return [_read(folder, name) for folder, name in zip(resolved, _names(resolved), strict=True)]
+
+
+def slug(text: str) -> str:
+    """Letters, digits and hyphens: for file names and for ids of HTML."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "plot"
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    short = [folder.name for folder in folders]
+    return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
+
+
+def _read(folder: Path, name: str) -> Output:
+    reports = folder / "reports"
+    recipe = folder / "recipe.yaml"
+    return Output(
+        name=name,
+        folder=folder,
+        record=manifest.read(folder),
+        shrink=_json(reports / "shrink.json"),
+        verify=_json(reports / "verify.json"),
+        benches=tuple(_benches(reports, name)),
+        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+    )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return read_json(file, advice="run its verb again") if file.is_file() else {}
+
+
+def _benches(reports: Path, output: str) -> Iterator[Bench]:
+    for file in sorted(reports.glob("*.json")):
+        stored = _json(file)
+        if stored.get("schema") == SCHEMA:
+            yield Bench(output, file.name, BenchResult.from_dict(stored), stored)
+        elif stored.get("schema") == SWEEP:
+            for one in stored.get("results", []):
+                yield Bench(output, file.name, BenchResult.from_dict(one), one, swept=True)

@@ -1,0 +1,205 @@
+"""report.html: one file that needs nothing beside it, for eyes and ears, whatever the names."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+
+from dotexport import manifest
+from dotexport.bench.report import write_report
+from dotexport.bench.report.collected import collect
+from dotexport.bench.report.page import draw, render, write_figures
+from dotexport.errors import CheckpointError, UsageError
+from dotexport.output import write_json
+
+Fill = Callable[..., Path]
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, and a complaint for each tag that is closed out of turn."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.wrong: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def text(report: Path) -> str:
+    return report.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(text: str) -> Page:
+    return Page(text)
+
+
+def figures(text: str) -> Iterator[str]:
+    yield from re.findall(r"<figure.*?</figure>", text, flags=re.S)
+
+
+def test_nothing_is_loaded_from_anywhere(text: str, page: Page) -> None:
+    loading = {"src", "href", "xlink:href", "poster", "data", "action", "srcset"}
+    for tag, attributes in page.elements:
+        for name in loading & attributes.keys():
+            assert str(attributes[name]).startswith(("#", "data:")), (tag, attributes[name])
+    assert not page.all("script")
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+    policies = [m["content"] for m in page.all("meta") if m.get("http-equiv")]
+    assert policies == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
+
+
+def test_tags_are_nested_and_ids_are_one_of_a_kind(page: Page) -> None:
+    assert page.wrong == []
+    assert page.open == []
+    ids = [str(attributes["id"]) for _, attributes in page.elements if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    for _, attributes in page.elements:
+        if labelled := attributes.get("aria-labelledby"):
+            assert labelled in ids
+
+
+def test_every_reference_inside_a_picture_leads_somewhere(text: str, page: Page) -> None:
+    ids = {attributes.get("id") for _, attributes in page.elements}
+    asked = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', text))
+    assert asked
+    assert {a or b for a, b in asked} <= ids
+
+
+def test_every_figure_has_words_and_a_table_and_files(text: str) -> None:
+    found = list(figures(text))
+    assert len(found) >= 9
+    for figure in found:
+        part = Page(figure)
+        (plot,) = [a for a in part.all("div") if a.get("role") == "img"]
+        assert len(str(plot["aria-label"])) > 20
+        assert part.all("table")
+        assert all(a.get("scope") in ("col", "row") for a in part.all("th"))
+        links = {str(a["download"]).rpartition(".")[2]: str(a["href"]) for a in part.all("a")}
+        assert base64.b64decode(links["png"].partition(",")[2]).startswith(b"\x89PNG")
+        rows = list(csv.reader(unquote(links["csv"].partition(",")[2]).splitlines()))
+        assert len(rows) == len(part.all("tr"))
+        assert len({len(row) for row in rows}) == 1
+
+
+def test_a_reader_of_screens_finds_its_way(page: Page) -> None:
+    assert [a.get("lang") for a in page.all("html")] == ["en"]
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+    assert len(page.all("main")) == 1
+    assert all(a["tabindex"] == "0" for a in page.all("div") if a.get("class") == "scroll")
+
+
+def test_the_summary_says_size_quality_speed_and_parity(text: str) -> None:
+    said = html.unescape(re.sub(r"<[^>]+>", " ", text))
+    assert "from 5,000,000 to 3,000,000 parameters, 40 % fewer" in said
+    assert "perplexity is 8.00 against 7.50 of the original (1.067×, 95 % interval 1.046 to" in said
+    assert re.search(r"decode 1\.2\dx faster \(95 % interval 1\.\d\d to 1\.\d\d\)", said)
+    assert "Every artifact computes what torch computes: hf, ort-cpu-fp32" in said
+    assert "Over 2 workloads of a sweep, decode is 1.2" in said
+    assert "dotexport run recipe.yaml -o small" in said
+
+
+def test_no_gain_is_said_in_words(fill: Fill, make: Any, tmp_path: Path) -> None:
+    folder = fill(tmp_path / "same")
+    write_json(folder / "reports/bench-ort-cpu-fp32.json", make(1.0).as_dict())
+    written = render(collect([folder]), [])
+    assert written.count("no measurable gain") >= 4
+    assert re.search(r'class="figure">no measurable gain<', written)
+
+
+def test_a_failed_parity_is_no_small_print(fill: Fill, tmp_path: Path) -> None:
+    folder = fill(tmp_path / "broken")
+    artifacts = manifest.read(folder)["artifacts"]
+    artifacts["ort-cpu-fp32"]["parity"] |= {"passed": False, "problems": ["prefill is off"]}
+    manifest.update(folder, artifacts=artifacts)
+    written = render(collect([folder]), [])
+    assert "Parity failed: ort-cpu-fp32 does not compute what torch computes." in written
+    assert "prefill is off" in written
+
+
+def test_names_are_text_and_nothing_else(fill: Fill, tmp_path: Path) -> None:
+    name = "<script>alert('x')\u200c<script> & \"q\" $a_b$"
+    folder = fill(tmp_path / name, evil={"a": 1})
+    twin = fill(tmp_path / "twin")
+    outputs = collect([folder, twin])
+    some = [(heading, plots[:1]) for heading, plots in draw(outputs)]
+    written = render(outputs, some)
+    page = Page(written)
+    assert not page.all("script")
+    assert page.wrong == []
+    assert "alert(" in written
+    assert not [a for _, a in page.elements if any(key.startswith("on") for key in a)]
+
+
+def test_several_outputs_share_the_plots(fill: Fill, output: Path, tmp_path: Path) -> None:
+    other = fill(tmp_path / "other")
+    shown = dict(draw(collect([output, other])))
+    (size, speed) = shown["Quality against size and speed"]
+    assert {row[0] for row in size.rows} == {"original", "small", "other"}
+    assert {row[0] for row in speed.rows} == {"original", "small", "other"}
+    # The frontier: nothing is both smaller and better than a point on it.
+    best = [row for row in size.rows if row[-1] == "yes"]
+    for row in best:
+        assert not any(o[2] < row[2] and o[3] < row[3] for o in size.rows)  # type: ignore[operator]
+    assert 0 < len(best) < len(size.rows)
+
+
+def test_an_output_without_measurements_still_has_a_page(fill: Fill, tmp_path: Path) -> None:
+    folder = fill(tmp_path / "bare")
+    shutil.rmtree(folder / "reports")
+    manifest.update(folder, quality=None, artifacts={})
+    written = write_report([folder]).read_text(encoding="utf-8")
+    assert not list(figures(written))
+    assert "5,000,000 to 3,000,000 parameters" in written
+
+
+def test_files_of_every_figure_are_written_when_asked(output: Path, tmp_path: Path) -> None:
+    plots = dict(draw(collect([output])))["Size and memory"]
+    write_figures(tmp_path / "figures", plots)
+    found = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert found == {f"{plot.name}.{kind}" for plot in plots for kind in ("png", "svg", "csv")}
+
+
+def test_the_same_output_gives_the_same_pictures(output: Path) -> None:
+    first, second = ([plots[0].svg for _, plots in draw(collect([output]))] for _ in range(2))
+    assert first == second
+
+
+def test_what_is_no_output_is_refused(output: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not an output of dotexport"):
+        write_report([tmp_path])
+    with pytest.raises(UsageError, match="the same output is given twice"):
+        write_report([output, output / "."])
