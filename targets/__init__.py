@@ -15,4 +15,5 @@ BUILT_IN = {
     "onnx": "dotexport.targets.portable:Portable",
     "openvino": "dotexport.targets.intel:OpenVino",
     "gguf": "dotexport.targets.ggml:Gguf",
+    "executorch": "dotexport.targets.phone:ExecuTorch",
 }

