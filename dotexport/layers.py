@@ -21,12 +21,18 @@ from dotexport.families import Family, Sublayer
 
 @dataclass(frozen=True)
 class Stock:
-    """The classes of one stock model: what a layer and its rotary embedding are made with."""
+    """The classes of one stock model: what a layer and its rotary embedding are made with.
+
+    Attributes:
+        rotary_local: of layers that attend to a window, where the class keeps two (Gemma 3 in
+            transformers 4; later one is asked by the kind of layer).
+    """
 
     config: Any
     layer_class: Callable[..., nn.Module]
     norm_class: Callable[..., nn.Module]
     rotary: nn.Module
+    rotary_local: nn.Module | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any], device: torch.device) -> Stock:
@@ -44,7 +50,10 @@ class Stock:
         stock._attn_implementation = "sdpa" if _fused(model) else "eager"
         decoder = model.get_decoder()
         rotary = type(decoder.rotary_emb)(config=stock).to(device)
-        return cls(stock, type(decoder.layers[0]), type(decoder.norm), rotary)
+        local: Any = getattr(decoder, "rotary_emb_local", None)
+        if local is not None:
+            local = type(local)(config=local.config).to(device)
+        return cls(stock, type(decoder.layers[0]), type(decoder.norm), rotary, local)
 
     def layer(self, number: int) -> nn.Module:
         """A layer without memory behind its weights; assign them before use."""
@@ -58,10 +67,13 @@ class Stock:
     def positions(self, example_BLD: Tensor, number: int = 0) -> tuple[Tensor, Tensor]:
         """Cosine and sine of a layer's rotary embedding for positions 0 .. L - 1."""
         steps = torch.arange(example_BLD.shape[1], device=example_BLD.device)[None]
-        kind = {}
-        if "layer_type" in inspect.signature(self.rotary.forward).parameters:
-            kind["layer_type"] = self.config.layer_types[number]
-        cos, sin = self.rotary(example_BLD, steps, **kind)
+        kinds: Any = getattr(self.config, "layer_types", None)
+        rotary, asked = self.rotary, {}
+        if self.rotary_local is not None and kinds[number] == "sliding_attention":
+            rotary = self.rotary_local
+        if "layer_type" in inspect.signature(rotary.forward).parameters:
+            asked["layer_type"] = kinds[number]
+        cos, sin = rotary(example_BLD, steps, **asked)
         return cos, sin
 
     def mask(self, number: int, length: int) -> Tensor | None:

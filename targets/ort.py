@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -28,6 +29,7 @@ from .ort_session import open_decoder
 if TYPE_CHECKING:
     from dotexport.checkpoint import Checkpoint
 
+LEAST_SCALE_ERROR = 1e-4  # relative
 SILENTLY_WRONG_ROPE = {"linear", "dynamic", "yarn"}  # found by verify
 
 # Runs the builder with some of its answers changed that it has no option for.
@@ -216,6 +218,12 @@ def _config_problems(config: Any) -> list[str]:
             f"rope_type {rope!r} is written by the model builder as plain rotary embedding, "
             "without a word; export it with another target"
         )
+    if _differs_by_layer(config):
+        problems.append(
+            "rope_parameters of their own for each kind of layer are not read by the model "
+            "builder; export it with another target"
+        )
+    problems += _scale_problems(config)
     window, context = window_of(config), config.get("max_position_embeddings") or 0
     if window and window < context:
         problems.append(
@@ -231,8 +239,31 @@ def _head_dim(config: Any) -> int:
 
 
 def rope_type(config: Any) -> str:
+    """Of all layers; of kinds of layers that have their own, one that is out of the ordinary."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return str(rope.get("rope_type") or rope.get("type") or "default")
+    kinds = [kind for kind in rope.values() if isinstance(kind, Mapping)] or [rope]
+    types = {str(kind.get("rope_type") or kind.get("type") or "default") for kind in kinds}
+    return min(types - {"default"}, default="default")
+
+
+def _differs_by_layer(config: Any) -> bool:
+    rope = config.get("rope_parameters") or {}
+    return any(isinstance(kind, Mapping) for kind in rope.values())
+
+
+def _scale_problems(config: Any) -> list[str]:
+    """The builder writes the scale of Gemma's embeddings with two decimals."""
+    if not str(config.get("model_type")).startswith("gemma"):
+        return []
+    hidden = config.get("hidden_size") or 1
+    exact = math.sqrt(hidden)
+    if abs(round(exact, 2) / exact - 1) < LEAST_SCALE_ERROR:
+        return []
+    return [
+        f"the model builder rounds the scale of embeddings, the root of hidden_size {hidden}, from "
+        f"{exact:.5f} to {exact:.2f}, which every logit would show; choose a width with a rounder "
+        "root, or export it with another target"
+    ]
 
 
 def window_of(config: Any) -> int | None:
@@ -240,8 +271,8 @@ def window_of(config: Any) -> int | None:
     kind = config.get("model_type")
     if kind in ("qwen2", "qwen3") and not config.get("use_sliding_window"):
         return None
-    default = 4096 if kind == "mistral" else None
-    in_layers = kind in ("mistral", "qwen2", "qwen3", "phi3")
+    default = 4096 if kind in ("mistral", "gemma2", "gemma3_text") else None
+    in_layers = kind in ("mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text")
     window: int | None = config.get("sliding_window", default) if in_layers else None
     return window
 

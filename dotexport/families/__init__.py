@@ -359,9 +359,14 @@ def find_family(config: Mapping[str, Any]) -> Family:
             _check_flags(family, config)
             return family
     what = ", ".join(named) or f"model_type {config.get('model_type')}"
+    hint = "docs/adding-a-family.md shows how to add a table"
+    if "text_config" in config:
+        hint = (
+            "it holds more than a language model: save its language model alone, under its class "
+            "for causal language modelling, and narrow that"
+        )
     raise UnsupportedModelError(
-        f"{what} is not supported; dotexport narrows {', '.join(sorted(known))}. "
-        "docs/adding-a-family.md shows how to add a table"
+        f"{what} is not supported; dotexport narrows {', '.join(sorted(known))}. {hint}"
     )
 
 
