@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 from dotexport.adapter import QUANTISED_BLOCK, Logits, Tokens
 from dotexport.errors import DotexportError, RuntimeMissingError, UsageError
 
+from .genai_builder import builder_problems
+
 if TYPE_CHECKING:
     from dotexport.checkpoint import Checkpoint
 
@@ -64,7 +66,8 @@ class OrtCpu:
             "onnxruntime_genai": "pip install onnxruntime-genai (or onnxruntime-genai-cuda)",
             "onnx_ir": "pip install onnx-ir",
         }
-        return [how for module, how in wanted.items() if importlib.util.find_spec(module) is None]
+        absent = [how for module, how in wanted.items() if importlib.util.find_spec(module) is None]
+        return absent or builder_problems()
 
     def problems(self, checkpoint: Checkpoint, precision: str) -> list[str]:
         config = checkpoint.config

@@ -222,7 +222,7 @@ def test_what_has_no_table_is_refused_with_the_list_of_what_has() -> None:
 
 def test_heads_that_are_rotated_in_part_are_refused(tiny: Tiny) -> None:
     source = open_source(tiny("phi3"))
-    rope = source.config["rope_parameters"] | {"partial_rotary_factor": 0.75}
+    rope = source.config.get("rope_parameters", {}) | {"partial_rotary_factor": 0.75}
     config = {**source.config, "rope_parameters": rope}
     decided = plan(config, SizeOptions(intermediate_size=64))
     with pytest.raises(UnsupportedModelError, match=r"partial_rotary_factor 0\.75"):
