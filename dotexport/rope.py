@@ -8,6 +8,7 @@ so these are said as well, in what is written and in what is handed to a class.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 # Release 5 keeps these among the parameters; before, they had keys of their own.
@@ -48,5 +49,5 @@ def stock_config(config: Mapping[str, Any]) -> Any:
     """
     from transformers import AutoConfig
 
-    settings = in_all_words(config)
+    settings = deepcopy(in_all_words(config))  # the class writes into what it is given
     return AutoConfig.for_model(settings.pop("model_type", ""), **settings)
