@@ -123,6 +123,18 @@ Bias = Annotated[
     bool,
     typer.Option("--bias/--no-bias", help="Give linears biases where the class has them."),
 ]
+Square = Annotated[
+    bool,
+    typer.Option(
+        "--square",
+        help="Drop heads along with the width, so that hidden_size == heads x head_dim, for "
+        "consumers that take head_dim to be hidden_size / heads.",
+    ),
+]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option("--plan", help="Take the sizes that dotexport plan MODEL --json printed to it."),
+]
 
 
 def _version(value: bool) -> None:
@@ -177,6 +189,7 @@ def shrink(
     model: Model,
     out: Out,
     calib: Annotated[str, typer.Option(help=f"Calibration text. {TEXT_HELP}")],
+    plan_file: PlanFile = None,
     params: Params = None,
     size: Size = None,
     latency: Latency = None,
@@ -185,6 +198,7 @@ def shrink(
     kv_heads: KvHeads = None,
     tied: Tied = None,
     bias: Bias = False,
+    square: Square = False,
     allocate: Annotated[
         str,
         typer.Option(
@@ -259,6 +273,7 @@ def shrink(
 
     A diffusers pipeline folder has options of its own: dotexport shrink FOLDER --help
     """
+    from dotexport.checkpoint import read_config
     from dotexport.pipeline import source_folder
     from dotexport.recipe import Recipe, ShrinkStep
     from dotexport.shrinking import shrink as narrow
@@ -273,6 +288,7 @@ def shrink(
         kv_heads=kv_heads,
         tied=tied,
         bias=bias,
+        square=square,
         calib=calib,
         samples=samples,
         seqlen=seqlen,
@@ -290,6 +306,8 @@ def shrink(
         heal_precision=heal_precision,
         seed=seed,
     )
+    if plan_file is not None:
+        step = step.planned(plan_file, read_config(source_folder(model, config_only=True)))
     options = step.options()
     recipe = Recipe(model=model, shrink=step).dump()
     if print_recipe:
@@ -324,6 +342,7 @@ def plan(
     kv_heads: KvHeads = None,
     tied: Tied = None,
     bias: Bias = False,
+    square: Square = False,
     target: Annotated[
         list[str] | None,
         typer.Option(help="NAME or NAME:PRECISION that must take the sizes, e.g. gguf:int4."),
@@ -354,6 +373,7 @@ def plan(
         num_key_value_heads=kv_heads,
         tied=tied,
         bias=bias,
+        square=square,
     )
     where = Deployment(targets=tuple(target or ()), tensor_parallel=tensor_parallel, group=group)
     chosen = choose(read_config(source_folder(model, config_only=True)), asked, where)

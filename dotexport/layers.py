@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 
 from dotexport.families import Family, Sublayer
+from dotexport.rope import stock_config
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,9 @@ class Stock:
     @classmethod
     def of(cls, config: Mapping[str, Any], device: torch.device) -> Stock:
         """Look the classes up from a config.json; builds one layer without memory."""
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        settings = dict(config)
-        stock = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        stock = stock_config(config)
         single = copy.deepcopy(stock)
         single.num_hidden_layers = 1
         if getattr(single, "layer_types", None):

@@ -19,6 +19,7 @@ from dotexport.layers import Stock
 from dotexport.narrow import REHEARSAL, Narrowing, Nowhere, Writer
 from dotexport.original import Original
 from dotexport.output import write_json
+from dotexport.rope import in_all_words
 from dotexport.sight import Progress
 from dotexport.site import NarrowOptions
 from dotexport.sizing import Plan
@@ -135,7 +136,8 @@ def narrowed_config(config: Mapping[str, Any], decided: Plan) -> dict[str, Any]:
     """config.json of the narrower model: the same keys, other numbers.
 
     head_dim is explicit because hidden_size / heads no longer gives it; rms_norm_eps is rescaled by
-    D / K, which together with sqrt(D / K) in the readers makes the narrower norm exact.
+    D / K, which together with sqrt(D / K) in the readers makes the narrower norm exact. The rotary
+    embedding is said in the words of all releases of transformers (rope.py).
     """
     before, after = decided.before, decided.after
     changed = dict(config)
@@ -150,7 +152,7 @@ def narrowed_config(config: Mapping[str, Any], decided: Plan) -> dict[str, Any]:
         epsilon = config.get("rms_norm_eps", 1e-6)
         changed["rms_norm_eps"] = epsilon * before.hidden_size / after.hidden_size
     changed.pop("_name_or_path", None)
-    return changed
+    return in_all_words(changed)
 
 
 def tensor_specs(source: Checkpoint, decided: Plan) -> dict[str, TensorSpec]:

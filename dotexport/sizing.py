@@ -24,6 +24,7 @@ from dotexport.families import (
     num_parameters,
     read_sizes,
 )
+from dotexport.square import pairs_with
 
 # Below 8 no runtime's kernels are made for it; the larger steps are those that kernels like.
 FLOOR = 8
@@ -100,6 +101,8 @@ class SizeOptions:
         latency: budget of time for one decoded token, `0.8x` of the original's on this device.
         tied: False gives a shared embedding and head tables of their own; None keeps what is.
         bias: whether linears get biases where the class has them and the original does not.
+        square: whether heads leave along with the width, so that hidden_size is heads x head_dim,
+            for consumers that take head_dim to be hidden_size / heads (square.py).
     """
 
     hidden_size: int | None = None
@@ -110,6 +113,7 @@ class SizeOptions:
     latency: str | None = None
     tied: bool | None = None
     bias: bool = False
+    square: bool = False
 
     def __post_init__(self) -> None:
         if sum(budget is not None for budget in (self.params, self.size, self.latency)) > 1:
@@ -139,7 +143,7 @@ def plan(config: Mapping[str, Any], asked: SizeOptions) -> Plan:
             "say how narrow: --params 0.7x (or --size, --latency), or --hidden N, --intermediate N "
             "and/or --kv-heads N"
         )
-    check_sizes(family, before, asked)
+    asked = check_sizes(family, before, asked)
     if not asked.budgeted:
         return Plan(family, before, _narrowed(family, before, asked))
     return min(within_budget(config, asked), key=preference)
@@ -162,19 +166,28 @@ def read_model(config: Mapping[str, Any]) -> tuple[Family, Sizes]:
     return family, read_sizes(family, config)
 
 
-def check_sizes(family: Family, before: Sizes, asked: SizeOptions) -> None:
+def check_sizes(family: Family, before: Sizes, asked: SizeOptions) -> SizeOptions:
     """Refuse explicit sizes that the class or the kernels cannot hold.
+
+    Returns:
+        What was asked for; of a square pair, what the sizes that were given leave no choice of.
 
     Raises:
         SizeError: naming the nearest legal ones.
     """
     if asked.num_key_value_heads is not None:
         check_groups(before, asked.num_key_value_heads)
+    if asked.square:
+        given = (asked.hidden_size, asked.num_key_value_heads)
+        pairs = pairs_with(before, *given, multiple=FLOOR)
+        if len(pairs) == 1 or not asked.budgeted:
+            asked = replace(asked, hidden_size=pairs[-1][0], num_key_value_heads=pairs[-1][1])
     heads = before.narrowed(num_key_value_heads=asked.num_key_value_heads)
     if asked.hidden_size is not None or (asked.num_key_value_heads and not asked.budgeted):
         check_hidden(family, heads, asked.hidden_size or before.hidden_size)
     if asked.intermediate_size is not None:
         check_intermediate(before, asked.intermediate_size)
+    return asked
 
 
 def within_budget(
@@ -234,18 +247,31 @@ def _budget_text(asked: SizeOptions) -> str:
 
 def _grid(family: Family, before: Sizes, asked: SizeOptions, step: int) -> Iterator[SizeOptions]:
     """Every combination of legal sizes, where an axis is not given."""
-    groups = [asked.num_key_value_heads] if asked.num_key_value_heads else group_choices(before)
     mlps = [asked.intermediate_size] if asked.intermediate_size else intermediate_choices(before)
+    widths = _square_widths(before, asked) if asked.square else _widths(family, before, asked, step)
+    for (hidden, count), mlp in itertools.product(widths, mlps):
+        yield replace(asked, hidden_size=hidden, intermediate_size=mlp, num_key_value_heads=count)
+
+
+def _widths(
+    family: Family, before: Sizes, asked: SizeOptions, step: int
+) -> Iterator[tuple[int, int]]:
+    """Legal hidden sizes and KV heads."""
+    groups = [asked.num_key_value_heads] if asked.num_key_value_heads else group_choices(before)
     for count in groups:
         heads = before.narrowed(num_key_value_heads=count)
         if asked.hidden_size:
             hiddens = [asked.hidden_size] if is_hidden(family, heads, asked.hidden_size) else []
         else:
             hiddens = hidden_choices(family, heads, step)
-        for hidden, mlp in itertools.product(hiddens, mlps):
-            yield replace(
-                asked, hidden_size=hidden, intermediate_size=mlp, num_key_value_heads=count
-            )
+        yield from ((hidden, count) for hidden in hiddens)
+
+
+def _square_widths(before: Sizes, asked: SizeOptions) -> list[tuple[int, int]]:
+    given = (asked.hidden_size, asked.num_key_value_heads)
+    pairs = pairs_with(before, *given, multiple=FLOOR)
+    # What was asked for by number is taken however narrow.
+    return [p for p in pairs if p[0] >= LEAST_SHARE * before.hidden_size] or pairs
 
 
 def _narrowed(family: Family, before: Sizes, asked: SizeOptions) -> Sizes:

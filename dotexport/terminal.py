@@ -105,6 +105,8 @@ def show_allocation(allocation: Allocation) -> None:
 
 def show_costs(chosen: Choice) -> None:
     """What planned sizes cost in every target, and what decided them."""
+    from dotexport.planned import on_a_command_line
+
     console, costs = Console(), chosen.costs
     table = Table("", "original", "narrowed", title="bytes, estimated from config.json")
     rows = {f"{name}, MB": sizes for name, sizes in costs.artifacts.items()}
@@ -118,14 +120,8 @@ def show_costs(chosen: Choice) -> None:
     before, after = chosen.plan.architectures
     if before != after:
         console.print(f"written as {after}, which computes the same as {before}", soft_wrap=True)
-    after_sizes = chosen.plan.after
-    console.print(
-        f"shrink to them with --hidden {after_sizes.hidden_size} "
-        f"--intermediate {after_sizes.intermediate_size} "
-        f"--kv-heads {after_sizes.num_key_value_heads}",
-        soft_wrap=True,
-        highlight=False,
-    )
+    flags = on_a_command_line(chosen.flags)
+    console.print(f"shrink to them with {flags}", soft_wrap=True, highlight=False)
     if chosen.binding:
         console.print(f"decided by {'; '.join(chosen.binding)}", soft_wrap=True, highlight=False)
 

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dotexport.errors import CheckpointError
+from dotexport.rope import stock_config
 
 if TYPE_CHECKING:
     import torch
@@ -309,10 +310,9 @@ def _interleaved(tensor_N: torch.Tensor, heads: int) -> torch.Tensor:
 
 def _rope_factors(checkpoint: Checkpoint) -> NDArray[np.float32]:
     """What each frequency is divided by."""
-    from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    config = stock_config(checkpoint.config)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
     theta, width = _rope(checkpoint.config)["rope_theta"], 2 * len(scaled)
     plain = theta ** -(np.arange(0, width, 2) / width)

@@ -26,6 +26,8 @@ from dotexport.errors import DotexportError, RuntimeMissingError
 from . import cuda
 from .ort_session import open_decoder
 
+from .genai_builder import builder_problems
+
 if TYPE_CHECKING:
     from dotexport.checkpoint import Checkpoint
 
@@ -58,7 +60,8 @@ class _Built:
             "onnxruntime_genai": "pip install onnxruntime-genai (or onnxruntime-genai-cuda)",
             "onnx_ir": "pip install onnx-ir",
         }
-        return [how for module, how in wanted.items() if importlib.util.find_spec(module) is None]
+        absent = [how for module, how in wanted.items() if importlib.util.find_spec(module) is None]
+        return absent or builder_problems()
 
     def problems(self, checkpoint: Checkpoint, precision: str) -> list[str]:
         config = checkpoint.config

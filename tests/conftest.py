@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from dotexport.rope import stock_config
+
 # A shell starts background jobs with SIGINT ignored, and children inherit that: a test that
 # interrupts a process would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -93,11 +95,11 @@ def write_llama(folder: Path, *, dtype: torch.dtype = torch.float32, **changes: 
 
 def write_sharded(folder: Path, **changes: Any) -> None:
     """A change to None leaves a setting to the class."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     settings = {"tie_word_embeddings": False, "pad_token_id": 0, **BASE, **changes}
-    config = AutoConfig.for_model(**{k: v for k, v in settings.items() if v is not None})
+    config = stock_config({k: v for k, v in settings.items() if v is not None})
     model = randomise(AutoModelForCausalLM.from_config(config))
     model.save_pretrained(folder, max_shard_size="80KB")
 

@@ -288,7 +288,7 @@ def test_a_decoder_that_sees_later_tokens_is_refused(tiny: Tiny) -> None:
 
 def test_heads_that_are_rotated_in_part_are_refused(tiny: Tiny) -> None:
     source = open_source(tiny("phi3"))
-    rope = source.config["rope_parameters"] | {"partial_rotary_factor": 0.75}
+    rope = source.config.get("rope_parameters", {}) | {"partial_rotary_factor": 0.75}
     config = {**source.config, "rope_parameters": rope}
     decided = plan(config, SizeOptions(intermediate_size=64))
     with pytest.raises(UnsupportedModelError, match=r"partial_rotary_factor 0\.75"):
