@@ -27,6 +27,7 @@ from dotexport.terminal import (
     show_diagnosis,
     show_error,
     show_json,
+    show_latency,
     show_parities,
     show_rows,
     show_summary,
@@ -103,7 +104,23 @@ Params = Annotated[
 Size = Annotated[str | None, typer.Option(help="Budget of bytes as stored: 0.7x, 300MB, 1.5GB.")]
 Latency = Annotated[
     str | None,
-    typer.Option(help="Budget of time per decoded token, e.g. 0.8x; timed here with torch."),
+    typer.Option(
+        help="Budget of time per decoded token: 0.8x of the original's, or 12ms; prefill:0.8x for "
+        "prompts, 0.8x@4 for batches of 4."
+    ),
+]
+LatencyTable = Annotated[
+    str | None,
+    typer.Option(
+        help="What dotexport latency measured: its file, or the runtime (ort-cpu:int4) whose table "
+        "is in the cache; default: the one in the cache, or torch timed on the spot."
+    ),
+]
+ForceLatencyTable = Annotated[
+    bool,
+    typer.Option(
+        "--force-latency-table", help="Take a table of another device, release or runtime."
+    ),
 ]
 Hidden = Annotated[int | None, typer.Option(help="Residual width (hidden_size).")]
 Intermediate = Annotated[int | None, typer.Option(help="MLP width (intermediate_size).")]
@@ -179,6 +196,8 @@ def shrink(
     params: Params = None,
     size: Size = None,
     latency: Latency = None,
+    latency_table: LatencyTable = None,
+    force_latency_table: ForceLatencyTable = False,
     hidden: Hidden = None,
     intermediate: Intermediate = None,
     kv_heads: KvHeads = None,
@@ -257,7 +276,7 @@ def shrink(
 
     A diffusers pipeline folder has options of its own: dotexport shrink FOLDER --help
     """
-    from dotexport.pipeline import source_folder
+    from dotexport.pipeline import keep_promise, source_folder
     from dotexport.recipe import Recipe, ShrinkStep
     from dotexport.shrinking import shrink as narrow
 
@@ -265,6 +284,8 @@ def shrink(
         params=params,
         size=size,
         latency=latency,
+        latency_table=latency_table,
+        force_latency_table=force_latency_table,
         allocate=allocate,
         hidden=hidden,
         intermediate=intermediate,
@@ -303,8 +324,9 @@ def shrink(
             recipe=recipe,
             progress=report,
         )
+        timed = keep_promise(out, source_folder(model), options.sizes, progress=report)
     if as_json:
-        show_json(shrunk.as_dict())
+        show_json(shrunk.as_dict() | timed)
         return
     if shrunk.allocation:
         show_allocation(shrunk.allocation)
@@ -317,6 +339,8 @@ def plan(
     params: Params = None,
     size: Size = None,
     latency: Latency = None,
+    latency_table: LatencyTable = None,
+    force_latency_table: ForceLatencyTable = False,
     hidden: Hidden = None,
     intermediate: Intermediate = None,
     kv_heads: KvHeads = None,
@@ -339,7 +363,7 @@ def plan(
     Example: dotexport plan ./llama --params 0.7x --target gguf:int4 --target ort-cpu:int4
     """
     from dotexport.checkpoint import read_config
-    from dotexport.pipeline import source_folder
+    from dotexport.pipeline import planned_time, source_folder
     from dotexport.planning import Deployment, choose
     from dotexport.sizing import SizeOptions
 
@@ -347,6 +371,8 @@ def plan(
         params=params,
         size=size,
         latency=latency,
+        latency_table=latency_table,
+        force_latency_table=force_latency_table,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_key_value_heads=kv_heads,
@@ -354,11 +380,13 @@ def plan(
         bias=bias,
     )
     where = Deployment(targets=tuple(target or ()), tensor_parallel=tensor_parallel, group=group)
-    chosen = choose(read_config(source_folder(model, config_only=True)), asked, where)
+    config = read_config(source_folder(model, config_only=True))
+    chosen = choose(config, asked, where)
+    timed = planned_time(chosen.plan, asked, where.targets)
     if as_json:
-        show_json(chosen.as_dict())
+        show_json(chosen.as_dict() | timed)
         return
-    show_rows("sizes", {"sizes": chosen.plan.as_dict()})
+    show_rows("sizes", {"sizes": chosen.plan.as_dict(), **timed})
     show_costs(chosen)
 
 
@@ -543,6 +571,69 @@ def bench(
         )
     Console(stderr=as_json).print(render(result))
     show_json(result.as_dict() if as_json else result.headline())
+
+
+@app.command()
+def latency(
+    model: Model,
+    target: Annotated[
+        str, typer.Option(help="NAME or NAME:PRECISION of the runtime to measure; hf is torch.")
+    ] = "ort-cpu",
+    precision: Annotated[str | None, typer.Option(help="Precision of the artifacts.")] = None,
+    batch: Annotated[str, typer.Option(help="Sequences at once: 1, or several as 1,4.")] = "1",
+    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 64,
+    generate: Annotated[int, typer.Option(help="Tokens generated.")] = 32,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads; default: one per physical core.")
+    ] = None,
+    points: Annotated[int, typer.Option(help="Sizes of each axis, the original's among them.")] = 5,
+    least: Annotated[float, typer.Option(help="The narrowest, as a share of each axis.")] = 0.5,
+    layers: Annotated[
+        int | None,
+        typer.Option(help="Layers to measure; default: all, or what 256 MB hold in float32."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="A B B A turns of each size.")] = 4,
+    held_out: Annotated[
+        int, typer.Option(help="Other sizes, measured to see how far the table is off.")
+    ] = 3,
+    seed: Annotated[int, typer.Option(help="Of token ids and held-out sizes.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="File of the table; default: in the user's cache."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a latency table: time by size on this device, in the runtime that will be used.
+
+    Random weights of the legal sizes are exported and take turns with the original's; `plan` and
+    `shrink --latency` read the table. MODEL needs config.json and a tokenizer; no weights are read.
+
+    Example: dotexport latency ./llama --target ort-cpu:int4 --batch 1,4 -o table.json
+    """
+    from dotexport.pipeline import measure_latency, source_folder
+
+    with progress() as report:
+        table, file = measure_latency(
+            source_folder(model),
+            target=target,
+            precision=precision,
+            batch=batch,
+            out=out,
+            progress=report,
+            prompt=prompt,
+            generate=generate,
+            threads=threads,
+            points=points,
+            least=least,
+            layers=layers,
+            rounds=rounds,
+            held_out=held_out,
+            seed=seed,
+        )
+    if as_json:
+        show_json(table)
+        return
+    show_latency(table, file)
 
 
 @app.command()

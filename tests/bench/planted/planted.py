@@ -1,15 +1,18 @@
 """A target whose artifacts do nothing but wait: the truth about their speed is known.
 
 An artifact is a file planted.json with the milliseconds of a prefill and of a decode step, and
-what else should happen. It is found through the entry points beside it, as any third party's is.
+what else should happen. A model with `tile` in its config waits as a kernel that works in tiles of
+so many MLP neurons would. It is found through the entry points beside it, as any third party's is.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,15 @@ class Waiting:
             sys.exit("planted crash: the roof fell in")
 
 
+def tiled(config: Mapping[str, Any]) -> dict[str, float]:
+    """Waits of a decoder: each layer by its tiles, the head by the width; a prefill thrice that."""
+    tiles = math.ceil(config["intermediate_size"] / config["planted"]["tile"])
+    layer_ms = 0.4 * tiles + 0.1 * config["num_key_value_heads"]
+    step_ms = 0.5 + config["hidden_size"] / 64 + layer_ms * config["num_hidden_layers"]
+    vocabulary = config["vocab_size"]
+    return {"step_ms": step_ms, "start_ms": 3 * step_ms, "vocabulary": vocabulary}
+
+
 class Planted:
     name = "planted"
     summary = "waits"
@@ -71,6 +83,8 @@ class Planted:
 
     def write(self, checkpoint: Checkpoint, folder: Path, precision: str) -> None:
         plan = checkpoint.config["planted"] | {"precision": precision}
+        if "tile" in plan:
+            plan |= tiled(checkpoint.config)
         (folder / FILE).write_text(json.dumps(plan), encoding="utf-8")
 
     def open(self, folder: Path, *, threads: int | None = None) -> Waiting:
