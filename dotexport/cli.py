@@ -141,6 +141,9 @@ Bias = Annotated[
 ]
 
 
+VLLM: Any = {"rich_help_panel": "With --target vllm"}
+
+
 def _version(value: bool) -> None:
     if value:
         typer.echo(f"dotexport {__version__}")
@@ -510,7 +513,10 @@ def bench(
         str | None, typer.Option(help="CPU threads, or several; default: one per physical core.")
     ] = None,
     concurrency: Annotated[
-        str | None, typer.Option(help="Processes of each model at once, sharing the threads.")
+        str | None, typer.Option(
+            help="Processes of each model at once, sharing the threads; of vLLM's servers, "
+            "requests under way at most (a closed loop)."
+        ),
     ] = None,
     rounds: Annotated[int, typer.Option(help="Pairs of fresh processes, at least.")] = 8,
     roofline: Annotated[bool, typer.Option(help="Measure the device's own limits too.")] = True,
@@ -518,6 +524,26 @@ def bench(
     min_seconds: Annotated[float, typer.Option(help="Seconds for each model, at least.")] = 10.0,
     warmups: Annotated[int, typer.Option(help="Requests before measuring, at least.")] = 10,
     seed: Annotated[int, typer.Option(help="Of token ids and bootstrap.")] = 0,
+    vllm_python: Annotated[
+        Path | None,
+        typer.Option(help="Python of an environment with vLLM, for --target vllm.", **VLLM),
+    ] = None,
+    vllm_bench: Annotated[
+        str, typer.Option(help="latency, throughput or serve: which of vLLM's benchmarks.", **VLLM)
+    ] = "latency",
+    vllm_rounds: Annotated[
+        int | None,
+        typer.Option(help="A B B A turns; default: 2, and 8 with servers, which stay up.", **VLLM),
+    ] = None,
+    vllm_args: Annotated[
+        str, typer.Option(help="More flags of its engine, e.g. '--enforce-eager'.", **VLLM)
+    ] = "",
+    requests: Annotated[
+        int, typer.Option(help="Requests of each turn (throughput, serve).", **VLLM)
+    ] = 32,
+    request_rate: Annotated[
+        float | None, typer.Option(help="Poisson arrivals for each second (serve).", **VLLM)
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="File of the report; default: in OUT/reports."),
@@ -532,7 +558,32 @@ def bench(
     Example: dotexport bench OUT --baseline MODEL --target ort-cpu --precision int4
 
     Several values make a sweep: dotexport bench OUT --baseline MODEL --batch 1,4,8
+
+    vLLM's own benchmarks: dotexport bench OUT --baseline MODEL --target vllm --vllm-python PATH
     """
+    if target == "vllm":
+        _bench_vllm(
+            candidate,
+            baseline,
+            vllm_python,
+            out,
+            as_json,
+            kind=vllm_bench,
+            prompt=prompt,
+            generate=generate,
+            batch=batch,
+            iterations=min_iterations,
+            requests=requests,
+            warmups=warmups,
+            rounds=vllm_rounds,
+            request_rate=request_rate,
+            concurrency=concurrency,
+            precision=precision,
+            threads=threads,
+            arguments=vllm_args,
+            seed=seed,
+        )
+        return
     from dotexport.bench.sweep import steps_of
     from dotexport.bench.table import render
     from dotexport.pipeline import bench_into, source_folder, sweep_into
@@ -682,6 +733,27 @@ def _run(file: Path, out: Path, overwrite: bool, device: str, as_json: bool) -> 
         show_json(record)
         return
     show_summary(out, "done")
+
+
+def _bench_vllm(
+    candidate: Path,
+    baseline: str | None,
+    python: Path | None,
+    out: Path | None,
+    as_json: bool,
+    **asked: Any,
+) -> None:
+    from dotexport.bench.served_table import render
+    from dotexport.pipeline import bench_vllm_into, source_folder
+
+    if baseline is None or python is None:
+        raise UsageError("--target vllm needs --baseline MODEL and --vllm-python PATH")
+    with progress() as report:
+        result = bench_vllm_into(
+            candidate, source_folder(baseline), python, report=out, progress=report, **asked
+        )
+    Console(stderr=as_json).print(render(result))
+    show_json(result.as_dict() if as_json else result.headline())
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -280,6 +280,48 @@ def keep_promise(
     return section
 
 
+def bench_vllm_into(
+    candidate: Path,
+    baseline: Path,
+    python: Path,
+    *,
+    report: Path | None = None,
+    progress: Progress = lambda stage, done, total: None,
+    arguments: str = "",
+    **asked: Any,
+) -> Any:
+    """Run one of vLLM's benchmarks beside the original; an output keeps report and headline.
+
+    Raises:
+        UsageError, RuntimeMissingError, DotexportError: as `bench_served`.
+    """
+    from dotexport.bench.served import ServedOptions, parse_arguments
+    from dotexport.bench.served_run import bench_served
+
+    shape = {name: _one(name, value) for name, value in asked.items()}
+    options = ServedOptions(
+        arguments=parse_arguments(arguments), **{k: v for k, v in shape.items() if v is not None}
+    )
+    if report is None and manifest.is_output(candidate):
+        report = candidate / "reports" / f"bench-vllm-{options.kind}.json"
+    result = bench_served(candidate, baseline, python, options, out=report, progress=progress)
+    if manifest.is_output(candidate):
+        measured = manifest.read(candidate).get("served", {})
+        manifest.update(candidate, served={**measured, options.kind: result.headline()})
+        card.write(candidate)
+    return result
+
+
+def _one(name: str, value: Any) -> Any:
+    """A number that may have been given as text; vLLM's benchmarks take one and no sweep."""
+    numbers = ("prompt", "generate", "batch", "threads", "concurrency")
+    if name not in numbers or not isinstance(value, str):
+        return value
+    if not value.isdigit():
+        raise UsageError(f"--target vllm takes one {name} at a time, not {value!r}")
+    return int(value)
+
+
 def _workload(step: BenchStep) -> Workload:
     from dotexport.bench import Workload
     from dotexport.bench.presets import find_preset

@@ -27,6 +27,8 @@ def rows(record: Mapping[str, Any]) -> Iterator[Row]:
         yield _promise(latency)
     for name, measured in record.get("bench", {}).items():
         yield from _speed(name, measured)
+    for kind, measured in record.get("served", {}).items():
+        yield from _served(kind, measured)
 
 
 def _size(record: Mapping[str, Any]) -> Iterator[Row]:
@@ -83,6 +85,15 @@ def _promise(latency: Mapping[str, Any]) -> Row:
     change = f"{found['ratio']:.2f}x ({found['low']:.2f} to {found['high']:.2f}), "
     before, after = (f"{latency[key]:.2f} ms" for key in ("original_ms", "narrowed_ms"))
     return Row(label, before, after, change + latency["verdict"])
+
+
+def _served(kind: str, measured: Mapping[str, Any]) -> Iterator[Row]:
+    """vLLM's own figures: medians of times, with the interval of their ratio over rounds."""
+    for metric, found in measured["comparisons"].items():
+        before, after = (measured[m][f"p50_{metric}_ms"] for m in ("baseline", "candidate"))
+        interval = f"{found['ratio']:.3f}x ({found['low']:.3f} to {found['high']:.3f})"
+        label = f"vllm bench {kind} {metric.upper()}, ms"
+        yield Row(label, f"{before:.2f}", f"{after:.2f}", interval)
 
 
 def _faster(times: Mapping[str, Any]) -> str:
