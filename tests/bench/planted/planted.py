@@ -14,13 +14,15 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dotexport.adapter import Logits, Tokens
-from dotexport.checkpoint import Checkpoint
 from dotexport.errors import RuntimeMissingError
+
+if TYPE_CHECKING:  # the measuring processes of real targets need no torch either
+    from dotexport.checkpoint import Checkpoint
 
 FILE = "planted.json"
 
@@ -62,12 +64,11 @@ class Waiting:
 
 
 def tiled(config: Mapping[str, Any]) -> dict[str, float]:
-    """Waits of a decoder: each layer by its tiles, the head by the width; a prefill thrice that."""
+    """Waits of a decoder: each layer by its tiles, the head by its width; a prefill like a step."""
     tiles = math.ceil(config["intermediate_size"] / config["planted"]["tile"])
-    layer_ms = 0.4 * tiles + 0.1 * config["num_key_value_heads"]
-    step_ms = 0.5 + config["hidden_size"] / 64 + layer_ms * config["num_hidden_layers"]
-    vocabulary = config["vocab_size"]
-    return {"step_ms": step_ms, "start_ms": 3 * step_ms, "vocabulary": vocabulary}
+    layer_ms = 1.5 * tiles + 0.5 * config["num_key_value_heads"]
+    wait_ms = 1 + config["hidden_size"] / 16 + layer_ms * config["num_hidden_layers"]
+    return {"step_ms": wait_ms, "start_ms": wait_ms, "vocabulary": config["vocab_size"]}
 
 
 class Planted:
