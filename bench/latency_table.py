@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,6 +38,7 @@ from dotexport.planning import planned_config
 from dotexport.sizing import Plan, read_model
 from dotexport.verifying import require_runtime
 
+from .device import one_cpu_per_core
 from .latency_sizes import (
     Depth,
     LatencyOptions,
@@ -49,14 +50,13 @@ from .latency_sizes import (
 )
 from .process import Worker
 from .result import Sample
+from .runner import Progress
 from .stand_in import write_stand_in
 from .statistics import compare
 from .subject import choose_precision
 
 BLOCK_SECONDS = 0.1  # of one model at a stretch; shorter ones measure how it wakes up
 WHOLE_BYTES = 2_000_000_000  # a model up to this size is held against its table with all layers
-
-Progress = Callable[[str, int, int], None]
 
 
 def measure_table(
@@ -150,7 +150,7 @@ class _Loaded:
     """A process with one artifact and one workload, warm."""
 
     worker: Worker
-    vocabulary: int
+    on_gpu: bool
     iteration_s: float
 
 
@@ -207,7 +207,8 @@ class _Measuring:
             "load", target=self.target.name, folder=str(folder), workload=workload.as_dict()
         )
         warmed = worker.ask("warm_up", vocabulary=loaded["vocabulary"])
-        return _Loaded(worker, loaded["vocabulary"], warmed["iteration_s"])
+        on_gpu = "cuda" in " ".join(loaded["providers"]).lower()
+        return _Loaded(worker, on_gpu, warmed["iteration_s"])
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,8 @@ class _Beside:
         rounds = self.measuring.options.rounds
         with ExitStack() as stack:
             ours = self.measuring._loaded("a size", folder, batch, stack)
-            mine, theirs = _take_turns(ours, self.original[batch], rounds)
+            threads = self.measuring.options.workload(batch).threads or 0
+            mine, theirs = _take_turns(ours, self.original[batch], rounds, threads)
         self.seen.append((batch, theirs))
         figures = {metric: _compared(mine, theirs, metric) for metric in METRICS}
         return {"batch": batch, **figures}
@@ -255,7 +257,7 @@ class _Beside:
 
 
 def _take_turns(
-    ours: _Loaded, original: _Loaded, rounds: int
+    ours: _Loaded, original: _Loaded, rounds: int, threads: int
 ) -> tuple[list[list[Sample]], list[list[Sample]]]:
     """A B B A, then B A A B: samples of both by group."""
     pace = min(ours.iteration_s, original.iteration_s)
@@ -264,14 +266,23 @@ def _take_turns(
     pair = (ours, original)
     for group in range(rounds):
         kept: tuple[list[Sample], list[Sample]] = ([], [])
+        cpus = None if ours.on_gpu else _processors(group, threads)
         order = (0, 1, 1, 0) if group % 2 == 0 else (1, 0, 0, 1)
         for who in order:
-            answer = pair[who].worker.ask("measure", iterations=iterations)
+            answer = pair[who].worker.ask("measure", iterations=iterations, cpus=cpus)
             for first, *gaps in answer["samples_ns"]:
                 kept[who].append(Sample(group, first / 1e6, tuple(gap / 1e6 for gap in gaps)))
         by_model[0].append(kept[0])
         by_model[1].append(kept[1])
     return by_model
+
+
+def _processors(group: int, threads: int) -> list[int] | None:
+    """Where both run in this group, as bench has it: left alone, they settle on different cores."""
+    cpus = one_cpu_per_core()
+    if not 0 < threads < len(cpus):
+        return None
+    return [cpus[(group * threads + n) % len(cpus)] for n in range(threads)]
 
 
 def _compared(mine: list[list[Sample]], theirs: list[list[Sample]], metric: str) -> dict[str, Any]:

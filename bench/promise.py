@@ -8,12 +8,14 @@ from typing import Any
 
 from dotexport.latency import Promise
 
-from .measure import Progress, bench
+from .measure import bench
 from .result import BenchResult
+from .runner import Progress
 from .statistics import ENOUGH_GROUPS, Comparison
 from .workload import Workload
 
 REPORT = Path("reports/bench-latency.json")
+ROUNDS = 2  # pairs of fresh processes; the interval is over A B B A groups
 METRICS = {"decode": "tpot", "prefill": "ttft"}
 
 
@@ -33,6 +35,7 @@ def measure_again(
         generation_length=promised.generate,
         batch_size=promised.batch,
         threads=promised.threads,
+        rounds=ROUNDS,
         min_iterations=2 * ENOUGH_GROUPS,
         min_seconds=2.0,
         min_warmups=5,
@@ -43,6 +46,7 @@ def measure_again(
         promised.target,
         precision=promised.precision,
         workload=workload,
+        roofline=False,
         out=out / REPORT,
         progress=progress,
     )

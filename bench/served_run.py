@@ -21,7 +21,7 @@ from dotexport.checkpoint import find_model, read_config
 from dotexport.errors import DotexportError, RuntimeMissingError, UsageError
 from dotexport.output import write_json
 
-from .measure import Progress
+from .runner import Progress
 from .served import ServedOptions, ServedResult, Turn, read_times
 
 LAST_LINES = 15

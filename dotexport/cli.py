@@ -513,7 +513,8 @@ def bench(
         str | None, typer.Option(help="CPU threads, or several; default: one per physical core.")
     ] = None,
     concurrency: Annotated[
-        str | None, typer.Option(
+        str | None,
+        typer.Option(
             help="Processes of each model at once, sharing the threads; of vLLM's servers, "
             "requests under way at most (a closed loop)."
         ),

@@ -65,9 +65,11 @@ class Waiting:
 
 def tiled(config: Mapping[str, Any]) -> dict[str, float]:
     """Waits of a decoder: each layer by its tiles, the head by its width; a prefill like a step."""
-    tiles = math.ceil(config["intermediate_size"] / config["planted"]["tile"])
+    asked = config["planted"]
+    tiles = math.ceil(config["intermediate_size"] / asked["tile"])
     layer_ms = 1.5 * tiles + 0.5 * config["num_key_value_heads"]
     wait_ms = 1 + config["hidden_size"] / 16 + layer_ms * config["num_hidden_layers"]
+    wait_ms *= asked.get("pace", 1)
     return {"step_ms": wait_ms, "start_ms": wait_ms, "vocabulary": config["vocab_size"]}
 
 
