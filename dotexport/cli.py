@@ -27,6 +27,7 @@ from dotexport.terminal import (
     show_diagnosis,
     show_error,
     show_json,
+    show_latency,
     show_parities,
     show_rows,
     show_summary,
@@ -104,7 +105,23 @@ Params = Annotated[
 Size = Annotated[str | None, typer.Option(help="Budget of bytes as stored: 0.7x, 300MB, 1.5GB.")]
 Latency = Annotated[
     str | None,
-    typer.Option(help="Budget of time per decoded token, e.g. 0.8x; timed here with torch."),
+    typer.Option(
+        help="Budget of time per decoded token: 0.8x of the original's, or 12ms; prefill:0.8x for "
+        "prompts, 0.8x@4 for batches of 4."
+    ),
+]
+LatencyTable = Annotated[
+    str | None,
+    typer.Option(
+        help="What dotexport latency measured: its file, or the runtime (ort-cpu:int4) whose table "
+        "is in the cache; default: the one in the cache, or torch timed on the spot."
+    ),
+]
+ForceLatencyTable = Annotated[
+    bool,
+    typer.Option(
+        "--force-latency-table", help="Take a table of another device, release or runtime."
+    ),
 ]
 Hidden = Annotated[int | None, typer.Option(help="Residual width (hidden_size).")]
 Intermediate = Annotated[int | None, typer.Option(help="MLP width (intermediate_size).")]
@@ -135,6 +152,9 @@ PlanFile = Annotated[
     Path | None,
     typer.Option("--plan", help="Take the sizes that dotexport plan MODEL --json printed to it."),
 ]
+
+
+VLLM: Any = {"rich_help_panel": "With --target vllm"}
 
 
 def _version(value: bool) -> None:
@@ -193,6 +213,8 @@ def shrink(
     params: Params = None,
     size: Size = None,
     latency: Latency = None,
+    latency_table: LatencyTable = None,
+    force_latency_table: ForceLatencyTable = False,
     hidden: Hidden = None,
     intermediate: Intermediate = None,
     kv_heads: KvHeads = None,
@@ -275,6 +297,8 @@ def shrink(
     """
     from dotexport.checkpoint import read_config
     from dotexport.pipeline import source_folder
+    ] = None,
+    from dotexport.pipeline import keep_promise, source_folder
     from dotexport.recipe import Recipe, ShrinkStep
     from dotexport.shrinking import shrink as narrow
 
@@ -282,6 +306,8 @@ def shrink(
         params=params,
         size=size,
         latency=latency,
+        latency_table=latency_table,
+        force_latency_table=force_latency_table,
         allocate=allocate,
         hidden=hidden,
         intermediate=intermediate,
@@ -323,8 +349,9 @@ def shrink(
             recipe=recipe,
             progress=report,
         )
+        timed = keep_promise(out, source_folder(model), options.sizes, progress=report)
     if as_json:
-        show_json(shrunk.as_dict())
+        show_json(shrunk.as_dict() | timed)
         return
     if shrunk.allocation:
         show_allocation(shrunk.allocation)
@@ -337,6 +364,8 @@ def plan(
     params: Params = None,
     size: Size = None,
     latency: Latency = None,
+    latency_table: LatencyTable = None,
+    force_latency_table: ForceLatencyTable = False,
     hidden: Hidden = None,
     intermediate: Intermediate = None,
     kv_heads: KvHeads = None,
@@ -360,7 +389,7 @@ def plan(
     Example: dotexport plan ./llama --params 0.7x --target gguf:int4 --target ort-cpu:int4
     """
     from dotexport.checkpoint import read_config
-    from dotexport.pipeline import source_folder
+    from dotexport.pipeline import planned_time, source_folder
     from dotexport.planning import Deployment, choose
     from dotexport.sizing import SizeOptions
 
@@ -368,6 +397,8 @@ def plan(
         params=params,
         size=size,
         latency=latency,
+        latency_table=latency_table,
+        force_latency_table=force_latency_table,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_key_value_heads=kv_heads,
@@ -376,11 +407,13 @@ def plan(
         square=square,
     )
     where = Deployment(targets=tuple(target or ()), tensor_parallel=tensor_parallel, group=group)
-    chosen = choose(read_config(source_folder(model, config_only=True)), asked, where)
+    config = read_config(source_folder(model, config_only=True))
+    chosen = choose(config, asked, where)
+    timed = planned_time(chosen.plan, asked, where.targets)
     if as_json:
-        show_json(chosen.as_dict())
+        show_json(chosen.as_dict() | timed)
         return
-    show_rows("sizes", {"sizes": chosen.plan.as_dict()})
+    show_rows("sizes", {"sizes": chosen.plan.as_dict(), **timed})
     show_costs(chosen)
 
 
@@ -504,7 +537,11 @@ def bench(
         str | None, typer.Option(help="CPU threads, or several; default: one per physical core.")
     ] = None,
     concurrency: Annotated[
-        str | None, typer.Option(help="Processes of each model at once, sharing the threads.")
+        str | None,
+        typer.Option(
+            help="Processes of each model at once, sharing the threads; of vLLM's servers, "
+            "requests under way at most (a closed loop)."
+        ),
     ] = None,
     rounds: Annotated[int, typer.Option(help="Pairs of fresh processes, at least.")] = 8,
     roofline: Annotated[bool, typer.Option(help="Measure the device's own limits too.")] = True,
@@ -512,6 +549,25 @@ def bench(
     min_seconds: Annotated[float, typer.Option(help="Seconds for each model, at least.")] = 10.0,
     warmups: Annotated[int, typer.Option(help="Requests before measuring, at least.")] = 10,
     seed: Annotated[int, typer.Option(help="Of token ids and bootstrap.")] = 0,
+    vllm_python: Annotated[
+        Path | None,
+        typer.Option(help="Python of an environment with vLLM, for --target vllm.", **VLLM),
+    ] = None,
+    vllm_bench: Annotated[
+        str, typer.Option(help="latency, throughput or serve: which of vLLM's benchmarks.", **VLLM)
+    ] = "latency",
+    vllm_rounds: Annotated[
+        int | None,
+        typer.Option(help="A B B A turns; default: 2, and 8 with servers, which stay up.", **VLLM),
+    ] = None,
+    vllm_args: Annotated[
+        str, typer.Option(help="More flags of its engine, e.g. '--enforce-eager'.", **VLLM)
+    ] = "",
+    requests: Annotated[
+        int, typer.Option(help="Requests of each turn (throughput, serve).", **VLLM)
+    ] = 32,
+    request_rate: Annotated[
+        float | None, typer.Option(help="Poisson arrivals for each second (serve).", **VLLM)
     gate: Annotated[
         str | None,
         typer.Option(help="YAML file of limits; exit code 4 if one is missed. See compare."),
@@ -530,7 +586,32 @@ def bench(
     Example: dotexport bench OUT --baseline MODEL --target ort-cpu --precision int4
 
     Several values make a sweep: dotexport bench OUT --baseline MODEL --batch 1,4,8
+
+    vLLM's own benchmarks: dotexport bench OUT --baseline MODEL --target vllm --vllm-python PATH
     """
+    if target == "vllm":
+        _bench_vllm(
+            candidate,
+            baseline,
+            vllm_python,
+            out,
+            as_json,
+            kind=vllm_bench,
+            prompt=prompt,
+            generate=generate,
+            batch=batch,
+            iterations=min_iterations,
+            requests=requests,
+            warmups=warmups,
+            rounds=vllm_rounds,
+            request_rate=request_rate,
+            concurrency=concurrency,
+            precision=precision,
+            threads=threads,
+            arguments=vllm_args,
+            seed=seed,
+        )
+        return
     from dotexport.bench.gate import require
     from dotexport.bench.judging import gate_table
     from dotexport.bench.sweep import steps_of
@@ -579,6 +660,69 @@ def bench(
 
 
 @app.command()
+def latency(
+    model: Model,
+    target: Annotated[
+        str, typer.Option(help="NAME or NAME:PRECISION of the runtime to measure; hf is torch.")
+    ] = "ort-cpu",
+    precision: Annotated[str | None, typer.Option(help="Precision of the artifacts.")] = None,
+    batch: Annotated[str, typer.Option(help="Sequences at once: 1, or several as 1,4.")] = "1",
+    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 64,
+    generate: Annotated[int, typer.Option(help="Tokens generated.")] = 32,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads; default: one per physical core.")
+    ] = None,
+    points: Annotated[int, typer.Option(help="Sizes of each axis, the original's among them.")] = 5,
+    least: Annotated[float, typer.Option(help="The narrowest, as a share of each axis.")] = 0.5,
+    layers: Annotated[
+        int | None,
+        typer.Option(help="Layers to measure; default: all, or what 256 MB hold in float32."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="A B B A turns of each size.")] = 4,
+    held_out: Annotated[
+        int, typer.Option(help="Other sizes, measured to see how far the table is off.")
+    ] = 3,
+    seed: Annotated[int, typer.Option(help="Of token ids and held-out sizes.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="File of the table; default: in the user's cache."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a latency table: time by size on this device, in the runtime that will be used.
+
+    Random weights of the legal sizes are exported and take turns with the original's; `plan` and
+    `shrink --latency` read the table. MODEL needs config.json and a tokenizer; no weights are read.
+
+    Example: dotexport latency ./llama --target ort-cpu:int4 --batch 1,4 -o table.json
+    """
+    from dotexport.pipeline import measure_latency, source_folder
+
+    with progress() as report:
+        table, file = measure_latency(
+            source_folder(model),
+            target=target,
+            precision=precision,
+            batch=batch,
+            out=out,
+            progress=report,
+            prompt=prompt,
+            generate=generate,
+            threads=threads,
+            points=points,
+            least=least,
+            layers=layers,
+            rounds=rounds,
+            held_out=held_out,
+            seed=seed,
+        )
+    if as_json:
+        show_json(table)
+        return
+    show_latency(table, file)
+
+
+@app.command()
 def targets(as_json: Json = False) -> None:
     """List what can be exported to, and what is missing to use it here."""
     from dotexport.adapter import list_targets
@@ -624,6 +768,27 @@ def _run(file: Path, out: Path, overwrite: bool, device: str, as_json: bool) -> 
         show_json(record)
         return
     show_summary(out, "done")
+
+
+def _bench_vllm(
+    candidate: Path,
+    baseline: str | None,
+    python: Path | None,
+    out: Path | None,
+    as_json: bool,
+    **asked: Any,
+) -> None:
+    from dotexport.bench.served_table import render
+    from dotexport.pipeline import bench_vllm_into, source_folder
+
+    if baseline is None or python is None:
+        raise UsageError("--target vllm needs --baseline MODEL and --vllm-python PATH")
+    with progress() as report:
+        result = bench_vllm_into(
+            candidate, source_folder(baseline), python, report=out, progress=report, **asked
+        )
+    Console(stderr=as_json).print(render(result))
+    show_json(result.as_dict() if as_json else result.headline())
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

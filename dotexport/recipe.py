@@ -47,6 +47,8 @@ class ShrinkStep:
     kv_heads: int | None = None
     size: str | None = None
     latency: str | None = None
+    latency_table: str | None = None
+    force_latency_table: bool = False
     allocate: str = "rule"
     tied: bool | None = None
     bias: bool = False
@@ -96,6 +98,8 @@ class ShrinkStep:
                 params=self.params,
                 size=self.size,
                 latency=self.latency,
+                latency_table=self.latency_table,
+                force_latency_table=self.force_latency_table,
                 tied=self.tied,
                 bias=self.bias,
                 square=self.square,

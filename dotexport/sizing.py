@@ -98,7 +98,10 @@ class SizeOptions:
             the budget, or as it is.
         params: budget of parameters, `0.7x` of the original or a number such as `5.2M` or `6e9`.
         size: budget of bytes as stored, `0.7x`, `300MB` or `1.5GB`.
-        latency: budget of time for one decoded token, `0.8x` of the original's on this device.
+        latency: budget of time on this device, such as `0.8x` of the original's per decoded token
+            (latency.py).
+        latency_table: what was measured for it: a file, or a runtime whose table is in the cache.
+        force_latency_table: take a table of another device, release or runtime.
         tied: False gives a shared embedding and head tables of their own; None keeps what is.
         bias: whether linears get biases where the class has them and the original does not.
         square: whether heads leave along with the width, so that hidden_size is heads x head_dim,
@@ -111,6 +114,8 @@ class SizeOptions:
     params: str | None = None
     size: str | None = None
     latency: str | None = None
+    latency_table: str | None = None
+    force_latency_table: bool = False
     tied: bool | None = None
     bias: bool = False
     square: bool = False
@@ -118,6 +123,8 @@ class SizeOptions:
     def __post_init__(self) -> None:
         if sum(budget is not None for budget in (self.params, self.size, self.latency)) > 1:
             raise UsageError("give one budget: --params, --size or --latency")
+        if self.latency is None and (self.latency_table or self.force_latency_table):
+            raise UsageError("--latency-table serves a budget of time; give --latency 0.8x as well")
 
     @property
     def budgeted(self) -> bool:
@@ -233,11 +240,9 @@ def _budget(
         return lambda p: each * p.parameters_after, parse_size(
             asked.size, each * whole.parameters_before
         )
-    from dotexport.latency import Clock, parse_latency
+    from dotexport.latency import meter
 
-    assert asked.latency is not None
-    share = parse_latency(asked.latency)
-    return Clock.of(config, whole, plans).ratio, share
+    return meter(config, whole, plans, asked)
 
 
 def _budget_text(asked: SizeOptions) -> str:

@@ -23,8 +23,12 @@ def rows(record: Mapping[str, Any]) -> Iterator[Row]:
     yield from _size(record)
     if quality := record.get("quality"):
         yield from _quality(quality)
+    if latency := record.get("latency"):
+        yield _promise(latency)
     for name, measured in record.get("bench", {}).items():
         yield from _speed(name, measured)
+    for kind, measured in record.get("served", {}).items():
+        yield from _served(kind, measured)
 
 
 def _size(record: Mapping[str, Any]) -> Iterator[Row]:
@@ -64,6 +68,32 @@ def _speed(name: str, measured: Mapping[str, Any]) -> Iterator[Row]:
     for metric, label in (("artifact_bytes", "file, MB"), ("peak_rss_bytes", "peak memory, MB")):
         pair = (before[metric], after[metric])
         yield Row(f"{name} {label}", *_megabytes(*pair), _ratio(pair[1], pair[0]))
+
+
+def _promise(latency: Mapping[str, Any]) -> Row:
+    """A budget of time: what was promised, and what was measured again if it was already."""
+    what = "prompt" if latency["metric"] == "prefill" else "token"
+    batch = f", batch {latency['batch']}" if latency["batch"] > 1 else ""
+    label = f"time per {what}, {latency['target']}-{latency['precision']}{batch}, "
+    limit, predicted = latency["limit"], latency["predicted"]
+    label += f"budget {limit:.2f}x"
+    if predicted is not None:
+        label += f", promised {predicted:.2f}x"
+    if "measured" not in latency:
+        return Row(label, "", "", "")
+    found = latency["measured"]
+    change = f"{found['ratio']:.2f}x ({found['low']:.2f} to {found['high']:.2f}), "
+    before, after = (f"{latency[key]:.2f} ms" for key in ("original_ms", "narrowed_ms"))
+    return Row(label, before, after, change + latency["verdict"])
+
+
+def _served(kind: str, measured: Mapping[str, Any]) -> Iterator[Row]:
+    """vLLM's own figures: medians of times, with the interval of their ratio over rounds."""
+    for metric, found in measured["comparisons"].items():
+        before, after = (measured[m][f"p50_{metric}_ms"] for m in ("baseline", "candidate"))
+        interval = f"{found['ratio']:.3f}x ({found['low']:.3f} to {found['high']:.3f})"
+        label = f"vllm bench {kind} {metric.upper()}, ms"
+        yield Row(label, f"{before:.2f}", f"{after:.2f}", interval)
 
 
 def _faster(times: Mapping[str, Any]) -> str:

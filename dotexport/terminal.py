@@ -126,6 +126,43 @@ def show_costs(chosen: Choice) -> None:
         console.print(f"decided by {'; '.join(chosen.binding)}", soft_wrap=True, highlight=False)
 
 
+def show_latency(content: Mapping[str, Any], file: Path) -> None:
+    """A measured table: each size, and how far it is off where it was not measured."""
+    console = Console()
+    original = content["original"]
+    depth = content["layers"]
+    title = f"time over the original's, {content['target']}:{content['precision']}"
+    table = Table("hidden", "MLP", "KV heads", "batch", "decode", "prefill", title=title)
+    for row in content["rows"]:
+        if row["layers"] == depth["measured"]:
+            table.add_row(*_latency_cells(row))
+    for row in content["held_out"]:
+        table.add_row(*_latency_cells(row), end_section=True)
+    console.print(table)
+    for batch, times in original.items():
+        console.print(
+            f"original, batch {batch}: {times['decode_ms']:.3f} ms per token, "
+            f"{times['prefill_ms']:.3f} ms per prompt of {content['workload']['prompt']}"
+        )
+    if depth["shallow"]:
+        console.print(
+            f"measured with {depth['measured']} and {depth['shallow']} layers of {depth['model']}"
+        )
+    for row in content["skipped"]:
+        console.print(f"skipped: {escape('; '.join(row['problems']))}", soft_wrap=True)
+    console.print(f"{'latency table':<24} {file}", soft_wrap=True, highlight=False)
+
+
+def _latency_cells(row: Mapping[str, Any]) -> Iterator[str]:
+    """Sizes and ratios; of a held-out size, what the table says beside it."""
+    for name in ("hidden_size", "intermediate_size", "num_key_value_heads", "batch"):
+        yield f"{row[name]:,}"
+    for metric in ("decode", "prefill"):
+        found = row[metric]
+        said = f", table says {found['predicted']:.3f}" if "predicted" in found else ""
+        yield f"{found['ratio']:.3f} ({found['low']:.3f} to {found['high']:.3f}){said}"
+
+
 def show_parities(parities: Iterable[Parity]) -> None:
     """What each artifact differs from torch, the limit it is held to, and the verdict."""
     columns = ("artifact", "worst logit", "same rounding", "KL, nats", "top-1", "verdict")

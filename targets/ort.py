@@ -24,9 +24,8 @@ from dotexport.adapter import QUANTISED_BLOCK, Rehearsal, Session
 from dotexport.errors import DotexportError, RuntimeMissingError
 
 from . import cuda
-from .ort_session import open_decoder
-
 from .genai_builder import builder_problems
+from .ort_session import open_decoder
 
 if TYPE_CHECKING:
     from dotexport.checkpoint import Checkpoint
