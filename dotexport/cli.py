@@ -395,18 +395,24 @@ def export(
 def verify(
     out: Output,
     target: Annotated[
-        list[str] | None, typer.Option(help="Only these, vllm among them; default: all artifacts.")
+        list[str] | None,
+        typer.Option(help="Only these, vllm and llama.cpp among them; default: all artifacts."),
     ] = None,
     vllm_python: Annotated[
         Path | None, typer.Option(help="Python of an environment with vLLM, for --target vllm.")
+    ] = None,
+    llama_cpp: Annotated[
+        Path | None, typer.Option(help="Folder of llama.cpp, for --target llama.cpp.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Hold every artifact against torch: prefill, cached decode, padding, greedy tokens, NaN.
 
     Exit code 3 if one of them does not compute what torch computes. With --target vllm, hf/ is
-    loaded by vLLM, which must say torch's greedy tokens.
+    loaded by vLLM, which must say torch's greedy tokens; with --target llama.cpp, every GGUF file
+    is run by llama.cpp.
     """
+    from dotexport.targets import llamacpp
     from dotexport.targets.served import NAME, verify_vllm
     from dotexport.verifying import require
     from dotexport.verifying import verify as check
@@ -414,11 +420,16 @@ def verify(
     by_vllm = NAME in (target or ())
     if by_vllm != (vllm_python is not None):
         raise UsageError("expected --target vllm and --vllm-python together, or neither")
-    others = None if target is None else [name for name in target if name != NAME]
+    if (llamacpp.NAME in (target or ())) != (llama_cpp is not None):
+        raise UsageError("expected --target llama.cpp and --llama-cpp together, or neither")
+    outside = {NAME, llamacpp.NAME}
+    others = None if target is None else [name for name in target if name not in outside]
     with stderr.status("verifying"):
-        parities = [] if by_vllm and not others else check(out, others)
+        parities = [] if others == [] else check(out, others)
         if vllm_python is not None:
             parities.append(verify_vllm(out, vllm_python))
+        if llama_cpp is not None:
+            parities += llamacpp.verify_llama_cpp(out, llama_cpp)
     if as_json:
         show_json([parity.as_dict() for parity in parities])
     else:

@@ -237,9 +237,8 @@ def _costs(
     artifacts = {"hf": (stored * decided.parameters_before, written)}
     cache_bytes = {"hf": stored}
     for target, precision in targets:
-        if bits := getattr(target, "weight_bits", {}).get(precision):
-            pair = (decided.family, before), (decided.carrier, after)
-            one, two = (weight_bytes(family, sizes, *bits) for family, sizes in pair)
+        if count := _counter(target, precision):
+            one, two = count(decided.family, before), count(decided.carrier, after)
             artifacts[_name(target, precision)] = one, two
             cache_bytes[_name(target, precision)] = getattr(target, "cache_bytes", CACHE_BYTES)
     return Costs(
@@ -251,6 +250,14 @@ def _costs(
         shrink_memory(config, decided),
         sum(pair[1] for pair in artifacts.values()),
     )
+
+
+def _counter(target: Target, precision: str) -> Callable[[Family, Sizes], int] | None:
+    """How a target counts what it stores: by itself, or by bits of a weight."""
+    if own := getattr(target, "stored_bytes", None):
+        return partial(own, precision=precision)
+    bits = getattr(target, "weight_bits", {}).get(precision)
+    return partial(weight_bytes, matrix_bits=bits[0], table_bits=bits[1]) if bits else None
 
 
 def weight_bytes(family: Family, sizes: Sizes, matrix_bits: float, table_bits: float) -> int:

@@ -6,6 +6,7 @@ Shapes: B sequences, L tokens of the longest prompt, V vocabulary.
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,13 +136,16 @@ class TorchSession:
         return logits_BLV
 
     def _run(self, token_BL: torch.Tensor, position_BL: torch.Tensor) -> Logits:
-        output = self.model(
-            input_ids=token_BL,
-            attention_mask=self.mask_BL,
-            position_ids=position_BL,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        with warnings.catch_warnings():
+            # Granite's forward has another name for it since 5.24, and the others have not.
+            warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
+            output = self.model(
+                input_ids=token_BL,
+                attention_mask=self.mask_BL,
+                position_ids=position_BL,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
         logits_BLV: Logits = output.logits.numpy()
         return logits_BLV
 
