@@ -16,19 +16,23 @@ the first four numbers of the context's are set, and it is asked whether it unde
 Shapes: T tokens of all sequences, V vocabulary.
 """
 
+from __future__ import annotations
+
 import ctypes
 import json
 import sys
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_uint32, c_void_p
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 CELLS = 256  # llama.cpp gives every sequence a multiple of this
 
 
 class Parameters(ctypes.Structure):
-    _fields_ = [
+    _fields_: ClassVar = [
         ("n_ctx", c_uint32),
         ("n_batch", c_uint32),
         ("n_ubatch", c_uint32),
@@ -38,7 +42,7 @@ class Parameters(ctypes.Structure):
 
 
 class Batch(ctypes.Structure):
-    _fields_ = [
+    _fields_: ClassVar = [
         ("n_tokens", c_int32),
         ("token", POINTER(c_int32)),
         ("embd", POINTER(c_float)),
@@ -50,7 +54,7 @@ class Batch(ctypes.Structure):
 
 
 # Function -> what it returns, what it takes.
-FUNCTIONS = {
+FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_backend_init": (None, []),
     "llama_model_default_params": (Parameters, []),
     "llama_context_default_params": (Parameters, []),
@@ -76,7 +80,7 @@ FUNCTIONS = {
 class Library:
     """The functions of libllama; an OSError or AttributeError says what is wrong with it."""
 
-    def __init__(self, file):
+    def __init__(self, file: Path) -> None:
         self.loaded = ctypes.CDLL(str(file))
         for name, (returned, taken) in FUNCTIONS.items():
             function = getattr(self.loaded, name)
@@ -88,12 +92,12 @@ class Library:
             load_all(str(file.parent).encode())
         self.loaded.llama_backend_init()
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.loaded, name)
 
 
 class Model:
-    def __init__(self, library, file, context, threads):
+    def __init__(self, library: Library, file: str, context: int, threads: int) -> None:
         self.library, self.context, self.threads = library, context, threads
         model = library.llama_model_load_from_file(
             str(file).encode(), library.llama_model_default_params()
@@ -103,19 +107,20 @@ class Model:
         self.model = c_void_p(model)
         self.vocab = c_void_p(library.llama_model_get_vocab(self.model))
         self.num_tokens = library.llama_vocab_n_tokens(self.vocab)
-        self.state, self.lengths = None, []
+        self.state: c_void_p | None = None
+        self.lengths: list[int] = []
 
-    def start(self, prompts):
+    def start(self, prompts: list[list[int]]) -> NDArray[np.float32]:
         if self.state is not None:
             self.library.llama_free(self.state)
         self.state = self.new_state(len(prompts))
         self.lengths = [0] * len(prompts)
         return self.decode(prompts)
 
-    def step(self, tokens):
+    def step(self, tokens: list[int]) -> NDArray[np.float32]:
         return self.decode([[token] for token in tokens])
 
-    def new_state(self, sequences):
+    def new_state(self, sequences: int) -> c_void_p:
         """An empty cache for so many sequences."""
         cells = -(-self.context // CELLS) * CELLS * sequences
         asked = self.library.llama_context_default_params()
@@ -134,7 +139,7 @@ class Model:
         self.library.llama_set_n_threads(state, self.threads, self.threads)
         return state
 
-    def decode(self, parts):
+    def decode(self, parts: list[list[int]]) -> NDArray[np.float32]:
         """Append tokens to every sequence; logits_TV of all of them, in order."""
         number = sum(map(len, parts))
         batch = self.library.llama_batch_init(number, 0, 1)
@@ -154,7 +159,7 @@ class Model:
         size = (self.num_tokens,)
         return np.stack([np.ctypeslib.as_array(row, size).copy() for row in rows])
 
-    def tokenize(self, text):
+    def tokenize(self, text: str) -> list[int]:
         encoded = text.encode()
         found = (c_int32 * (len(encoded) + 8))()
         number = self.library.llama_tokenize(
@@ -165,7 +170,7 @@ class Model:
         return list(found[:number])
 
 
-def main():
+def main() -> None:
     library = Library(Path(sys.argv[1]).resolve())
     if not sys.argv[2:]:
         return
