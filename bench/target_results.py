@@ -53,6 +53,7 @@ def main(
             _row(one, precision, checkpoint, reference, Path(scratch) / f"{one.name}-{precision}")
             for one in ready
             for precision in one.precisions
+            if not one.problems(checkpoint, precision)
         ]
         _save(out / "targets", rows, missing, checkpoint)
 

@@ -296,8 +296,6 @@ def shrink(
     A diffusers pipeline folder has options of its own: dotexport shrink FOLDER --help
     """
     from dotexport.checkpoint import read_config
-    from dotexport.pipeline import source_folder
-    ] = None,
     from dotexport.pipeline import keep_promise, source_folder
     from dotexport.recipe import Recipe, ShrinkStep
     from dotexport.shrinking import shrink as narrow
@@ -452,10 +450,14 @@ def export(
 def verify(
     out: Output,
     target: Annotated[
-        list[str] | None, typer.Option(help="Only these, vllm among them; default: all artifacts.")
+        list[str] | None,
+        typer.Option(help="Only these, vllm and llama.cpp among them; default: all artifacts."),
     ] = None,
     vllm_python: Annotated[
         Path | None, typer.Option(help="Python of an environment with vLLM, for --target vllm.")
+    ] = None,
+    llama_cpp: Annotated[
+        Path | None, typer.Option(help="Folder of llama.cpp, for --target llama.cpp.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -463,8 +465,9 @@ def verify(
 
     Exit code 3 if one of them does not compute what torch computes, 6 if all do as far as can be
     told and one needs a device that is not here. With --target vllm, hf/ is loaded by vLLM, which
-    must say torch's greedy tokens.
+    must say torch's greedy tokens; with --target llama.cpp, every GGUF file is run by llama.cpp.
     """
+    from dotexport.targets import llamacpp
     from dotexport.targets.served import NAME, verify_vllm
     from dotexport.verifying import require
     from dotexport.verifying import verify as check
@@ -472,11 +475,16 @@ def verify(
     by_vllm = NAME in (target or ())
     if by_vllm != (vllm_python is not None):
         raise UsageError("expected --target vllm and --vllm-python together, or neither")
-    others = None if target is None else [name for name in target if name != NAME]
+    if (llamacpp.NAME in (target or ())) != (llama_cpp is not None):
+        raise UsageError("expected --target llama.cpp and --llama-cpp together, or neither")
+    outside = {NAME, llamacpp.NAME}
+    others = None if target is None else [name for name in target if name not in outside]
     with stderr.status("verifying"):
-        parities = [] if by_vllm and not others else check(out, others)
+        parities = [] if others == [] else check(out, others)
         if vllm_python is not None:
             parities.append(verify_vllm(out, vllm_python))
+        if llama_cpp is not None:
+            parities += llamacpp.verify_llama_cpp(out, llama_cpp)
     if as_json:
         show_json([parity.as_dict() for parity in parities])
     else:
@@ -568,6 +576,7 @@ def bench(
     ] = 32,
     request_rate: Annotated[
         float | None, typer.Option(help="Poisson arrivals for each second (serve).", **VLLM)
+    ] = None,
     gate: Annotated[
         str | None,
         typer.Option(help="YAML file of limits; exit code 4 if one is missed. See compare."),

@@ -257,9 +257,8 @@ def _costs(
     artifacts = {"hf": (stored * decided.parameters_before, written)}
     cache_bytes = {"hf": stored}
     for target, precision in targets:
-        if bits := getattr(target, "weight_bits", {}).get(precision):
-            pair = (decided.family, before), (decided.carrier, after)
-            one, two = (weight_bytes(family, sizes, *bits) for family, sizes in pair)
+        if count := _counter(target, precision):
+            one, two = count(decided.family, before), count(decided.carrier, after)
             artifacts[_name(target, precision)] = one, two
             cache_bytes[_name(target, precision)] = _cache_bytes(target, precision)
     return Costs(
@@ -277,6 +276,14 @@ def _cache_bytes(target: Target, precision: str) -> int:
     """Of a number in the cache: one for all precisions of a target, or by precision."""
     said: int | Mapping[str, int] = getattr(target, "cache_bytes", CACHE_BYTES)
     return said[precision] if isinstance(said, Mapping) else said
+
+
+def _counter(target: Target, precision: str) -> Callable[[Family, Sizes], int] | None:
+    """How a target counts what it stores: by itself, or by bits of a weight."""
+    if own := getattr(target, "stored_bytes", None):
+        return partial(own, precision=precision)
+    bits = getattr(target, "weight_bits", {}).get(precision)
+    return partial(weight_bytes, matrix_bits=bits[0], table_bits=bits[1]) if bits else None
 
 
 def weight_bytes(family: Family, sizes: Sizes, matrix_bits: float, table_bits: float) -> int:

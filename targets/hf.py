@@ -6,6 +6,7 @@ Shapes: B sequences, L tokens of the longest prompt, V vocabulary.
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -187,7 +188,7 @@ class TorchSession:
         # Without padding no mask is needed, and attention takes its faster causal path.
         self.mask_BL = self.mask(L) if min(lengths) < L else None
         position_BL = torch.arange(L, device=self.device).expand(B, L)
-        logits_BLV = self.model(**self._inputs(self._tokens(tokens_BL), position_BL)).logits
+        logits_BLV = self._run(self._inputs(self._tokens(tokens_BL), position_BL))
         answer_BLV: Logits = self._answer(logits_BLV)
         return answer_BLV
 
@@ -219,8 +220,14 @@ class TorchSession:
             self.mask_BL = torch.cat([self.mask_BL, seen], dim=1)
 
     def decode(self, inputs: dict[str, Any]) -> torch.Tensor:
-        logits_B1V: torch.Tensor = self.model(**inputs).logits
-        return logits_B1V
+        return self._run(inputs)
+
+    def _run(self, inputs: dict[str, Any]) -> torch.Tensor:
+        with warnings.catch_warnings():
+            # Granite's forward has another name for it since 5.24, and the others have not.
+            warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
+            logits_BLV: torch.Tensor = self.model(**inputs).logits
+        return logits_BLV
 
     def _start_apart(self, tokens_BL: Tokens, lengths: Sequence[int]) -> Logits:
         """A window counts slots of the cache, padding included: every prompt gets a cache alone."""
