@@ -46,7 +46,7 @@ TARGETS = (
     "executorch",
     "gguf",
 )
-UNTIMED = {"gguf": "its files are read back with transformers, which says nothing of llama.cpp"}
+UNTIMED = {"gguf": "its files are read back into torch, which says nothing of llama.cpp"}
 
 # Twenty requests each way are enough for an interval; the whole table is hundreds of processes.
 WORKLOAD = Workload(

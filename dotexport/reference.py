@@ -85,7 +85,7 @@ def load_float32(checkpoint: Checkpoint) -> Any:
     classes: Any = AutoModelForCausalLM
     try:
         config = stock_config(checkpoint.config)
-        with _no_initial_values():
+        with no_initial_values():
             model: Any = classes.from_config(config, dtype=torch.float32)
         model.tie_weights()  # skipping the initial values skips this too
     except (ValueError, KeyError, OSError) as error:
@@ -99,7 +99,8 @@ def load_float32(checkpoint: Checkpoint) -> Any:
     return model.eval()
 
 
-def _no_initial_values() -> Any:
+def no_initial_values() -> Any:
+    """A context in which transformers builds modules without drawing weights for them."""
     try:
         from transformers.initialization import no_init_weights
     except ImportError:  # before transformers 5

@@ -1,4 +1,4 @@
-"""llama.cpp where it is installed: found by its library, asked for logits, and its failures told."""
+"""llama.cpp where it is installed: found by its library, asked for logits, its failures told."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_program_has_its_library_in_lib_beside_bin(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_one_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeMissingError, match="holds no library of llama.cpp") as caught:
+    with pytest.raises(RuntimeMissingError, match="holds no library of llama") as caught:
         find_library(tmp_path)
     assert str(tmp_path) in str(caught.value)
 
@@ -68,7 +68,7 @@ def test_an_output_without_gguf_is_a_matter_of_usage(
 ) -> None:
     export(tiny_llama("wide-heads"), ["hf"], out=tmp_path / "out", verify=False)
     touched(tmp_path / "libllama.so")
-    with pytest.raises(UsageError, match="export .* --target gguf"):
+    with pytest.raises(UsageError, match="--target gguf"):
         verify_llama_cpp(tmp_path / "out", tmp_path)
 
 
