@@ -65,8 +65,11 @@ class BoundedLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys[:, :, self.position_L] = key_states[0].transpose(1, 2)
-        self.values[:, self.position_L] = value_states[0]
+        # Called by its name: as an assignment it would drop the axis of a single KV head, which
+        # ExecuTorch's operator then looks for.
+        put, at_L = torch.ops.aten.index_put_, self.position_L
+        put(self.keys, [None, None, at_L], key_states[0].transpose(1, 2))
+        put(self.values, [None, at_L], value_states[0])
         return self.keys, self.values
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
