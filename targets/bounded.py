@@ -95,6 +95,7 @@ def attend(
     value_GTH: torch.Tensor,
     mask: torch.Tensor,
     scaling: float,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention in which the queries of one KV head are rows of one matrix.
@@ -104,8 +105,10 @@ def attend(
     _, N, L, H = query_1NLH.shape
     G = key_GHT.shape[0]
     query = (query_1NLH * scaling).reshape(G, N // G * L, H)
-    score = torch.bmm(query, key_GHT) + mask.flatten(0, 1)
-    mixed = torch.bmm(score.softmax(-1), value_GTH)
+    score = torch.bmm(query, key_GHT)
+    if softcap is not None:
+        score = softcap * torch.tanh(score / softcap)
+    mixed = torch.bmm((score + mask.flatten(0, 1)).softmax(-1), value_GTH)
     return mixed.view(G, N // G, L, H).permute(2, 0, 1, 3).reshape(1, L, N, H), None
 
 

@@ -195,9 +195,8 @@ def _lower(program: Any, constants: dict[str, Any]) -> Any:
 def _partitioner() -> Any:
     """XNNPACK takes matrix products and what lies between them.
 
-    Left to itself it takes every operator that it knows, in pieces of one or two between views that
-    it does not: three times as long to write, slower to run, and wrong where it permutes a tensor
-    of four dimensions whose length is dynamic.
+    Left to itself it takes every operator that it knows, in many small pieces between views that it
+    does not, and goes wrong where it permutes a tensor of four dimensions of dynamic length.
     """
     from executorch.backends.xnnpack.partition.config import gemm_configs, generic_node_configs
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
