@@ -25,11 +25,15 @@ YARN = {
 }
 GEMMA = {"hidden_size": 80, "sliding_window": 512, "tie_word_embeddings": True}
 KINDS = ["sliding_attention", "full_attention"]
-ALL = ["onnx", "openvino", "ort-cpu", "gguf", "executorch"]
+ALL = ["onnx", "openvino", "ort-cpu", "gguf"]
 
 # Name -> the original, the targets that are tried, and those of them that hold what is written.
 MODELS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
-    "window": ({"model_type": "mistral", "sliding_window": 16}, ALL, ["executorch"]),
+    "window": (
+        {"model_type": "mistral", "sliding_window": 16},
+        [*ALL, "executorch"],
+        ["executorch"],
+    ),
     "phi3": (
         {"model_type": "phi3", **SQUARE, "sliding_window": None},
         ["onnx", "openvino", "ort-cpu"],
@@ -37,19 +41,15 @@ MODELS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     ),
     "qwen2": ({"model_type": "qwen2", **SQUARE}, ["ort-cpu", "gguf"], ["ort-cpu", "gguf"]),
     "qwen3": ({"model_type": "qwen3"}, ["ort-cpu"], ["ort-cpu"]),
-    "qwen3-yarn": (
-        {"model_type": "qwen3", "rope_parameters": YARN},
-        ALL,
-        ["onnx", "openvino", "executorch"],
-    ),
+    "qwen3-yarn": ({"model_type": "qwen3", "rope_parameters": YARN}, ALL, ["onnx", "openvino"]),
     "granite": (
         {"model_type": "granite", "residual_multiplier": 0.2, "attention_multiplier": 0.1},
         ALL,
-        ["onnx", "openvino", "ort-cpu", "executorch"],
+        ["onnx", "openvino", "ort-cpu"],
     ),
     # 80 wide, for 64 has a root without decimals; the context is what windows see.
     "gemma2": ({"model_type": "gemma2", **GEMMA}, ALL, ["onnx", "openvino", "ort-cpu"]),
-    "gemma2-window": ({"model_type": "gemma2", "sliding_window": 16}, ALL, ["executorch"]),
+    "gemma2-window": ({"model_type": "gemma2", "sliding_window": 16}, ALL, []),
     "gemma3": (
         {"model_type": "gemma3_text", "layer_types": KINDS, **GEMMA},
         ALL,
