@@ -29,7 +29,11 @@ ALL = ["onnx", "openvino", "ort-cpu", "gguf"]
 
 # Name -> the original, the targets that are tried, and those of them that hold what is written.
 MODELS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
-    "window": ({"model_type": "mistral", "sliding_window": 16}, ALL, []),
+    "window": (
+        {"model_type": "mistral", "sliding_window": 16},
+        [*ALL, "executorch"],
+        ["executorch"],
+    ),
     "phi3": (
         {"model_type": "phi3", **SQUARE, "sliding_window": None},
         ["onnx", "openvino", "ort-cpu"],
