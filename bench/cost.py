@@ -83,7 +83,7 @@ def find_cost(
     """
     # Imported late, for torch comes with them.
     from dotexport.families import find_family, num_parameters, read_sizes, shapes
-    from dotexport.planning import CACHE_BYTES, kv_numbers, weight_bytes
+    from dotexport.planning import cache_bytes_of, kv_numbers, weight_bytes
 
     try:
         family = find_family(config)
@@ -91,7 +91,7 @@ def find_cost(
     except DotexportError:
         return None
     bits: tuple[float, float] | None = getattr(target, "weight_bits", {}).get(precision)
-    cache_bytes = getattr(target, "cache_bytes", CACHE_BYTES)
+    cache_bytes = cache_bytes_of(target, precision)
     if number is not None:
         bits = (8.0 * NUMBER_BYTES[number],) * 2
         cache_bytes = NUMBER_BYTES[number]

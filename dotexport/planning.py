@@ -260,7 +260,7 @@ def _costs(
         if count := _counter(target, precision):
             one, two = count(decided.family, before), count(decided.carrier, after)
             artifacts[_name(target, precision)] = one, two
-            cache_bytes[_name(target, precision)] = _cache_bytes(target, precision)
+            cache_bytes[_name(target, precision)] = cache_bytes_of(target, precision)
     return Costs(
         artifacts,
         {
@@ -272,7 +272,7 @@ def _costs(
     )
 
 
-def _cache_bytes(target: Target, precision: str) -> int:
+def cache_bytes_of(target: Target, precision: str) -> int:
     """Of a number in the cache: one for all precisions of a target, or by precision."""
     said: int | Mapping[str, int] = getattr(target, "cache_bytes", CACHE_BYTES)
     return said[precision] if isinstance(said, Mapping) else said
