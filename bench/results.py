@@ -33,8 +33,7 @@ import typer
 from dotexport import embedded, manifest, summary
 from dotexport.basis import Basis
 from dotexport.calibrate import TextOptions, token_windows
-from dotexport.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
-from dotexport.families import find_family, num_parameters, read_sizes, shapes
+from dotexport.checkpoint import Checkpoint, CheckpointWriter
 from dotexport.output import write_json, write_text
 from dotexport.pipeline import bench_into
 from dotexport.prepare import prepare
@@ -44,6 +43,8 @@ from dotexport.reference import load_float32
 from dotexport.shrinking import ShrinkOptions, open_source, shrink
 from dotexport.site import NarrowOptions
 from dotexport.sizing import Plan, SizeOptions, plan
+
+from .stand_in import write_stand_in
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 Table = list[dict[str, Any]]
@@ -357,19 +358,8 @@ def _random_model(folder: Path, layers: int, hidden: int) -> int:
         "bos_token_id": 0,
         "eos_token_id": 0,
     }
-    write_json(folder / "config.json", config)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        write_text(folder / name, (embedded.MODEL_DIR / name).read_text(encoding="utf-8"))
-    family = find_family(config)
-    sizes = read_sizes(family, config)
-    specs = {name: TensorSpec(shape, torch.float32) for name, shape in shapes(family, sizes)}
-    writer = CheckpointWriter(folder, specs)
-    torch.manual_seed(0)
-    for name, spec in specs.items():
-        values = torch.ones(spec.shape) if len(spec.shape) == 1 else torch.randn(spec.shape) * 0.04
-        writer.write(name, values)
-    writer.finish()
-    return num_parameters(family, sizes) * 4
+    tokenizer = [embedded.MODEL_DIR / name for name in ("tokenizer.json", "tokenizer_config.json")]
+    return write_stand_in(folder, config, tokenizer).num_bytes
 
 
 def _shrink_and_measure(model: Path, out: Path) -> tuple[int, int, float]:
