@@ -15,8 +15,13 @@ import numpy as np
 import pytest
 
 from dotexport.adapter import find_target
+from dotexport.calibrate import TextOptions
 from dotexport.checkpoint import Checkpoint
+from dotexport.embedded import MODEL_DIR
 from dotexport.reference import compute_reference
+from dotexport.shrinking import ShrinkOptions, shrink
+from dotexport.site import NarrowOptions
+from dotexport.sizing import SizeOptions
 from dotexport.verifying import check
 
 pytest.importorskip("onnxscript")
@@ -129,16 +134,12 @@ print(json.dumps(said))
 """
 
 
-@pytest.mark.optimum
-def test_optimum_loads_the_folder_and_generates_the_tokens_of_torch(
-    tiny_llama: Callable[[str], Path], tmp_path: Path
-) -> None:
-    """Where head_dim is hidden_size / heads: Optimum 0.1.0 computes it so, whatever config says."""
+def holds_in_optimum(model: Path, folder: Path) -> None:
+    """What ORTModelForCausalLM generates from the graph of a model is what torch does."""
     if "DOTEXPORT_OPTIMUM_PYTHON" not in os.environ:
         pytest.skip(
             "set DOTEXPORT_OPTIMUM_PYTHON to the Python of an environment with optimum-onnx"
         )
-    model, folder = tiny_llama("square"), tmp_path / "onnx-fp32"
     folder.mkdir()
     find_target("onnx").write(Checkpoint.open(model), folder, "fp32")
     reference = compute_reference(Checkpoint.open(model), rounded=False)
@@ -150,6 +151,26 @@ def test_optimum_loads_the_folder_and_generates_the_tokens_of_torch(
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     assert said == [tokens_L[length:].tolist() for tokens_L, length in pairs]
+
+
+@pytest.mark.optimum
+def test_optimum_loads_the_folder_and_generates_the_tokens_of_torch(
+    tiny_llama: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Where head_dim is hidden_size / heads: Optimum 0.1.0 computes it so, whatever config says."""
+    holds_in_optimum(tiny_llama("square"), tmp_path / "onnx-fp32")
+
+
+@pytest.mark.optimum
+def test_optimum_generates_the_tokens_of_a_model_that_was_narrowed_square(tmp_path: Path) -> None:
+    options = ShrinkOptions(
+        sizes=SizeOptions(params="0.7x", square=True),
+        text=TextOptions(source="embedded:calibration", samples=8, seqlen=128),
+        narrow=NarrowOptions(local=None),
+    )
+    after = shrink(MODEL_DIR, tmp_path / "out", options, device="cpu").plan.after
+    assert after.hidden_size == after.num_attention_heads * after.head_dim == 192
+    holds_in_optimum(tmp_path / "out/hf", tmp_path / "onnx-fp32")
 
 
 # --- planted faults, on a graph that was written
