@@ -135,9 +135,9 @@ def _shared(scale_JG: Floats, levels: int) -> tuple[Floats, Floats]:
     nearest to these scales."""
     exact_J1 = np.abs(scale_JG).max(-1, keepdims=True) / levels
     half_J1 = exact_J1.astype(np.float16)
-    # Upwards, or the largest scale would be cut off: near 1e-6 float16 has few numbers left. What
-    # is a rounding of float32 below stays.
-    short_J1 = half_J1 < exact_J1 * (1 - 2.0**-20)
+    # Near 1e-6 float16 has few numbers left: one that is too small would cut off the largest scale
+    # by more than rounding to levels costs.
+    short_J1 = half_J1 < exact_J1 * (1 - 0.5 / levels)
     d_J1 = np.where(short_J1, np.nextafter(half_J1, np.float16(np.inf)), half_J1).astype(np.float32)
     return d_J1, _rounded(scale_JG * _inverse(d_J1), -levels, levels)
 
