@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dotexport import manifest
-from dotexport.adapter import Target, find_target
+from dotexport.adapter import Target, find_target, lacking
 from dotexport.errors import RuntimeMissingError, UsageError
 from dotexport.output import write_json
 
@@ -72,6 +72,7 @@ def noise_check(
     workload: Workload | None = None,
     runtime: Mapping[str, Any] | None = None,
     roofline: bool = False,
+    planted_slowdown: float = 0.0,
     out: Path | None = None,
     progress: Progress | None = None,
 ) -> BenchResult:
@@ -79,8 +80,13 @@ def noise_check(
 
     On a machine fit for measuring the interval holds 1 (`noise_verdict` says PASS), and its width
     says how small a difference can be seen there.
+
+    Args:
+        planted_slowdown: share of its time by which the candidate takes longer in each step, to
+            see whether the bench finds it.
     """
     setting = _setting(target, precision, runtime, roofline, model, model)
+    setting = replace(setting, planted_slowdown=planted_slowdown)
     (result,) = _compare(model, model, setting, [workload or Workload()], progress)
     if out is not None:
         write_json(out, result.as_dict())
@@ -162,6 +168,8 @@ def _ready(target: str) -> Target:
     missing = adapter.missing()
     if missing:
         raise RuntimeMissingError(f"target {target} cannot run here: install {', '.join(missing)}")
+    if absent := lacking(adapter):
+        raise RuntimeMissingError(f"target {target} cannot run here: it needs {'; '.join(absent)}")
     return adapter
 
 

@@ -38,12 +38,14 @@ class Setting:
     Attributes:
         runtime: options of the target's `open`, beyond threads.
         roofline: whether to measure the device as well.
+        planted_slowdown: of the candidate: a fault for the bench to find.
     """
 
     target: Target
     precision: str
     runtime: Mapping[str, Any] = field(default_factory=dict)
     roofline: bool = True
+    planted_slowdown: float = 0.0
 
 
 def measure(
@@ -113,6 +115,7 @@ class Runner:
             folder=str(self.subject.artifact),
             workload=self.workload.as_dict(),
             runtime=dict(self.setting.runtime),
+            slow_by=self.setting.planted_slowdown if self.subject.name == "candidate" else 0.0,
         )
 
     @property

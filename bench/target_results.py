@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from dotexport import embedded, manifest
-from dotexport.adapter import Target, find_target, target_names
+from dotexport.adapter import Target, find_target, lacking, target_names
 from dotexport.calibrate import TextOptions
 from dotexport.checkpoint import Checkpoint
 from dotexport.errors import RuntimeMissingError
@@ -53,6 +53,7 @@ def main(
             _row(one, precision, checkpoint, reference, Path(scratch) / f"{one.name}-{precision}")
             for one in ready
             for precision in one.precisions
+            if not one.problems(checkpoint, precision)
         ]
         _save(out / "targets", rows, missing, checkpoint)
 
@@ -62,7 +63,7 @@ def _usable(names: list[str]) -> tuple[list[Target], list[str]]:
     for name in names:
         try:
             target = find_target(name)
-            if target.missing():
+            if target.missing() or lacking(target):
                 missing.append(name)
             else:
                 ready.append(target)
@@ -107,7 +108,7 @@ def _save(file: Path, rows: list[Row], missing: list[str], checkpoint: Checkpoin
         "time of this process; the model builder of ort-cpu works in another, which is not counted."
     )
     if missing:
-        protocol += f" Not installed here: {', '.join(missing)}."
+        protocol += f" Cannot run here: {', '.join(missing)}."
     libraries = ", ".join(f"{name} {number}" for name, number in machine["libraries"].items())
     text = f"# Targets and precisions\n\n{protocol}\n\n    {command}\n\n{_markdown(rows)}\n"
     text += f"Machine: {machine['cpu']}, {machine['cores']['usable']} cores, "

@@ -24,12 +24,12 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from time import perf_counter, perf_counter_ns
+from time import perf_counter, perf_counter_ns, thread_time
 from typing import Any, TextIO
 
 import numpy as np
@@ -75,6 +75,35 @@ class Nothing:
         return np.zeros((1, 1), np.float32)
 
 
+class Slowed:
+    """A session that computes longer by a known share, busy as a slower kernel would be.
+
+    By the share of this thread's processor time, not of the clock's: on a busy machine most of that
+    is waiting, and working for a share of it would be a far larger slowdown.
+    """
+
+    def __init__(self, session: Session, share: float) -> None:
+        self.session = session
+        self.share = share
+        self.providers = getattr(session, "providers", ())
+
+    def start(self, tokens_BL: Tokens, lengths_B: Sequence[int] | None = None) -> Logits:
+        started = thread_time()
+        answer = self.session.start(tokens_BL, lengths_B)
+        return self._later(started, answer)
+
+    def step(self, tokens_B: Tokens) -> Logits:
+        started = thread_time()
+        answer = self.session.step(tokens_B)
+        return self._later(started, answer)
+
+    def _later(self, started: float, answer: Logits) -> Logits:
+        end = started + (thread_time() - started) * (1 + self.share)
+        while thread_time() < end:
+            pass
+        return answer
+
+
 def harness_overhead_us(workload: Workload) -> float:
     """Microseconds of each interval that belong to the harness: the clock and the loop."""
     prompt_BL, continuation_NB = workload.tokens(1)
@@ -98,6 +127,7 @@ class Bench:
         folder: str,
         workload: dict[str, Any],
         runtime: dict[str, Any] | None = None,
+        slow_by: float = 0.0,
     ) -> dict[str, Any]:
         """Open the artifact and run it once, the two timed apart."""
         self.workload = Workload(**workload)
@@ -111,6 +141,8 @@ class Bench:
             **(runtime or {}),
             **self._own_options(adapter),
         )
+        if slow_by:
+            self.session = Slowed(self.session, slow_by)
         loaded = perf_counter()
         vocabulary, first_run_ms = self._first_run()
         return {

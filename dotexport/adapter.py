@@ -46,8 +46,27 @@ class Session(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Rehearsal:
+    """An artifact on a machine that lacks the device it is for.
+
+    Attributes:
+        session: the same graph on another device.
+        where: which one, and what is different there; follows "rehearsed".
+        problems: what is wrong with the file itself.
+    """
+
+    session: Session
+    where: str
+    problems: tuple[str, ...] = ()
+
+
 class Target(Protocol):
-    """An adapter to one runtime. `export`, `verify` and `bench` use nothing but this."""
+    """An adapter to one runtime. `export`, `verify` and `bench` use nothing but this.
+
+    One that writes what only another machine may run has two methods more: `lacking()`, what this
+    machine lacks to run it, and `rehearse(checkpoint, folder, precision, threads=)`, a `Rehearsal`.
+    """
 
     name: str
     summary: str
@@ -81,14 +100,22 @@ class Target(Protocol):
         ...
 
 
+def lacking(target: Target) -> list[str]:
+    """What this machine lacks to run what the target writes; empty: nothing."""
+    ask = getattr(target, "lacking", None)
+    found: list[str] = ask() if ask else []
+    return found
+
+
 @dataclass(frozen=True)
 class TargetRow:
-    """One line of `dotexport targets`."""
+    """One line of `dotexport targets`; `missing` keeps it from writing, `lacking` from running."""
 
     name: str
     precisions: tuple[str, ...]
     missing: tuple[str, ...]
     summary: str
+    lacking: tuple[str, ...] = ()
 
 
 def target_names() -> list[str]:
@@ -164,7 +191,9 @@ def _row(name: str) -> TargetRow:
         target = find_target(name)
     except RuntimeMissingError as error:
         return TargetRow(name, (), (str(error),), "")
-    return TargetRow(name, target.precisions, tuple(target.missing()), target.summary)
+    missing = tuple(target.missing())
+    absent = () if missing else tuple(lacking(target))
+    return TargetRow(name, target.precisions, missing, target.summary, absent)
 
 
 def _known() -> dict[str, str]:

@@ -2,7 +2,10 @@
 
 All methods answer with the same thing, so they are interchangeable and each is measured.
 
-Shapes: D width before, K width after, S norm sites.
+A model that normalises what is added to its stream is the same only in its own axes: of these some
+are kept, or merged (AXIS_METHODS).
+
+Shapes: D width before, K width after, S norm sites, G axes that are merged into one.
 """
 
 from __future__ import annotations
@@ -15,12 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dotexport import obs
 from dotexport.errors import UsageError
-from dotexport.ot.cost import Array, Indices, activation_distance
+from dotexport.ot.cost import Array, Indices, activation_distance, cosine
 from dotexport.ot.coupling import Coupling, TransportOptions, couple
 from dotexport.sight import Sight
 
 AUTO = "auto"  # all of METHODS are measured
+LEAST_ALIKE = 0.5  # |cosine| of two axes that may become one
+OBS_DAMPING = 1e-9
 LEARNING_STEPS = 60
 LEARNING_RATE = 1e-2
 
@@ -54,9 +60,14 @@ def whole(width: int) -> Basis:
 
 
 def find_basis(
-    method: str, sight: Sight, width: int, transport: TransportOptions | None = None
+    method: str,
+    sight: Sight,
+    width: int,
+    transport: TransportOptions | None = None,
+    *,
+    rotates: bool = True,
 ) -> Basis:
-    """A basis of `width` columns by one of METHODS.
+    """A basis of `width` columns by one of METHODS, or of AXIS_METHODS where axes cannot be mixed.
 
     Axes of massive activations are kept as they are, and the method decides on the rest: a few
     positions with values thousands of times the median (Sun et al., arXiv 2402.17762) carry
@@ -65,13 +76,14 @@ def find_basis(
     Raises:
         UsageError: unknown method.
     """
-    if method not in METHODS:
-        raise UsageError(f"basis must be one of {', '.join(METHODS)}, not {method!r}")
+    methods = methods_for(rotates)
+    if method not in methods:
+        raise UsageError(f"basis must be one of {', '.join(sorted(methods))}, not {method!r}")
     moment_DD = sight.mean()
     forced = np.array(sorted(sight.massive)[:width], dtype=np.intp)
     free = np.setdiff1d(np.arange(len(moment_DD)), forced)
     rest = sight.within(free.tolist()) if len(forced) else sight
-    inner, coupling = METHODS[method](rest, width - len(forced), transport or TransportOptions())
+    inner, coupling = methods[method](rest, width - len(forced), transport or TransportOptions())
     matrix_DK = np.zeros((len(moment_DD), width))
     matrix_DK[forced, np.arange(len(forced))] = 1.0
     matrix_DK[free[:, None], np.arange(len(forced), width)] = inner
@@ -160,6 +172,92 @@ METHODS: dict[str, Method] = {
     "pca": _pca,
     "select": _select,
 }
+
+
+def _obs(sight: Sight, width: int, options: TransportOptions) -> tuple[Array, None]:
+    """Keep the axes without which readers lose least, by greedy Optimal Brain Surgeon."""
+    return np.eye(len(sight.moments[0]))[:, _needed(sight, width)], None
+
+
+def _needed(sight: Sight, width: int) -> Indices:
+    """Axes that stay when those leave, one by one, that cost all readers least.
+
+    The loss of a site is that of `reader_loss`, tr(G (C - C_:S C_SS^-1 C_S:)) / tr(G C) for axes S:
+    that of an OBS problem with weights G^(1/2) and Hessian C. A head that is the embedding's table
+    is not refitted: there an axis costs G_ii C_ii.
+    """
+    problems = []
+    size, refitted = len(sight.moments[0]), len(sight.moments) - sight.tied
+    counts = list(sight.counts) or [1] * len(sight.moments)
+    for site, (c_DD, g_DD) in enumerate(zip(sight.moments, sight.metrics, strict=True)):
+        share_DD = g_DD * (counts[site] / (g_DD * c_DD).sum().clamp_min(1e-30))
+        units_D1 = torch.arange(size, device=c_DD.device)[:, None]
+        if site < refitted:
+            hessian_DD = obs.damped(c_DD, OBS_DAMPING)
+            problems.append(obs.Problem(_root(share_DD), hessian_DD, units_D1))
+        else:
+            each_D = (share_DD * c_DD).diagonal().clamp_min(0).sqrt()
+            problems.append(obs.Problem(each_D.diag(), torch.eye(size).to(c_DD), units_D1))
+    kept: Indices = obs.greedy(problems, size - width).kept(size, width).numpy()
+    return kept
+
+
+def _root(matrix_DD: Tensor) -> Tensor:
+    """M^(1/2) of a positive semi-definite M."""
+    values_D, vectors_DD = torch.linalg.eigh((matrix_DD + matrix_DD.T) / 2)
+    root_DD: Tensor = (vectors_DD * values_D.clamp_min(0).sqrt()) @ vectors_DD.T
+    return root_DD
+
+
+def _axis_dot(sight: Sight, width: int, options: TransportOptions) -> tuple[Array, Coupling]:
+    """Keep the axes that OBS keeps, and let transport move each of the others into one of them.
+
+    An axis goes where most of its mass goes, so every old axis lies in one new one at most. What
+    a new one takes of its own is the leading eigenvector of their block of the mean moment: the one
+    direction that says most of them, and all where they are multiples of one another.
+    """
+    moment_DD, kept_K = sight.mean(), _needed(sight, width)
+    cost = activation_distance(moment_DD, kept_K)
+    coupling = couple(cost, np.sqrt(np.maximum(np.diag(moment_DD), 0.0)), options)
+    alike_NK = np.abs(cosine(moment_DD, kept_K))
+    target_N = coupling.plan_NK.argmax(1)
+    joins_N = alike_NK[np.arange(len(target_N)), target_N] >= LEAST_ALIKE
+    matrix_DK = np.zeros((len(moment_DD), width))
+    for column, axis in enumerate(kept_K):
+        others_G = np.setdiff1d(np.flatnonzero(joins_N & (target_N == column)), kept_K)
+        group_G = np.append(axis, others_G)
+        vectors_GG = np.linalg.eigh(moment_DD[np.ix_(group_G, group_G)]).eigenvectors
+        matrix_DK[group_G, column] = vectors_GG[:, -1] if len(others_G) else 1.0
+    return _fixed_signs(matrix_DK), coupling
+
+
+AXIS_METHODS: dict[str, Method] = {"dot": _axis_dot, "obs": _obs, "select": _select}
+
+
+def methods_for(rotates: bool) -> dict[str, Method]:
+    """The bases of a model whose residual stream can be rotated, or cannot."""
+    return METHODS if rotates else AXIS_METHODS
+
+
+def check_basis(method: str | None, architecture: str, *, rotates: bool) -> None:
+    """Refuse a basis that such a model has not.
+
+    Raises:
+        UsageError: naming those it has.
+    """
+    known = methods_for(rotates)
+    if method in (None, AUTO, *known):
+        return
+    why = (
+        "chooses axes only, and the residual stream of this class can be rotated"
+        if rotates
+        else "rotates the residual stream, and this class normalises what sublayers add to it, "
+        "which holds in its own axes only"
+    )
+    raise UsageError(
+        f"basis {method} is not for {architecture}: it {why}; expected one of "
+        f"{', '.join(sorted(known))}, or {AUTO}"
+    )
 
 
 def best_of(bases: dict[str, tuple[Basis, float]]) -> Basis:

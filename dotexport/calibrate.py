@@ -18,6 +18,7 @@ from dotexport.errors import CalibrationError, CheckpointError, RuntimeMissingEr
 
 EMBEDDED = "embedded:"
 DOCUMENT_END = "<|endoftext|>"
+RENAMED = "TokenizersBackend"  # transformers 5 for PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,13 +205,23 @@ def _dataset(name: str) -> Iterator[str]:
         yield row["text"]
 
 
-def _encoder(model: Path) -> Any:
-    from transformers import AutoTokenizer
+def _tokenizer(model: Path) -> Any:
+    """Release 5 of transformers gave a class a new name, which older ones do not know."""
+    import transformers
 
+    here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    file = model / "tokenizer_config.json"
+    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if said.get("tokenizer_class") == RENAMED and not hasattr(transformers, RENAMED):
+        # It also lists extra tokens where older releases look for names; tokenizer.json has them.
+        fast = transformers.PreTrainedTokenizerFast
+        return fast.from_pretrained(model, extra_special_tokens={}, **here)
+    return transformers.AutoTokenizer.from_pretrained(model, **here)
+
+
+def _encoder(model: Path) -> Any:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model, local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = _tokenizer(model)
     except Exception as error:  # transformers and tokenizers raise whatever they stumble over
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(

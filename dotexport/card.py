@@ -25,7 +25,10 @@ def write(out: Path) -> None:
         autoescape=False,
     )
     text = environment.get_template("card.md.j2").render(
-        record=record, rows=list(summary.rows(record)), licences=_licences(out)
+        record=record,
+        rows=list(summary.rows(record)),
+        unverified=summary.unverified(record),
+        licences=_licences(out),
     )
     write_text(out / "README.md", text)
 

@@ -19,6 +19,7 @@ import torch
 from dotexport.checkpoint import Checkpoint, TensorSpec
 from dotexport.errors import UnsupportedModelError
 from dotexport.families import Family, carried_biases, read_sizes, shapes
+from dotexport.rope import stock_config
 from dotexport.sizing import Plan
 
 # config.json key of Granite -> what it is where nothing is multiplied.
@@ -107,17 +108,15 @@ def carried_config(config: Mapping[str, Any], family: Family, carrier: Family) -
     Raises:
         UnsupportedModelError: part of each head is not rotated, which no carrier does.
     """
-    from transformers import AutoConfig
-
-    settings = {key: value for key, value in config.items() if key != "model_type"}
-    full = AutoConfig.for_model(family.model_type, **settings).to_dict()
-    rotated = (full.get("rope_parameters") or {}).get("partial_rotary_factor", 1.0)
+    full = stock_config({**config, "model_type": family.model_type}).to_dict()
+    rope = full.get("rope_parameters") or full  # before transformers 5: at the top
+    rotated = rope.get("partial_rotary_factor", 1.0)
     if carrier is not family and rotated != 1.0:
         raise UnsupportedModelError(
             f"partial_rotary_factor {rotated} is not supported: {carrier.architecture}, as which "
             f"{family.architecture} is written, rotates whole heads"
         )
-    known = set(AutoConfig.for_model(carrier.model_type).to_dict())
+    known = set(stock_config({"model_type": carrier.model_type}).to_dict())
     sizes = read_sizes(family, config)
     same = {key: value for key, value in full.items() if key in known}
     neutral: dict[str, Any] = dict.fromkeys(MULTIPLIERS, 1.0) if MULTIPLIERS[0] in known else {}

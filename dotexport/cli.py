@@ -20,12 +20,14 @@ from typer.core import TyperGroup
 from dotexport import __version__, bench_cli
 from dotexport.errors import DotexportError, RuntimeMissingError, UsageError
 from dotexport.terminal import (
+    missing_here,
     progress,
     show_allocation,
     show_costs,
     show_diagnosis,
     show_error,
     show_json,
+    show_latency,
     show_parities,
     show_rows,
     show_summary,
@@ -103,7 +105,23 @@ Params = Annotated[
 Size = Annotated[str | None, typer.Option(help="Budget of bytes as stored: 0.7x, 300MB, 1.5GB.")]
 Latency = Annotated[
     str | None,
-    typer.Option(help="Budget of time per decoded token, e.g. 0.8x; timed here with torch."),
+    typer.Option(
+        help="Budget of time per decoded token: 0.8x of the original's, or 12ms; prefill:0.8x for "
+        "prompts, 0.8x@4 for batches of 4."
+    ),
+]
+LatencyTable = Annotated[
+    str | None,
+    typer.Option(
+        help="What dotexport latency measured: its file, or the runtime (ort-cpu:int4) whose table "
+        "is in the cache; default: the one in the cache, or torch timed on the spot."
+    ),
+]
+ForceLatencyTable = Annotated[
+    bool,
+    typer.Option(
+        "--force-latency-table", help="Take a table of another device, release or runtime."
+    ),
 ]
 Hidden = Annotated[int | None, typer.Option(help="Residual width (hidden_size).")]
 Intermediate = Annotated[int | None, typer.Option(help="MLP width (intermediate_size).")]
@@ -122,6 +140,21 @@ Bias = Annotated[
     bool,
     typer.Option("--bias/--no-bias", help="Give linears biases where the class has them."),
 ]
+Square = Annotated[
+    bool,
+    typer.Option(
+        "--square",
+        help="Drop heads along with the width, so that hidden_size == heads x head_dim, for "
+        "consumers that take head_dim to be hidden_size / heads.",
+    ),
+]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option("--plan", help="Take the sizes that dotexport plan MODEL --json printed to it."),
+]
+
+
+VLLM: Any = {"rich_help_panel": "With --target vllm"}
 
 
 def _version(value: bool) -> None:
@@ -176,14 +209,18 @@ def shrink(
     model: Model,
     out: Out,
     calib: Annotated[str, typer.Option(help=f"Calibration text. {TEXT_HELP}")],
+    plan_file: PlanFile = None,
     params: Params = None,
     size: Size = None,
     latency: Latency = None,
+    latency_table: LatencyTable = None,
+    force_latency_table: ForceLatencyTable = False,
     hidden: Hidden = None,
     intermediate: Intermediate = None,
     kv_heads: KvHeads = None,
     tied: Tied = None,
     bias: Bias = False,
+    square: Square = False,
     allocate: Annotated[
         str,
         typer.Option(
@@ -198,7 +235,8 @@ def shrink(
         str | None,
         typer.Option(
             help="Of the residual stream: learned, pca, dot, select, or auto, which measures all; "
-            "default: learned, or pca where the head stays tied."
+            "default: learned, or pca where the head stays tied. Gemma 2 and 3, OLMo 2: obs (the "
+            "default), dot, select, auto."
         ),
     ] = None,
     mlp: Annotated[
@@ -257,7 +295,8 @@ def shrink(
 
     A diffusers pipeline folder has options of its own: dotexport shrink FOLDER --help
     """
-    from dotexport.pipeline import source_folder
+    from dotexport.checkpoint import read_config
+    from dotexport.pipeline import keep_promise, source_folder
     from dotexport.recipe import Recipe, ShrinkStep
     from dotexport.shrinking import shrink as narrow
 
@@ -265,12 +304,15 @@ def shrink(
         params=params,
         size=size,
         latency=latency,
+        latency_table=latency_table,
+        force_latency_table=force_latency_table,
         allocate=allocate,
         hidden=hidden,
         intermediate=intermediate,
         kv_heads=kv_heads,
         tied=tied,
         bias=bias,
+        square=square,
         calib=calib,
         samples=samples,
         seqlen=seqlen,
@@ -288,6 +330,8 @@ def shrink(
         heal_precision=heal_precision,
         seed=seed,
     )
+    if plan_file is not None:
+        step = step.planned(plan_file, read_config(source_folder(model, config_only=True)))
     options = step.options()
     recipe = Recipe(model=model, shrink=step).dump()
     if print_recipe:
@@ -303,8 +347,9 @@ def shrink(
             recipe=recipe,
             progress=report,
         )
+        timed = keep_promise(out, source_folder(model), options.sizes, progress=report)
     if as_json:
-        show_json(shrunk.as_dict())
+        show_json(shrunk.as_dict() | timed)
         return
     if shrunk.allocation:
         show_allocation(shrunk.allocation)
@@ -317,11 +362,14 @@ def plan(
     params: Params = None,
     size: Size = None,
     latency: Latency = None,
+    latency_table: LatencyTable = None,
+    force_latency_table: ForceLatencyTable = False,
     hidden: Hidden = None,
     intermediate: Intermediate = None,
     kv_heads: KvHeads = None,
     tied: Tied = None,
     bias: Bias = False,
+    square: Square = False,
     target: Annotated[
         list[str] | None,
         typer.Option(help="NAME or NAME:PRECISION that must take the sizes, e.g. gguf:int4."),
@@ -339,7 +387,7 @@ def plan(
     Example: dotexport plan ./llama --params 0.7x --target gguf:int4 --target ort-cpu:int4
     """
     from dotexport.checkpoint import read_config
-    from dotexport.pipeline import source_folder
+    from dotexport.pipeline import planned_time, source_folder
     from dotexport.planning import Deployment, choose
     from dotexport.sizing import SizeOptions
 
@@ -347,18 +395,23 @@ def plan(
         params=params,
         size=size,
         latency=latency,
+        latency_table=latency_table,
+        force_latency_table=force_latency_table,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_key_value_heads=kv_heads,
         tied=tied,
         bias=bias,
+        square=square,
     )
     where = Deployment(targets=tuple(target or ()), tensor_parallel=tensor_parallel, group=group)
-    chosen = choose(read_config(source_folder(model, config_only=True)), asked, where)
+    config = read_config(source_folder(model, config_only=True))
+    chosen = choose(config, asked, where)
+    timed = planned_time(chosen.plan, asked, where.targets)
     if as_json:
-        show_json(chosen.as_dict())
+        show_json(chosen.as_dict() | timed)
         return
-    show_rows("sizes", {"sizes": chosen.plan.as_dict()})
+    show_rows("sizes", {"sizes": chosen.plan.as_dict(), **timed})
     show_costs(chosen)
 
 
@@ -389,25 +442,32 @@ def export(
         show_json({artifact.name: made[artifact.name] for artifact in artifacts})
         return
     for artifact in artifacts:
-        stderr.print(f"{artifact.folder}  {artifact.num_bytes / 1e6:.2f} MB")
+        note = "" if artifact.parity else "  not verified"
+        stderr.print(f"{artifact.folder}  {artifact.num_bytes / 1e6:.2f} MB{note}")
 
 
 @app.command()
 def verify(
     out: Output,
     target: Annotated[
-        list[str] | None, typer.Option(help="Only these, vllm among them; default: all artifacts.")
+        list[str] | None,
+        typer.Option(help="Only these, vllm and llama.cpp among them; default: all artifacts."),
     ] = None,
     vllm_python: Annotated[
         Path | None, typer.Option(help="Python of an environment with vLLM, for --target vllm.")
+    ] = None,
+    llama_cpp: Annotated[
+        Path | None, typer.Option(help="Folder of llama.cpp, for --target llama.cpp.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Hold every artifact against torch: prefill, cached decode, padding, greedy tokens, NaN.
 
-    Exit code 3 if one of them does not compute what torch computes. With --target vllm, hf/ is
-    loaded by vLLM, which must say torch's greedy tokens.
+    Exit code 3 if one of them does not compute what torch computes, 6 if all do as far as can be
+    told and one needs a device that is not here. With --target vllm, hf/ is loaded by vLLM, which
+    must say torch's greedy tokens; with --target llama.cpp, every GGUF file is run by llama.cpp.
     """
+    from dotexport.targets import llamacpp
     from dotexport.targets.served import NAME, verify_vllm
     from dotexport.verifying import require
     from dotexport.verifying import verify as check
@@ -415,11 +475,16 @@ def verify(
     by_vllm = NAME in (target or ())
     if by_vllm != (vllm_python is not None):
         raise UsageError("expected --target vllm and --vllm-python together, or neither")
-    others = None if target is None else [name for name in target if name != NAME]
+    if (llamacpp.NAME in (target or ())) != (llama_cpp is not None):
+        raise UsageError("expected --target llama.cpp and --llama-cpp together, or neither")
+    outside = {NAME, llamacpp.NAME}
+    others = None if target is None else [name for name in target if name not in outside]
     with stderr.status("verifying"):
-        parities = [] if by_vllm and not others else check(out, others)
+        parities = [] if others == [] else check(out, others)
         if vllm_python is not None:
             parities.append(verify_vllm(out, vllm_python))
+        if llama_cpp is not None:
+            parities += llamacpp.verify_llama_cpp(out, llama_cpp)
     if as_json:
         show_json([parity.as_dict() for parity in parities])
     else:
@@ -480,7 +545,11 @@ def bench(
         str | None, typer.Option(help="CPU threads, or several; default: one per physical core.")
     ] = None,
     concurrency: Annotated[
-        str | None, typer.Option(help="Processes of each model at once, sharing the threads.")
+        str | None,
+        typer.Option(
+            help="Processes of each model at once, sharing the threads; of vLLM's servers, "
+            "requests under way at most (a closed loop)."
+        ),
     ] = None,
     rounds: Annotated[int, typer.Option(help="Pairs of fresh processes, at least.")] = 8,
     roofline: Annotated[bool, typer.Option(help="Measure the device's own limits too.")] = True,
@@ -488,6 +557,26 @@ def bench(
     min_seconds: Annotated[float, typer.Option(help="Seconds for each model, at least.")] = 10.0,
     warmups: Annotated[int, typer.Option(help="Requests before measuring, at least.")] = 10,
     seed: Annotated[int, typer.Option(help="Of token ids and bootstrap.")] = 0,
+    vllm_python: Annotated[
+        Path | None,
+        typer.Option(help="Python of an environment with vLLM, for --target vllm.", **VLLM),
+    ] = None,
+    vllm_bench: Annotated[
+        str, typer.Option(help="latency, throughput or serve: which of vLLM's benchmarks.", **VLLM)
+    ] = "latency",
+    vllm_rounds: Annotated[
+        int | None,
+        typer.Option(help="A B B A turns; default: 2, and 8 with servers, which stay up.", **VLLM),
+    ] = None,
+    vllm_args: Annotated[
+        str, typer.Option(help="More flags of its engine, e.g. '--enforce-eager'.", **VLLM)
+    ] = "",
+    requests: Annotated[
+        int, typer.Option(help="Requests of each turn (throughput, serve).", **VLLM)
+    ] = 32,
+    request_rate: Annotated[
+        float | None, typer.Option(help="Poisson arrivals for each second (serve).", **VLLM)
+    ] = None,
     gate: Annotated[
         str | None,
         typer.Option(help="YAML file of limits; exit code 4 if one is missed. See compare."),
@@ -506,7 +595,32 @@ def bench(
     Example: dotexport bench OUT --baseline MODEL --target ort-cpu --precision int4
 
     Several values make a sweep: dotexport bench OUT --baseline MODEL --batch 1,4,8
+
+    vLLM's own benchmarks: dotexport bench OUT --baseline MODEL --target vllm --vllm-python PATH
     """
+    if target == "vllm":
+        _bench_vllm(
+            candidate,
+            baseline,
+            vllm_python,
+            out,
+            as_json,
+            kind=vllm_bench,
+            prompt=prompt,
+            generate=generate,
+            batch=batch,
+            iterations=min_iterations,
+            requests=requests,
+            warmups=warmups,
+            rounds=vllm_rounds,
+            request_rate=request_rate,
+            concurrency=concurrency,
+            precision=precision,
+            threads=threads,
+            arguments=vllm_args,
+            seed=seed,
+        )
+        return
     from dotexport.bench.gate import require
     from dotexport.bench.judging import gate_table
     from dotexport.bench.sweep import steps_of
@@ -555,6 +669,69 @@ def bench(
 
 
 @app.command()
+def latency(
+    model: Model,
+    target: Annotated[
+        str, typer.Option(help="NAME or NAME:PRECISION of the runtime to measure; hf is torch.")
+    ] = "ort-cpu",
+    precision: Annotated[str | None, typer.Option(help="Precision of the artifacts.")] = None,
+    batch: Annotated[str, typer.Option(help="Sequences at once: 1, or several as 1,4.")] = "1",
+    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 64,
+    generate: Annotated[int, typer.Option(help="Tokens generated.")] = 32,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads; default: one per physical core.")
+    ] = None,
+    points: Annotated[int, typer.Option(help="Sizes of each axis, the original's among them.")] = 5,
+    least: Annotated[float, typer.Option(help="The narrowest, as a share of each axis.")] = 0.5,
+    layers: Annotated[
+        int | None,
+        typer.Option(help="Layers to measure; default: all, or what 256 MB hold in float32."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="A B B A turns of each size.")] = 4,
+    held_out: Annotated[
+        int, typer.Option(help="Other sizes, measured to see how far the table is off.")
+    ] = 3,
+    seed: Annotated[int, typer.Option(help="Of token ids and held-out sizes.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="File of the table; default: in the user's cache."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a latency table: time by size on this device, in the runtime that will be used.
+
+    Random weights of the legal sizes are exported and take turns with the original's; `plan` and
+    `shrink --latency` read the table. MODEL needs config.json and a tokenizer; no weights are read.
+
+    Example: dotexport latency ./llama --target ort-cpu:int4 --batch 1,4 -o table.json
+    """
+    from dotexport.pipeline import measure_latency, source_folder
+
+    with progress() as report:
+        table, file = measure_latency(
+            source_folder(model),
+            target=target,
+            precision=precision,
+            batch=batch,
+            out=out,
+            progress=report,
+            prompt=prompt,
+            generate=generate,
+            threads=threads,
+            points=points,
+            least=least,
+            layers=layers,
+            rounds=rounds,
+            held_out=held_out,
+            seed=seed,
+        )
+    if as_json:
+        show_json(table)
+        return
+    show_latency(table, file)
+
+
+@app.command()
 def targets(as_json: Json = False) -> None:
     """List what can be exported to, and what is missing to use it here."""
     from dotexport.adapter import list_targets
@@ -565,8 +742,8 @@ def targets(as_json: Json = False) -> None:
         return
     table = Table("target", "precisions", "what", "missing here")
     for row in rows:
-        missing = "; ".join(row.missing) or "nothing"
-        table.add_row(row.name, ", ".join(row.precisions), row.summary, escape(missing))
+        missing = escape(missing_here(row))
+        table.add_row(row.name, ", ".join(row.precisions), row.summary, missing)
     Console().print(table)
 
 
@@ -600,6 +777,27 @@ def _run(file: Path, out: Path, overwrite: bool, device: str, as_json: bool) -> 
         show_json(record)
         return
     show_summary(out, "done")
+
+
+def _bench_vllm(
+    candidate: Path,
+    baseline: str | None,
+    python: Path | None,
+    out: Path | None,
+    as_json: bool,
+    **asked: Any,
+) -> None:
+    from dotexport.bench.served_table import render
+    from dotexport.pipeline import bench_vllm_into, source_folder
+
+    if baseline is None or python is None:
+        raise UsageError("--target vllm needs --baseline MODEL and --vllm-python PATH")
+    with progress() as report:
+        result = bench_vllm_into(
+            candidate, source_folder(baseline), python, report=out, progress=report, **asked
+        )
+    Console(stderr=as_json).print(render(result))
+    show_json(result.as_dict() if as_json else result.headline())
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -19,7 +19,15 @@ from dotexport.origin import describe_source
 from dotexport.output import check_free, new_folder
 from dotexport.parity import Parity
 from dotexport.reference import Reference, compute_reference
-from dotexport.verifying import REPORT, STOCK, check, require, require_runtime, write_report
+from dotexport.verifying import (
+    REPORT,
+    STOCK,
+    check,
+    require,
+    require_device,
+    require_runtime,
+    write_report,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -72,14 +80,15 @@ def export(
     becomes such an output with a copy of the checkpoint in hf/.
 
     Raises:
-        RuntimeMissingError: a target's runtime is not installed.
+        RuntimeMissingError: a target's runtime is not installed; or, with `verify`, its device is
+            not here, so that nothing could be proven.
         SizeError: targets that cannot hold this model, with every reason of each.
         ParityError: artifacts that do not compute what torch computes; they are not kept.
     """
     requests = list({r.name: r for r in (Request(*resolve(spec)) for spec in specs)}.values())
     home = _output_of(model)
     _check_home(model, home, out)
-    _check_targets(requests, Checkpoint.open(home / STOCK if home else model))
+    _check_targets(requests, Checkpoint.open(home / STOCK if home else model), verify=verify)
     if home is None:
         assert out is not None  # _check_home saw to it
         home = _start_output(model, out, overwrite=overwrite)
@@ -123,9 +132,11 @@ def _check_home(model: Path, home: Path | None, out: Path | None) -> None:
         )
 
 
-def _check_targets(requests: Sequence[Request], checkpoint: Checkpoint) -> None:
+def _check_targets(requests: Sequence[Request], checkpoint: Checkpoint, *, verify: bool) -> None:
     for request in requests:
         require_runtime(request.target)
+        if verify:
+            require_device(request.target)
     problems = [
         f"  {request.name}: {problem}"
         for request in requests

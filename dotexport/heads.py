@@ -72,6 +72,10 @@ class HeadMerge:
     query_KN: Tensor | None = None
     moved: float = 0.0
 
+    def stays(self, space: str) -> Tensor:
+        """Features of `space` that stay."""
+        return self.key_K if space == "kv" else self.kept
+
     def rows(self, space: str, rows_NX: Tensor) -> Tensor:
         """New rows of a reader that writes into `space`."""
         if space == "kv":

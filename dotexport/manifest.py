@@ -31,6 +31,8 @@ LIBRARIES = (
     "onnx-ir",
     "onnxscript",
     "openvino",
+    "executorch",
+    "torchao",
     "gguf",
     "onnxruntime",
     "onnxruntime-gpu",

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from dotexport.basis import AUTO, METHODS, Basis, best_of, find_basis, whole
+from dotexport.basis import AUTO, Basis, best_of, check_basis, find_basis, methods_for, whole
 from dotexport.checkpoint import TensorSpec
-from dotexport.families import Sizes
+from dotexport.families import Sizes, Sublayer
 from dotexport.heads import Groups
 from dotexport.layers import Layer, Stock
 from dotexport.original import ROWS, Original, embed, gram
+from dotexport.output_norm import merged
 from dotexport.refit import Solver, fit, gain_solve, ridge_solve, symmetric_solve
 from dotexport.sight import Progress, Sight, look
 from dotexport.site import NarrowOptions, Site
@@ -115,11 +116,12 @@ class Narrowing:
         width = self.after.hidden_size
         if width == self.before.hidden_size:
             return whole(width)
+        family = self.original.family
         sight = look(self.original, self.streams, self.progress)
         sight.tied = self.after.tied
-        default = "pca" if self.after.tied else "learned"
-        asked = self.options.basis or default
-        methods = METHODS if asked == AUTO else (asked,)
+        asked = self.options.basis or self._default_basis
+        check_basis(asked, family.architecture, rotates=family.rotates)
+        methods = methods_for(family.rotates) if asked == AUTO else (asked,)
         found = {name: self._oriented(name, sight) for name in methods}
         if len(found) == 1:
             return next(iter(found.values()))
@@ -128,6 +130,12 @@ class Narrowing:
             self.progress(f"measuring bases: {name}", number, len(found))
             measured[name] = basis, self.rehearse(basis)
         return best_of(measured)
+
+    @property
+    def _default_basis(self) -> str:
+        if not self.original.family.rotates:
+            return "obs"
+        return "pca" if self.after.tied else "learned"
 
     def rehearse(self, basis: Basis) -> float:
         """Held-out KL divergence of a run over a part of the text that writes nothing."""
@@ -149,8 +157,10 @@ class Narrowing:
         R, scaling by g is R diag(g) R^T in the old one: any symmetric matrix can be had. So the
         best symmetric one is solved for, and its eigenvectors are R.
         """
-        basis = find_basis(method, sight, self.after.hidden_size, self.options.transport)
-        if not self.after.tied:
+        rotates = self.original.family.rotates
+        width, transport = self.after.hidden_size, self.options.transport
+        basis = find_basis(method, sight, width, transport, rotates=rotates)
+        if not (self.after.tied and rotates):
             return basis
         matrix_DK = basis.matrix_DK @ self._turn_of_tied_head(basis, sight).cpu().numpy()
         return replace(basis, matrix_DK=matrix_DK)
@@ -158,7 +168,7 @@ class Narrowing:
     def _turn_of_tied_head(self, basis: Basis, sight: Sight) -> Tensor:
         """R: eigenvectors of the best symmetric matrix in the place of the final norm's gamma."""
         E_DK = torch.from_numpy(basis.matrix_DK).to(self.streams.device)
-        metric_DD, moment_DD = gram(self.original.embedding()), sight.final
+        metric_DD, moment_DD = gram(self.original.table()), sight.final
         assert moment_DD is not None
         gamma_D = self.original.gamma().double()
         ridge = 1e-9 * torch.eye(E_DK.shape[1], dtype=torch.float64, device=E_DK.device)
@@ -177,11 +187,17 @@ class Narrowing:
     def _start(self) -> None:
         embedding_VD = self.original.embedding()
         name = f"{self.original.family.embedding}.weight"
-        narrow_VK = self._product(name, embedding_VD, self.E_DK)
+        narrow_VK = self._product(name, embedding_VD, self.E_DK / self._embedding_scale)
         self.writer.write(name, narrow_VK)
         self._table_VK = narrow_VK if self.after.tied else None
         embed(embedding_VD, self.streams, self.streams.original_NLD)
-        embed(narrow_VK, self.streams, self.streams.narrowed_NLK)
+        scaled_VK = narrow_VK if self._embedding_scale == 1.0 else narrow_VK * self._embedding_scale
+        embed(scaled_VK, self.streams, self.streams.narrowed_NLK)
+
+    @property
+    def _embedding_scale(self) -> float:
+        """What the narrower class multiplies rows of its embedding with."""
+        return self.original.family.embedding_scale(self.after.hidden_size)
 
     def _layer(self, number: int) -> None:
         family = self.original.family
@@ -215,22 +231,41 @@ class Narrowing:
     def _student(self, number: int, teacher: Layer) -> Layer:
         """The analytic student: readers W E s, writers E^T W, rounded as they will be stored."""
         family, tensors = self.original.family, teacher.tensors()
+        neutral_K = torch.ones(self.after.hidden_size, device=self.streams.device)
         for sublayer in family.sublayers:
-            tensors[f"{sublayer.norm}.weight"] = torch.ones(
-                self.after.hidden_size, device=self.streams.device
-            )
+            if sublayer.norm:
+                tensors[f"{sublayer.norm}.weight"] = neutral_K - float(family.unit_offset)
             for linear in (*sublayer.readers, sublayer.writer):
                 weight, bias = f"{linear.name}.weight", f"{linear.name}.bias"
                 if self.after.has_bias(linear) and bias not in tensors:
                     tensors[bias] = torch.zeros(len(tensors[weight]), device=self.streams.device)
-                if linear is not sublayer.writer:
-                    tensors[weight] = (tensors[weight].double() @ self.E_DK) * self.scale
-                    continue
-                for name in (weight, bias):
-                    if name in tensors:
-                        tensors[name] = self.E_DK.T @ tensors[name].double()
+            for linear in sublayer.readers:
+                weight, bias = f"{linear.name}.weight", f"{linear.name}.bias"
+                inner = sublayer.inner_gain(linear, self.scale)
+                outer = sublayer.gain(self.scale)
+                tensors[weight] = (tensors[weight].double() @ self.E_DK) * (outer * inner)
+                if bias in tensors:
+                    tensors[bias] = tensors[bias] * inner
+            tensors |= self._narrow_writer(sublayer, tensors)
         dtypes = {n: self.writer.specs[family.layer_name(number, n)].dtype for n in tensors}
         return Layer(self.stock, family, number, tensors, dtypes)
+
+    def _narrow_writer(
+        self, sublayer: Sublayer, tensors: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """E^T W; behind it lies a norm in some classes, whose gamma goes with it."""
+        weight, bias = (f"{sublayer.writer.name}.{part}" for part in ("weight", "bias"))
+        if sublayer.output_norm is None:
+            names = [name for name in (weight, bias) if name in tensors]
+            return {name: self.E_DK.T @ tensors[name].double() for name in names}
+        norm, offset = f"{sublayer.output_norm}.weight", float(self.original.family.unit_offset)
+        columns = [tensors[weight]] + ([tensors[bias][:, None]] if bias in tensors else [])
+        rows_KI, gamma_K = merged(torch.cat(columns, 1), tensors[norm] + offset, self.E_DK)
+        # Divided by K where the original divided by D, as every norm of the narrower model.
+        found = {weight: rows_KI, norm: gamma_K * self.scale - offset}
+        if bias in tensors:
+            found |= {weight: rows_KI[:, :-1], bias: rows_KI[:, -1]}
+        return found
 
     # The head -----------------------------------------------------------------------------------
 
@@ -245,7 +280,7 @@ class Narrowing:
         else:
             gamma_K = self._shared_head_gamma()
             narrow_VK = self._table_VK
-        self.writer.write(norm, gamma_K)
+        self.writer.write(norm, gamma_K - float(family.unit_offset))
         self.divergence = self._divergence(head_VD, narrow_VK.float() * gamma_K.float())
 
     def _head_projection(self, head_VD: Tensor) -> Tensor:
@@ -258,15 +293,18 @@ class Narrowing:
     def _shared_head_gamma(self) -> Tensor:
         """A table shared with the embedding cannot change; the final norm's gamma still can.
 
-        Its prior is diag(E^T Gamma E) s, which is the original gamma where no axis is mixed.
+        Its prior is diag(E^T Gamma E) s, which is the original gamma where no axis is mixed. Where
+        the table was scaled for the embedding's sake, gamma takes it back.
         """
+        family = self.original.family
+        scaled = family.embedding_scale(self.before.hidden_size) / self._embedding_scale
         gamma_D = self.original.gamma().double()
         prior_K = torch.einsum("dk,d,dk->k", self.E_DK, gamma_D, self.E_DK) * self.scale
         if not self.options.refit:
-            return prior_K
-        table_VD, solve = self.original.embedding(), partial(gain_solve, map_OI=self.E_DK)
+            return prior_K / scaled
+        table_VD, solve = self.original.table(), partial(gain_solve, map_OI=self.E_DK)
         fitted_DK = self._fit_head(table_VD, self.E_DK * prior_K, gamma_D, solve)
-        return (self.E_DK * fitted_DK).sum(0)
+        return (self.E_DK * fitted_DK).sum(0) / scaled
 
     def _fit_head(
         self, head_VD: Tensor, analytic_DK: Tensor, gamma_D: Tensor | float, solve: Solver
@@ -301,13 +339,18 @@ class Narrowing:
             )
             parts = (torch.split(z, JUDGED_AT_ONCE) for z in (x_LD, y_LK))
             for x_TD, y_TK in zip(*parts, strict=True):
-                theirs_TV = log_softmax(x_TD @ head_VD.T, -1)
-                ours_TV = log_softmax(y_TK @ narrow_VK.T, -1)
+                theirs_TV = log_softmax(self._capped(x_TD @ head_VD.T), -1)
+                ours_TV = log_softmax(self._capped(y_TK @ narrow_VK.T), -1)
                 total += float(kl_div(ours_TV, theirs_TV, reduction="sum", log_target=True))
             count += len(x_LD)
             if count >= JUDGED:
                 break
         return total / count
+
+    def _capped(self, logits_TV: Tensor) -> Tensor:
+        """cap tanh(logits / cap), in classes that do so."""
+        cap = getattr(self.stock.config, "final_logit_softcapping", None)
+        return logits_TV if cap is None else cap * torch.tanh(logits_TV / cap)
 
     def _product(self, name: str, table_VD: Tensor, map_DK: Tensor) -> Tensor:
         """A table of the vocabulary times a map, in float64 block by block, rounded as stored."""

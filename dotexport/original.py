@@ -1,4 +1,4 @@
-"""The original model, one piece at a time, with every norm folded into its readers.
+"""The original model, one piece at a time, with every norm that has readers folded into them.
 
 Shapes: D hidden_size, V vocabulary, B windows of a batch, L tokens per window.
 """
@@ -33,30 +33,38 @@ class Original:
     def read(self, name: str) -> Tensor:
         return self.source.tensor(name).to(self.device).float()
 
-    def embedding(self) -> Tensor:
-        """(V, D)."""
+    def table(self) -> Tensor:
+        """The embedding as stored, (V, D)."""
         return self.read(f"{self.family.embedding}.weight")
+
+    def embedding(self) -> Tensor:
+        """What enters the stream, (V, D)."""
+        scale = self.family.embedding_scale(self.sizes.hidden_size)
+        return self.table() if scale == 1.0 else self.table() * scale
 
     def gamma(self) -> Tensor:
         """The final norm's (D,)."""
-        return self.read(f"{self.family.final_norm}.weight")
+        return self.read(f"{self.family.final_norm}.weight") + float(self.family.unit_offset)
 
     def head(self) -> Tensor:
-        """lm_head as stored, (V, D); the embedding where they are one table."""
-        return self.embedding() if self.sizes.tied else self.read(f"{self.family.head.name}.weight")
+        """lm_head as stored, (V, D); the embedding's table where they are one."""
+        return self.table() if self.sizes.tied else self.read(f"{self.family.head.name}.weight")
 
     def folded_head(self) -> Tensor:
         """lm_head with the final norm's gamma folded in, (V, D)."""
         return self.head() * self.gamma()
 
     def layer(self, number: int) -> Layer:
-        """A decoder layer whose norms have a gamma of ones, folded into their readers."""
+        """A decoder layer whose norms before readers have a gamma of ones, folded into them."""
         tensors = layer_tensors(self.family, number, self.read, self._names)
+        offset = float(self.family.unit_offset)
         for sublayer in self.family.sublayers:
+            if sublayer.norm is None:
+                continue
             gamma = f"{sublayer.norm}.weight"
             for linear in sublayer.readers:
-                tensors[f"{linear.name}.weight"] *= tensors[gamma]
-            tensors[gamma] = torch.ones_like(tensors[gamma])
+                tensors[f"{linear.name}.weight"] *= tensors[gamma] + offset
+            tensors[gamma] = torch.ones_like(tensors[gamma]) - offset
         return Layer(self.stock, self.family, number, tensors)
 
     @property

@@ -67,7 +67,12 @@ class Phase:
 
 @dataclass(frozen=True)
 class Parity:
-    """The verdict on one artifact; it passed when there are no problems."""
+    """The verdict on one artifact; it passed when there are no problems and it ran where it is
+    meant to.
+
+    Attributes:
+        unverified: why its own device was not asked, and what was looked at instead.
+    """
 
     artifact: str
     target: str
@@ -76,10 +81,11 @@ class Parity:
     perplexity_ratio: float | None = None
     limits: Limits = Limits()
     problems: tuple[str, ...] = ()
+    unverified: str | None = None
 
     @property
     def passed(self) -> bool:
-        return not self.problems
+        return not self.problems and self.unverified is None
 
     @property
     def max_abs(self) -> float:

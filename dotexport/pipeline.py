@@ -7,18 +7,25 @@ was killed goes on with the first step whose result is not there.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dotexport import card, embedded, manifest
+from dotexport.adapter import parse_spec
 from dotexport.calibrate import documents, token_windows, window_length
-from dotexport.checkpoint import find_model
+from dotexport.checkpoint import find_model, read_config
 from dotexport.errors import CalibrationError, UsageError
+from dotexport.latency import check_runtime, promise
+from dotexport.latency_table import cache_file
+from dotexport.output import read_json, write_json
 from dotexport.prepare import pick_device
 from dotexport.recipe import BenchStep, EvalStep, Recipe
 from dotexport.shrinking import shrink
 from dotexport.sight import Progress
+from dotexport.sizing import Plan, SizeOptions, read_model
 
 if TYPE_CHECKING:
     from dotexport.bench import Workload
@@ -53,6 +60,8 @@ def run(
             recipe=recipe.dump(),
             progress=progress,
         )
+    if "latency" not in manifest.read(out):
+        keep_promise(out, model, recipe.shrink.options().sizes, progress=progress)
     _export(recipe, out, progress)
     if recipe.eval and "quality" not in manifest.read(out):
         evaluate_into(out, model, recipe.eval, device=device, progress=progress)
@@ -74,9 +83,10 @@ def source_folder(model: str, *, config_only: bool = False) -> Path:
 def _check_later_steps(recipe: Recipe, model: Path) -> None:
     """Refuse now what a step would refuse after an hour of narrowing."""
     from dotexport.adapter import resolve
+    from dotexport.verifying import require_device
 
     for spec in (*recipe.export, *(_spec(step) for step in recipe.bench)):
-        resolve(spec)
+        require_device(resolve(spec)[0])
     for step in recipe.bench:
         _workload(step)
         _check_gate(step)
@@ -235,6 +245,126 @@ def _asked(step: BenchStep, progress: Progress) -> dict[str, Any]:
         "roofline": step.roofline,
         "progress": progress,
     }
+
+
+def measure_latency(
+    model: Path,
+    *,
+    target: str,
+    precision: str | None,
+    batch: str,
+    out: Path | None,
+    progress: Progress,
+    **options: Any,
+) -> tuple[dict[str, Any], Path]:
+    """Measure a latency table and store it: in `out`, or where plan and shrink look by themselves.
+
+    Raises:
+        UsageError, SizeError, UnsupportedModelError, RuntimeMissingError, DotexportError: as
+            `measure_table`.
+    """
+    from dotexport.bench.latency_table import LatencyOptions, measure_table
+
+    name, said = parse_spec(target)
+    if not re.fullmatch(r"\d+(,\d+)*", batch):
+        raise UsageError(f"--batch {batch!r} must be numbers such as 1 or 1,4")
+    batches = tuple(map(int, batch.split(",")))
+    if precision and said and precision != said:
+        raise UsageError(f"--target {target} and --precision {precision} contradict each other")
+    asked = LatencyOptions(target=name, precision=precision or said, batches=batches, **options)
+    table = measure_table(model, asked, progress=progress)
+    file = out or cache_file(table)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, table)
+    return table, file
+
+
+def planned_time(decided: Plan, asked: SizeOptions, targets: Sequence[str]) -> dict[str, Any]:
+    """What a budget of time promises of planned sizes, as a section of a record; empty: none.
+
+    Raises:
+        UsageError: the table was measured in none of the targets.
+    """
+    if asked.latency is None:
+        return {}
+    check_runtime(decided, asked, targets)
+    promised = promise(decided, asked)
+    return {"latency": asdict(promised)} if promised else {}
+
+
+def keep_promise(
+    out: Path,
+    model: Path,
+    asked: SizeOptions,
+    *,
+    progress: Progress = lambda stage, done, total: None,
+) -> dict[str, Any]:
+    """After a shrink to a budget of time: measure again, and record promise and measurement.
+
+    Returns the section `latency` of the manifest, which reports/shrink.json gets as well; empty
+    where time was not the budget.
+
+    Raises:
+        DotexportError: the result could not be measured; the narrowed model itself is whole.
+    """
+    if asked.latency is None:
+        return {}
+    from dotexport.bench.promise import measure_again
+
+    family, before = read_model(read_config(model))
+    made = manifest.read(out)["sizes"]
+    axes = ("hidden_size", "intermediate_size", "num_key_value_heads")
+    after = before.narrowed(**{axis: made[axis][1] for axis in axes})
+    promised = promise(Plan(family, before, after), asked)
+    assert promised is not None
+    section = {"latency": measure_again(out, model, promised, progress)}
+    manifest.update(out, **section)
+    report = out / "reports" / "shrink.json"
+    write_json(report, read_json(report, advice="shrink again") | section)
+    card.write(out)
+    return section
+
+
+def bench_vllm_into(
+    candidate: Path,
+    baseline: Path,
+    python: Path,
+    *,
+    report: Path | None = None,
+    progress: Progress = lambda stage, done, total: None,
+    arguments: str = "",
+    **asked: Any,
+) -> Any:
+    """Run one of vLLM's benchmarks beside the original; an output keeps report and headline.
+
+    Raises:
+        UsageError, RuntimeMissingError, DotexportError: as `bench_served`.
+    """
+    from dotexport.bench.served import ServedOptions, parse_arguments
+    from dotexport.bench.served_run import bench_served
+
+    shape = {name: _one(name, value) for name, value in asked.items()}
+    options = ServedOptions(
+        arguments=parse_arguments(arguments), **{k: v for k, v in shape.items() if v is not None}
+    )
+    if report is None and manifest.is_output(candidate):
+        report = candidate / "reports" / f"bench-vllm-{options.kind}.json"
+    result = bench_served(candidate, baseline, python, options, out=report, progress=progress)
+    if manifest.is_output(candidate):
+        measured = manifest.read(candidate).get("served", {})
+        manifest.update(candidate, served={**measured, options.kind: result.headline()})
+        card.write(candidate)
+    return result
+
+
+def _one(name: str, value: Any) -> Any:
+    """A number that may have been given as text; vLLM's benchmarks take one and no sweep."""
+    numbers = ("prompt", "generate", "batch", "threads", "concurrency")
+    if name not in numbers or not isinstance(value, str):
+        return value
+    if not value.isdigit():
+        raise UsageError(f"--target vllm takes one {name} at a time, not {value!r}")
+    return int(value)
 
 
 def _workload(step: BenchStep) -> Workload:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from dotexport.adapter import Target, resolve
 from dotexport.carriers import carry_config
 from dotexport.errors import SizeError, UnsupportedModelError, UsageError
 from dotexport.families import Family, Sizes, shapes
+from dotexport.planned import KEY, as_flags, fingerprint
 from dotexport.sizing import (
     Plan,
     SizeOptions,
@@ -87,15 +88,24 @@ class Costs:
 
 @dataclass(frozen=True)
 class Choice:
-    """A plan, what decided it, and what it costs."""
+    """A plan, what decided it, and what it costs.
+
+    Attributes:
+        flags: of shrink, for the sizes of the plan (planned.py).
+        config_sha256: which model it is a plan of.
+    """
 
     plan: Plan
     binding: Sequence[str]
     costs: Costs = field(repr=False)
+    flags: Mapping[str, Any]
+    config_sha256: str
 
     def as_dict(self) -> dict[str, Any]:
         return {
             **self.plan.as_dict(),
+            "config_sha256": self.config_sha256,
+            KEY: dict(self.flags),
             "architecture": self.plan.architectures,
             "binding": list(self.binding),
             "artifact_bytes": {k: list(v) for k, v in self.costs.artifacts.items()},
@@ -122,9 +132,12 @@ def choose(config: Mapping[str, Any], asked: SizeOptions, where: Deployment) -> 
                 for rule in rules
                 if _first(plans, [other for other in rules if other is not rule]) != decided
             ]
+            if asked.square and _others_without_square(config, asked, where, decided):
+                binding.append("square")
             if asked.budgeted:
                 binding.append(BUDGET)
-            return Choice(decided, binding, _costs(config, decided, targets))
+            costs = _costs(config, decided, targets)
+            return Choice(decided, binding, costs, as_flags(decided, asked), fingerprint(config))
     # The finest grid has none either: say what is wrong with the sizes that come nearest.
     wrong = [f"  {rule.name}: {text}" for rule in rules for text in rule.problems(plans[0])]
     after = plans[0].after
@@ -135,13 +148,20 @@ def choose(config: Mapping[str, Any], asked: SizeOptions, where: Deployment) -> 
     )
 
 
+def _others_without_square(
+    config: Mapping[str, Any], asked: SizeOptions, where: Deployment, decided: Plan
+) -> bool:
+    free = choose(config, replace(asked, square=False), where).plan
+    return free.after != decided.after
+
+
 def _candidates(config: Mapping[str, Any], asked: SizeOptions) -> Iterable[list[Plan]]:
     """Plans, the best first, on finer and finer grids."""
     if not asked.budgeted:
         yield [plan(config, asked)]
         return
     family, before = read_model(config)
-    check_sizes(family, before, asked)
+    asked = check_sizes(family, before, asked)
     coarsest = hidden_step(family, before)
     for step in (step for step in hidden_steps(before) if step <= coarsest):
         yield sorted(within_budget(config, asked, step=step), key=preference)
@@ -237,11 +257,10 @@ def _costs(
     artifacts = {"hf": (stored * decided.parameters_before, written)}
     cache_bytes = {"hf": stored}
     for target, precision in targets:
-        if bits := getattr(target, "weight_bits", {}).get(precision):
-            pair = (decided.family, before), (decided.carrier, after)
-            one, two = (weight_bytes(family, sizes, *bits) for family, sizes in pair)
+        if count := _counter(target, precision):
+            one, two = count(decided.family, before), count(decided.carrier, after)
             artifacts[_name(target, precision)] = one, two
-            cache_bytes[_name(target, precision)] = getattr(target, "cache_bytes", CACHE_BYTES)
+            cache_bytes[_name(target, precision)] = _cache_bytes(target, precision)
     return Costs(
         artifacts,
         {
@@ -251,6 +270,20 @@ def _costs(
         shrink_memory(config, decided),
         sum(pair[1] for pair in artifacts.values()),
     )
+
+
+def _cache_bytes(target: Target, precision: str) -> int:
+    """Of a number in the cache: one for all precisions of a target, or by precision."""
+    said: int | Mapping[str, int] = getattr(target, "cache_bytes", CACHE_BYTES)
+    return said[precision] if isinstance(said, Mapping) else said
+
+
+def _counter(target: Target, precision: str) -> Callable[[Family, Sizes], int] | None:
+    """How a target counts what it stores: by itself, or by bits of a weight."""
+    if own := getattr(target, "stored_bytes", None):
+        return partial(own, precision=precision)
+    bits = getattr(target, "weight_bits", {}).get(precision)
+    return partial(weight_bytes, matrix_bits=bits[0], table_bits=bits[1]) if bits else None
 
 
 def weight_bytes(family: Family, sizes: Sizes, matrix_bits: float, table_bits: float) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dotexport.basis import check_basis
 from dotexport.carriers import carry
 from dotexport.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
 from dotexport.errors import RuntimeMissingError, UsageError
@@ -18,6 +19,7 @@ from dotexport.layers import Stock
 from dotexport.narrow import REHEARSAL, Narrowing, Nowhere, Writer
 from dotexport.original import Original
 from dotexport.output import write_json
+from dotexport.rope import in_all_words
 from dotexport.sight import Progress
 from dotexport.site import NarrowOptions
 from dotexport.sizing import Plan
@@ -39,6 +41,8 @@ def prepare(
 ) -> Narrowing:
     """Everything a run needs, with config.json and empty weight files already in FOLDER/hf."""
     source, decided = carry(source, decided)
+    family = decided.family
+    check_basis(options.basis, family.architecture, rotates=family.rotates)
     write_json(folder / "hf" / "config.json", narrowed_config(source.config, decided))
     writer = CheckpointWriter(
         folder / "hf", tensor_specs(source, decided), max_shard_bytes=max_shard_bytes
@@ -55,14 +59,16 @@ def rehearsals(
     It sees a part of the text, and takes the cheap way where there is one: PCA for a basis that
     would be learned or searched, no transport, no healing.
     """
-    basis = options.basis if options.basis in ("dot", "select") else "pca"
-    cheap = replace(options, basis=basis, mlp="obs", heads="obs", local=None)
+    cheap = replace(options, mlp="obs", heads="obs", local=None)
 
     def measure(planned: Plan) -> float:
         carried, decided = carry(source, planned)
+        rough = "pca" if decided.family.rotates else "select"
+        basis = options.basis if options.basis in ("dot", "select") else rough
         streams = _streams(decided, windows_NL, options, device, None).some(REHEARSAL)
         writer = Nowhere(tensor_specs(carried, decided))
-        run = _assemble(carried, decided, streams, writer, cheap, lambda stage, done, total: None)
+        quiet: Progress = lambda stage, done, total: None  # noqa: E731
+        run = _assemble(carried, decided, streams, writer, replace(cheap, basis=basis), quiet)
         run.run()
         return run.divergence
 
@@ -130,7 +136,8 @@ def narrowed_config(config: Mapping[str, Any], decided: Plan) -> dict[str, Any]:
     """config.json of the narrower model: the same keys, other numbers.
 
     head_dim is explicit because hidden_size / heads no longer gives it; rms_norm_eps is rescaled by
-    D / K, which together with sqrt(D / K) in the readers makes the narrower norm exact.
+    D / K, which together with sqrt(D / K) in the readers makes the narrower norm exact. The rotary
+    embedding is said in the words of all releases of transformers (rope.py).
     """
     before, after = decided.before, decided.after
     changed = dict(config)
@@ -145,7 +152,7 @@ def narrowed_config(config: Mapping[str, Any], decided: Plan) -> dict[str, Any]:
         epsilon = config.get("rms_norm_eps", 1e-6)
         changed["rms_norm_eps"] = epsilon * before.hidden_size / after.hidden_size
     changed.pop("_name_or_path", None)
-    return changed
+    return in_all_words(changed)
 
 
 def tensor_specs(source: Checkpoint, decided: Plan) -> dict[str, TensorSpec]:

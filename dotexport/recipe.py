@@ -23,11 +23,18 @@ from dotexport.calibrate import TextOptions
 from dotexport.errors import UsageError
 from dotexport.heal import parse_heal
 from dotexport.ot.coupling import TransportOptions
+from dotexport.planned import read_plan
 from dotexport.shrinking import ShrinkOptions
 from dotexport.site import NarrowOptions
 from dotexport.sizing import SizeOptions
 
 T = TypeVar("T")
+
+# Of a step of shrinking: what says how narrow, which a plan says instead.
+SIZE_KEYS = (
+    *("params", "size", "latency", "allocate", "hidden", "intermediate", "kv_heads"),
+    *("tied", "bias", "square"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +47,12 @@ class ShrinkStep:
     kv_heads: int | None = None
     size: str | None = None
     latency: str | None = None
+    latency_table: str | None = None
+    force_latency_table: bool = False
     allocate: str = "rule"
     tied: bool | None = None
     bias: bool = False
+    square: bool = False
     calib: str
     samples: int = 128
     seqlen: int | None = None
@@ -60,6 +70,19 @@ class ShrinkStep:
     heal_precision: str = "auto"
     seed: int = 0
 
+    def planned(self, file: Path, config: Mapping[str, Any]) -> ShrinkStep:
+        """The same with the sizes of a plan, which must be of this model.
+
+        Raises:
+            UsageError: not such a plan, or sizes were given besides.
+        """
+        plain = ShrinkStep(calib=self.calib)
+        besides = [name for name in SIZE_KEYS if getattr(self, name) != getattr(plain, name)]
+        if besides:
+            flag = "--" + besides[0].replace("_", "-")
+            raise UsageError(f"give sizes by --plan {file} or by {flag}, not both")
+        return dataclasses.replace(self, **read_plan(file, config))
+
     def options(self) -> ShrinkOptions:
         local, distil = parse_heal(
             self.heal,
@@ -75,8 +98,11 @@ class ShrinkStep:
                 params=self.params,
                 size=self.size,
                 latency=self.latency,
+                latency_table=self.latency_table,
+                force_latency_table=self.force_latency_table,
                 tied=self.tied,
                 bias=self.bias,
+                square=self.square,
             ),
             text=TextOptions(
                 source=self.calib, samples=self.samples, seqlen=self.seqlen, skip=self.skip

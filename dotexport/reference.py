@@ -19,6 +19,7 @@ import torch
 from dotexport.adapter import QUANTISED_BLOCK, Logits, Tokens
 from dotexport.checkpoint import Checkpoint
 from dotexport.errors import CheckpointError, UnsupportedModelError
+from dotexport.rope import stock_config
 
 # Text sampled from the model is what it will meet in use; random ids are far from it and drive
 # activations to extremes, where overflow and wrong constants show. One prompt has a single token:
@@ -79,13 +80,12 @@ def load_float32(checkpoint: Checkpoint) -> Any:
         CheckpointError: a tensor is missing, left over, or of another shape.
         UnsupportedModelError: transformers has no causal model for this config.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
+    from transformers import AutoModelForCausalLM
 
     classes: Any = AutoModelForCausalLM
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-        with no_init_weights():
+        config = stock_config(checkpoint.config)
+        with _no_initial_values():
             model: Any = classes.from_config(config, dtype=torch.float32)
         model.tie_weights()  # skipping the initial values skips this too
     except (ValueError, KeyError, OSError) as error:
@@ -97,6 +97,14 @@ def load_float32(checkpoint: Checkpoint) -> Any:
     for name, parameter in model.named_parameters():  # a tied table comes up once
         _fill(parameter, checkpoint.tensor(name), name)
     return model.eval()
+
+
+def _no_initial_values() -> Any:
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:  # before transformers 5
+        from transformers.modeling_utils import no_init_weights
+    return no_init_weights()
 
 
 def _check_names(checkpoint: Checkpoint, model: Any) -> None:

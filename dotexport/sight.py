@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dotexport.families import Sublayer
+from dotexport.layers import Layer
 from dotexport.original import Original, embed, gram
 from dotexport.ot.cost import Array
-from dotexport.streams import Streams, check_finite
+from dotexport.streams import Streams, check_finite, inverse_rms
 
 Progress = Callable[[str, int, int], None]
 
@@ -97,7 +99,7 @@ def look(original: Original, streams: Streams, progress: Progress) -> Sight:
     for number in range(layers):
         layer = original.layer(number)
         for sublayer in original.family.sublayers:
-            moment_DD, peaks_D = _moment(streams, partial(layer.normalise, sublayer))
+            moment_DD, peaks_D = _moment(streams, partial(_seen, layer, sublayer))
             collected.add(moment_DD, layer.metric(sublayer))
             spikes_D = torch.maximum(spikes_D.to(peaks_D), peaks_D)
             streams.advance_original(partial(layer.after, sublayer))
@@ -106,6 +108,12 @@ def look(original: Original, streams: Streams, progress: Progress) -> Sight:
     collected.add(final_DD, gram(original.folded_head()), apart=True)
     massive = _massive(torch.maximum(spikes_D.to(peaks_D), peaks_D))
     return Sight(collected.moments, collected.metrics, collected.counts, massive, final_DD)
+
+
+def _seen(layer: Layer, sublayer: Sublayer, stream_BLD: Tensor) -> Tensor:
+    """What readers see, of tokens of one size; a stream that no norm is in front of, normalised."""
+    seen_BLD = layer.normalise(sublayer, stream_BLD)
+    return seen_BLD if sublayer.norm else seen_BLD * inverse_rms(seen_BLD)
 
 
 def _moment(streams: Streams, normalise: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from dotexport.families import (
     num_parameters,
     read_sizes,
 )
+from dotexport.square import pairs_with
 
 # Below 8 no runtime's kernels are made for it; the larger steps are those that kernels like.
 FLOOR = 8
@@ -97,9 +98,14 @@ class SizeOptions:
             the budget, or as it is.
         params: budget of parameters, `0.7x` of the original or a number such as `5.2M` or `6e9`.
         size: budget of bytes as stored, `0.7x`, `300MB` or `1.5GB`.
-        latency: budget of time for one decoded token, `0.8x` of the original's on this device.
+        latency: budget of time on this device, such as `0.8x` of the original's per decoded token
+            (latency.py).
+        latency_table: what was measured for it: a file, or a runtime whose table is in the cache.
+        force_latency_table: take a table of another device, release or runtime.
         tied: False gives a shared embedding and head tables of their own; None keeps what is.
         bias: whether linears get biases where the class has them and the original does not.
+        square: whether heads leave along with the width, so that hidden_size is heads x head_dim,
+            for consumers that take head_dim to be hidden_size / heads (square.py).
     """
 
     hidden_size: int | None = None
@@ -108,12 +114,17 @@ class SizeOptions:
     params: str | None = None
     size: str | None = None
     latency: str | None = None
+    latency_table: str | None = None
+    force_latency_table: bool = False
     tied: bool | None = None
     bias: bool = False
+    square: bool = False
 
     def __post_init__(self) -> None:
         if sum(budget is not None for budget in (self.params, self.size, self.latency)) > 1:
             raise UsageError("give one budget: --params, --size or --latency")
+        if self.latency is None and (self.latency_table or self.force_latency_table):
+            raise UsageError("--latency-table serves a budget of time; give --latency 0.8x as well")
 
     @property
     def budgeted(self) -> bool:
@@ -139,7 +150,7 @@ def plan(config: Mapping[str, Any], asked: SizeOptions) -> Plan:
             "say how narrow: --params 0.7x (or --size, --latency), or --hidden N, --intermediate N "
             "and/or --kv-heads N"
         )
-    check_sizes(family, before, asked)
+    asked = check_sizes(family, before, asked)
     if not asked.budgeted:
         return Plan(family, before, _narrowed(family, before, asked))
     return min(within_budget(config, asked), key=preference)
@@ -162,19 +173,28 @@ def read_model(config: Mapping[str, Any]) -> tuple[Family, Sizes]:
     return family, read_sizes(family, config)
 
 
-def check_sizes(family: Family, before: Sizes, asked: SizeOptions) -> None:
+def check_sizes(family: Family, before: Sizes, asked: SizeOptions) -> SizeOptions:
     """Refuse explicit sizes that the class or the kernels cannot hold.
+
+    Returns:
+        What was asked for; of a square pair, what the sizes that were given leave no choice of.
 
     Raises:
         SizeError: naming the nearest legal ones.
     """
     if asked.num_key_value_heads is not None:
         check_groups(before, asked.num_key_value_heads)
+    if asked.square:
+        given = (asked.hidden_size, asked.num_key_value_heads)
+        pairs = pairs_with(before, *given, multiple=FLOOR)
+        if len(pairs) == 1 or not asked.budgeted:
+            asked = replace(asked, hidden_size=pairs[-1][0], num_key_value_heads=pairs[-1][1])
     heads = before.narrowed(num_key_value_heads=asked.num_key_value_heads)
     if asked.hidden_size is not None or (asked.num_key_value_heads and not asked.budgeted):
         check_hidden(family, heads, asked.hidden_size or before.hidden_size)
     if asked.intermediate_size is not None:
         check_intermediate(before, asked.intermediate_size)
+    return asked
 
 
 def within_budget(
@@ -220,11 +240,9 @@ def _budget(
         return lambda p: each * p.parameters_after, parse_size(
             asked.size, each * whole.parameters_before
         )
-    from dotexport.latency import Clock, parse_latency
+    from dotexport.latency import meter
 
-    assert asked.latency is not None
-    share = parse_latency(asked.latency)
-    return Clock.of(config, whole, plans).ratio, share
+    return meter(config, whole, plans, asked)
 
 
 def _budget_text(asked: SizeOptions) -> str:
@@ -234,18 +252,31 @@ def _budget_text(asked: SizeOptions) -> str:
 
 def _grid(family: Family, before: Sizes, asked: SizeOptions, step: int) -> Iterator[SizeOptions]:
     """Every combination of legal sizes, where an axis is not given."""
-    groups = [asked.num_key_value_heads] if asked.num_key_value_heads else group_choices(before)
     mlps = [asked.intermediate_size] if asked.intermediate_size else intermediate_choices(before)
+    widths = _square_widths(before, asked) if asked.square else _widths(family, before, asked, step)
+    for (hidden, count), mlp in itertools.product(widths, mlps):
+        yield replace(asked, hidden_size=hidden, intermediate_size=mlp, num_key_value_heads=count)
+
+
+def _widths(
+    family: Family, before: Sizes, asked: SizeOptions, step: int
+) -> Iterator[tuple[int, int]]:
+    """Legal hidden sizes and KV heads."""
+    groups = [asked.num_key_value_heads] if asked.num_key_value_heads else group_choices(before)
     for count in groups:
         heads = before.narrowed(num_key_value_heads=count)
         if asked.hidden_size:
             hiddens = [asked.hidden_size] if is_hidden(family, heads, asked.hidden_size) else []
         else:
             hiddens = hidden_choices(family, heads, step)
-        for hidden, mlp in itertools.product(hiddens, mlps):
-            yield replace(
-                asked, hidden_size=hidden, intermediate_size=mlp, num_key_value_heads=count
-            )
+        yield from ((hidden, count) for hidden in hiddens)
+
+
+def _square_widths(before: Sizes, asked: SizeOptions) -> list[tuple[int, int]]:
+    given = (asked.hidden_size, asked.num_key_value_heads)
+    pairs = pairs_with(before, *given, multiple=FLOOR)
+    # What was asked for by number is taken however narrow.
+    return [p for p in pairs if p[0] >= LEAST_SHARE * before.hidden_size] or pairs
 
 
 def _narrowed(family: Family, before: Sizes, asked: SizeOptions) -> Sizes:

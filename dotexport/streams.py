@@ -123,6 +123,12 @@ class Streams:
         return sums[False], sums.get(True, sums[False])
 
 
+def inverse_rms(stream_BLD: Tensor) -> Tensor:
+    """One over the root mean square of each token, (B, L, 1)."""
+    inverse_BL1: Tensor = stream_BLD.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+    return inverse_BL1
+
+
 def check_finite(energy: Tensor) -> None:
     """Refuse sums over activations that overflowed, which no solve survives.
 

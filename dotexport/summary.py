@@ -23,8 +23,12 @@ def rows(record: Mapping[str, Any]) -> Iterator[Row]:
     yield from _size(record)
     if quality := record.get("quality"):
         yield from _quality(quality)
+    if latency := record.get("latency"):
+        yield _promise(latency)
     for name, measured in record.get("bench", {}).items():
         yield from _speed(name, measured)
+    for kind, measured in record.get("served", {}).items():
+        yield from _served(kind, measured)
 
 
 def _size(record: Mapping[str, Any]) -> Iterator[Row]:
@@ -66,6 +70,32 @@ def _speed(name: str, measured: Mapping[str, Any]) -> Iterator[Row]:
         yield Row(f"{name} {label}", *_megabytes(*pair), _ratio(pair[1], pair[0]))
 
 
+def _promise(latency: Mapping[str, Any]) -> Row:
+    """A budget of time: what was promised, and what was measured again if it was already."""
+    what = "prompt" if latency["metric"] == "prefill" else "token"
+    batch = f", batch {latency['batch']}" if latency["batch"] > 1 else ""
+    label = f"time per {what}, {latency['target']}-{latency['precision']}{batch}, "
+    limit, predicted = latency["limit"], latency["predicted"]
+    label += f"budget {limit:.2f}x"
+    if predicted is not None:
+        label += f", promised {predicted:.2f}x"
+    if "measured" not in latency:
+        return Row(label, "", "", "")
+    found = latency["measured"]
+    change = f"{found['ratio']:.2f}x ({found['low']:.2f} to {found['high']:.2f}), "
+    before, after = (f"{latency[key]:.2f} ms" for key in ("original_ms", "narrowed_ms"))
+    return Row(label, before, after, change + latency["verdict"])
+
+
+def _served(kind: str, measured: Mapping[str, Any]) -> Iterator[Row]:
+    """vLLM's own figures: medians of times, with the interval of their ratio over rounds."""
+    for metric, found in measured["comparisons"].items():
+        before, after = (measured[m][f"p50_{metric}_ms"] for m in ("baseline", "candidate"))
+        interval = f"{found['ratio']:.3f}x ({found['low']:.3f} to {found['high']:.3f})"
+        label = f"vllm bench {kind} {metric.upper()}, ms"
+        yield Row(label, f"{before:.2f}", f"{after:.2f}", interval)
+
+
 def _faster(times: Mapping[str, Any]) -> str:
     """A ratio of times as a ratio of rates, with its interval; no gain is said in words."""
     low, high = 1 / times["high"], 1 / times["low"]
@@ -82,11 +112,22 @@ def _ratio(after: float, before: float) -> str:
     return f"{after / before:.3f}x" if before else ""
 
 
+def _standing(parity: Mapping[str, Any] | None) -> str:
+    if parity is None or (parity.get("unverified") and not parity["problems"]):
+        return " NOT VERIFIED"
+    return "" if parity["passed"] else " FAILED PARITY"
+
+
+def unverified(record: Mapping[str, Any]) -> list[str]:
+    """Artifacts in a manifest that nobody has held against torch where they are meant to run."""
+    artifacts = record.get("artifacts", {})
+    return [name for name, entry in artifacts.items() if "NOT" in _standing(entry["parity"])]
+
+
 def paths(out: Path) -> Iterator[tuple[str, Path]]:
     """What lies in an output folder, for the closing lines."""
     for name, artifact in manifest.read(out).get("artifacts", {}).items():
-        failed = artifact["parity"] is not None and not artifact["parity"]["passed"]
-        yield f"artifact {name}" + (" FAILED PARITY" if failed else ""), out / name
+        yield f"artifact {name}{_standing(artifact['parity'])}", out / name
     for label, name in (
         ("report", "reports/report.html"),
         ("figures of every step", "reports"),

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from dotexport.adapter import TargetRow
     from dotexport.allocate import Allocation
     from dotexport.parity import Parity
     from dotexport.planning import Choice
@@ -104,6 +105,8 @@ def show_allocation(allocation: Allocation) -> None:
 
 def show_costs(chosen: Choice) -> None:
     """What planned sizes cost in every target, and what decided them."""
+    from dotexport.planned import on_a_command_line
+
     console, costs = Console(), chosen.costs
     table = Table("", "original", "narrowed", title="bytes, estimated from config.json")
     rows = {f"{name}, MB": sizes for name, sizes in costs.artifacts.items()}
@@ -117,16 +120,47 @@ def show_costs(chosen: Choice) -> None:
     before, after = chosen.plan.architectures
     if before != after:
         console.print(f"written as {after}, which computes the same as {before}", soft_wrap=True)
-    after_sizes = chosen.plan.after
-    console.print(
-        f"shrink to them with --hidden {after_sizes.hidden_size} "
-        f"--intermediate {after_sizes.intermediate_size} "
-        f"--kv-heads {after_sizes.num_key_value_heads}",
-        soft_wrap=True,
-        highlight=False,
-    )
+    flags = on_a_command_line(chosen.flags)
+    console.print(f"shrink to them with {flags}", soft_wrap=True, highlight=False)
     if chosen.binding:
         console.print(f"decided by {'; '.join(chosen.binding)}", soft_wrap=True, highlight=False)
+
+
+def show_latency(content: Mapping[str, Any], file: Path) -> None:
+    """A measured table: each size, and how far it is off where it was not measured."""
+    console = Console()
+    original = content["original"]
+    depth = content["layers"]
+    title = f"time over the original's, {content['target']}:{content['precision']}"
+    table = Table("hidden", "MLP", "KV heads", "batch", "decode", "prefill", title=title)
+    for row in content["rows"]:
+        if row["layers"] == depth["measured"]:
+            table.add_row(*_latency_cells(row))
+    for row in content["held_out"]:
+        table.add_row(*_latency_cells(row), end_section=True)
+    console.print(table)
+    for batch, times in original.items():
+        console.print(
+            f"original, batch {batch}: {times['decode_ms']:.3f} ms per token, "
+            f"{times['prefill_ms']:.3f} ms per prompt of {content['workload']['prompt']}"
+        )
+    if depth["shallow"]:
+        console.print(
+            f"measured with {depth['measured']} and {depth['shallow']} layers of {depth['model']}"
+        )
+    for row in content["skipped"]:
+        console.print(f"skipped: {escape('; '.join(row['problems']))}", soft_wrap=True)
+    console.print(f"{'latency table':<24} {file}", soft_wrap=True, highlight=False)
+
+
+def _latency_cells(row: Mapping[str, Any]) -> Iterator[str]:
+    """Sizes and ratios; of a held-out size, what the table says beside it."""
+    for name in ("hidden_size", "intermediate_size", "num_key_value_heads", "batch"):
+        yield f"{row[name]:,}"
+    for metric in ("decode", "prefill"):
+        found = row[metric]
+        said = f", table says {found['predicted']:.3f}" if "predicted" in found else ""
+        yield f"{found['ratio']:.3f} ({found['low']:.3f} to {found['high']:.3f}){said}"
 
 
 def show_parities(parities: Iterable[Parity]) -> None:
@@ -141,7 +175,8 @@ def show_parities(parities: Iterable[Parity]) -> None:
             (parity.kl, limits.kl),
             (parity.top1, limits.top1),
         )
-        verdict = "passed" if parity.passed else "; ".join(parity.problems)
+        said = parity.problems or (parity.unverified or "passed",)
+        verdict = "; ".join(said)
         table.add_row(parity.artifact, *(_held(*pair) for pair in figures), escape(verdict))
     stderr.print(table)
 
@@ -150,6 +185,13 @@ def _held(figure: float | None, limit: float | None) -> str:
     if figure is None:
         return ""
     return f"{figure:.2g}" if limit is None else f"{figure:.2g} ({limit:.2g})"
+
+
+def missing_here(row: TargetRow) -> str:
+    """What keeps a target from being used here, or from being run."""
+    if row.lacking:
+        return f"nothing to write it; to run it, {'; '.join(row.lacking)}"
+    return "; ".join(row.missing) or "nothing"
 
 
 def show_diagnosis(diagnosis: Any) -> None:
@@ -162,8 +204,7 @@ def show_diagnosis(diagnosis: Any) -> None:
     console.print(packages)
     targets = Table("target", "precisions", "missing here")
     for row in diagnosis.targets:
-        missing = escape("; ".join(row.missing)) or "nothing"
-        targets.add_row(row.name, ", ".join(row.precisions), missing)
+        targets.add_row(row.name, ", ".join(row.precisions), escape(missing_here(row)))
     console.print(targets)
     for finding in diagnosis.findings:
         console.print(f"[bold red]problem:[/] {escape(finding.problem)}", soft_wrap=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from dotexport import manifest
-from dotexport.adapter import Target, find_target, resolve
+from dotexport.adapter import Rehearsal, Session, Target, find_target, lacking, resolve
 from dotexport.checkpoint import Checkpoint
 from dotexport.errors import ParityError, RuntimeMissingError, UsageError
 from dotexport.output import write_json
@@ -29,7 +29,8 @@ def verify(
     """Hold the artifacts of an output against torch; reports/verify.json and the manifest say so.
 
     `targets` picks some by NAME or NAME:PRECISION; without it, all are verified. A failing
-    artifact is in the list like the others: ask `passed`, or call `require`.
+    artifact is in the list like the others: ask `passed`, or call `require`. One whose device is
+    not here is rehearsed, and counts as not verified.
 
     Raises:
         CheckpointError: `out` is not an output of dotexport.
@@ -38,13 +39,16 @@ def verify(
     listed = _listed(out)
     picked = _pick(listed, targets)
     needs_rounding = any(entry["precision"].startswith("int") for entry in picked.values())
-    reference = compute_reference(Checkpoint.open(out / STOCK), rounded=needs_rounding)
+    checkpoint = Checkpoint.open(out / STOCK)
+    reference = compute_reference(checkpoint, rounded=needs_rounding)
     parities = []
     for name, entry in picked.items():
-        target = find_target(entry["target"])
-        parity = check(
-            target, entry["precision"], out / name, reference, artifact=name, threads=threads
-        )
+        target, precision = find_target(entry["target"]), entry["precision"]
+        asked = (target, precision, out / name, reference)
+        if absent := lacking(target):
+            parity = rehearse(*asked, checkpoint, absent, artifact=name, threads=threads)
+        else:
+            parity = check(*asked, artifact=name, threads=threads)
         parities.append(_with_problems(parity, changed_files(out / name, entry["files"])))
     write_report(out, parities, reference)
     _record(out, parities)
@@ -71,16 +75,54 @@ def check(
 ) -> Parity:
     """Load one artifact and measure it; one that cannot be run has failed."""
     require_runtime(target)
-    try:
+
+    def look() -> Parity:
         session = target.open(folder, threads=threads)
-        return measure(
-            session,
-            reference,
-            artifact=artifact,
-            target=target.name,
-            precision=precision,
-            exact_rounding=precision in target.exact_rounding,
-        )
+        return _measured(session, target, precision, reference, artifact)
+
+    return _or_failed(look, target, precision, artifact)
+
+
+def rehearse(
+    target: Target,
+    precision: str,
+    folder: Path,
+    reference: Reference,
+    checkpoint: Checkpoint,
+    absent: Sequence[str],
+    *,
+    artifact: str,
+    threads: int | None = None,
+) -> Parity:
+    """Say what can be said of an artifact whose device is `absent`: it may fail, never pass."""
+    require_runtime(target)
+
+    def look() -> Parity:
+        ask: Any = target  # of those that lack something, each has it: see Target
+        found: Rehearsal = ask.rehearse(checkpoint, folder, precision, threads=threads)
+        parity = _measured(found.session, target, precision, reference, artifact)
+        reason = f"rehearsed {found.where}, not verified: it needs {'; '.join(absent)}"
+        return replace(_with_problems(parity, found.problems), unverified=reason)
+
+    return _or_failed(look, target, precision, artifact)
+
+
+def _measured(
+    session: Session, target: Target, precision: str, reference: Reference, artifact: str
+) -> Parity:
+    return measure(
+        session,
+        reference,
+        artifact=artifact,
+        target=target.name,
+        precision=precision,
+        exact_rounding=precision in target.exact_rounding,
+    )
+
+
+def _or_failed(look: Callable[[], Parity], target: Target, precision: str, artifact: str) -> Parity:
+    try:
+        return look()
     except (RuntimeMissingError, MemoryError):
         raise
     except Exception as error:  # each runtime has its own; all of them mean "does not run"
@@ -96,6 +138,18 @@ def require_runtime(target: Target) -> None:
         raise RuntimeMissingError(f"target {target.name} needs: {'; '.join(missing)}")
 
 
+def require_device(target: Target) -> None:
+    """Refuse a target that this machine cannot run."""
+    absent = lacking(target)
+    if absent:
+        raise RuntimeMissingError(
+            f"target {target.name} cannot be run here, so what is written for it cannot be "
+            f"verified: it needs {'; '.join(absent)}. `dotexport export --no-verify` writes it "
+            "all the same, marked as not verified; `dotexport verify` on a machine that has what "
+            "is missing here verifies it"
+        )
+
+
 class Verdict(Protocol):
     """What verification of any artifact comes to."""
 
@@ -108,18 +162,27 @@ class Verdict(Protocol):
 
 
 def require(parities: Iterable[Verdict], *, note: str = "") -> None:
-    """Raise for those that failed.
+    """Raise for those that failed, or else for those whose device was not here to ask.
 
     Raises:
         ParityError: with every problem of every failed artifact.
+        RuntimeMissingError: with what each of the others needs.
     """
-    failed = [parity for parity in parities if not parity.passed]
+    left = [parity for parity in parities if not parity.passed]
+    failed = [parity for parity in left if parity.problems or not _unverified(parity)]
     if failed:
         lines = [
             f"  {parity.artifact}: {problem}" for parity in failed for problem in parity.problems
         ]
         names = ", ".join(parity.artifact for parity in failed)
         raise ParityError(f"{names}: verification failed{note}\n" + "\n".join(lines))
+    if left:
+        lines = [f"  {parity.artifact}: {_unverified(parity)}" for parity in left]
+        raise RuntimeMissingError("not verified here\n" + "\n".join(lines))
+
+
+def _unverified(parity: Verdict) -> str | None:
+    return getattr(parity, "unverified", None)
 
 
 def changed_files(folder: Path, expected: Mapping[str, Mapping[str, Any]]) -> list[str]:

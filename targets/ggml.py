@@ -1,22 +1,17 @@
 """GGUF: one file with weights, sizes and tokenizer, for llama.cpp and what stands on it.
 
-fp16 is F16, int8 is Q8_0, int4 is Q4_0 with tables in Q8_0; norms and biases stay F32. It is read
-back by transformers' GGUF reader, which rounds nothing further: its logits are those of the file.
-K-quants are made from the fp16 file by llama.cpp's own llama-quantize.
-
-Shapes: O, I outputs and inputs of a matrix; N neurons of all heads of a projection.
+fp16 is F16, int8 is Q8_0, int4 is Q4_0 with tables in Q8_0, int6-k is Q6_K, int4-k is Q4_K with
+Q6_K where llama.cpp's own Q4_K_M has it; norms and biases stay F32. A file is read back by
+ggml_reading.py, and run in llama.cpp itself by llamacpp.py.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import io
-import json
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
@@ -24,49 +19,65 @@ from numpy.typing import NDArray
 
 from dotexport.errors import CheckpointError
 
+from . import kquants
+from .ggml_vocab import add_tokenizer, tokenizer_problems
+
 if TYPE_CHECKING:
     import torch
 
     from dotexport.checkpoint import Checkpoint
+    from dotexport.families import Family, Sizes
 
     from .hf import TorchSession
 
 logger = logging.getLogger(__name__)
 
 FILE = "model.gguf"
-ARCHITECTURES = {"LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA}
-ROPES = {"default", "llama3"}
+ARCHITECTURES = {
+    "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,
+    "MistralForCausalLM": gguf.MODEL_ARCH.LLAMA,
+    "GraniteForCausalLM": gguf.MODEL_ARCH.GRANITE,
+    "Qwen2ForCausalLM": gguf.MODEL_ARCH.QWEN2,
+    "Qwen3ForCausalLM": gguf.MODEL_ARCH.QWEN3,
+}
+# Those that read a file of rope factors, which is how llama.cpp carries Llama 3's frequencies.
+WITH_FACTORS = {gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.GRANITE}
+ROPES = {"default", "linear", "yarn", "llama3"}
+YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
 
 Type = gguf.GGMLQuantizationType
-MATRICES = {"fp16": Type.F16, "int8": Type.Q8_0, "int4": Type.Q4_0}
+MATRICES = {
+    "fp16": Type.F16,
+    "int8": Type.Q8_0,
+    "int4": Type.Q4_0,
+    "int6-k": Type.Q6_K,
+    "int4-k": Type.Q4_K,
+}
 FILE_TYPES = {
     "fp16": gguf.LlamaFileType.MOSTLY_F16,
     "int8": gguf.LlamaFileType.MOSTLY_Q8_0,
     "int4": gguf.LlamaFileType.MOSTLY_Q4_0,
+    "int6-k": gguf.LlamaFileType.MOSTLY_Q6_K,
+    "int4-k": gguf.LlamaFileType.MOSTLY_Q4_K_M,
 }
 BLOCK = 32  # weights of a row that share one scale, in Q8_0 and Q4_0
-
-# Which of llama.cpp's pre-tokenizers a tokenizer.json means, by what only its pattern has.
-SPLITTERS = {
-    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|",
-    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|",
-}
+BLOCKS = dict.fromkeys(("int8", "int4"), BLOCK)
+SUPERBLOCKS = dict.fromkeys(("int6-k", "int4-k"), kquants.SUPERBLOCK)
+SENSITIVE = ("attn_v", "ffn_down")  # matrices that Q4_K_M keeps in Q6_K in half of the layers
 
 
 class Gguf:
-    """Writes with the gguf package; runs by transformers' GGUF reader, in float32 on torch."""
+    """Writes with the gguf package, whose dequantiser reads it back, in float32 on torch."""
 
     name = "gguf"
-    summary = "GGUF for llama.cpp (int8 is Q8_0, int4 is Q4_0), read back by transformers"
-    precisions = ("fp16", "int8", "int4")
-    weight_bits: ClassVar = {"fp16": (16, 16), "int8": (8.5, 8.5), "int4": (4.5, 8.5)}
-    row_groups: ClassVar = {"int8": BLOCK, "int4": BLOCK}
+    summary = "GGUF for llama.cpp (Q8_0, Q4_0; int6-k is Q6_K, int4-k is Q4_K_M)"
+    precisions = ("fp16", "int8", "int4", "int6-k", "int4-k")
+    row_groups: Mapping[str, int] = BLOCKS | SUPERBLOCKS
     cache_bytes = 2  # what llama.cpp keeps unless told otherwise
     exact_rounding = ()  # rows that are no multiple of 32 stay F16
 
     def missing(self) -> list[str]:
-        # transformers asks for it before it reads such a file
-        return [] if importlib.util.find_spec("accelerate") else ["pip install accelerate"]
+        return []  # this file would not have been imported without the gguf package
 
     def problems(self, checkpoint: Checkpoint, precision: str) -> list[str]:
         from .hf import HuggingFace
@@ -74,17 +85,32 @@ class Gguf:
         return [
             *HuggingFace().problems(checkpoint, "as-stored"),
             *self.config_problems(checkpoint.config, precision),
-            *_tokenizer_problems(checkpoint),
+            *_torn_rows(checkpoint.config, precision),
+            *tokenizer_problems(checkpoint),
         ]
 
     def config_problems(self, config: Mapping[str, Any], precision: str) -> list[str]:
-        return _config_problems(config)
+        return list(_config_problems(config))
+
+    def stored_bytes(self, family: Family, sizes: Sizes, precision: str) -> int:
+        """Of all tensors of a model of these sizes."""
+        from dotexport.families import shapes
+
+        arch = ARCHITECTURES.get(family.architecture, gguf.MODEL_ARCH.LLAMA)
+        names, total = gguf.get_tensor_name_map(arch, sizes.num_layers), 0
+        for name, shape in shapes(family, sizes):
+            stored = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
+            kind = _type(stored, shape, precision, sizes.num_layers, tied=sizes.tied)
+            weights, num_bytes = gguf.GGML_QUANT_SIZES[kind]
+            total += int(np.prod(shape)) // weights * num_bytes
+        return total
 
     def write(self, checkpoint: Checkpoint, folder: Path, precision: str) -> None:
         arch = ARCHITECTURES[checkpoint.config["architectures"][0]]
         writer = gguf.GGUFWriter(folder / FILE, gguf.MODEL_ARCH_NAMES[arch], use_temp_file=True)
         _add_sizes(writer, checkpoint)
-        _add_tokenizer(writer, checkpoint)
+        _add_rope(writer, checkpoint)
+        add_tokenizer(writer, checkpoint)
         writer.add_file_type(FILE_TYPES[precision])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_tensors(writer, checkpoint, arch, precision)
@@ -96,68 +122,85 @@ class Gguf:
     def open(self, folder: Path, *, threads: int | None = None) -> TorchSession:
         import torch
 
+        from .ggml_reading import read_model
         from .hf import TorchSession
 
         if threads is not None:
             torch.set_num_threads(threads)
-        return TorchSession(_read_back(folder))
+        return TorchSession(read_model(folder / FILE))
 
 
-def _config_problems(config: Any) -> list[str]:
-    from .ort import rope_type
+def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    from .ort import window_of
 
-    problems = []
     architecture = (config.get("architectures") or ["none"])[0]
-    if architecture not in ARCHITECTURES:
-        problems.append(
+    arch = ARCHITECTURES.get(architecture)
+    if arch is None:
+        yield (
             f"architecture {architecture} is not written to GGUF; expected one of "
             f"{', '.join(ARCHITECTURES)}: convert it with llama.cpp's convert_hf_to_gguf.py"
         )
-    rope = rope_type(config)
-    if rope not in ROPES:
-        problems.append(
-            f"rope_type {rope!r} is not written to GGUF; expected one of {', '.join(sorted(ROPES))}"
+    yield from _rope_problems(config, arch)
+    window, context = window_of(config), config.get("max_position_embeddings") or 0
+    if window and window < context:
+        yield (
+            f"sliding_window {window} is not known to llama.cpp in this architecture, which "
+            f"attends to all; lower max_position_embeddings from {context} to {window}"
         )
+    if config.get("attention_bias") and arch == gguf.MODEL_ARCH.QWEN3:
+        yield "attention_bias has no place in llama.cpp's qwen3; export with another target"
     if config.get("hidden_act", "silu") != "silu":
-        problems.append(
+        yield (
             f"hidden_act {config['hidden_act']!r} is not what llama.cpp computes for this "
             "architecture, silu; export it with another target"
         )
     heads = config.get("num_attention_heads") or 0
     kv_heads = config.get("num_key_value_heads") or heads
     if heads % max(kv_heads, 1):
-        problems.append(
+        yield (
             f"{heads} query heads do not divide into {kv_heads} KV heads; llama.cpp needs whole "
             "groups"
         )
     if config.get("quantization_config"):
-        problems.append(
+        yield (
             "the weights are stored quantised (quantization_config); export the model they were "
             "made from"
         )
-    return problems
 
 
-def _tokenizer_problems(checkpoint: Checkpoint) -> list[str]:
-    stored = _stored_tokenizer(checkpoint)
-    added = [entry["id"] for entry in stored.get("added_tokens", [])]
-    num_tokens = 1 + max([*stored["model"]["vocab"].values(), *added]) if stored else 0
-    size = checkpoint.config.get("vocab_size") or 0
-    if num_tokens <= size:
-        return []
+def _rope_problems(config: Mapping[str, Any], arch: Any) -> Iterator[str]:
+    from .ort import rope_type
+
+    kind, rope = rope_type(config), _rope(config)
+    if kind not in ROPES:
+        yield (
+            f"rope_type {kind!r} is not written to GGUF; expected one of {', '.join(sorted(ROPES))}"
+        )
+    if kind == "llama3" and arch is not None and arch not in WITH_FACTORS:
+        yield f"rope_type 'llama3' is left out by llama.cpp's {gguf.MODEL_ARCH_NAMES[arch]}"
+    other = {k: rope[k] for k, usual in YARN_DEFAULTS.items() if rope.get(k, usual) != usual}
+    if kind == "yarn" and other:
+        yield f"yarn with {other} is not what llama.cpp computes, {YARN_DEFAULTS}"
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        yield "partial_rotary_factor: this architecture of llama.cpp rotates whole heads"
+
+
+def _torn_rows(config: Mapping[str, Any], precision: str) -> list[str]:
+    """Widths that end inside a superblock, which has no smaller form."""
+    from .traced import head_dim
+
+    superblock = SUPERBLOCKS.get(precision, 1)
+    rows = {
+        "hidden_size": config.get("hidden_size") or 0,
+        "intermediate_size": config.get("intermediate_size") or 0,
+        "heads x head_dim": (config.get("num_attention_heads") or 0) * head_dim(config),
+    }
     return [
-        f"tokenizer.json has {num_tokens} tokens where vocab_size is {size}, and llama.cpp needs a "
-        "row for each; take the tokenizer that belongs to the model"
+        f"{name} {width} is no multiple of {superblock}, as rows of K-quants must be; take another "
+        f"precision, or sizes of `dotexport plan --target gguf:{precision}`"
+        for name, width in rows.items()
+        if width % superblock
     ]
-
-
-def _stored_tokenizer(checkpoint: Checkpoint) -> dict[str, Any]:
-    """tokenizer.json, if it is byte-level BPE: the kind that is written here."""
-    file = checkpoint.folder / "tokenizer.json"
-    stored: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    if stored.get("model", {}).get("type") != "BPE":
-        return {}
-    return stored if "ByteLevel" in json.dumps(stored.get("pre_tokenizer")) else {}
 
 
 def _add_sizes(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
@@ -177,106 +220,82 @@ def _add_sizes(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
     writer.add_key_length(width)
     writer.add_value_length(width)
     writer.add_rope_dimension_count(width)
-    writer.add_rope_freq_base(float(_rope(config).get("rope_theta", 10000.0)))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if config["architectures"][0] == "GraniteForCausalLM":
+        writer.add_attention_scale(config.get("attention_multiplier", 1.0))
+        writer.add_embedding_scale(config.get("embedding_multiplier", 1.0))
+        writer.add_residual_scale(config.get("residual_multiplier", 1.0))
+        writer.add_logit_scale(config.get("logits_scaling", 1.0))
 
 
-def _rope(config: Any) -> dict[str, Any]:
-    top = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
+def _add_rope(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
+    from .ggml_reading import FACTORS, yarn_attention
+    from .ort import rope_type
+
+    rope, kind = _rope(checkpoint.config), rope_type(checkpoint.config)
+    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+    if kind == "yarn":
+        _, attention = _frequencies(checkpoint, kind)
+        original = rope.get("original_max_position_embeddings")
+        context = checkpoint.config["max_position_embeddings"]
+        writer.add_rope_scaling_orig_ctx_len(int(original or context))
+        writer.add_rope_scaling_attn_factors(attention / yarn_attention(float(rope["factor"])))
+    if kind == "llama3":
+        writer.add_tensor(FACTORS, _rope_factors(checkpoint))
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    top = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if key in config}
     return top | (config.get("rope_parameters") or config.get("rope_scaling") or {})
 
 
-def _num_kv_heads(config: Any) -> int:
+def _frequencies(checkpoint: Checkpoint, kind: str) -> tuple[NDArray[np.float32], float]:
+    """One for every second feature of a head, and what rotated heads are multiplied with."""
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    scaled, attention = ROPE_INIT_FUNCTIONS[kind](config, device="cpu")
+    return scaled.numpy(), float(attention)
+
+
+def _rope_factors(checkpoint: Checkpoint) -> NDArray[np.float32]:
+    """What each frequency is divided by."""
+    scaled, _ = _frequencies(checkpoint, "llama3")
+    theta, width = _rope(checkpoint.config)["rope_theta"], 2 * len(scaled)
+    plain = theta ** -(np.arange(0, width, 2) / width)
+    factors: NDArray[np.float32] = (plain / scaled).astype(np.float32)
+    return factors
+
+
+def _num_kv_heads(config: Mapping[str, Any]) -> int:
     return int(config.get("num_key_value_heads") or config["num_attention_heads"])
-
-
-def _add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
-    """Byte-level BPE; for others the file says that it holds none, and takes token ids."""
-    stored = _stored_tokenizer(checkpoint)
-    if not stored:
-        logger.warning(
-            "the tokenizer of %s is no byte-level BPE and is left out of the GGUF file",
-            checkpoint.folder,
-        )
-        writer.add_tokenizer_model("none")
-        return
-    model, size = stored["model"], checkpoint.config["vocab_size"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_splitter(stored["pre_tokenizer"]))
-    tokens, types = _tokens(model["vocab"], stored.get("added_tokens", []), size)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
-    writer.add_token_merges(list(merges))
-    for name, add in (
-        ("bos_token_id", writer.add_bos_token_id),
-        ("eos_token_id", writer.add_eos_token_id),
-        ("pad_token_id", writer.add_pad_token_id),
-    ):
-        number = checkpoint.config.get(name)
-        if isinstance(number, list):
-            number = number[0]
-        if number is not None:
-            add(number)
-    writer.add_add_bos_token(_adds_start(stored.get("post_processor")))
-
-
-def _splitter(pre_tokenizer: Any) -> str:
-    """llama.cpp's name for a pre-tokenizer; ByteLevel alone is GPT-2's."""
-    patterns = [
-        part["pattern"].get("Regex", "")
-        for part in pre_tokenizer.get("pretokenizers", [])
-        if part.get("type") == "Split"
-    ]
-    if not patterns:
-        return "gpt-2"
-    for name, start in SPLITTERS.items():
-        if patterns[0].startswith(start):
-            return name
-    logger.warning("llama.cpp may split text otherwise: its name for %r is unknown", patterns[0])
-    return "default"
-
-
-def _tokens(
-    vocab: dict[str, int], added: Sequence[dict[str, Any]], size: int
-) -> tuple[list[str], list[gguf.TokenType]]:
-    """Every id of the table, those that no text reaches included."""
-    tokens = [f"[PAD{number}]" for number in range(size)]
-    types = [gguf.TokenType.UNUSED] * size
-    for token, number in vocab.items():
-        tokens[number], types[number] = token, gguf.TokenType.NORMAL
-    for entry in added:
-        special = gguf.TokenType.CONTROL if entry["special"] else gguf.TokenType.USER_DEFINED
-        tokens[entry["id"]], types[entry["id"]] = entry["content"], special
-    return tokens, types
-
-
-def _adds_start(post_processor: Any) -> bool:
-    """Whether every text is to begin with the start token."""
-    return "SpecialToken" in json.dumps((post_processor or {}).get("single"))
 
 
 def _add_tensors(
     writer: gguf.GGUFWriter, checkpoint: Checkpoint, arch: Any, precision: str
 ) -> None:
     config = checkpoint.config
-    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
-    if _rope(config).get("rope_type") == "llama3":
-        writer.add_tensor("rope_freqs.weight", _rope_factors(checkpoint))
+    layers, tied = config["num_hidden_layers"], bool(config.get("tie_word_embeddings"))
+    names = gguf.get_tensor_name_map(arch, layers)
     larger = []
     for name in checkpoint.files:
         if name.endswith("rotary_emb.inv_freq"):
             continue  # old files carry what every reader computes
-        if name == "lm_head.weight" and config.get("tie_word_embeddings"):
+        if name == "lm_head.weight" and tied:
             continue
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if stored is None:
             raise CheckpointError(f"{name} has no name in GGUF; export with another target")
-        tensor = _turned(name, checkpoint.tensor(name).float(), config).numpy()
-        kind = _type(stored, tensor.shape, precision)
+        tensor = _turned(name, checkpoint.tensor(name).float(), config, arch).numpy()
+        kind = _type(stored, tensor.shape, precision, layers, tied=tied)
         if kind == Type.F16 and precision != "fp16":
             larger.append(stored)
-        writer.add_tensor(stored, gguf.quantize(tensor, kind), raw_dtype=kind)
+        quantize = kquants.quantize if kind in kquants.ENCODERS else gguf.quantize
+        writer.add_tensor(stored, quantize(tensor, kind), raw_dtype=kind)
     if larger:
         logger.warning(
             "%d tensors stay F16, because their rows are no multiple of %d: %s",
@@ -284,57 +303,36 @@ def _add_tensors(
         )
 
 
-def _type(name: str, shape: tuple[int, ...], precision: str) -> Any:
+def _type(name: str, shape: tuple[int, ...], precision: str, layers: int, *, tied: bool) -> Any:
+    """How llama.cpp's name of a tensor is stored."""
     if len(shape) == 1:
         return Type.F32
     if precision == "fp16" or shape[-1] % BLOCK:
         return Type.F16
-    return Type.Q8_0 if name.startswith("token_embd") else MATRICES[precision]
+    if precision == "int4-k":
+        head = "token_embd" if tied else "output."
+        return Type.Q6_K if name.startswith(head) or _is_sensitive(name, layers) else Type.Q4_K
+    if precision == "int4" and name.startswith("token_embd"):
+        return Type.Q8_0
+    return MATRICES[precision]
 
 
-def _turned(name: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:
-    """llama.cpp turns neighbours of a head by one angle, transformers a first and a second half."""
-    if ".q_proj." in name:
-        return _interleaved(tensor, config["num_attention_heads"])
-    if ".k_proj." in name:
-        return _interleaved(tensor, _num_kv_heads(config))
+def _is_sensitive(name: str, layers: int) -> bool:
+    """llama.cpp's rule of Q4_K_M: the first eighth of the layers, the last, and every third."""
+    found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+    if found is None or found[2] not in SENSITIVE:
+        return False
+    layer, eighth = int(found[1]), layers // 8
+    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+
+
+def _turned(name: str, tensor: torch.Tensor, config: Mapping[str, Any], arch: Any) -> torch.Tensor:
+    """Some architectures of llama.cpp turn neighbours of a head by one angle; transformers a first
+    and a second half."""
+    from .ggml_reading import INTERLEAVED, interleaved
+
+    heads = {".q_proj.": config["num_attention_heads"], ".k_proj.": _num_kv_heads(config)}
+    for part, number in heads.items():
+        if part in name and gguf.MODEL_ARCH_NAMES[arch] in INTERLEAVED:
+            return interleaved(tensor, number)
     return tensor
-
-
-def _interleaved(tensor_N: torch.Tensor, heads: int) -> torch.Tensor:
-    """The two halves of every head, one row of each in turn; a matrix or a bias."""
-    halves = tensor_N.reshape(heads, 2, -1, *tensor_N.shape[1:])
-    return halves.transpose(1, 2).reshape(tensor_N.shape).contiguous()
-
-
-def _rope_factors(checkpoint: Checkpoint) -> NDArray[np.float32]:
-    """What each frequency is divided by."""
-    from transformers import AutoConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
-    theta, width = _rope(checkpoint.config)["rope_theta"], 2 * len(scaled)
-    plain = theta ** -(np.arange(0, width, 2) / width)
-    factors: NDArray[np.float32] = (plain / scaled.numpy()).astype(np.float32)
-    return factors
-
-
-def _read_back(folder: Path) -> Any:
-    """The model that transformers reads, with what its reader leaves out: biases, rope factors."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(folder / FILE).tensors}
-    config: Any = AutoConfig.from_pretrained(folder, gguf_file=FILE)
-    config.attention_bias = "blk.0.attn_q.bias" in tensors
-    config.mlp_bias = "blk.0.ffn_up.bias" in tensors
-    classes: Any = AutoModelForCausalLM
-    with redirect_stderr(io.StringIO()):  # progress bars of three libraries
-        model = classes.from_pretrained(
-            folder, gguf_file=FILE, config=config, dtype="float32", local_files_only=True
-        )
-    if "rope_freqs.weight" in tensors:
-        model.model.rotary_emb.inv_freq /= model.model.rotary_emb.inv_freq.new_tensor(
-            tensors["rope_freqs.weight"].data.copy()
-        )
-    return model.eval()

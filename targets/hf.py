@@ -6,6 +6,7 @@ Shapes: B sequences, L tokens of the longest prompt, V vocabulary.
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from dotexport.adapter import Logits, Tokens
-from dotexport.checkpoint import INDEX, Checkpoint
+from dotexport.checkpoint import INDEX, Checkpoint, read_config
 from dotexport.errors import CheckpointError, RuntimeMissingError, UsageError
+from dotexport.output import write_json
+from dotexport.rope import in_all_words, stock_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -49,18 +53,17 @@ class HuggingFace:
         return []
 
     def config_problems(self, config: Mapping[str, Any], precision: str) -> list[str]:
-        settings = dict(config)
         try:
-            AutoConfig.for_model(settings.pop("model_type", ""), **settings)
+            stock_config(config)
         except Exception as error:  # whatever the config class objects to is the answer
             return [f"transformers refuses config.json: {_first_line(error)}"]
         return []
 
     def write(self, checkpoint: Checkpoint, folder: Path, precision: str) -> None:
-        weights = set(checkpoint.files.values())
         index = checkpoint.folder / INDEX
-        for file in [checkpoint.folder / "config.json", *weights, *checkpoint.companions()]:
+        for file in [*set(checkpoint.files.values()), *checkpoint.companions()]:
             shutil.copyfile(file, folder / file.name)
+        write_json(folder / "config.json", in_all_words(checkpoint.config))
         if index.is_file():
             shutil.copyfile(index, folder / INDEX)
 
@@ -109,6 +112,7 @@ class HuggingFace:
                 f"transformers cannot load {folder}: {_first_line(error)}; export it again"
             ) from error
         _check_complete(folder, report)
+        _check_rope(folder, model.config)
         model = model.eval().to(place)
         if not compiled:
             return TorchSession(model, lean=lean)
@@ -184,7 +188,7 @@ class TorchSession:
         # Without padding no mask is needed, and attention takes its faster causal path.
         self.mask_BL = self.mask(L) if min(lengths) < L else None
         position_BL = torch.arange(L, device=self.device).expand(B, L)
-        logits_BLV = self.model(**self._inputs(self._tokens(tokens_BL), position_BL)).logits
+        logits_BLV = self._run(self._inputs(self._tokens(tokens_BL), position_BL))
         answer_BLV: Logits = self._answer(logits_BLV)
         return answer_BLV
 
@@ -216,8 +220,14 @@ class TorchSession:
             self.mask_BL = torch.cat([self.mask_BL, seen], dim=1)
 
     def decode(self, inputs: dict[str, Any]) -> torch.Tensor:
-        logits_B1V: torch.Tensor = self.model(**inputs).logits
-        return logits_B1V
+        return self._run(inputs)
+
+    def _run(self, inputs: dict[str, Any]) -> torch.Tensor:
+        with warnings.catch_warnings():
+            # Granite's forward has another name for it since 5.24, and the others have not.
+            warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
+            logits_BLV: torch.Tensor = self.model(**inputs).logits
+        return logits_BLV
 
     def _start_apart(self, tokens_BL: Tokens, lengths: Sequence[int]) -> Logits:
         """A window counts slots of the cache, padding included: every prompt gets a cache alone."""
@@ -275,6 +285,19 @@ def _check_complete(folder: Path, report: dict[str, Any]) -> None:
             f"{folder} does not hold exactly the tensors its config.json calls for ({listed}); "
             "export it again"
         )
+
+
+def _check_rope(folder: Path, read: Any) -> None:
+    """Release 4.57 passes over the words of release 5 in silence."""
+    meant = stock_config(read_config(folder))
+    for key in ("rope_theta", "rope_scaling"):
+        if getattr(read, key, None) != getattr(meant, key, None):
+            raise CheckpointError(
+                f"transformers {transformers.__version__} takes {key} = {getattr(read, key, None)} "
+                f"for {folder}, whose config.json means {getattr(meant, key, None)} and says so in "
+                "rope_parameters only; dotexport export MODEL --target hf -o OUT says it in words "
+                "that every release reads"
+            )
 
 
 def _first_line(error: Exception) -> str:

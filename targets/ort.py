@@ -1,15 +1,15 @@
-"""ONNX Runtime on the CPU, through the graphs of onnxruntime-genai's model builder.
+"""ONNX Runtime on the CPU and on CUDA, through the graphs of onnxruntime-genai's model builder.
 
 The builder fuses attention, rotary embedding and norms into single operators and keeps the KV
-cache in place; onnxruntime-genai itself loads the folder as it is.
-
-Shapes: B sequences, L tokens of the longest prompt, C capacity of the cache, V vocabulary.
+cache in place; onnxruntime-genai itself loads the folder as it is. ort_session.py runs it,
+rehearsal.py says what can be said of a CUDA graph without a GPU.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -20,43 +20,38 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
+from dotexport.adapter import QUANTISED_BLOCK, Rehearsal, Session
+from dotexport.errors import DotexportError, RuntimeMissingError
 
-from dotexport.adapter import QUANTISED_BLOCK, Logits, Tokens
-from dotexport.errors import DotexportError, RuntimeMissingError, UsageError
+from . import cuda
+from .genai_builder import builder_problems
+from .ort_session import open_decoder
 
 if TYPE_CHECKING:
     from dotexport.checkpoint import Checkpoint
 
-Array = NDArray[np.float32]
-
-PROVIDER = "CPUExecutionProvider"
+LEAST_SCALE_ERROR = 1e-4  # relative
 SILENTLY_WRONG_ROPE = {"linear", "dynamic", "yarn"}  # found by verify
-HEADROOM = 256  # free cache slots after the prompt; when they are used up, the cache doubles
 
-
-# Runs the builder with the one answer changed that it has no option for: rotary embedding inside
-# the attention operator, which that operator refuses for heads that are no multiple of 16.
-ROTARY_OUTSIDE = """
-import runpy, sys
+# Runs the builder with some of its answers changed that it has no option for.
+CHANGED_BUILDER = """
+import json, runpy, sys
 from pathlib import Path
-sys.argv = sys.argv[1:]
+answers, sys.argv = json.loads(sys.argv[1]), sys.argv[2:]
 sys.path.insert(0, str(Path(sys.argv[0]).parent))
 from builders.base import Model
-Model.is_fused_rope_supported = lambda self: False
+for name, answer in answers.items():
+    setattr(Model, name, lambda self, answer=answer: answer)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-class OrtCpu:
+class _Built:
     """Writes with the model builder in a process of its own; runs with onnxruntime."""
 
-    name = "ort-cpu"
-    summary = "ONNX Runtime on the CPU; onnxruntime-genai loads the same folder"
-    precisions = ("fp32", "int4")
+    name: str
+    provider: str  # as the builder calls it
     exact_rounding = ("int4",)
-    weight_bits: ClassVar = {"fp32": (32, 32), "int4": (5, 32)}  # a float32 scale per 32
 
     def missing(self) -> list[str]:
         wanted = {
@@ -64,7 +59,8 @@ class OrtCpu:
             "onnxruntime_genai": "pip install onnxruntime-genai (or onnxruntime-genai-cuda)",
             "onnx_ir": "pip install onnx-ir",
         }
-        return [how for module, how in wanted.items() if importlib.util.find_spec(module) is None]
+        absent = [how for module, how in wanted.items() if importlib.util.find_spec(module) is None]
+        return absent or builder_problems()
 
     def problems(self, checkpoint: Checkpoint, precision: str) -> list[str]:
         config = checkpoint.config
@@ -76,28 +72,97 @@ class OrtCpu:
     def write(self, checkpoint: Checkpoint, folder: Path, precision: str) -> None:
         with tempfile.TemporaryDirectory(prefix="dotexport-") as cache:
             command = [
-                *_builder_command(rotary_inside=_head_dim(checkpoint.config) % 16 == 0),
+                *_builder_command(self.answers(checkpoint.config, precision)),
                 *("--input", str(checkpoint.folder)),
                 *("--output", str(folder), "--precision", precision),
-                *("--execution_provider", "cpu", "--cache_dir", cache),
-                *("--extra_options", *_options(checkpoint, precision)),
+                *("--execution_provider", self.provider, "--cache_dir", cache),
+                *("--extra_options", *self.options(checkpoint.config, precision)),
             ]
             _run_quietly(command)
 
-    def open(self, folder: Path, *, threads: int | None = None) -> OrtSession:
-        return OrtSession(folder, threads=threads)
+    def answers(self, config: Mapping[str, Any], precision: str) -> dict[str, bool]:
+        """What the builder asks itself, and what it is told: its own answer would not run."""
+        # The attention operator refuses to rotate heads that are no multiple of 16 itself.
+        return {} if _head_dim(config) % 16 == 0 else {"is_fused_rope_supported": False}
+
+    def options(self, config: Mapping[str, Any], precision: str) -> list[str]:
+        # Sliding windows stay, but over a whole cache: one that evicts cannot be right-padded.
+        options = ["hf_token=false", "windowed_kv_cache=false"]
+        if _head_dim(config) % 16:
+            options.append("fuse_qkv=false")  # a separate rotary operator reads q and k separately
+        if precision == "int4":
+            # Blocks of 32 lose least and pad least when a width is no multiple of 128.
+            options.append(f"block_size={QUANTISED_BLOCK}")
+        return options
 
 
-def _options(checkpoint: Checkpoint, precision: str) -> list[str]:
-    # Sliding windows stay, but over a whole cache: one that evicts cannot be right-padded.
-    options = ["hf_token=false", "windowed_kv_cache=false"]
-    if _head_dim(checkpoint.config) % 16:
-        options.append("fuse_qkv=false")  # a separate rotary operator reads q and k separately
-    if precision == "int4":
-        # Blocks of 32 lose least and pad least when a width is no multiple of 128. Level 4 rounds
-        # activations to int8 inside the product: several times faster than level 1 on CPUs.
-        options += [f"block_size={QUANTISED_BLOCK}", "accuracy_level=4"]
-    return options
+class OrtCpu(_Built):
+    """bfloat16 is not offered: onnxruntime has no product of bfloat16 matrices on CPUs."""
+
+    name = "ort-cpu"
+    provider = "cpu"
+    summary = "ONNX Runtime on the CPU; onnxruntime-genai loads the same folder"
+    precisions = ("fp32", "fp16", "int4")
+    # int4 has a float32 scale per 32 weights.
+    weight_bits: ClassVar = {"fp32": (32, 32), "fp16": (16, 16), "int4": (5, 32)}
+    cache_bytes: ClassVar = {"fp32": 4, "fp16": 2, "int4": 4}
+
+    def answers(self, config: Mapping[str, Any], precision: str) -> dict[str, bool]:
+        # It knows of no attention in float16 on CPUs, which onnxruntime has, and would write one
+        # of hundreds of nodes instead.
+        grouped = {"is_gqa_supported": True} if precision == "fp16" else {}
+        return super().answers(config, precision) | grouped
+
+    def options(self, config: Mapping[str, Any], precision: str) -> list[str]:
+        options = super().options(config, precision)
+        if precision == "int4":
+            # Level 4 rounds activations to int8 inside the product: several times faster than
+            # level 1 on CPUs.
+            options.append("accuracy_level=4")
+        return options
+
+    def open(self, folder: Path, *, threads: int | None = None) -> Session:
+        return open_decoder(folder, threads=threads)
+
+
+class OrtCuda(_Built):
+    """Written anywhere, run where a GPU is; `rehearse` is for where there is none."""
+
+    name = "ort-cuda"
+    provider = "cuda"
+    summary = "ONNX Runtime on an NVIDIA GPU; onnxruntime-genai loads the same folder"
+    precisions = ("fp16", "bf16", "fp32", "int4")
+    # int4 has a float16 scale per 32 weights, and computes in float16.
+    weight_bits: ClassVar = {
+        "fp16": (16, 16),
+        "bf16": (16, 16),
+        "fp32": (32, 32),
+        "int4": (4.5, 16),
+    }
+    cache_bytes: ClassVar = {"fp16": 2, "bf16": 2, "fp32": 4, "int4": 2}
+
+    def answers(self, config: Mapping[str, Any], precision: str) -> dict[str, bool]:
+        # In float32 its choice is an operator without outputs for the cache: a broken graph.
+        whole = {"is_packed_attn_supported": False} if precision == "fp32" else {}
+        return super().answers(config, precision) | whole
+
+    def options(self, config: Mapping[str, Any], precision: str) -> list[str]:
+        # Norms of queries and keys stay operators of their own: inside the attention they are
+        # known to CUDA alone, and a graph could not be rehearsed.
+        return [*super().options(config, precision), "fuse_qk_norm_gqa=false"]
+
+    def lacking(self) -> list[str]:
+        return cuda.lacking()
+
+    def open(self, folder: Path, *, threads: int | None = None) -> Session:
+        return open_decoder(folder, provider=cuda.CUDA, threads=threads)
+
+    def rehearse(
+        self, checkpoint: Checkpoint, folder: Path, precision: str, *, threads: int | None = None
+    ) -> Rehearsal:
+        from .rehearsal import rehearse
+
+        return rehearse(checkpoint, folder, precision, threads=threads)
 
 
 def _builder() -> Path:
@@ -107,10 +172,9 @@ def _builder() -> Path:
     return Path(found.origin).parent / "models" / "builder.py"
 
 
-def _builder_command(*, rotary_inside: bool) -> list[str]:
-    if rotary_inside:
-        return [sys.executable, str(_builder())]
-    return [sys.executable, "-c", ROTARY_OUTSIDE, str(_builder())]
+def _builder_command(answers: Mapping[str, bool]) -> list[str]:
+    changed = ["-c", CHANGED_BUILDER, json.dumps(answers)] if answers else []
+    return [sys.executable, *changed, str(_builder())]
 
 
 def _run_quietly(command: Sequence[str]) -> None:
@@ -156,6 +220,12 @@ def _config_problems(config: Any) -> list[str]:
             f"rope_type {rope!r} is written by the model builder as plain rotary embedding, "
             "without a word; export it with another target"
         )
+    if _differs_by_layer(config):
+        problems.append(
+            "rope_parameters of their own for each kind of layer are not read by the model "
+            "builder; export it with another target"
+        )
+    problems += _scale_problems(config)
     window, context = window_of(config), config.get("max_position_embeddings") or 0
     if window and window < context:
         problems.append(
@@ -171,8 +241,31 @@ def _head_dim(config: Any) -> int:
 
 
 def rope_type(config: Any) -> str:
+    """Of all layers; of kinds of layers that have their own, one that is out of the ordinary."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return str(rope.get("rope_type") or rope.get("type") or "default")
+    kinds = [kind for kind in rope.values() if isinstance(kind, Mapping)] or [rope]
+    types = {str(kind.get("rope_type") or kind.get("type") or "default") for kind in kinds}
+    return min(types - {"default"}, default="default")
+
+
+def _differs_by_layer(config: Any) -> bool:
+    rope = config.get("rope_parameters") or {}
+    return any(isinstance(kind, Mapping) for kind in rope.values())
+
+
+def _scale_problems(config: Any) -> list[str]:
+    """The builder writes the scale of Gemma's embeddings with two decimals."""
+    if not str(config.get("model_type")).startswith("gemma"):
+        return []
+    hidden = config.get("hidden_size") or 1
+    exact = math.sqrt(hidden)
+    if abs(round(exact, 2) / exact - 1) < LEAST_SCALE_ERROR:
+        return []
+    return [
+        f"the model builder rounds the scale of embeddings, the root of hidden_size {hidden}, from "
+        f"{exact:.5f} to {exact:.2f}, which every logit would show; choose a width with a rounder "
+        "root, or export it with another target"
+    ]
 
 
 def window_of(config: Any) -> int | None:
@@ -180,8 +273,8 @@ def window_of(config: Any) -> int | None:
     kind = config.get("model_type")
     if kind in ("qwen2", "qwen3") and not config.get("use_sliding_window"):
         return None
-    default = 4096 if kind == "mistral" else None
-    in_layers = kind in ("mistral", "qwen2", "qwen3", "phi3")
+    default = 4096 if kind in ("mistral", "gemma2", "gemma3_text") else None
+    in_layers = kind in ("mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text")
     window: int | None = config.get("sliding_window", default) if in_layers else None
     return window
 
@@ -218,110 +311,3 @@ def _known_architectures() -> set[str]:
     # The builder has no list to import, and importing it would load half of transformers.
     text = _builder().read_text(encoding="utf-8")
     return set(re.findall(r'architectures\[0\] == "(\w+)"', text))
-
-
-class OrtSession:
-    """onnxruntime with past and present bound to one buffer, as onnxruntime-genai runs it.
-
-    The attention operator writes each sequence's next key at that sequence's own length, which it
-    counts from the mask: padded slots are overwritten, and rows are packed to the left.
-    """
-
-    providers = (PROVIDER,)
-
-    def __init__(self, folder: Path, *, threads: int | None = None) -> None:
-        self._read_config(folder)
-        self.session = open_graph(folder / self.filename, threads)
-        self.binding = self.session.io_binding()
-
-    def start(self, tokens_BL: Tokens, lengths_B: Sequence[int] | None = None) -> Logits:
-        B, L = tokens_BL.shape
-        self.length_B = np.array([L] * B if lengths_B is None else lengths_B, dtype=np.int64)
-        self._check_room(L)
-        self.binding = self.session.io_binding()
-        self._bind_cache(self._empty_cache(B, min(L + HEADROOM, self.context)))
-        return self._run(tokens_BL, np.tile(np.arange(L), (B, 1)), total=L)
-
-    def step(self, tokens_B: Tokens) -> Logits:
-        self.length_B = self.length_B + 1
-        total = int(self.length_B.max())
-        self._check_room(total)
-        if total > self.cache[0].shape[2]:
-            self._grow()
-        return self._run(tokens_B[:, None], self.length_B[:, None] - 1, total=total)[:, 0]
-
-    def _run(self, tokens_BL: Tokens, position_BL: Tokens, *, total: int) -> Logits:
-        logits_BLV = np.empty((*tokens_BL.shape, self.vocab), dtype=np.float32)
-        values = {
-            "input_ids": np.ascontiguousarray(tokens_BL, dtype=np.int64),
-            "attention_mask": (np.arange(total) < self.length_B[:, None]).astype(np.int64),
-            "position_ids": np.ascontiguousarray(position_BL),
-        }
-        for role, value in values.items():
-            if role in self.inputs:  # with rotary inside the attention there are no position_ids
-                self.binding.bind_cpu_input(self.inputs[role], value)
-        _bind_output(self.binding, self.outputs["logits"], logits_BLV)
-        self.session.run_with_iobinding(self.binding)
-        return logits_BLV
-
-    def _read_config(self, folder: Path) -> None:
-        model = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
-        decoder = model["decoder"]
-        self.filename: str = decoder["filename"]
-        self.context: int = model["context_length"]
-        self.vocab: int = model["vocab_size"]
-        self.kv_heads: int = decoder["num_key_value_heads"]
-        self.head_dim: int = decoder["head_size"]
-        self.inputs: dict[str, str] = decoder["inputs"]
-        self.outputs: dict[str, str] = decoder["outputs"]
-        layers = range(decoder["num_hidden_layers"])
-        past = ("past_key_names", "past_value_names")
-        present = ("present_key_names", "present_value_names")
-        self.past = [self.inputs[name] % layer for layer in layers for name in past]
-        self.present = [self.outputs[name] % layer for layer in layers for name in present]
-
-    def _empty_cache(self, B: int, capacity: int) -> list[Array]:
-        shape = (B, self.kv_heads, capacity, self.head_dim)
-        return [np.zeros(shape, dtype=np.float32) for _ in self.past]
-
-    def _bind_cache(self, cache: list[Array]) -> None:
-        self.cache = cache
-        for past, present, buffer in zip(self.past, self.present, cache, strict=True):
-            self.binding.bind_cpu_input(past, buffer)
-            _bind_output(self.binding, present, buffer)
-
-    def _grow(self) -> None:
-        """Double the cache, so that a long decode copies each slot once on average."""
-        B, _, filled, _ = self.cache[0].shape
-        wider = self._empty_cache(B, min(2 * filled, self.context))
-        for old, new in zip(self.cache, wider, strict=True):
-            new[:, :, :filled] = old
-        self._bind_cache(wider)
-
-    def _check_room(self, length: int) -> None:
-        if length > self.context:
-            raise UsageError(
-                f"a sequence of {length} tokens does not fit the context of {self.context}; "
-                "use shorter prompts or decode fewer tokens"
-            )
-
-
-def open_graph(file: Path, threads: int | None) -> Any:
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise RuntimeMissingError("onnxruntime is missing; pip install onnxruntime") from error
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors; a warning per unplaced shape node helps nobody
-    options.intra_op_num_threads = threads or 0
-    session = ort.InferenceSession(file, options, providers=[PROVIDER])
-    if session.get_providers() != [PROVIDER]:
-        raise RuntimeMissingError(
-            f"asked onnxruntime for {PROVIDER} alone, got {', '.join(session.get_providers())}; "
-            "reinstall onnxruntime"
-        )
-    return session
-
-
-def _bind_output(binding: Any, name: str, array: NDArray[Any]) -> None:
-    binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)

@@ -24,7 +24,7 @@ import onnxscript  # noqa: F401  torch.onnx writes with it, and says so only whe
 from dotexport.adapter import Logits, Tokens
 
 from .growing import GrowingSession
-from .ort import open_graph
+from .ort_session import open_graph
 
 if TYPE_CHECKING:
     from dotexport.checkpoint import Checkpoint

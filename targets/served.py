@@ -11,6 +11,7 @@ import os
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from dotexport.checkpoint import Checkpoint
 from dotexport.errors import RuntimeMissingError
@@ -22,21 +23,28 @@ NAME = "vllm"
 LAST_LINES = 15
 MARK = "dotexport-tokens:"
 
-# Reads {"folder", "prompts", "steps", "context"} and prints the greedy tokens of each prompt.
+# Reads a list of {"folder", "prompts", "steps", "context"} and prints the greedy tokens of each
+# prompt of each.
 WORKER = """
-import json, sys
+import gc, json, sys
 asked = json.load(sys.stdin)
 from vllm import LLM, SamplingParams
-model = LLM(
-    model=asked["folder"], dtype="float32", enforce_eager=True, max_model_len=asked["context"],
-    skip_tokenizer_init=True,
-)
-greedy = SamplingParams(
-    temperature=0, max_tokens=asked["steps"], ignore_eos=True, detokenize=False
-)
-prompts = [{"prompt_token_ids": tokens} for tokens in asked["prompts"]]
-said = model.generate(prompts, greedy, use_tqdm=False)
-print(asked["mark"] + json.dumps([list(one.outputs[0].token_ids) for one in said]), flush=True)
+
+def generate(folder, prompts, steps, context):
+    model = LLM(
+        model=folder, dtype="float32", enforce_eager=True, max_model_len=context,
+        skip_tokenizer_init=True,
+    )
+    greedy = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True, detokenize=False)
+    prompts = [{"prompt_token_ids": tokens} for tokens in prompts]
+    said = model.generate(prompts, greedy, use_tqdm=False)
+    return [list(one.outputs[0].token_ids) for one in said]
+
+said = []
+for one in asked["models"]:
+    said.append(generate(**one))
+    gc.collect()
+print(asked["mark"] + json.dumps(said), flush=True)
 """
 
 
@@ -46,27 +54,35 @@ def verify_vllm(out: Path, python: Path) -> Parity:
     Raises:
         RuntimeMissingError: that Python has no vLLM, or vLLM did not come up.
     """
-    checkpoint = Checkpoint.open(out / STOCK)
-    reference = compute_reference(checkpoint, rounded=False)
-    limits = limits_of("fp32", reference)
-    said = _generate(python, checkpoint.folder, reference)
-    problems = tuple(_differences(said, reference, limits))
-    parity = Parity(f"{STOCK}-{NAME}", NAME, "as-stored", limits=limits, problems=problems)
-    write_report(out, [parity], reference)
+    [parity] = verify_several([out], python)
     return parity
 
 
-def _generate(python: Path, folder: Path, reference: Reference) -> list[list[int]]:
+def verify_several(outs: Sequence[Path], python: Path) -> list[Parity]:
+    """The same for several outputs by one process, one model after the other: most of the time
+    goes into starting it."""
+    references = [compute_reference(Checkpoint.open(out / STOCK), rounded=False) for out in outs]
+    models = [_asked(out / STOCK, one) for out, one in zip(outs, references, strict=True)]
+    said = json.loads(_answer(python, json.dumps({"mark": MARK, "models": models})))
+    parities = []
+    for out, reference, tokens in zip(outs, references, said, strict=True):
+        limits = limits_of("fp32", reference)
+        problems = tuple(_differences(tokens, reference, limits))
+        parities.append(
+            Parity(f"{STOCK}-{NAME}", NAME, "as-stored", limits=limits, problems=problems)
+        )
+        write_report(out, parities[-1:], reference)
+    return parities
+
+
+def _asked(folder: Path, reference: Reference) -> dict[str, Any]:
     pairs = zip(reference.sequences, reference.prompt_lengths, strict=True)
-    prompts = [tokens_L[:length].tolist() for tokens_L, length in pairs]
-    asked = {
+    return {
         "folder": str(folder.resolve()),
-        "prompts": prompts,
+        "prompts": [tokens_L[:length].tolist() for tokens_L, length in pairs],
         "steps": reference.num_steps,
         "context": max(map(len, reference.sequences)),
-        "mark": MARK,
     }
-    return json.loads(_answer(python, json.dumps(asked)))  # type: ignore[no-any-return]
 
 
 def _answer(python: Path, request: str) -> str:

@@ -111,18 +111,17 @@ def trace_problems(checkpoint: Checkpoint) -> list[str]:
 
 def config_problems(config: Any) -> list[str]:
     """Those that config.json alone gives."""
+    return graph_problems(config) + _window_problems(config)
+
+
+def graph_problems(config: Any) -> list[str]:
+    """Those of any one graph, wherever its cache is kept."""
     problems = []
     rope = rope_type(config)
     if rope in CHANGING_ROPE:
         problems.append(
             f"rope_type {rope!r} changes its frequencies with the length of the text, and a graph "
             "holds one set of them; set it to 'default' if the context allows"
-        )
-    window, context = window_of(config), config.get("max_position_embeddings") or 0
-    if window and window < context:
-        problems.append(
-            f"sliding_window {window} is counted in slots of the cache by such a graph, padding "
-            f"included; lower max_position_embeddings from {context} to {window}"
         )
     odd = sorted(set(config.get("layer_types") or ()) - PLAIN_LAYERS)
     if odd:
@@ -138,6 +137,16 @@ def config_problems(config: Any) -> list[str]:
     if config.get("is_encoder_decoder"):
         problems.append("it is an encoder-decoder; only decoders are exported")
     return problems
+
+
+def _window_problems(config: Any) -> list[str]:
+    window, context = window_of(config), config.get("max_position_embeddings") or 0
+    if not window or window >= context:
+        return []
+    return [
+        f"sliding_window {window} is counted in slots of the cache by such a graph, padding "
+        f"included; lower max_position_embeddings from {context} to {window}"
+    ]
 
 
 def head_dim(config: Any) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from dotexport.rope import stock_config
 
 # A shell starts background jobs with SIGINT ignored, and children inherit that: a test that
 # interrupts a process would wait for ever.
@@ -40,6 +42,14 @@ LLAMAS: dict[str, dict[str, Any]] = {
     "biased": {"attention_bias": True, "mlp_bias": True},
     "square": {"head_dim": 12},
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_tables_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Latency tables in the cache of whoever runs the tests would answer in their place."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -93,11 +103,11 @@ def write_llama(folder: Path, *, dtype: torch.dtype = torch.float32, **changes: 
 
 def write_sharded(folder: Path, **changes: Any) -> None:
     """A change to None leaves a setting to the class."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     settings = {"tie_word_embeddings": False, "pad_token_id": 0, **BASE, **changes}
-    config = AutoConfig.for_model(**{k: v for k, v in settings.items() if v is not None})
+    config = stock_config({k: v for k, v in settings.items() if v is not None})
     model = randomise(AutoModelForCausalLM.from_config(config))
     model.save_pretrained(folder, max_shard_size="80KB")
 

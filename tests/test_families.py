@@ -41,12 +41,20 @@ YARN = {
 SQUARE = {"head_dim": None, "hidden_size": 64, "num_attention_heads": 4}
 QWEN2 = SQUARE | {"model_type": "qwen2"}
 WINDOW = 16  # shorter than every text below, so that it matters
+# Windows in some layers only, scores of a scale of their own, caps where the class has them.
+GEMMA = {"tie_word_embeddings": True, "sliding_window": WINDOW, "query_pre_attn_scalar": 20}
 
 # Name -> what differs from conftest.BASE, and the class that is written at hidden 40.
 MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "llama3-rope": ({"model_type": "llama", "rope_parameters": LLAMA3}, "LlamaForCausalLM"),
-    "mistral": ({"model_type": "mistral", "sliding_window": None}, "MistralForCausalLM"),
-    "mistral-window": ({"model_type": "mistral", "sliding_window": WINDOW}, "MistralForCausalLM"),
+    "mistral": (
+        {"model_type": "mistral", "sliding_window": None, "rope_parameters": YARN},
+        "MistralForCausalLM",
+    ),
+    "mistral-window": (
+        {"model_type": "mistral", "sliding_window": WINDOW, "tie_word_embeddings": True},
+        "MistralForCausalLM",
+    ),
     "qwen2": (QWEN2 | {"rope_parameters": YARN}, "LlamaForCausalLM"),
     "qwen2-tied": (QWEN2 | {"tie_word_embeddings": True}, "LlamaForCausalLM"),
     "qwen2-odd": (QWEN2 | {"hidden_size": 72, "num_attention_heads": 6}, "GraniteForCausalLM"),
@@ -54,7 +62,10 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
         QWEN2 | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
         "Qwen2ForCausalLM",
     ),
-    "qwen3": ({"model_type": "qwen3", "rope_parameters": YARN}, "Qwen3ForCausalLM"),
+    "qwen3": (
+        {"model_type": "qwen3", "rope_parameters": YARN, "tie_word_embeddings": True},
+        "Qwen3ForCausalLM",
+    ),
     "qwen3-window": (
         {
             "model_type": "qwen3",
@@ -74,6 +85,7 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
             "logits_scaling": 5.0,
             "attention_bias": True,
             "mlp_bias": True,
+            "rope_parameters": LLAMA3,
         },
         "GraniteForCausalLM",
     ),
@@ -87,10 +99,32 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
         },
         "GraniteForCausalLM",
     ),
-    "phi3": (SQUARE | {"model_type": "phi3"}, "MistralForCausalLM"),
+    "phi3": (SQUARE | {"model_type": "phi3", "tie_word_embeddings": True}, "MistralForCausalLM"),
     "phi3-window": (
         SQUARE | {"model_type": "phi3", "sliding_window": WINDOW},
         "MistralForCausalLM",
+    ),
+    "gemma2": (GEMMA | {"model_type": "gemma2"}, "Gemma2ForCausalLM"),
+    "gemma2-untied": (
+        {"model_type": "gemma2", "attention_bias": True, "rope_parameters": LLAMA3},
+        "Gemma2ForCausalLM",
+    ),
+    "gemma3": (
+        GEMMA
+        | {
+            "model_type": "gemma3_text",
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+        "Gemma3ForCausalLM",
+    ),
+    "olmo2": ({"model_type": "olmo2", "rope_parameters": YARN}, "Olmo2ForCausalLM"),
+    "olmo2-tied": (
+        SQUARE | {"model_type": "olmo2", "attention_bias": True, "tie_word_embeddings": True},
+        "Olmo2ForCausalLM",
     ),
 }
 TOKENS_BL = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -159,23 +193,36 @@ def test_a_re_badged_model_computes_the_same(name: str, tiny: Tiny, tmp_path: Pa
 
 @pytest.mark.parametrize("refit", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_full_width_in_any_rotation_is_the_original(
+def test_full_width_in_any_basis_that_it_has_is_the_original(
     name: str, refit: bool, tiny: Tiny, tmp_path: Path
 ) -> None:
+    """Any rotation; or any order of its axes with any signs, where a stream cannot be rotated."""
     source = open_source(tiny(name))
     same = plan(source.config, SizeOptions(intermediate_size=88))
-    untied = replace(same, after=replace(same.after, tied=False))
+    rotates = same.family.rotates
+    untied = replace(same, after=replace(same.after, tied=same.before.tied and not rotates))
     (tmp_path / "hf").mkdir()
     windows_NL = token_windows(source.folder, text_beside(tmp_path))
     run = prepare(source, untied, tmp_path, windows_NL, NarrowOptions(refit=refit, local=None))
     width = same.before.hidden_size
-    rotation_DD = np.linalg.qr(np.random.default_rng(0).normal(size=(width, width)))[0]
-    run.run(Basis(rotation_DD, "random rotation", 1.0))
+    rng = np.random.default_rng(0)
+    basis_DD = np.linalg.qr(rng.normal(size=(width, width)))[0]
+    if not rotates:
+        basis_DD = rng.choice([-1.0, 1.0], size=width) * np.eye(width)[rng.permutation(width)]
+    run.run(Basis(basis_DD, "random", 1.0))
     run.writer.finish()
     original, rotated = logits(source.folder), logits(tmp_path / "hf")
     # 1e-4 of the largest logit: float32 through three layers in other coordinates.
-    assert (original - rotated).abs().max() < 1e-4 * max(1.0, float(original.abs().max()))
+    tolerance = 1e-4 * max(1.0, float(original.abs().max()))
+    assert (original - rotated).abs().max() < tolerance
     assert abs(run.divergence) < 1e-6
+    # Layers run one by one, with masks and rotary embeddings made for them, are the whole model.
+    stream_BLD = run.streams.original_NLD[:2]
+    normed_BLD = run.original.stock.norm(stream_BLD.device)(stream_BLD)
+    with torch.inference_mode():
+        piecewise_BLV = run._capped(normed_BLD @ run.original.folded_head().T)
+        whole_BLV = load(source.folder)(input_ids=windows_NL[:2]).logits
+    assert (piecewise_BLV - whole_BLV).abs().max() < tolerance
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -213,16 +260,35 @@ def test_a_narrowed_model_is_stock_loads_and_generates(
 
 
 def test_what_has_no_table_is_refused_with_the_list_of_what_has() -> None:
-    config = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}
-    with pytest.raises(UnsupportedModelError, match="Gemma2ForCausalLM is not supported") as caught:
+    config = {"architectures": ["BloomForCausalLM"], "model_type": "bloom"}
+    with pytest.raises(UnsupportedModelError, match="BloomForCausalLM is not supported") as caught:
         find_family(config)
     assert all(architecture in str(caught.value) for architecture in supported())
     assert caught.value.exit_code == 5
 
 
+def test_a_model_of_more_than_text_is_told_how_its_text_part_can_be_narrowed() -> None:
+    config = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "text_config": {"model_type": "gemma3_text"},
+    }
+    with pytest.raises(UnsupportedModelError, match="save its language model") as caught:
+        find_family(config)
+    assert "Gemma3ForCausalLM" in str(caught.value)
+    assert caught.value.exit_code == 5
+
+
+def test_a_decoder_that_sees_later_tokens_is_refused(tiny: Tiny) -> None:
+    config = {**open_source(tiny("gemma3")).config, "use_bidirectional_attention": True}
+    with pytest.raises(UnsupportedModelError, match="use_bidirectional_attention") as caught:
+        find_family(config)
+    assert caught.value.exit_code == 5
+
+
 def test_heads_that_are_rotated_in_part_are_refused(tiny: Tiny) -> None:
     source = open_source(tiny("phi3"))
-    rope = source.config["rope_parameters"] | {"partial_rotary_factor": 0.75}
+    rope = source.config.get("rope_parameters", {}) | {"partial_rotary_factor": 0.75}
     config = {**source.config, "rope_parameters": rope}
     decided = plan(config, SizeOptions(intermediate_size=64))
     with pytest.raises(UnsupportedModelError, match=r"partial_rotary_factor 0\.75"):

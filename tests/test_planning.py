@@ -37,6 +37,7 @@ def config(
     }
 
 
+GEMMA = {"sliding_window": 512, "max_position_embeddings": 512}
 TIED = {"tie_word_embeddings": True}
 
 # The numbers of the published config.json; parameters; bytes of the KV cache per token in bfloat16.
@@ -67,6 +68,30 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int, int]] = {
         3_821_079_552,
         393_216,
     ),
+    # Windows of published Gemmas are shorter than their contexts, which graphs do not hold.
+    "gemma-2-2b": (
+        config("gemma2", 2304, 9216, 26, 8, 4, 256000, head_dim=256, **GEMMA, **TIED),
+        2_614_341_888,
+        106_496,
+    ),
+    "gemma-3-1b": (
+        config(
+            "gemma3_text",
+            1152,
+            6912,
+            26,
+            4,
+            1,
+            262144,
+            architectures=["Gemma3ForCausalLM"],
+            head_dim=256,
+            **GEMMA,
+            **TIED,
+        ),
+        999_885_952,
+        26_624,
+    ),
+    "OLMo-2-1B": (config("olmo2", 2048, 8192, 16, 16, 16, 100352), 1_484_916_736, 131_072),
 }
 
 

@@ -113,7 +113,7 @@ def test_a_value_of_the_wrong_kind_is_refused(key: str, value: object, kind: str
         (LEAST | {"export": [{}]}, "r: export must be str"),
         (LEAST | {"eval": {"txt": 1}}, "r: eval has the unknown key 'txt'; known: text, samples"),
         (LEAST | {"bench": {"target": "hf"}}, "r: bench must be a list"),
-        (LEAST | {"bench": [{"batch": "two"}]}, "r: bench.batch must be int, not 'two'"),
+        (LEAST | {"bench": [{"batch": "two"}]}, "r: bench.batch must be int | None, not 'two'"),
     ],
 )
 def test_what_is_no_recipe_is_refused(content: object, message: str) -> None:

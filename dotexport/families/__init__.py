@@ -47,18 +47,45 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class InnerNorm:
+    """An RMSNorm of what a reader gives.
+
+    Attributes:
+        reader: name of that linear.
+        per_head: over the features of each head, which no narrowing touches; else over all of
+            them, whose number and mean change with the heads.
+    """
+
+    name: str
+    reader: str
+    per_head: bool = True
+
+
+@dataclass(frozen=True)
 class Sublayer:
     """Norm, readers of the normalised stream, and one writer that adds back to it.
 
     Attributes:
-        head_norms: norms over the features of each head, which no narrowing touches.
+        norm: in front of the readers; None: they read the stream as it is.
+        inner_norms: of queries and keys.
+        output_norm: of what the writer gives, before it is added to the stream.
     """
 
     module: str
-    norm: str
+    norm: str | None
     readers: tuple[Linear, ...]
     writer: Linear
-    head_norms: tuple[str, ...] = ()
+    inner_norms: tuple[InnerNorm, ...] = ()
+    output_norm: str | None = None
+
+    def gain(self, scale: float) -> float:
+        """What all readers are multiplied with, where a narrower norm asks for `scale`."""
+        return 1.0 if self.norm is None else scale
+
+    def inner_gain(self, linear: Linear, scale: float) -> float:
+        """What one reader is multiplied with besides: a norm behind it has the same epsilon, times
+        scale^2, and then gives the same."""
+        return scale if any(norm.reader == linear.name for norm in self.inner_norms) else 1.0
 
 
 @dataclass(frozen=True)
@@ -74,6 +101,9 @@ class Family:
             what is written is the first that holds the sizes (carriers.py). Empty: itself.
         head_dim: of a head, where config.json does not say; None: hidden_size / heads.
         tied_by_default: what tie_word_embeddings is where config.json does not say.
+        unit_offset: whether its norms multiply by 1 + weight.
+        scaled_embedding: whether rows of the embedding are multiplied by sqrt(hidden_size).
+        refused: flags of config.json that make another model of it, and what they do.
     """
 
     model_type: str
@@ -89,6 +119,19 @@ class Family:
     carriers: tuple[str, ...] = ()
     head_dim: int | None = None
     tied_by_default: bool = False
+    unit_offset: bool = False
+    scaled_embedding: bool = False
+    refused: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def rotates(self) -> bool:
+        """Whether any basis of the residual stream gives the same model: not where what is added
+        to it is normalised axis by axis."""
+        return all(sublayer.output_norm is None for sublayer in self.sublayers)
+
+    def embedding_scale(self, hidden_size: int) -> float:
+        """What rows of the embedding are multiplied with on their way into the stream."""
+        return math.sqrt(hidden_size) if self.scaled_embedding else 1.0
 
     @property
     def bias_flags(self) -> frozenset[str]:
@@ -175,9 +218,12 @@ def shapes(family: Family, sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]
     yield f"{family.embedding}.weight", (sizes.vocab_size, sizes.hidden_size)
     for layer in range(sizes.num_layers):
         for sublayer in family.sublayers:
-            yield family.layer_name(layer, f"{sublayer.norm}.weight"), (sizes.hidden_size,)
-            for norm in sublayer.head_norms:
-                yield family.layer_name(layer, f"{norm}.weight"), (sizes.head_dim,)
+            for outer in filter(None, (sublayer.norm, sublayer.output_norm)):
+                yield family.layer_name(layer, f"{outer}.weight"), (sizes.hidden_size,)
+            widths = {linear.name: sum(sizes.rows(linear)) for linear in sublayer.readers}
+            for norm in sublayer.inner_norms:
+                features = sizes.head_dim if norm.per_head else widths[norm.reader]
+                yield family.layer_name(layer, f"{norm.name}.weight"), (features,)
             for linear in (*sublayer.readers, sublayer.writer):
                 name, rows = family.layer_name(layer, linear.name), sum(sizes.rows(linear))
                 yield f"{name}.weight", (rows, width[linear.in_])
@@ -206,9 +252,12 @@ def read_sizes(family: Family, config: Mapping[str, Any]) -> Sizes:
     Raises:
         CheckpointError: a size is missing or not a positive integer.
     """
-    from optimum.utils import NormalizedConfigManager
+    from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
 
-    normal = NormalizedConfigManager.get_normalized_config_class(family.model_type)
+    try:
+        normal = NormalizedConfigManager.get_normalized_config_class(family.model_type)
+    except KeyError:  # it knows no names of this class, which then are the usual ones
+        normal = NormalizedTextConfig
     named = normal(SimpleNamespace(**config))
     heads, hidden = _size(named, "num_attention_heads"), _size(named, "hidden_size")
     return Sizes(
@@ -274,14 +323,17 @@ def check_shapes(
 @cache
 def supported() -> dict[str, Family]:
     """Architecture -> family table."""
+    from dotexport.families.gemma2 import GEMMA2
+    from dotexport.families.gemma3 import GEMMA3
     from dotexport.families.granite import GRANITE
     from dotexport.families.llama import LLAMA
     from dotexport.families.mistral import MISTRAL
+    from dotexport.families.olmo2 import OLMO2
     from dotexport.families.phi3 import PHI3
     from dotexport.families.qwen2 import QWEN2
     from dotexport.families.qwen3 import QWEN3
 
-    tables = (LLAMA, MISTRAL, GRANITE, QWEN2, QWEN3, PHI3)
+    tables = (LLAMA, MISTRAL, GRANITE, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, OLMO2)
     return {family.architecture: family for family in tables}
 
 
@@ -304,12 +356,27 @@ def find_family(config: Mapping[str, Any]) -> Family:
                     f"{architecture}; expected {family.model_type!r}: take the config.json that "
                     "belongs to these weights"
                 )
+            _check_flags(family, config)
             return family
     what = ", ".join(named) or f"model_type {config.get('model_type')}"
+    hint = "docs/adding-a-family.md shows how to add a table"
+    if "text_config" in config:
+        hint = (
+            "it holds more than a language model: save its language model alone, under its class "
+            "for causal language modelling, and narrow that"
+        )
     raise UnsupportedModelError(
-        f"{what} is not supported; dotexport narrows {', '.join(sorted(known))}. "
-        "docs/adding-a-family.md shows how to add a table"
+        f"{what} is not supported; dotexport narrows {', '.join(sorted(known))}. {hint}"
     )
+
+
+def _check_flags(family: Family, config: Mapping[str, Any]) -> None:
+    for flag, meaning in family.refused:
+        if config.get(flag):
+            raise UnsupportedModelError(
+                f"config.json sets {flag}, with which {family.architecture} {meaning}; dotexport "
+                "narrows decoders that see what came before"
+            )
 
 
 def find_carrier(family: Family, sizes: Sizes) -> Family:

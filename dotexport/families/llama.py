@@ -5,7 +5,7 @@ Most decoders since are this with other biases: their tables are made from the s
 
 from __future__ import annotations
 
-from dotexport.families import Family, Linear, Sublayer
+from dotexport.families import Family, InnerNorm, Linear, Sublayer
 
 
 def sublayers(
@@ -13,7 +13,7 @@ def sublayers(
     readers: str | None = None,
     writer: str | None = None,
     mlp: str | None = None,
-    head_norms: tuple[str, ...] = (),
+    inner_norms: tuple[InnerNorm, ...] = (),
 ) -> tuple[Sublayer, Sublayer]:
     """Attention and MLP; each argument is the flag of config.json that gives those a bias."""
     return (
@@ -26,7 +26,7 @@ def sublayers(
                 Linear("self_attn.v_proj", out="kv", in_="residual", bias=readers),
             ),
             writer=Linear("self_attn.o_proj", out="residual", in_="query", bias=writer),
-            head_norms=head_norms,
+            inner_norms=inner_norms,
         ),
         Sublayer(
             module="mlp",

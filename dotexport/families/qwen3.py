@@ -8,8 +8,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from dotexport.families import InnerNorm
 from dotexport.families.llama import LLAMA, sublayers
 
+HEAD_NORMS = (
+    InnerNorm("self_attn.q_norm", "self_attn.q_proj"),
+    InnerNorm("self_attn.k_norm", "self_attn.k_proj"),
+)
 QWEN3 = replace(
     LLAMA,
     model_type="qwen3",
@@ -17,7 +22,7 @@ QWEN3 = replace(
     sublayers=sublayers(
         readers="attention_bias",
         writer="attention_bias",
-        head_norms=("self_attn.q_norm", "self_attn.k_norm"),
+        inner_norms=HEAD_NORMS,
     ),
     divides=False,
     windows=True,

@@ -42,6 +42,7 @@ def small() -> Workload:
         prompt_length=4,
         generation_length=3,
         threads=1,
+        rounds=1,
         min_iterations=16,
         min_seconds=0,
         min_warmups=0,

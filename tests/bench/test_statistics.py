@@ -137,6 +137,38 @@ def test_few_groups_give_no_verdict() -> None:
     assert Comparison(0.5, 0.4, 0.6, groups=8).faster
 
 
+def processes(rng: np.random.Generator, rounds: int) -> tuple[Array, Array]:
+    """Times of one model in pairs of processes, each some percent off while it lives."""
+    luck_2C = np.exp(rng.normal(0, 0.05, (2, rounds)))
+    noise_2GS = np.exp(rng.normal(0, 0.05, (2, 2 * rounds, 4)))
+    candidate_GS, baseline_GS = 10 * noise_2GS * np.repeat(luck_2C, 2, axis=1)[..., None]
+    return candidate_GS, baseline_GS
+
+
+def test_rounds_keep_the_luck_of_processes_inside_the_interval() -> None:
+    held, blind = 0, 0
+    for seed in range(100):
+        pair = processes(np.random.default_rng(seed), rounds=8)
+        whole = compare(*pair, rounds=8, resamples=500)
+        held += whole.low <= 1 <= whole.high
+        apart = compare(*pair, resamples=500)  # as if each group had processes of its own
+        blind += apart.low <= 1 <= apart.high
+    assert held >= 90
+    assert blind < held
+
+
+def test_few_rounds_are_drawn_by_group() -> None:
+    pair = processes(np.random.default_rng(0), rounds=4)
+    one, two = compare(*pair, rounds=4), compare(*pair)
+    assert (one.low, one.high) == (two.low, two.high)
+    assert (one.rounds, two.rounds) == (4, 1)
+
+
+def test_rounds_of_unequal_groups_are_refused() -> None:
+    with pytest.raises(ValueError, match="rounds of equally many"):
+        compare(np.ones((7, 2)), np.ones((7, 2)), rounds=2)
+
+
 def test_too_few_groups_or_unlike_ones_are_refused() -> None:
     with pytest.raises(ValueError, match="groups"):
         compare(np.ones((3, 2)), np.ones((4, 2)))

@@ -23,6 +23,8 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 128,
 }
+GEMMA = {"hidden_size": 80, "sliding_window": 512, "tie_word_embeddings": True}
+KINDS = ["sliding_attention", "full_attention"]
 ALL = ["onnx", "openvino", "ort-cpu", "gguf"]
 
 # Name -> the original, the targets that are tried, and those of them that hold what is written.
@@ -41,6 +43,15 @@ MODELS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         ALL,
         ["onnx", "openvino", "ort-cpu"],
     ),
+    # 80 wide, for 64 has a root without decimals; the context is what windows see.
+    "gemma2": ({"model_type": "gemma2", **GEMMA}, ALL, ["onnx", "openvino", "ort-cpu"]),
+    "gemma2-window": ({"model_type": "gemma2", "sliding_window": 16}, ALL, []),
+    "gemma3": (
+        {"model_type": "gemma3_text", "layer_types": KINDS, **GEMMA},
+        ALL,
+        ["onnx", "openvino"],
+    ),
+    "olmo2": ({"model_type": "olmo2"}, ALL, ["onnx", "openvino"]),
 }
 
 
@@ -49,13 +60,14 @@ def test_a_narrowed_family_computes_in_every_target_what_torch_computes(
     name: str, tiny_model: Callable[..., Path], tmp_path: Path, translated_once: None
 ) -> None:
     changes, tried, expected = MODELS[name]
+    width = 64 if "gemma" in name and "window" not in name else 40
     model = tiny_model(num_hidden_layers=2, **changes)
     letters = np.random.default_rng(0).integers(0, 87, size=2000)
     text = tmp_path / "letters.txt"
     text.write_text("".join(chr(33 + n) for n in letters))
     options = ShrinkOptions(
         text=TextOptions(source=str(text), samples=12, seqlen=64),
-        sizes=SizeOptions(hidden_size=40, intermediate_size=64),
+        sizes=SizeOptions(hidden_size=width, intermediate_size=64),
         narrow=NarrowOptions(local=None),
     )
     out = shrink(model, tmp_path / "out", options, device="cpu").out

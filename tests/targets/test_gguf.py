@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from dotexport import embedded
 from dotexport.adapter import find_target
 from dotexport.checkpoint import Checkpoint
 from dotexport.reference import compute_reference
+from dotexport.targets.llamacpp import LlamaCpp
 from dotexport.verifying import check
 
 gguf: Any = pytest.importorskip("gguf")
@@ -127,7 +130,96 @@ def test_the_tokenizer_is_inside(wide: Path, tmp_path: Path) -> None:
     assert (kinds[0], kinds[1], kinds[4099]) == (3, 1, 5)  # control, normal, unused
 
 
-def test_a_tokenizer_that_is_no_byte_level_bpe_is_left_out_and_it_is_said(
+@pytest.fixture
+def pieces(wide: Path, tmp_path: Path) -> Path:
+    """The model with a tokenizer as SentencePiece trains it: spaces as ▁, bytes as tokens."""
+    from tokenizers import Tokenizer, models, normalizers
+
+    letters = ["\u2581", *"abcdefghij"]
+    joined = ["ab", "\u2581c", "\u2581cab", "de"]
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), *letters, *joined]
+    vocab = {word: number for number, word in enumerate(words)}
+    merges = [("a", "b"), ("\u2581", "c"), ("\u2581c", "ab"), ("d", "e")]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    folder = Path(shutil.copytree(wide, tmp_path / "pieces"))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_pieces_of_sentencepiece_are_inside_with_scores_in_the_order_of_merges(
+    pieces: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reader = read(written(pieces, tmp_path / "out", "fp16"))
+    assert field(reader, "tokenizer.ggml.model") == "llama"
+    assert field(reader, "tokenizer.ggml.add_space_prefix") is True
+    tokens, scores = (field(reader, f"tokenizer.ggml.{name}") for name in ("tokens", "scores"))
+    score = dict(zip(tokens, scores, strict=True))
+    joined = ["ab", "\u2581c", "\u2581cab", "de"]
+    assert [score[token] for token in joined] == [0.0, -1.0, -2.0, -3.0]
+    assert score["a"] < score["de"]
+    kinds = field(reader, "tokenizer.ggml.token_type")
+    assert kinds[:4] == [2, 3, 3, 6]  # unknown, control, control, byte
+    assert "may split text otherwise" not in caplog.text
+
+
+def test_merges_that_llama_cpp_would_join_otherwise_are_told(
+    pieces: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stored = json.loads((pieces / "tokenizer.json").read_text())
+    # "▁cab" has other halves that are tokens, "▁ca" and "b", which have no merge here.
+    stored["model"]["vocab"] |= {"ca": 300, "\u2581ca": 301}
+    stored["model"]["merges"] += [["c", "a"], ["\u2581", "ca"]]
+    (pieces / "tokenizer.json").write_text(json.dumps(stored))
+    written(pieces, tmp_path / "out", "fp16")
+    assert "may split text otherwise" in caplog.text
+
+
+TEXTS = [
+    "Once upon a time, there was a little girl. Her name was Lily!",
+    "  two spaces,\ttabs\nand\n\nlines ",
+    "def f(x: int) -> str:\n    return f'{x!r}' * 3\n",
+    "naïve café, 東京 42 km, \U0001f600",
+    "",
+    "a",
+]
+
+
+@pytest.mark.llamacpp
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("name", ["embedded", "stories260k"])
+def test_llama_cpp_splits_text_as_the_tokenizer_does(
+    name: str, text: str, asked: Callable[[str], tuple[LlamaCpp, Any]]
+) -> None:
+    session, tokenizer = asked(name)
+    assert session.tokenize(text) == tokenizer(text)["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def asked(
+    llama_cpp: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], tuple[LlamaCpp, Any]]]:
+    """Name of a model -> llama.cpp with its file, and the tokenizer of transformers."""
+    from transformers import AutoTokenizer
+
+    with ExitStack() as open_ones:
+
+        @cache
+        def make(name: str) -> tuple[LlamaCpp, Any]:
+            model = embedded.MODEL_DIR
+            if name != "embedded":
+                model = request.getfixturevalue("assets") / name
+            file = written(model, tmp_path_factory.mktemp(name) / "out", "fp16") / "model.gguf"
+            session = open_ones.enter_context(LlamaCpp(llama_cpp, file, context=64))
+            return session, AutoTokenizer.from_pretrained(model)
+
+        yield make
+
+
+def test_a_tokenizer_that_llama_cpp_does_not_know_is_left_out_and_it_is_said(
     tiny_llama: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     reader = read(written(tiny_llama("wide-heads"), tmp_path / "out", "fp16"))
@@ -140,7 +232,7 @@ def test_all_problems_are_listed_at_once(tiny_llama: Callable[[str], Path], tmp_
     config = {
         **whole.config,
         "architectures": ["FancyForCausalLM"],
-        "rope_parameters": {"rope_type": "yarn"},
+        "rope_parameters": {"rope_type": "longrope"},
         "hidden_act": "gelu",
         "num_attention_heads": 5,
         "quantization_config": {"quant_method": "gptq"},
@@ -148,7 +240,7 @@ def test_all_problems_are_listed_at_once(tiny_llama: Callable[[str], Path], tmp_
     folder = Path(shutil.copytree(whole.folder, tmp_path / "model"))
     shutil.copyfile(embedded.MODEL_DIR / "tokenizer.json", folder / "tokenizer.json")
     problems = find_target("gguf").problems(Checkpoint(folder, config, {}), "fp16")
-    wanted = ["FancyForCausalLM", "yarn", "gelu", "5 query heads", "quantised", "4096 tokens"]
+    wanted = ["FancyForCausalLM", "longrope", "gelu", "5 query heads", "quantised", "4096 tokens"]
     assert len(problems) == len(wanted)
     for word, problem in zip(wanted, problems, strict=True):
         assert word in problem

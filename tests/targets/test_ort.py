@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,10 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
-from dotexport.adapter import find_target
+from dotexport.adapter import find_target, resolve
 from dotexport.checkpoint import Checkpoint
-from dotexport.errors import DotexportError, RuntimeMissingError, UsageError
+from dotexport.cli import app
+from dotexport.errors import DotexportError, ParityError, RuntimeMissingError, UsageError
 
 pytest.importorskip("onnxruntime_genai")
 onnx: Any = pytest.importorskip("onnx")
@@ -34,13 +38,22 @@ print(json.dumps(generator.get_sequence(0).tolist()))
 """
 
 
-@pytest.mark.parametrize("model", ["wide-heads", "tied-bf16", "heads-of-8", "biased"])
+@pytest.mark.parametrize(
+    ("model", "precision"),
+    [
+        ("wide-heads", "fp32"),
+        ("wide-heads", "fp16"),
+        ("tied-bf16", "fp32"),
+        ("heads-of-8", "fp32"),
+        ("biased", "fp32"),
+    ],
+)
 def test_onnxruntime_genai_generates_the_greedy_tokens_of_torch(
-    model: str, exported: Any, reference_of: Any
+    model: str, precision: str, exported: Any, reference_of: Any
 ) -> None:
     reference = reference_of(model)
     tokens_L, length = reference.sequences[1], reference.prompt_lengths[1]
-    folder = exported(model) / "ort-cpu-fp32"
+    folder = exported(model) / f"ort-cpu-{precision}"
     command = [sys.executable, "-c", GENERATE, str(folder), json.dumps(tokens_L[:length].tolist())]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     generated = json.loads(done.stdout)
@@ -50,15 +63,50 @@ def test_onnxruntime_genai_generates_the_greedy_tokens_of_torch(
     assert generated == expected
 
 
-def test_the_tied_table_is_stored_once(exported: Any) -> None:
+@pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("fp16", 2)])
+def test_the_tied_table_is_stored_once(precision: str, size: int, exported: Any) -> None:
     folder = exported("tied-bf16")
-    table = 90 * 48 * 4
-    names = [i.name for i in load(folder / "ort-cpu-fp32").graph.initializer]
+    written = folder / f"ort-cpu-{precision}"
+    names = [i.name for i in load(written).graph.initializer]
     assert "model.embed_tokens.weight" not in names
     parameters = Checkpoint.open(folder / "hf").num_parameters
-    rotary = 512 * 32 * 4
-    stored = (folder / "ort-cpu-fp32" / "model.onnx.data").stat().st_size
-    assert stored < parameters * 4 + rotary + table / 2
+    table, rotary = 90 * 48, 512 * 32
+    stored = (written / "model.onnx.data").stat().st_size
+    assert stored < (parameters + rotary + table / 2) * size
+
+
+def test_float16_keeps_its_attention_in_one_operator_and_its_cache_in_float16(
+    exported: Any,
+) -> None:
+    graph = load(exported("wide-heads") / "ort-cpu-fp16").graph
+    operators = [node.op_type for node in graph.node]
+    assert operators.count("GroupQueryAttention") == 3
+    assert "MultiHeadAttention" not in operators
+    past = [port for port in graph.input if port.name.startswith("past")]
+    assert {port.type.tensor_type.elem_type for port in past} == {onnx.TensorProto.FLOAT16}
+
+
+def test_float16_that_overflows_is_refused(
+    tiny_llama: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Neurons beyond 65504, in weights that float16 holds and a model that float32 computes."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(tiny_llama("wide-heads"), model)
+    weights = load_file(model / "model.safetensors")
+    for name, factor in (("gate_proj", 300), ("up_proj", 300), ("down_proj", 1 / 300)):
+        weights[f"model.layers.0.mlp.{name}.weight"] *= factor
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    arguments = ["export", str(model), "-o", str(out), "--target", "ort-cpu:fp16"]
+    done = CliRunner().invoke(app, arguments)
+    assert isinstance(done.exception, ParityError)
+    assert done.exception.exit_code == 3
+    assert "NaN or infinite" in str(done.exception)
+    assert not (out / "ort-cpu-fp16").exists()
+
+
+def test_bfloat16_which_no_cpu_multiplies_here_is_no_precision() -> None:
+    with pytest.raises(UsageError, match="it writes fp32, fp16, int4"):
+        resolve("ort-cpu:bf16")
 
 
 def test_int4_rounds_every_matrix_product(exported: Any) -> None:

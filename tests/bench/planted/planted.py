@@ -1,23 +1,28 @@
 """A target whose artifacts do nothing but wait: the truth about their speed is known.
 
 An artifact is a file planted.json with the milliseconds of a prefill and of a decode step, and
-what else should happen. It is found through the entry points beside it, as any third party's is.
+what else should happen. A model with `tile` in its config waits as a kernel that works in tiles of
+so many MLP neurons would. It is found through the entry points beside it, as any third party's is.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dotexport.adapter import Logits, Tokens
-from dotexport.checkpoint import Checkpoint
 from dotexport.errors import RuntimeMissingError
+
+if TYPE_CHECKING:  # the measuring processes of real targets need no torch either
+    from dotexport.checkpoint import Checkpoint
 
 FILE = "planted.json"
 
@@ -58,6 +63,16 @@ class Waiting:
             sys.exit("planted crash: the roof fell in")
 
 
+def tiled(config: Mapping[str, Any]) -> dict[str, float]:
+    """Waits of a decoder: each layer by its tiles, the head by its width; a prefill like a step."""
+    asked = config["planted"]
+    tiles = math.ceil(config["intermediate_size"] / asked["tile"])
+    layer_ms = 1.5 * tiles + 0.5 * config["num_key_value_heads"]
+    wait_ms = 1 + config["hidden_size"] / 16 + layer_ms * config["num_hidden_layers"]
+    wait_ms *= asked.get("pace", 1)
+    return {"step_ms": wait_ms, "start_ms": wait_ms, "vocabulary": config["vocab_size"]}
+
+
 class Planted:
     name = "planted"
     summary = "waits"
@@ -71,6 +86,8 @@ class Planted:
 
     def write(self, checkpoint: Checkpoint, folder: Path, precision: str) -> None:
         plan = checkpoint.config["planted"] | {"precision": precision}
+        if "tile" in plan:
+            plan |= tiled(checkpoint.config)
         (folder / FILE).write_text(json.dumps(plan), encoding="utf-8")
 
     def open(self, folder: Path, *, threads: int | None = None) -> Waiting:

@@ -1,0 +1,181 @@
+"""The table of docs/results/matrix.md: every family in every target, original against narrowed.
+
+    python -m dotexport.bench.matrix_results
+
+Each family stands in the embedded model's sizes, with its weights wherever names and shapes agree
+and the class's own beginning elsewhere: speed, bytes and parity do not ask what a text means. It is
+narrowed, exported, held against torch, and decodes in turns with the original in the same target.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from dotexport import embedded
+from dotexport.bench.measure import bench
+from dotexport.bench.results import save
+from dotexport.bench.workload import Workload
+from dotexport.calibrate import TextOptions
+from dotexport.checkpoint import Checkpoint
+from dotexport.errors import ParityError, RuntimeMissingError, SizeError, UnsupportedModelError
+from dotexport.exporting import export
+from dotexport.shrinking import ShrinkOptions, shrink
+from dotexport.site import NarrowOptions
+from dotexport.sizing import SizeOptions
+
+Row = dict[str, Any]
+RESULTS = Path("docs/results")
+PARAMS = "0.7x"
+CALIBRATION = TextOptions(source="embedded:calibration", samples=16, seqlen=256)
+TARGETS = (
+    "hf",
+    "ort-cpu:fp32",
+    "ort-cpu:int4",
+    "onnx",
+    "openvino",
+    "executorch",
+    "gguf",
+)
+UNTIMED = {"gguf": "its files are read back with transformers, which says nothing of llama.cpp"}
+
+# Twenty requests each way are enough for an interval; the whole table is hundreds of processes.
+WORKLOAD = Workload(
+    prompt_length=64,
+    generation_length=48,
+    min_iterations=20,
+    min_seconds=2.0,
+    min_warmups=3,
+    max_warmup_seconds=3.0,
+)
+
+# What differs from the embedded model's config.json, by family; None leaves it to the class.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Mistral": {"model_type": "mistral", "sliding_window": None},
+    "Qwen2": {"model_type": "qwen2"},
+    "Qwen3": {"model_type": "qwen3"},
+    "Granite": {"model_type": "granite", "attention_multiplier": 32**-0.5},
+    "Phi-3": {"model_type": "phi3", "sliding_window": None},
+}
+
+
+def main(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the table.")] = RESULTS,
+    family: Annotated[list[str] | None, typer.Option(help="Only these; default: all.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Only these, NAME or NAME:PRECISION; default: all.")
+    ] = None,
+) -> None:
+    """Parity, bytes and decode rate of every family in every target."""
+    rows = []
+    for name in family or list(FAMILIES):
+        with tempfile.TemporaryDirectory() as scratch:
+            for row in _family_rows(name, target or list(TARGETS), Path(scratch)):
+                typer.echo(json.dumps(row), err=True)
+                rows.append(row)
+    save(
+        out / "matrix",
+        "Families in targets",
+        "The embedded model's sizes (4 layers, hidden 256, MLP 512, 8 heads, vocabulary 4096) in "
+        f"every family, narrowed to {PARAMS} of its parameters. `worst logit` and `KL`: the "
+        "artifact against the narrowed torch model in float32, over prefill, cached decode, and "
+        "both in a right-padded batch. `bytes`: of the artifact, narrowed over original. `decode`: "
+        "tokens per second, narrowed over original, in the same target, with the 95 % interval; "
+        f"one sequence, {WORKLOAD.prompt_length} tokens in and {WORKLOAD.generation_length} out, "
+        f"{WORKLOAD.with_threads().threads} threads, interleaved A B B A. "
+        + " ".join(f"{name} is not timed: {why}." for name, why in UNTIMED.items()),
+        rows,
+        command="python -m dotexport.bench.matrix_results",
+    )
+
+
+def _family_rows(name: str, targets: list[str], scratch: Path) -> Iterator[Row]:
+    original = scratch / "original"
+    write_original(FAMILIES[name], original)
+    options = ShrinkOptions(
+        sizes=SizeOptions(params=PARAMS), text=CALIBRATION, narrow=NarrowOptions(local=None)
+    )
+    out = shrink(original, scratch / "out", options).out
+    written = Checkpoint.open(out / "hf").config["architectures"][0]
+    for spec in targets:
+        yield {"family": name, "written as": written, "target": spec} | _cell(out, original, spec)
+
+
+def _cell(out: Path, original: Path, spec: str) -> Row:
+    """One artifact: held against torch, then timed. What is not to be had says why."""
+    try:
+        (artifact,) = export(out, [spec])
+    except (SizeError, UnsupportedModelError, ParityError, RuntimeMissingError) as error:
+        return _unheld(type(error).__name__, str(error))
+    assert artifact.parity is not None
+    figures = {"worst logit": artifact.parity.max_abs, "KL": artifact.parity.kl}
+    if artifact.target in UNTIMED:
+        return figures | {"bytes": "", "decode": "not timed", "interval": "", "refused": ""}
+    try:
+        found = bench(
+            out, original, artifact.target, precision=artifact.precision, workload=WORKLOAD
+        )
+    except UnsupportedModelError as error:
+        return figures | _unheld("original refused", str(error))
+    slower = found.comparisons["tpot"]
+    return figures | {
+        "bytes": f"{found.candidate.artifact_bytes / found.baseline.artifact_bytes:.3f}x",
+        "decode": f"{1 / slower.ratio:.2f}x",
+        "interval": f"{1 / slower.high:.2f} to {1 / slower.low:.2f}",
+        "refused": "",
+    }
+
+
+def _unheld(kind: str, why: str) -> Row:
+    short = " ".join(why.split())
+    blank = {"worst logit": "", "KL": "", "bytes": "", "decode": "", "interval": ""}
+    return blank | {"refused": f"{kind}: {short}"}
+
+
+def write_original(changes: Mapping[str, Any], folder: Path) -> None:
+    """A model of one family in the embedded model's sizes, with its tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    taken = Checkpoint.open(embedded.MODEL_DIR)
+    left_out = ("architectures", "transformers_version", "dtype", "attention_bias", "mlp_bias")
+    kept = {k: v for k, v in taken.config.items() if k not in left_out}
+    settings = {**kept, "pad_token_id": 0, **changes}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**{k: v for k, v in settings.items() if v is not None})
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if (values := _same(taken, name, parameter)) is not None:
+            parameter.data.copy_(values)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    for file in taken.companions():
+        if file.name.startswith("tokenizer"):
+            shutil.copyfile(file, folder / file.name)
+
+
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+
+def _same(taken: Checkpoint, name: str, parameter: Tensor) -> Tensor | None:
+    """The embedded model's values for a parameter; None: it has none of this name and shape."""
+    whole = next((fused for fused in FUSED if fused in name), None)
+    names = [name.replace(whole, part) for part in FUSED[whole]] if whole else [name]
+    if not set(names) <= set(taken.specs):
+        return None
+    values = torch.cat([taken.tensor(part).float() for part in names])
+    return values if values.shape == parameter.shape else None
+
+
+if __name__ == "__main__":
+    typer.run(main)

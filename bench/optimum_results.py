@@ -1,0 +1,349 @@
+"""The table of docs/results/optimum.md: decode rate of our ONNX graph beside that of optimum-onnx.
+
+    python -m dotexport.bench.optimum_results --optimum-python PATH
+
+PATH is the Python of an environment with optimum-onnx, which cannot live beside a current
+transformers; it writes its graph, and runs its own `generate`. Both graphs are run by the one
+onnxruntime of this environment, each in a process of its own, in turns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+from dotexport import embedded
+from dotexport.adapter import Session, find_target
+from dotexport.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
+from dotexport.errors import DotexportError, ParityError, UsageError
+from dotexport.families import find_family, read_sizes, shapes
+from dotexport.output import folder_bytes, write_json, write_text
+from dotexport.planning import planned_config
+from dotexport.sizing import SizeOptions, plan
+
+from .process import Worker
+from .results import RESULTS, save
+from .statistics import Comparison, compare
+from .workload import Workload
+
+OURS, THEIRS, GENERATE, NARROWED = "ort-cpu", "optimum-onnx", "optimum-onnx generate", "narrowed"
+GOAL = 1.6
+
+SMOLLM2_135M: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+WRITE_THEIRS = """
+import sys
+from optimum.exporters.onnx import main_export
+main_export(sys.argv[1], output=sys.argv[2], task="text-generation-with-past", dtype="fp32",
+            do_validation=False)
+"""
+
+# One line of JSON per request: nanoseconds of `generate` for one token, and for N + 1.
+RUN_THEIRS = """
+import json, sys, time
+import onnxruntime, torch
+from optimum.onnxruntime import ORTModelForCausalLM
+folder, prompt = sys.argv[1], json.loads(sys.argv[3])
+threads, steps = int(sys.argv[2]), int(sys.argv[4])
+torch.set_num_threads(threads)
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = threads
+model = ORTModelForCausalLM.from_pretrained(folder, session_options=options, use_io_binding=True)
+ids = torch.tensor([prompt])
+def seconds(tokens):
+    start = time.perf_counter_ns()
+    model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=tokens,
+                   max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    return time.perf_counter_ns() - start
+seconds(steps + 1)
+print(json.dumps(onnxruntime.__version__), flush=True)
+for line in sys.stdin:
+    print(json.dumps([seconds(1), seconds(steps + 1)]), flush=True)
+"""
+
+
+def main(
+    optimum_python: Annotated[Path, typer.Option(help="Python of an environment with Optimum.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the table.")] = RESULTS,
+    params: Annotated[str, typer.Option(help="Budget of the narrowed model.")] = "0.7x",
+    threads: Annotated[int, typer.Option(help="CPU threads of every runtime.")] = 2,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 32,
+    generate: Annotated[int, typer.Option(help="Tokens after it.")] = 64,
+    groups: Annotated[int, typer.Option(help="Rounds, there and back.")] = 12,
+    layers: Annotated[int, typer.Option(help="Fewer, to try the command.")] = 30,
+    vocab: Annotated[int, typer.Option(help="Smaller, to try the command.")] = 49152,
+) -> None:
+    """Decode rates at the sizes of SmolLM2-135M in float32, random weights."""
+    if not optimum_python.is_file():
+        raise UsageError(f"{optimum_python} is no file; expected the Python with optimum-onnx")
+    config = {**SMOLLM2_135M, "num_hidden_layers": layers, "vocab_size": vocab}
+    workload = Workload(prompt_length=prompt, generation_length=generate, threads=threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = _write_all(Path(scratch), config, params, optimum_python)
+        difference = _difference(folders[OURS], folders[THEIRS], workload, vocab)
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        with _runners(folders, workload, vocab, optimum_python) as runners:
+            _take_turns(runners, groups)
+        rows = list(_rows(runners, folders))
+    save(
+        out / "optimum",
+        "Decode rate beside optimum-onnx",
+        _protocol(config, params, workload, groups, difference, load),
+        rows,
+        command=_command(params, threads, prompt, generate, groups, layers, vocab),
+    )
+
+
+def _command(*options: object) -> str:
+    names = ("params", "threads", "prompt", "generate", "groups", "layers", "vocab")
+    pairs = " ".join(f"--{name} {value}" for name, value in zip(names, options, strict=True))
+    return f"python -m dotexport.bench.optimum_results --optimum-python PATH {pairs}"
+
+
+def _protocol(
+    config: Mapping[str, Any],
+    params: str,
+    workload: Workload,
+    groups: int,
+    difference: float,
+    load: float,
+) -> str:
+    return (
+        f"A Llama of SmolLM2-135M's sizes ({config['num_hidden_layers']} layers, vocabulary "
+        f"{config['vocab_size']}), tied, random weights, float32, {workload.threads} threads; one "
+        f"sequence, {workload.prompt_length} tokens in, {workload.generation_length} out. "
+        f"`{OURS}`: our graph. `{THEIRS}`: main_export's graph in the same onnxruntime, its cache "
+        "handed over without a copy. Their logits differ by at most "
+        f"{difference:.1e}. `{GENERATE}`: ORTModelForCausalLM.generate with IO binding, in its own "
+        "environment; its rate is of the tokens after the first. "
+        f"`{NARROWED}`: our graph at {params} of the parameters. Each in a process of its own; "
+        f"{groups} rounds, each there and back, so that all share every moment of the machine. "
+        "`over` compares decode rates with a 95 % bootstrap interval. Load average before: "
+        f"{load:.1f}. Goal: {GOAL}x over the dense model's export of optimum-onnx."
+    )
+
+
+# Models and graphs ------------------------------------------------------------------------------
+
+
+def _write_all(
+    scratch: Path, config: Mapping[str, Any], params: str, optimum_python: Path
+) -> dict[str, Path]:
+    """What is run -> its folder."""
+    dense, narrow = scratch / "dense", scratch / "narrow"
+    _write_model(dense, config)
+    _write_model(narrow, planned_config(config, plan(config, SizeOptions(params=params))))
+    folders = {OURS: scratch / OURS, NARROWED: scratch / NARROWED}
+    for model, folder in zip((dense, narrow), folders.values(), strict=True):
+        folder.mkdir()
+        find_target(OURS).write(Checkpoint.open(model), folder, "fp32")
+    theirs = scratch / THEIRS
+    _elsewhere(optimum_python, WRITE_THEIRS, str(dense), str(theirs))
+    return folders | {THEIRS: theirs, GENERATE: theirs}
+
+
+def _write_model(folder: Path, config: Mapping[str, Any]) -> None:
+    """Random weights of this config, with the tokenizer of the embedded model."""
+    write_json(folder / "config.json", dict(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        write_text(folder / name, (embedded.MODEL_DIR / name).read_text(encoding="utf-8"))
+    family = find_family(config)
+    sizes = read_sizes(family, config)
+    specs = {name: TensorSpec(shape, torch.float32) for name, shape in shapes(family, sizes)}
+    writer = CheckpointWriter(folder, specs)
+    torch.manual_seed(0)
+    for name, spec in specs.items():
+        values = torch.ones(spec.shape) if len(spec.shape) == 1 else torch.randn(spec.shape) * 0.04
+        writer.write(name, values)
+    writer.finish()
+
+
+def _elsewhere(python: Path, program: str, *arguments: str) -> None:
+    done = subprocess.run(
+        [str(python), "-c", program, *arguments],
+        env=_their_environment(),
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode:
+        last = "\n".join((done.stdout + done.stderr).strip().splitlines()[-10:])
+        raise DotexportError(f"optimum-onnx ended with code {done.returncode}:\n{last}")
+
+
+def _their_environment() -> dict[str, str]:
+    ours = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return ours | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+
+def _difference(ours: Path, theirs: Path, workload: Workload, vocab: int) -> float:
+    """Largest difference of logits over prefill and decode: both are the same model.
+
+    Raises:
+        ParityError: they are not.
+    """
+    prompt_BL, continuation_NB = workload.tokens(vocab)
+
+    def said(session: Session) -> list[Any]:
+        return [session.start(prompt_BL)[:, -1], *map(session.step, continuation_NB)]
+
+    one = said(find_target(OURS).open(ours, threads=workload.threads))
+    other = said(find_target("onnx").open(theirs, threads=workload.threads))
+    found = max(float(np.abs(a - b).max()) for a, b in zip(one, other, strict=True))
+    # Both sum in float32 in their own order: 1e-5 is usual for logits of this size.
+    if not found <= 1e-3:
+        raise ParityError(f"our graph and Optimum's differ by {found:.2g}; expected 1e-3 at most")
+    return found
+
+
+# Timing -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Runner:
+    """Asks one process for the decode times of a request, in milliseconds per token."""
+
+    ask: Callable[[], list[float]]
+    blocks: list[list[float]] = field(default_factory=list)
+
+    @property
+    def groups(self) -> list[list[float]]:
+        """A block from the way there and one from the way back make a group."""
+        pairs = zip(self.blocks[::2], self.blocks[1::2], strict=True)
+        return [[*there, *back] for there, back in pairs]
+
+    @property
+    def rate(self) -> float:
+        return 1e3 / float(np.median(self.groups))
+
+
+@contextmanager
+def _runners(
+    folders: Mapping[str, Path], workload: Workload, vocab: int, optimum_python: Path
+) -> Iterator[dict[str, _Runner]]:
+    with ExitStack() as stack:
+        made = {}
+        for name, target in ((OURS, OURS), (THEIRS, "onnx"), (NARROWED, OURS)):
+            worker = stack.enter_context(Worker(name, threads=workload.threads))
+            worker.ask(
+                "load", target=target, folder=str(folders[name]), workload=workload.as_dict()
+            )
+            worker.ask("warm_up", vocabulary=vocab)
+            made[name] = _Runner(_asking(worker))
+        theirs = _Generating(folders[GENERATE], workload, vocab, optimum_python)
+        made[GENERATE] = _Runner(stack.enter_context(theirs).ask)
+        yield made
+
+
+def _asking(worker: Worker) -> Callable[[], list[float]]:
+    def ask() -> list[float]:
+        [[_, *gaps]] = worker.ask("measure", iterations=1)["samples_ns"]
+        return [gap / 1e6 for gap in gaps]
+
+    return ask
+
+
+class _Generating:
+    """ORTModelForCausalLM in a process of its own; leaving the `with` block ends it."""
+
+    def __init__(self, folder: Path, workload: Workload, vocab: int, python: Path) -> None:
+        self.steps = workload.generation_length - 1
+        prompt_BL, _ = workload.tokens(vocab)
+        arguments = [str(folder), str(workload.threads), json.dumps(prompt_BL[0].tolist())]
+        self.process = subprocess.Popen(
+            [str(python), "-c", RUN_THEIRS, *arguments, str(self.steps)],
+            env=_their_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> _Generating:
+        self._read()  # it has loaded and run once
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def ask(self) -> list[float]:
+        """Its gaps are not seen one by one: their mean stands for each of them."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        first, whole = self._read()
+        return [(whole - first) / 1e6 / self.steps] * self.steps
+
+    def _read(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise DotexportError(
+                f"Optimum's generate ended with code {self.process.wait()}; its words are above"
+            )
+        return json.loads(line)
+
+
+def _take_turns(runners: Mapping[str, _Runner], groups: int) -> None:
+    there = list(runners.values())
+    for _ in range(groups):
+        for runner in (*there, *reversed(there)):
+            runner.blocks.append(runner.ask())
+
+
+# Rows -------------------------------------------------------------------------------------------
+
+
+def _rows(runners: Mapping[str, _Runner], folders: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
+    sizes = {name: folder_bytes(folders[name]) for name in runners}
+    for name, runner in runners.items():
+        yield {"graph": name, "decode tok/s": runner.rate, "MB": sizes[name] / 1e6}
+    for name, base in ((OURS, THEIRS), (OURS, GENERATE), (NARROWED, OURS), (NARROWED, THEIRS)):
+        times: Comparison = compare(runners[name].groups, runners[base].groups)
+        yield {
+            "decode rate": name,
+            "over": base,
+            "ratio": 1 / times.ratio,
+            "from": 1 / times.high,
+            "to": 1 / times.low,
+            "bytes, inverse ratio": sizes[base] / sizes[name],
+        }
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except DotexportError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(error.exit_code) from None

@@ -1,0 +1,334 @@
+"""Whether the bench itself can be trusted: the tables docs/results/trust-*.
+
+    python -m dotexport.bench.trust_results noise      # A against A holds 1
+    python -m dotexport.bench.trust_results slowdown   # a planted slowdown is found
+    python -m dotexport.bench.trust_results smollm     # speed-up against the ratio of bytes
+    python -m dotexport.bench.trust_results judge      # onnxruntime-genai, timed by itself, agrees
+
+Take them on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from dotexport import embedded
+from dotexport.adapter import find_target
+from dotexport.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
+from dotexport.errors import RuntimeMissingError
+from dotexport.families import find_family, read_sizes, shapes
+from dotexport.output import write_json, write_text
+from dotexport.planning import planned_config
+from dotexport.sizing import SizeOptions, plan
+
+from . import judge as genai
+from .measure import bench, noise_check
+from .result import BenchResult
+from .results import RESULTS, Out, Table, save
+from .sweep import NOISE_SHARE
+from .workload import Workload, usable_cores
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+
+Runs = Annotated[int, typer.Option(help="Benches, one after another.")]
+Seconds = Annotated[float, typer.Option(help="Measured seconds of each model, at least.")]
+Rounds = Annotated[int, typer.Option(help="Pairs of fresh processes.")]
+Prompt = Annotated[int, typer.Option(help="Tokens of a prompt.")]
+Generate = Annotated[int, typer.Option(help="Tokens generated.")]
+Threads = Annotated[int | None, typer.Option(help="Default: one per core.")]
+
+SMOLLM2_135M = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+RUNTIMES = (("ort-cpu", "fp32"), ("ort-cpu", "int4"), ("hf", "as-stored"))
+ENOUGH = 0.9  # of the ratio of bytes
+AGREES = 0.1
+
+
+@app.command()
+def noise(
+    out: Out = RESULTS,
+    runs: Runs = 10,
+    seconds: Seconds = 10.0,
+    rounds: Rounds = 8,
+    threads: Threads = None,
+) -> None:
+    """A against A on the embedded model: the 95 % interval holds 1 in at least 9 of 10."""
+    workload = Workload(min_seconds=seconds, rounds=rounds, threads=threads).with_threads()
+    with _embedded() as model:
+        rows = [
+            _run_row(run, noise_check(model, "ort-cpu", precision="fp32", workload=workload))
+            for run in range(1, runs + 1)
+        ]
+    held = sum(row["holds 1"] == "yes" for row in rows)
+    word = "PASS" if held >= NOISE_SHARE * runs else "FAIL"
+    save(
+        out / "trust-noise",
+        "The bench against itself: A against A",
+        f"{word}: the 95 % interval of the end-to-end ratio holds 1 in {held} of {runs} runs; 9 of "
+        f"10 are asked for. The embedded model on ort-cpu fp32 as both candidate and baseline. "
+        f"{_protocol(workload)}",
+        rows,
+        command=_command(),
+    )
+
+
+@app.command()
+def slowdown(
+    out: Out = RESULTS,
+    runs: Runs = 10,
+    seconds: Seconds = 10.0,
+    rounds: Rounds = 8,
+    threads: Threads = None,
+    share: Annotated[float, typer.Option(help="Planted, of each step.")] = 0.1,
+) -> None:
+    """A candidate that waits 10 % of each step is called slower in 10 of 10."""
+    workload = Workload(min_seconds=seconds, rounds=rounds, threads=threads).with_threads()
+    with _embedded() as model:
+        rows = [
+            _run_row(
+                run,
+                noise_check(
+                    model, "ort-cpu", precision="fp32", workload=workload, planted_slowdown=share
+                ),
+            )
+            for run in range(1, runs + 1)
+        ]
+    found = sum(" slower " in row["verdict"] for row in rows)
+    save(
+        out / "trust-slowdown",
+        f"A planted slowdown of {share:.0%}".replace("%", " %"),
+        f"{'PASS' if found == runs else 'FAIL'}: found in {found} of {runs} runs. The embedded "
+        f"model on ort-cpu fp32 against itself, the candidate busy for another {100 * share:.0f} % "
+        f"of the time of each prefill and each step. {_protocol(workload)}",
+        rows,
+        command=_command(),
+    )
+
+
+@app.command()
+def smollm(
+    out: Out = RESULTS,
+    seconds: Seconds = 10.0,
+    rounds: Rounds = 5,
+    threads: Threads = None,
+    budget: Annotated[list[str] | None, typer.Option(help="Default: 0.8x, 0.7x, 0.5x.")] = None,
+    layers: Annotated[int, typer.Option(help="Fewer are a trial.")] = 30,
+    prompt: Prompt = 128,
+    generate: Generate = 64,
+) -> None:
+    """SmolLM2-135M's sizes with random weights: decode speed-up against the ratio of bytes."""
+    workload = Workload(
+        prompt_length=prompt,
+        generation_length=generate,
+        min_seconds=seconds,
+        rounds=rounds,
+        threads=threads,
+    ).with_threads()
+    config = SMOLLM2_135M | {"num_hidden_layers": layers}
+    rows: Table = []
+    with tempfile.TemporaryDirectory() as scratch:
+        dense = _random_model(config, Path(scratch) / "dense")
+        for asked in budget or ["0.8x", "0.7x", "0.5x"]:
+            decided = plan(config, SizeOptions(params=asked))
+            narrowed = _random_model(planned_config(config, decided), Path(scratch) / asked)
+            for target, precision in RUNTIMES:
+                result = bench(narrowed, dense, target, precision=precision, workload=workload)
+                rows.append(_speed_row(asked, result))
+                typer.echo(json.dumps(rows[-1]), err=True)
+    enough = sum(row["speed-up / ratio"] >= ENOUGH for row in rows)
+    save(
+        out / "trust-smollm",
+        "Decode speed-up against the ratio of bytes, at SmolLM2-135M's sizes",
+        f"{enough} of {len(rows)} reach {ENOUGH} of the ratio of bytes that a decoded token reads "
+        f"(weights and cache). Random weights, {layers} layers, sizes of dotexport's planner. "
+        f"`binds`: what most of the narrowed model's time goes to. {_protocol(workload)}",
+        rows,
+        command=_command(),
+    )
+
+
+@app.command()
+def judge(
+    out: Out = RESULTS,
+    seconds: Seconds = 10.0,
+    rounds: Rounds = 5,
+    threads: Threads = None,
+    layers: Annotated[int, typer.Option(help="Of SmolLM2-135M's sizes; fewer are a trial.")] = 30,
+    prompt: Prompt = 128,
+    generate: Generate = 64,
+    runs: Runs = 3,
+) -> None:
+    """onnxruntime-genai's own generator, timed outside of the bench, on the same folder."""
+    if missing := find_target("ort-cpu").missing():
+        raise RuntimeMissingError(f"the judge cannot run here: {', '.join(missing)}")
+    workload = Workload(
+        prompt_length=prompt,
+        generation_length=generate,
+        min_seconds=seconds,
+        rounds=rounds,
+        threads=threads,
+    ).with_threads()
+    with tempfile.TemporaryDirectory() as scratch:
+        config = SMOLLM2_135M | {"num_hidden_layers": layers}
+        checkpoint = Checkpoint.open(_random_model(config, Path(scratch) / "model"))
+        folder = Path(scratch) / "ort-cpu-fp32"
+        folder.mkdir()
+        find_target("ort-cpu").write(checkpoint, folder, "fp32")
+        rows = [_judged(run, folder, workload) for run in range(1, runs + 1)]
+    agreed = sum(abs(row["decode difference"]) <= AGREES for row in rows)
+    save(
+        out / "trust-judge",
+        "Agreement with onnxruntime-genai",
+        f"Decode within {100 * AGREES:.0f} % in {agreed} of {runs} runs. SmolLM2-135M's sizes, "
+        f"{layers} layers, random weights, ort-cpu fp32. The judge is onnxruntime-genai's "
+        "Generator in a process of its own, before and after ours, timed as its benchmark script "
+        "does (the wheel ships none): prefill is append_tokens and the first "
+        f"generate_next_token, decode the mean of the others. {_protocol(workload)}",
+        rows,
+        command=_command(),
+    )
+
+
+@app.command(hidden=True)
+def judge_process(folder: Path, workload: str) -> None:
+    """One sitting of the judge: medians in milliseconds as JSON."""
+    typer.echo(json.dumps(genai.measure(folder, Workload(**json.loads(workload)))))
+
+
+def _judged(run: int, folder: Path, workload: Workload) -> dict[str, Any]:
+    before = _ask_judge(folder, workload)
+    ours = noise_check(folder, "ort-cpu", precision="fp32", workload=workload)
+    after = _ask_judge(folder, workload)
+    row: dict[str, Any] = {"run": run}
+    for phase, metric in {"prefill": "ttft", "decode": "tpot"}.items():
+        mine = (ours.candidate.summaries[metric].p50 + ours.baseline.summaries[metric].p50) / 2
+        theirs = (before[metric] + after[metric]) / 2
+        row |= {f"our {phase}, ms": mine, f"genai {phase}, ms": theirs}
+        row[f"{phase} difference"] = mine / theirs - 1
+    row["genai decode after / before"] = after["tpot"] / before["tpot"]
+    typer.echo(json.dumps(row), err=True)
+    return row
+
+
+def _ask_judge(folder: Path, workload: Workload) -> dict[str, float]:
+    command = [sys.executable, "-m", "dotexport.bench.trust_results", "judge-process"]
+    done = subprocess.run(
+        [*command, str(folder), json.dumps(workload.as_dict())], stdout=subprocess.PIPE, check=True
+    )
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _run_row(run: int, result: BenchResult) -> dict[str, Any]:
+    whole = result.comparisons["e2el"]
+    row = {
+        "run": run,
+        "ratio": whole.ratio,
+        "from": whole.low,
+        "to": whole.high,
+        "holds 1": "yes" if whole.low <= 1 <= whole.high else "no",
+        "verdict": whole.verdict,
+        "decode": result.comparisons["tpot"].verdict,
+        "harness, share of a token": result.candidate.overhead_share,
+        "load before": (result.environment["load_average"] or [0.0])[0],
+    }
+    typer.echo(json.dumps(row), err=True)
+    return row
+
+
+def _speed_row(asked: str, result: BenchResult) -> dict[str, Any]:
+    decode = result.comparisons["tpot"]
+    costs = [model.cost for model in (result.candidate, result.baseline)]
+    read = [cost.decode(result.workload).num_bytes for cost in costs if cost is not None]
+    assert len(read) == 2  # both are of a family that dotexport writes
+    assert result.roofline is not None
+    ratio = read[1] / read[0]
+    limits = {name: phases["decode"] for name, phases in result.roofline.limits.items()}
+    return {
+        "parameters": asked,
+        "runtime": f"{result.target} {result.precision}",
+        "MB read, dense": read[1] / 1e6,
+        "MB read": read[0] / 1e6,
+        "ratio of bytes": ratio,
+        "decode speed-up": 1 / decode.ratio,
+        "from": 1 / decode.high,
+        "to": 1 / decode.low,
+        "speed-up / ratio": 1 / decode.ratio / ratio,
+        "dense, of the limit": limits["baseline"].share,
+        "of the limit": limits["candidate"].share,
+        "binds": limits["candidate"].binds,
+        "can bring": result.roofline.gains["decode"].beside_overhead,
+    }
+
+
+@contextmanager
+def _embedded() -> Iterator[Path]:
+    """The embedded model as an artifact of ort-cpu fp32, written once."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "ort-cpu-fp32"
+        folder.mkdir()
+        find_target("ort-cpu").write(Checkpoint.open(embedded.MODEL_DIR), folder, "fp32")
+        yield folder
+
+
+def _random_model(config: dict[str, Any], folder: Path) -> Path:
+    """A stock checkpoint of these sizes with random weights, float32."""
+    folder.mkdir()
+    write_json(folder / "config.json", config)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        write_text(folder / name, (embedded.MODEL_DIR / name).read_text(encoding="utf-8"))
+    family = find_family(config)
+    specs = {
+        name: TensorSpec(shape, torch.float32)
+        for name, shape in shapes(family, read_sizes(family, config))
+    }
+    writer = CheckpointWriter(folder, specs)
+    torch.manual_seed(0)
+    for name, spec in specs.items():
+        values = torch.ones(spec.shape) if len(spec.shape) == 1 else torch.randn(spec.shape) * 0.02
+        writer.write(name, values)
+    writer.finish()
+    return folder
+
+
+def _protocol(workload: Workload) -> str:
+    return (
+        f"{workload.prompt_length} tokens in, {workload.generation_length} out, batch "
+        f"{workload.batch_size}, {workload.threads} of {usable_cores()} cores; at least "
+        f"{workload.min_seconds:g} s and {workload.min_iterations} requests of each model in "
+        f"{workload.rounds} rounds of fresh processes, A B B A."
+    )
+
+
+def _command() -> str:
+    return f"python -m dotexport.bench.trust_results {' '.join(sys.argv[1:])}"
+
+
+if __name__ == "__main__":
+    app()

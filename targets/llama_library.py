@@ -1,0 +1,194 @@
+"""One GGUF file in llama.cpp's own library, asked through pipes: run as a program, by llamacpp.py.
+
+    python llama_library.py LIBRARY [MODEL CONTEXT THREADS]
+
+Without a model, it only says whether the library loads. Reads one JSON object per line:
+{"start": [[token, ...], ...]} empties the cache and reads a prompt for each sequence,
+{"step": [token, ...]} appends one to each, {"tokenize": text} asks the tokenizer inside. Answers
+with a line of JSON and, for logits, their float32 bytes. A process of its own, because a library
+that dislikes a file may end the process it lives in.
+
+Structures of parameters grow with every release of llama.cpp. They are filled by the library's own
+`..._default_params`, handed back unread, and large enough for releases to come: by the calling
+conventions of x86-64 and AArch64 such a structure lies in memory, where nobody minds its end. Only
+the first four numbers of the context's are set, and it is asked whether it understood them.
+
+Shapes: T tokens of all sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_uint32, c_void_p
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+CELLS = 256  # llama.cpp gives every sequence a multiple of this
+
+
+class Parameters(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("n_ctx", c_uint32),
+        ("n_batch", c_uint32),
+        ("n_ubatch", c_uint32),
+        ("n_seq_max", c_uint32),
+        ("unread", c_uint32 * 252),
+    ]
+
+
+class Batch(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("n_tokens", c_int32),
+        ("token", POINTER(c_int32)),
+        ("embd", POINTER(c_float)),
+        ("pos", POINTER(c_int32)),
+        ("n_seq_id", POINTER(c_int32)),
+        ("seq_id", POINTER(POINTER(c_int32))),
+        ("logits", POINTER(c_int8)),
+    ]
+
+
+# Function -> what it returns, what it takes.
+FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "llama_backend_init": (None, []),
+    "llama_model_default_params": (Parameters, []),
+    "llama_context_default_params": (Parameters, []),
+    "llama_model_load_from_file": (c_void_p, [c_char_p, Parameters]),
+    "llama_init_from_model": (c_void_p, [c_void_p, Parameters]),
+    "llama_model_get_vocab": (c_void_p, [c_void_p]),
+    "llama_vocab_n_tokens": (c_int32, [c_void_p]),
+    "llama_n_batch": (c_uint32, [c_void_p]),
+    "llama_n_seq_max": (c_uint32, [c_void_p]),
+    "llama_set_n_threads": (None, [c_void_p, c_int32, c_int32]),
+    "llama_free": (None, [c_void_p]),
+    "llama_batch_init": (Batch, [c_int32, c_int32, c_int32]),
+    "llama_batch_free": (None, [Batch]),
+    "llama_decode": (c_int32, [c_void_p, Batch]),
+    "llama_get_logits_ith": (POINTER(c_float), [c_void_p, c_int32]),
+    "llama_tokenize": (
+        c_int32,
+        [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool],
+    ),
+}
+
+
+class Library:
+    """The functions of libllama; an OSError or AttributeError says what is wrong with it."""
+
+    def __init__(self, file: Path) -> None:
+        self.loaded = ctypes.CDLL(str(file))
+        for name, (returned, taken) in FUNCTIONS.items():
+            function = getattr(self.loaded, name)
+            function.restype, function.argtypes = returned, taken
+        # Builds for many processors keep the code for each in a file of its own.
+        load_all = getattr(self.loaded, "ggml_backend_load_all_from_path", None)
+        if load_all is not None:
+            load_all.restype, load_all.argtypes = None, [c_char_p]
+            load_all(str(file.parent).encode())
+        self.loaded.llama_backend_init()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loaded, name)
+
+
+class Model:
+    def __init__(self, library: Library, file: str, context: int, threads: int) -> None:
+        self.library, self.context, self.threads = library, context, threads
+        model = library.llama_model_load_from_file(
+            str(file).encode(), library.llama_model_default_params()
+        )
+        if not model:
+            raise RuntimeError(f"llama.cpp cannot load {file}")
+        self.model = c_void_p(model)
+        self.vocab = c_void_p(library.llama_model_get_vocab(self.model))
+        self.num_tokens = library.llama_vocab_n_tokens(self.vocab)
+        self.state: c_void_p | None = None
+        self.lengths: list[int] = []
+
+    def start(self, prompts: list[list[int]]) -> NDArray[np.float32]:
+        if self.state is not None:
+            self.library.llama_free(self.state)
+        self.state = self.new_state(len(prompts))
+        self.lengths = [0] * len(prompts)
+        return self.decode(prompts)
+
+    def step(self, tokens: list[int]) -> NDArray[np.float32]:
+        return self.decode([[token] for token in tokens])
+
+    def new_state(self, sequences: int) -> c_void_p:
+        """An empty cache for so many sequences."""
+        cells = -(-self.context // CELLS) * CELLS * sequences
+        asked = self.library.llama_context_default_params()
+        asked.n_ctx = asked.n_batch = asked.n_ubatch = cells
+        asked.n_seq_max = sequences
+        state = self.library.llama_init_from_model(self.model, asked)
+        if not state:
+            raise RuntimeError("llama.cpp makes no context for this model")
+        state = c_void_p(state)
+        given = self.library.llama_n_batch(state), self.library.llama_n_seq_max(state)
+        if given != (cells, sequences):
+            raise RuntimeError(
+                f"this release of llama.cpp has other parameters: asked for a batch of {cells} and "
+                f"{sequences} sequences, it says {given}"
+            )
+        self.library.llama_set_n_threads(state, self.threads, self.threads)
+        return state
+
+    def decode(self, parts: list[list[int]]) -> NDArray[np.float32]:
+        """Append tokens to every sequence; logits_TV of all of them, in order."""
+        number = sum(map(len, parts))
+        batch = self.library.llama_batch_init(number, 0, 1)
+        batch.n_tokens, at = number, 0
+        for sequence, tokens in enumerate(parts):
+            for token in tokens:
+                batch.token[at], batch.pos[at] = token, self.lengths[sequence]
+                batch.n_seq_id[at], batch.seq_id[at][0] = 1, sequence
+                batch.logits[at] = 1
+                self.lengths[sequence] += 1
+                at += 1
+        code = self.library.llama_decode(self.state, batch)
+        self.library.llama_batch_free(batch)
+        if code:
+            raise RuntimeError(f"llama_decode ended with code {code}")
+        rows = [self.library.llama_get_logits_ith(self.state, row) for row in range(number)]
+        size = (self.num_tokens,)
+        return np.stack([np.ctypeslib.as_array(row, size).copy() for row in rows])
+
+    def tokenize(self, text: str) -> list[int]:
+        encoded = text.encode()
+        found = (c_int32 * (len(encoded) + 8))()
+        number = self.library.llama_tokenize(
+            self.vocab, encoded, len(encoded), found, len(found), True, False
+        )
+        if number < 0:
+            raise RuntimeError(f"llama_tokenize ended with code {number}")
+        return list(found[:number])
+
+
+def main() -> None:
+    library = Library(Path(sys.argv[1]).resolve())
+    if not sys.argv[2:]:
+        return
+    file, context, threads = sys.argv[2:]
+    loaded = Model(library, file, int(context), int(threads))
+    out = sys.stdout.buffer
+    for line in sys.stdin:
+        [(verb, value)] = json.loads(line).items()
+        answer = getattr(loaded, verb)(value)
+        if isinstance(answer, list):
+            out.write(json.dumps(answer).encode() + b"\n")
+        else:
+            out.write(json.dumps(answer.shape).encode() + b"\n" + answer.tobytes())
+        out.flush()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, AttributeError, RuntimeError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -1,0 +1,304 @@
+"""ExecuTorch: one .pte for phones, its matrix products by XNNPACK, its KV cache inside.
+
+Method forward(input_ids_1L, cache_position_L) -> logits_1LV appends L tokens, at most CHUNK a call,
+to the one sequence whose cache it holds; constant methods say how much fits, under the names that
+ExecuTorch's own LLM runner asks for. int4 is 8da4w: weights of 4 bits, 32 of them to one scale,
+activations rounded to 8 bits per token.
+
+Shapes: B sequences, L tokens of the longest prompt, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+
+from dotexport.adapter import QUANTISED_BLOCK, Logits, Tokens
+from dotexport.errors import CheckpointError, RuntimeMissingError, UsageError
+
+if TYPE_CHECKING:
+    from dotexport.checkpoint import Checkpoint
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Its warnings are of itself and of torch; what goes wrong is raised."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+with _quiet():
+    from executorch.extension.pybindings import portable_lib
+    from executorch.runtime import Runtime
+
+PROGRAM = "model.pte"
+BACKEND = "XnnpackBackend"
+CONTEXT = 2048  # slots of the cache at most: they are memory from the moment a program is loaded
+CHUNK = 128  # tokens of one call: logits of that many are planned for, too
+
+
+class ExecuTorch:
+    """Writes by ExecuTorch's own lowering of a torch.export graph; runs in its Python runtime."""
+
+    name = "executorch"
+    summary = "ExecuTorch program for phones (XNNPACK; int4 is 8da4w), its KV cache inside"
+    precisions = ("fp32", "int4")
+    weight_bits: ClassVar = {"fp32": (32, 32), "int4": (4.5, 16)}
+    row_groups: ClassVar = {"int4": QUANTISED_BLOCK}
+    exact_rounding = ()  # scales are rounded to bfloat16, activations per token
+
+    def missing(self) -> list[str]:
+        return []  # without executorch this file cannot be imported
+
+    def problems(self, checkpoint: Checkpoint, precision: str) -> list[str]:
+        from .hf import HuggingFace
+
+        stock = HuggingFace().problems(checkpoint, "as-stored")
+        return stock + self.config_problems(checkpoint.config, precision)
+
+    def config_problems(self, config: Mapping[str, Any], precision: str) -> list[str]:
+        from .traced import graph_problems
+
+        return graph_problems(config)
+
+    def write(self, checkpoint: Checkpoint, folder: Path, precision: str) -> None:
+        from .bounded import trace_bounded
+        from .hf import HuggingFace
+
+        context = _context(checkpoint.config)
+        model = HuggingFace().open(checkpoint.folder).model
+        with _quiet():
+            if precision == "int4":
+                _round_products(model)
+                _halve_table(model)
+            program = trace_bounded(model, context=context, chunk=min(CHUNK, context))
+            lowered = _lower(program, _constants(checkpoint.config))
+        with (folder / PROGRAM).open("wb") as file:
+            lowered.write_to_file(file)
+        for companion in [checkpoint.folder / "config.json", *checkpoint.companions()]:
+            shutil.copyfile(companion, folder / companion.name)
+
+    def open(self, folder: Path, *, threads: int | None = None) -> ExecuTorchSession:
+        return ExecuTorchSession(folder, threads=threads)
+
+
+def _context(config: Mapping[str, Any]) -> int:
+    return min(config.get("max_position_embeddings") or CONTEXT, CONTEXT)
+
+
+def _constants(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What ExecuTorch's LLM runner asks a program for."""
+    context = _context(config)
+    ends = config.get("eos_token_id")
+    start = config.get("bos_token_id")
+    known = {
+        "get_max_context_len": context,
+        "get_max_seq_len": min(CHUNK, context),
+        "get_vocab_size": config["vocab_size"],
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": False,
+        "enable_dynamic_shape": True,
+    }
+    if isinstance(start, int):
+        known["get_bos_id"] = start
+    if ends is not None:
+        known["get_eos_ids"] = ends if isinstance(ends, list) else [ends]
+    return known
+
+
+def _round_products(model: Any) -> None:
+    """Rows that do not divide into groups get 8 bits and one scale."""
+    from torchao.quantization import quantize_
+    from torchao.quantization.granularity import PerAxis, PerGroup
+    from torchao.quantization.quant_api import Int8DynamicActivationIntxWeightConfig
+
+    def rounding(bits: torch.dtype, granularity: Any) -> Any:
+        return Int8DynamicActivationIntxWeightConfig(
+            weight_dtype=bits,
+            weight_granularity=granularity,
+            # Scales for the least error instead of for the largest weight.
+            intx_choose_qparams_algorithm="hqq_scale_only",
+        )
+
+    def in_groups(module: Any, name: str) -> bool:
+        return isinstance(module, torch.nn.Linear) and module.in_features % QUANTISED_BLOCK == 0
+
+    def odd(module: Any, name: str) -> bool:
+        return isinstance(module, torch.nn.Linear) and not in_groups(module, name)
+
+    quantize_(model, rounding(torch.int8, PerAxis(0)), odd)
+    quantize_(model, rounding(torch.int4, PerGroup(QUANTISED_BLOCK)), in_groups)
+
+
+def _halve_table(model: Any) -> None:
+    """What is only looked up takes two bytes."""
+    table = model.get_input_embeddings()
+    half = table.weight.detach().half()
+    if half.isfinite().all():
+        table.weight = torch.nn.Parameter(half, requires_grad=False)
+        table.register_forward_hook(lambda module, inputs, output: output.float())
+
+
+def _lower(program: Any, constants: dict[str, Any]) -> Any:
+    from executorch.exir import (
+        EdgeCompileConfig,
+        ExecutorchBackendConfig,
+        to_edge_transform_and_lower,
+    )
+
+    edge = to_edge_transform_and_lower(
+        program,
+        partitioner=[_partitioner()],
+        compile_config=EdgeCompileConfig(_check_ir_validity=False),
+        constant_methods=constants,
+    )
+    # In place, or every step would copy the cache.
+    return edge.to_executorch(ExecutorchBackendConfig(run_reinplace_pass=True))
+
+
+def _partitioner() -> Any:
+    """XNNPACK takes matrix products and what lies between them.
+
+    Left to itself it takes every operator that it knows, in pieces of one or two between views that
+    it does not: three times as long to write, slower to run, and wrong where it permutes a tensor
+    of four dimensions whose length is dynamic.
+    """
+    from executorch.backends.xnnpack.partition.config import gemm_configs, generic_node_configs
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir.backend.compile_spec_schema import CompileSpec
+    from executorch.exir.backend.partitioner import DelegationSpec
+
+    generic = ("BMM", "Add", "Mul", "Sigmoid", "ReciprocalSquareRoot", "Pow", "Softmax")
+    taken = [getattr(generic_node_configs, f"{name}Config") for name in generic]
+
+    class Products(XnnpackPartitioner):
+        def ops_to_not_decompose(self, program: Any) -> tuple[list[Any], None]:
+            return [torch.ops.aten.linear.default], None
+
+        def generate_partitions(self, program: Any) -> list[Any]:
+            found = super().generate_partitions(program)
+            return [part for part in found if any(map(_is_product, part.nodes))]
+
+    partitioner = Products(configs=[gemm_configs.LinearConfig, *taken])
+    # One of its seventeen passes is all that these operators need, and each takes its time.
+    short = CompileSpec("dqlinear_partitioner", b"")
+    partitioner.delegation_spec = DelegationSpec(BACKEND, [short])
+    return partitioner
+
+
+def _is_product(node: Any) -> bool:
+    return any(name in str(node.target) for name in ("aten.linear", "aten.bmm"))
+
+
+class ExecuTorchSession:
+    """As many copies of the program as there are sequences, because each holds one cache."""
+
+    providers = (BACKEND,)
+
+    def __init__(self, folder: Path, *, threads: int | None = None) -> None:
+        if not Runtime.get().backend_registry.is_available(BACKEND):
+            raise RuntimeMissingError(
+                f"this build of executorch has no {BACKEND}; pip install --force-reinstall "
+                "executorch"
+            )
+        self.file = folder / PROGRAM
+        if threads is not None:
+            _use_threads(threads)
+        self.programs = [_load(self.file)]
+        self.context, self.chunk, self.vocab = (
+            self.programs[0].load_method(name).execute([])[0]
+            for name in ("get_max_context_len", "get_max_seq_len", "get_vocab_size")
+        )
+
+    def start(self, tokens_BL: Tokens, lengths_B: Sequence[int] | None = None) -> Logits:
+        B, L = tokens_BL.shape
+        lengths = [L] * B if lengths_B is None else list(lengths_B)
+        self._check_room(max(lengths))
+        while len(self.programs) < B:
+            self.programs.append(_load(self.file))
+        self.length_B = np.zeros(B, dtype=np.int64)
+        logits_BLV = np.zeros((B, L, self.vocab), dtype=np.float32)
+        for row, length in enumerate(lengths):
+            for first in range(0, length, self.chunk):
+                part = slice(first, min(first + self.chunk, length))
+                logits_BLV[row, part] = self._append(row, tokens_BL[row, part])
+        return logits_BLV
+
+    def step(self, tokens_B: Tokens) -> Logits:
+        self._check_room(int(self.length_B.max()) + 1)
+        return np.stack(
+            [self._append(row, tokens_B[row : row + 1])[0] for row in range(len(tokens_B))]
+        )
+
+    def _append(self, row: int, tokens_L: Tokens) -> Logits:
+        first, L = int(self.length_B[row]), len(tokens_L)
+        tokens_1L = torch.from_numpy(np.array(tokens_L, dtype=np.int64))[None]
+        forward = self.programs[row].load_method("forward")
+        [logits_1LV] = forward.execute([tokens_1L, torch.arange(first, first + L)])
+        self.length_B[row] += L
+        logits_LV: Logits = logits_1LV[0].numpy()
+        return logits_LV
+
+    def _check_room(self, length: int) -> None:
+        if length > self.context:
+            raise UsageError(
+                f"a sequence of {length} tokens does not fit the {self.context} slots of this "
+                "program; use shorter prompts or decode fewer tokens"
+            )
+
+
+def _use_threads(threads: int) -> None:
+    """One pool serves the whole process."""
+    with _kept_stderr():
+        if portable_lib._threadpool_get_thread_count() != threads:
+            portable_lib._unsafe_reset_threadpool(threads)
+
+
+def _load(file: Path) -> Any:
+    try:
+        with _kept_stderr() as kept:
+            program = Runtime.get().load_program(file)
+            program.load_method("forward")
+    except (RuntimeError, OSError) as error:
+        said = " | ".join(kept[-3:])
+        raise CheckpointError(
+            f"executorch cannot load {file}: {error} {said}; export it again"
+        ) from error
+    return program
+
+
+@contextmanager
+def _kept_stderr() -> Iterator[list[str]]:
+    """Its C++ part writes to the descriptor itself, of processors that it does not know.
+
+    Yields what fills with these lines in the end.
+    """
+    lines: list[str] = []
+    sys.stderr.flush()
+    shown = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            os.dup2(shown, 2)
+            os.close(shown)
+            file.seek(0)
+            lines += file.read().decode(errors="replace").splitlines()

@@ -1,0 +1,186 @@
+"""A CUDA graph on a machine without a GPU: are its weights the checkpoint's, does it compute right?
+
+The numbers are read back from the file and compared one by one; then the graph runs on the CPU,
+operator for operator the same. bfloat16, which onnxruntime cannot multiply on CPUs, runs as a copy
+of the graph in float32 with the very values of the file. None of that says what the kernels of
+CUDA do: an artifact that was only rehearsed counts as not verified.
+
+Shapes: O, I outputs and inputs of a matrix product, K blocks of inputs with one scale each.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from dotexport.adapter import QUANTISED_BLOCK, Rehearsal
+
+from .ort_session import open_decoder
+
+if TYPE_CHECKING:
+    from dotexport.checkpoint import Checkpoint
+
+Array = NDArray[Any]
+
+FLOATS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+PACKED = ("q_proj", "k_proj", "v_proj")  # in this order in one matrix, qkv_proj
+MOST_NAMED = 5
+
+
+def rehearse(
+    checkpoint: Checkpoint, folder: Path, precision: str, *, threads: int | None = None
+) -> Rehearsal:
+    """The graph of `folder` on the CPU, and every weight in it that is not the checkpoint's."""
+    model = ir.load(folder / "model.onnx")
+    wrong = list(_differences(checkpoint, _constants(model), precision))
+    problems = wrong[:MOST_NAMED]
+    if len(wrong) > MOST_NAMED:
+        problems.append(f"... and {len(wrong) - MOST_NAMED} more weights like these")
+    if precision != "bf16":
+        session, where = open_decoder(folder, threads=threads), "on the CPU"
+    else:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+            _write_in_float32(model, folder, Path(scratch))
+            session = open_decoder(Path(scratch), threads=threads)
+        where = "on the CPU in float32"
+    return Rehearsal(session, where, tuple(problems))
+
+
+# Weights ----------------------------------------------------------------------------------------
+
+
+def _constants(model: Any) -> dict[str, Any]:
+    return {name: value.const_value for name, value in model.graph.initializers.items()}
+
+
+def _differences(
+    checkpoint: Checkpoint, constants: Mapping[str, Any], precision: str
+) -> Iterator[str]:
+    layers = checkpoint.config["num_hidden_layers"]
+    for name in checkpoint.specs:
+        if name.endswith("rotary_emb.inv_freq"):
+            continue
+        tensor = checkpoint.tensor(name)
+        problem = _difference(_builders_name(name, layers), tensor, constants, precision)
+        if problem:
+            yield f"{name}: {problem}"
+
+
+def _builders_name(name: str, num_layers: int) -> str:
+    """What the builder calls a tensor of the checkpoint.
+
+    >>> _builders_name("model.layers.1.self_attn.q_proj.bias", 3)
+    'model.layers.1.attn.q_proj.Add.bias'
+    >>> _builders_name("model.norm.weight", 3)
+    'model.layers.3.final_norm_layernorm.weight'
+    """
+    if name == "model.norm.weight":
+        return f"model.layers.{num_layers}.final_norm_layernorm.weight"
+    name = name.replace(".self_attn.", ".attn.")
+    name = re.sub(r"\.([qk]_norm)\.weight$", r".\1.layernorm.weight", name)
+    name = re.sub(r"(_proj|lm_head)\.weight$", r"\1.MatMul.weight", name)
+    return re.sub(r"_proj\.bias$", "_proj.Add.bias", name)
+
+
+def _difference(name: str, tensor: Any, constants: Mapping[str, Any], precision: str) -> str | None:
+    """What is wrong with the stored form of one tensor; None: nothing."""
+    stem, skip = _place(name, tensor, constants)
+    expected = tensor.float().numpy()
+    if f"{stem}_Q4" in constants:
+        return _rounding_fault(expected, *_levels(stem, constants, skip, *expected.shape))
+    if stem not in constants:
+        return "it is not in the graph"
+    stored = constants[stem]
+    wanted = FLOATS["fp16" if precision == "int4" else precision]
+    if stored.dtype != wanted:
+        return f"it is stored as {stored.dtype.name}, expected {wanted.name}"
+    array = stored.numpy()
+    if expected.ndim == 2 and stem.endswith("MatMul.weight"):
+        array = array.T
+    array = array[skip : skip + len(expected)]
+    if array.shape != expected.shape:
+        return f"it is stored as {array.shape}, expected {expected.shape}"
+    with np.errstate(over="ignore"):  # what float16 cannot hold is infinite on both sides
+        wrong = (array != expected.astype(array.dtype)).sum()
+    return f"{wrong:,} of {expected.size:,} numbers differ from the checkpoint" if wrong else None
+
+
+def _place(name: str, tensor: Any, constants: Mapping[str, Any]) -> tuple[str, int]:
+    """The constant that holds a tensor, and the outputs of it that come before the tensor's."""
+    found = re.search(r"\.(q_proj|k_proj|v_proj)\.", name)
+    if found:
+        packed = name.replace(found[1], "qkv_proj")
+        if packed in constants or f"{packed}_Q4" in constants:
+            return packed, _before(found[1], len(tensor), packed, constants)
+    if name == "model.embed_tokens.weight" and name not in constants:
+        return "lm_head.MatMul.weight", 0  # a tied table is stored once
+    return name, 0
+
+
+def _before(role: str, size: int, packed: str, constants: Mapping[str, Any]) -> int:
+    """Keys and values are as many, so that the size of any of the three tells the others'."""
+    if f"{packed}_Q4" in constants:
+        total = constants[f"{packed}_Q4"].shape[0]
+    else:
+        total = constants[packed].shape[-1]
+    return {"q_proj": 0, "k_proj": int(total) - 2 * size, "v_proj": int(total) - size}[role]
+
+
+def _levels(
+    stem: str, constants: Mapping[str, Any], skip: int, outputs: int, inputs: int
+) -> tuple[Array, Array]:
+    """level_OI, -8 to 7, and the scale_OI of each: two levels per byte, the first in the low half,
+    8 standing for zero."""
+    packed = constants[f"{stem}_Q4"].numpy()
+    byte_OKS = packed.reshape(packed.shape[0], -1, QUANTISED_BLOCK // 2)[skip : skip + outputs]
+    level = np.stack([byte_OKS & 15, byte_OKS >> 4], axis=-1).astype(np.int8) - 8
+    scale = constants[f"{stem}_scales"].numpy().astype(np.float32)
+    scale_OK = scale.reshape(packed.shape[0], -1)[skip : skip + outputs]
+    scale_OI = np.repeat(scale_OK, QUANTISED_BLOCK, axis=1)[:, :inputs]
+    return level.reshape(outputs, -1)[:, :inputs], scale_OI
+
+
+def _rounding_fault(expected_OI: Array, level_OI: Array, scale_OI: Array) -> str | None:
+    """Half a step is what rounding costs; the highest of 16 levels also takes what lies up to a
+    step above it. A scale in float16 is off by 2**-11, which eight steps make 0.004 of one."""
+    error_OI = np.abs(level_OI * scale_OI - expected_OI)
+    steps_OI = np.where(level_OI == 7, 1.01, 0.51)
+    wrong = int((error_OI > steps_OI * np.abs(scale_OI) + 1e-7).sum())
+    return f"{wrong:,} of {expected_OI.size:,} numbers are not the nearest level" if wrong else None
+
+
+# The copy in float32 ----------------------------------------------------------------------------
+
+
+def _write_in_float32(model: Any, source: Path, folder: Path) -> None:
+    """The same graph with every bfloat16 as float32, which holds each of its values."""
+    narrow, wide = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+    graph = model.graph
+    for value in graph.initializers.values():
+        if value.const_value.dtype == narrow:
+            array = value.const_value.numpy().astype(np.float32)
+            value.const_value = ir.tensor(array, name=value.name)
+            value.dtype = wide
+    nodes = list(graph)
+    for value in [*graph.inputs, *graph.outputs, *(v for node in nodes for v in node.outputs)]:
+        if value.dtype == narrow:
+            value.dtype = wide
+    for node in nodes:
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == narrow:
+            node.attributes["to"] = ir.AttrInt64("to", wide)
+        if node.op_type == "Constant" and (held := node.attributes.get("value")) is not None:
+            tensor = held.as_tensor()
+            if tensor.dtype == narrow:
+                node.attributes["value"] = ir.AttrTensor(
+                    "value", ir.tensor(tensor.numpy().astype(np.float32))
+                )
+    ir.save(model, folder / "model.onnx", external_data="model.onnx.data")
+    shutil.copyfile(source / "genai_config.json", folder / "genai_config.json")

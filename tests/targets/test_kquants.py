@@ -1,0 +1,228 @@
+"""K-quants: the layout, how near they come, where they are legal, and what they weigh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dotexport import embedded
+from dotexport.adapter import find_target
+from dotexport.checkpoint import Checkpoint
+from dotexport.errors import SizeError
+from dotexport.exporting import export
+from dotexport.families import find_family, read_sizes
+from dotexport.planning import Deployment, choose
+from dotexport.reference import Reference, compute_reference
+from dotexport.sizing import SizeOptions
+from dotexport.verifying import check
+
+gguf: Any = pytest.importorskip("gguf")
+from dotexport.targets.kquants import SUPERBLOCK, quantize  # noqa: E402
+from dotexport.targets.llamacpp import run  # noqa: E402
+
+Q4_K, Q6_K = gguf.GGMLQuantizationType.Q4_K, gguf.GGMLQuantizationType.Q6_K
+PRECISIONS = ["int6-k", "int4-k"]
+# Llama-3.1-8B, but for the sizes that each test gives.
+LARGE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "dtype": "bfloat16",
+}
+
+
+def read_back(packed: Any, kind: Any) -> Any:
+    return gguf.dequantize(packed, kind)
+
+
+def random_rows(kind: str, shape: tuple[int, ...] = (6, 512)) -> Any:
+    rng = np.random.default_rng(0)
+    rows = {
+        "normal": lambda: rng.normal(size=shape),
+        "positive": lambda: rng.uniform(0.2, 1.0, size=shape),
+        "negative": lambda: -rng.exponential(size=shape),
+        "few": lambda: rng.normal(size=shape) * (rng.random(shape) < 0.05),
+        "steps": lambda: rng.normal(size=shape) * np.geomspace(1e-3, 1, shape[1]),
+    }[kind]()
+    return (0.02 * rows).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", [Q4_K, Q6_K])
+def test_what_the_format_can_hold_comes_back(kind: Any) -> None:
+    rng = np.random.default_rng(0)
+    groups, width, top, lowest, levels = {Q4_K: (8, 32, 63, 0, 16), Q6_K: (16, 16, 127, -32, 64)}[
+        kind
+    ]
+    q = rng.integers(lowest, lowest + levels, size=(20, groups, width))
+    q[..., 0], q[..., 1] = lowest, lowest + levels - 1
+    scale = rng.integers(1, top + 1, size=(20, groups, 1))
+    scale[:, 3] = top  # by which the shared float16 is known
+    rows = np.float16(0.0013) * scale * q
+    if kind == Q4_K:
+        offset = rng.integers(0, top + 1, size=(20, groups, 1))
+        offset[:, 5] = top
+        rows = rows - np.float16(0.017) * offset
+    else:
+        rows = rows * rng.choice([-1, 1], size=scale.shape)
+    rows = rows.reshape(4, -1).astype(np.float32)
+    # As many bits as float32 keeps in sums over a group.
+    again = read_back(quantize(rows, kind), kind)
+    np.testing.assert_allclose(again, rows, rtol=0, atol=1e-6 * np.abs(rows).max())
+
+
+@pytest.mark.parametrize("rows", ["normal", "positive", "negative", "few", "steps"])
+@pytest.mark.parametrize(("kind", "group", "levels"), [(Q4_K, 32, 15), (Q6_K, 16, 63)])
+def test_no_weight_is_further_off_than_its_step(
+    rows: str, kind: Any, group: int, levels: int
+) -> None:
+    x = random_rows(rows)
+    error = np.abs(read_back(quantize(x, kind), kind) - x).reshape(-1, group)
+    low, high = x.reshape(-1, group).min(1), x.reshape(-1, group).max(1)
+    # A step of the group, were its scale its own, twice: rounding costs half of one, clipping what
+    # the stretch leaves out (less than one), and scales of six bits 1/126 of the largest group.
+    wide = np.maximum(high, 0) - np.minimum(low, 0)
+    own = (wide if kind == Q4_K else 2 * np.maximum(high, -low)) / levels
+    largest = np.repeat(np.abs(x).reshape(-1, SUPERBLOCK).max(1), SUPERBLOCK // group)
+    assert (error.max(1) <= 1.5 * own + 0.03 * largest).all()
+
+
+@pytest.mark.parametrize("rows", ["normal", "positive", "few"])
+def test_it_is_as_near_as_trying_scales_by_brute_force(rows: str) -> None:
+    """Of single groups, whose scale then needs no rounding that other groups ask for."""
+    for row in random_rows(rows, (8, 32)):
+        x = np.tile(row, 8)
+        mine = np.square(read_back(quantize(x[None], Q4_K), Q4_K)[0, :32] - row).sum()
+        best = brute_force(row)
+        # 5 % for a search that looks at eleven widths, and scales in float16, rounded upwards.
+        width = max(row.max(), 0) - min(row.min(), 0)
+        assert mine <= 1.05 * best + len(row) * np.square(2.0**-10 * width)
+
+
+def brute_force(row_W: Any) -> float:
+    """Least squared error over a fine grid of scales and offsets."""
+    low, high = min(row_W.min(), 0), row_W.max()
+    scale_S = max(high - low, 1e-30) / 15 * np.linspace(0.6, 1.1, 251)[:, None, None]
+    offset_O = -low * np.linspace(0.6, 1.1, 126)[:, None]
+    q_SOW = np.clip(np.rint((row_W + offset_O) / scale_S), 0, 15)
+    return float(np.square(scale_S * q_SOW - offset_O - row_W).sum(-1).min())
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, -0.3])
+@pytest.mark.parametrize("kind", [Q4_K, Q6_K])
+def test_constant_rows_come_back(value: float, kind: Any) -> None:
+    rows = np.full((2, 256), value, dtype=np.float32)
+    # Three roundings to eleven bits at most.
+    np.testing.assert_allclose(read_back(quantize(rows, kind), kind), rows, rtol=1.5e-3)
+
+
+def test_it_loses_less_than_plain_blocks_of_its_size() -> None:
+    x = random_rows("normal", (64, 1024))
+    plain = gguf.GGMLQuantizationType.Q4_0
+    errors = {
+        kind: np.square(read_back(packed, kind) - x).mean()
+        for kind, packed in ((plain, gguf.quantize(x, plain)), (Q4_K, quantize(x, Q4_K)))
+    }
+    assert errors[Q4_K] < 0.75 * errors[plain]
+
+
+def test_rows_that_end_inside_a_superblock_are_refused() -> None:
+    with pytest.raises(ValueError, match="no multiple of 256"):
+        quantize(np.zeros((2, 320), dtype=np.float32), Q4_K)
+
+
+# --- in a model
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model, whose rows are 256 and 512 wide."""
+    folder = tmp_path_factory.mktemp("k") / "out"
+    specs = [f"gguf:{precision}" for precision in PRECISIONS]
+    export(embedded.MODEL_DIR, specs, out=folder, verify=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(out: Path) -> Reference:
+    return compute_reference(Checkpoint.open(out / "hf"))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_model_in_k_quants_is_read_back(precision: str, out: Path, reference: Reference) -> None:
+    folder = out / f"gguf-{precision}"
+    parity = check(find_target("gguf"), precision, folder, reference, artifact=precision)
+    assert parity.problems == ()
+    # 6.6 bits lose a tenth of what 4.5 do.
+    assert parity.kl < (0.005 if precision == "int6-k" else 0.05)
+
+
+@pytest.mark.llamacpp
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_llama_cpp_computes_with_our_k_quants(
+    precision: str, out: Path, reference: Reference, llama_cpp: Path
+) -> None:
+    folder = out / f"gguf-{precision}"
+    parity = run(llama_cpp, folder, precision, reference, artifact=precision)
+    assert parity.problems == ()
+
+
+def test_the_mix_is_that_of_q4_k_m(out: Path) -> None:
+    tensors = gguf.GGUFReader(out / "gguf-int4-k" / "model.gguf").tensors
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in tensors}
+    assert kinds["output.weight"] == "Q6_K"
+    assert kinds["token_embd.weight"] == "Q4_K"
+    assert kinds["blk.0.attn_norm.weight"] == "F32"
+    # Of four layers, the third and the last: every third, and the last eighth.
+    assert [kinds[f"blk.{n}.ffn_down.weight"] for n in range(4)] == ["Q4_K", "Q4_K", "Q6_K", "Q6_K"]
+    assert [kinds[f"blk.{n}.attn_v.weight"] for n in range(4)] == ["Q4_K", "Q4_K", "Q6_K", "Q6_K"]
+    assert {kinds[f"blk.{n}.attn_q.weight"] for n in range(4)} == {"Q4_K"}
+
+
+def test_every_width_that_is_torn_is_named_before_anything_is_written(
+    tiny_llama: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(SizeError) as caught:
+        export(tiny_llama("wide-heads"), ["gguf:int4-k"], out=tmp_path / "out")
+    text = str(caught.value)
+    for wanted in (
+        "hidden_size 48",
+        "intermediate_size 88",
+        "heads x head_dim 128",
+        "dotexport plan",
+    ):
+        assert wanted in text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4", *PRECISIONS])
+def test_a_file_takes_what_was_declared(precision: str, out: Path, tmp_path: Path) -> None:
+    target, checkpoint = find_target("gguf"), Checkpoint.open(out / "hf")
+    target.write(checkpoint, tmp_path, precision)
+    tensors = gguf.GGUFReader(tmp_path / "model.gguf").tensors
+    family = find_family(checkpoint.config)
+    declared: Any = target
+    said = declared.stored_bytes(family, read_sizes(family, checkpoint.config), precision)
+    assert said == sum(tensor.n_bytes for tensor in tensors)
+
+
+def test_plan_finds_sizes_that_k_quants_take() -> None:
+    asked = SizeOptions(params="0.7x")
+    choice = choose(LARGE, asked, Deployment(targets=("gguf:int4-k",)))
+    after = choice.plan.after
+    assert after.hidden_size % 256 == 0
+    assert after.intermediate_size % 256 == 0
+    one, two = choice.costs.artifacts["gguf-int4-k"]
+    # llama.cpp's own Q4_K_M of this model has 4.92 GB, of 8.03e9 parameters.
+    assert one == pytest.approx(4.92e9, rel=0.01)
+    assert two / choice.plan.parameters_after == pytest.approx(one / 8.03e9, rel=0.02)
