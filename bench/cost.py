@@ -19,8 +19,17 @@ from dotexport.errors import DotexportError
 from .workload import Workload
 
 NUMBER_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-# Products of a graph with these weights round activations to 8 bits and multiply integers.
-INTEGER_PRODUCTS = {("ort-cpu", "int4"), ("onnx", "int8")}
+# What matrix products multiply, where it is not float32: with few bits in weights, some runtimes
+# round activations to 8 bits and multiply integers, others widen the weights.
+MULTIPLIED = {
+    ("ort-cpu", "int4"): "int8",
+    ("ort-cpu", "fp16"): "fp16",
+    ("ort-cuda", "fp16"): "fp16",
+    ("ort-cuda", "bf16"): "bf16",
+    ("ort-cuda", "int4"): "fp16",
+    ("onnx", "int8"): "int8",
+    ("executorch", "int4"): "int8",
+}
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ def find_cost(
     """
     # Imported late, for torch comes with them.
     from dotexport.families import find_family, num_parameters, read_sizes, shapes
-    from dotexport.planning import CACHE_BYTES, kv_numbers, weight_bytes
+    from dotexport.planning import bytes_of_cached_number, kv_numbers, weight_bytes
 
     try:
         family = find_family(config)
@@ -91,21 +100,20 @@ def find_cost(
     except DotexportError:
         return None
     bits: tuple[float, float] | None = getattr(target, "weight_bits", {}).get(precision)
-    cache_bytes = getattr(target, "cache_bytes", CACHE_BYTES)
     if number is not None:
         bits = (8.0 * NUMBER_BYTES[number],) * 2
-        cache_bytes = NUMBER_BYTES[number]
     if bits is None:
         return None
+    each = NUMBER_BYTES[number] if number else bytes_of_cached_number(target, precision)
     table = sizes.vocab_size * sizes.hidden_size
     looked_up = 0 if sizes.tied else table
     products = sum(s[0] * s[1] for _, s in shapes(family, sizes) if len(s) == 2)
     assert products <= num_parameters(family, sizes)
     return Cost(
         weight_bytes=weight_bytes(family, sizes, *bits) - round(looked_up * bits[1] / 8),
-        cache_bytes=kv_numbers(sizes) * cache_bytes,
+        cache_bytes=kv_numbers(sizes) * each,
         layer_parameters=products - table - looked_up,
         head_parameters=table,
         attention_width=sizes.spaces["query"] * sizes.num_layers,
-        number=number or ("int8" if (target.name, precision) in INTEGER_PRODUCTS else "fp32"),
+        number=number or MULTIPLIED.get((target.name, precision), "fp32"),
     )

@@ -28,6 +28,7 @@ from dotexport.calibrate import TextOptions
 from dotexport.checkpoint import Checkpoint
 from dotexport.errors import ParityError, RuntimeMissingError, SizeError, UnsupportedModelError
 from dotexport.exporting import export
+from dotexport.rope import stock_config
 from dotexport.shrinking import ShrinkOptions, shrink
 from dotexport.site import NarrowOptions
 from dotexport.sizing import SizeOptions
@@ -45,7 +46,7 @@ TARGETS = (
     "executorch",
     "gguf",
 )
-UNTIMED = {"gguf": "its files are read back with transformers, which says nothing of llama.cpp"}
+UNTIMED = {"gguf": "its files are read back into torch, which says nothing of llama.cpp"}
 
 # Twenty requests each way are enough for an interval; the whole table is hundreds of processes.
 WORKLOAD = Workload(
@@ -65,6 +66,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen3": {"model_type": "qwen3"},
     "Granite": {"model_type": "granite", "attention_multiplier": 32**-0.5},
     "Phi-3": {"model_type": "phi3", "sliding_window": None},
+    "Gemma 2": {"model_type": "gemma2", "query_pre_attn_scalar": 32, "tie_word_embeddings": None},
+    "Gemma 3": {
+        "model_type": "gemma3_text",
+        "query_pre_attn_scalar": 32,
+        "tie_word_embeddings": None,
+        "rope_parameters": None,
+    },
+    "OLMo 2": {"model_type": "olmo2"},
 }
 
 
@@ -143,14 +152,14 @@ def _unheld(kind: str, why: str) -> Row:
 
 def write_original(changes: Mapping[str, Any], folder: Path) -> None:
     """A model of one family in the embedded model's sizes, with its tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     taken = Checkpoint.open(embedded.MODEL_DIR)
     left_out = ("architectures", "transformers_version", "dtype", "attention_bias", "mlp_bias")
     kept = {k: v for k, v in taken.config.items() if k not in left_out}
     settings = {**kept, "pad_token_id": 0, **changes}
     torch.manual_seed(0)
-    config = AutoConfig.for_model(**{k: v for k, v in settings.items() if v is not None})
+    config = stock_config({k: v for k, v in settings.items() if v is not None})
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         if (values := _same(taken, name, parameter)) is not None:

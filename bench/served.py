@@ -104,7 +104,9 @@ class ServedOptions:
 
     def offline(self, model: Path, context: int | None, result: Path) -> list[str]:
         """Arguments of `vllm bench latency` or `throughput`."""
-        lengths = ["--input-len", str(self.prompt), "--output-len", str(self.generate)]
+        lengths = {"input-len": self.prompt, "output-len": self.generate}
+        # Of throughput, its data set has lengths of its own, which win over the general ones.
+        prefix = "--random-" if self.kind == "throughput" else "--"
         each = {
             "latency": [
                 *("--batch-size", str(self.batch), "--num-iters", str(self.iterations)),
@@ -116,7 +118,8 @@ class ServedOptions:
             ],
         }[self.kind]
         seed = ("--seed", str(self.seed), "--output-json", str(result))
-        return [*self.engine(model, context), *lengths, *each, *seed]
+        asked = [word for name, n in lengths.items() for word in (prefix + name, str(n))]
+        return [*self.engine(model, context), *asked, *each, *seed]
 
     def client(self, model: Path, port: int, result: Path) -> list[str]:
         """Arguments of `vllm bench serve`."""

@@ -65,7 +65,8 @@ class Target(Protocol):
     """An adapter to one runtime. `export`, `verify` and `bench` use nothing but this.
 
     One that writes what only another machine may run has two methods more: `lacking()`, what this
-    machine lacks to run it, and `rehearse(checkpoint, folder, precision, threads=)`, a `Rehearsal`.
+    machine lacks to run it, and `rehearse(checkpoint, folder, precision, peak=, threads=)`, a
+    `Rehearsal`; `peak` is the largest magnitude among torch's activations.
     """
 
     name: str

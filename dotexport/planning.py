@@ -18,6 +18,7 @@ from typing import Any
 
 from dotexport.adapter import Target, resolve
 from dotexport.carriers import carry_config
+from dotexport.effort import shrink_seconds
 from dotexport.errors import SizeError, UnsupportedModelError, UsageError
 from dotexport.families import Family, Sizes, shapes
 from dotexport.planned import KEY, as_flags, fingerprint
@@ -31,10 +32,13 @@ from dotexport.sizing import (
     plan,
     preference,
     read_model,
+    strain,
     within_budget,
 )
 
 BUDGET = "the budget"
+FINER = 0.9  # sizes off the best grid must be expected to cost this much less
+WINDOW = 2048  # tokens, or the model's context
 CACHE_BYTES = 4  # of a number in the KV cache, where a target does not say
 LOADED = 700_000_000  # an interpreter with torch and transformers, before any model
 # (I, I) matrices of float64 at once: moments twice, their sum, factors, inverses and products.
@@ -77,12 +81,14 @@ class Costs:
         artifacts: NAME-PRECISION -> of the weights it stores.
         cache_per_token: NAME-PRECISION -> of keys and values of one token of one sequence.
         shrink_memory: peak of narrowing it, estimated.
+        shrink_seconds: of narrowing it on this machine, estimated (effort.py).
         disk: weights in hf/ and all artifacts after narrowing.
     """
 
     artifacts: Mapping[str, tuple[int, int]]
     cache_per_token: Mapping[str, tuple[int, int]]
     shrink_memory: int
+    shrink_seconds: float
     disk: int
 
 
@@ -111,6 +117,7 @@ class Choice:
             "artifact_bytes": {k: list(v) for k, v in self.costs.artifacts.items()},
             "kv_cache_bytes_per_token": {k: list(v) for k, v in self.costs.cache_per_token.items()},
             "shrink_memory_bytes": self.costs.shrink_memory,
+            "shrink_seconds": round(self.costs.shrink_seconds, 1),
             "disk_bytes": self.costs.disk,
         }
 
@@ -124,20 +131,19 @@ def choose(config: Mapping[str, Any], asked: SizeOptions, where: Deployment) -> 
     """
     targets = [resolve(spec) for spec in where.targets]
     rules = [*_splitting(where), *(rule for pair in targets for rule in _of_target(config, *pair))]
-    for plans in _candidates(config, asked):
-        decided = _first(plans, rules)
-        if decided is not None:
-            binding = [
-                rule.name
-                for rule in rules
-                if _first(plans, [other for other in rules if other is not rule]) != decided
-            ]
-            if asked.square and _others_without_square(config, asked, where, decided):
-                binding.append("square")
-            if asked.budgeted:
-                binding.append(BUDGET)
-            costs = _costs(config, decided, targets)
-            return Choice(decided, binding, costs, as_flags(decided, asked), fingerprint(config))
+    decided, plans = _decide(_candidates(config, asked), rules)
+    if decided is not None:
+        binding = [
+            rule.name
+            for rule in rules
+            if _first(plans, [other for other in rules if other is not rule]) != decided
+        ]
+        if asked.square and _others_without_square(config, asked, where, decided):
+            binding.append("square")
+        if asked.budgeted:
+            binding.append(BUDGET)
+        costs = _costs(config, decided, targets)
+        return Choice(decided, binding, costs, as_flags(decided, asked), fingerprint(config))
     # The finest grid has none either: say what is wrong with the sizes that come nearest.
     wrong = [f"  {rule.name}: {text}" for rule in rules for text in rule.problems(plans[0])]
     after = plans[0].after
@@ -146,6 +152,28 @@ def choose(config: Mapping[str, Any], asked: SizeOptions, where: Deployment) -> 
         f"{after.intermediate_size}, KV heads {after.num_key_value_heads} fail in:\n"
         + "\n".join(wrong)
     )
+
+
+def _decide(grids: Iterable[list[Plan]], rules: Sequence[Rule]) -> tuple[Plan | None, list[Plan]]:
+    """The best accepted plan of the coarsest grid that has one, and that grid.
+
+    Where rules cost sizes there, the next finer grid is looked at too: of 28 heads, Llama form
+    leaves every seventh size on a grid of 128, and a grid of 64 has one between.
+    """
+    decided, on = None, list[Plan]()
+    for plans in grids:
+        found = _first(plans, rules)
+        if decided is not None:
+            better = found is not None and _strain(found) < FINER * _strain(decided)
+            return (found, plans) if better else (decided, on)
+        decided, on = found, plans
+        if found == plans[0]:
+            break
+    return decided, on
+
+
+def _strain(decided: Plan) -> float:
+    return strain(decided.before, decided.after)
 
 
 def _others_without_square(
@@ -260,7 +288,7 @@ def _costs(
         if count := _counter(target, precision):
             one, two = count(decided.family, before), count(decided.carrier, after)
             artifacts[_name(target, precision)] = one, two
-            cache_bytes[_name(target, precision)] = _cache_bytes(target, precision)
+            cache_bytes[_name(target, precision)] = bytes_of_cached_number(target, precision)
     return Costs(
         artifacts,
         {
@@ -268,11 +296,12 @@ def _costs(
             for name, each in cache_bytes.items()
         },
         shrink_memory(config, decided),
+        shrink_seconds(decided, seqlen=_window(config)),
         sum(pair[1] for pair in artifacts.values()),
     )
 
 
-def _cache_bytes(target: Target, precision: str) -> int:
+def bytes_of_cached_number(target: Target, precision: str) -> int:
     """Of a number in the cache: one for all precisions of a target, or by precision."""
     said: int | Mapping[str, int] = getattr(target, "cache_bytes", CACHE_BYTES)
     return said[precision] if isinstance(said, Mapping) else said
@@ -303,7 +332,7 @@ def kv_numbers(sizes: Sizes) -> int:
 
 
 def shrink_memory(
-    config: Mapping[str, Any], decided: Plan, *, samples: int = 128, seqlen: int = 2048
+    config: Mapping[str, Any], decided: Plan, *, samples: int = 128, seqlen: int = WINDOW
 ) -> int:
     """Estimated peak of narrowing, with calibration text of shrink's defaults.
 
@@ -312,13 +341,18 @@ def shrink_memory(
     Streams beyond a quarter of the free memory lie on disk instead (streams.py).
     """
     before, after = decided.before, decided.carried_after
-    tokens = samples * min(seqlen, int(config.get("max_position_embeddings") or seqlen))
+    tokens = samples * min(seqlen, _window(config))
     streams = 4 * tokens * (before.hidden_size + after.hidden_size)
     table = 4 * before.vocab_size * (2 * before.hidden_size + after.hidden_size)
     widest = max(before.hidden_size, before.intermediate_size, before.spaces["query"])
     solves = 8 * SOLVED * widest**2
     layer = 4 * (_layer(decided.family, before) + _layer(decided.carrier, after))
     return LOADED + streams + layer + max(table, solves)
+
+
+def _window(config: Mapping[str, Any]) -> int:
+    """Tokens of a window where nothing else is asked for."""
+    return min(WINDOW, int(config.get("max_position_embeddings") or WINDOW))
 
 
 def _layer(family: Family, sizes: Sizes) -> int:

@@ -9,7 +9,8 @@ Shapes: B sequences, L tokens of one, V vocabulary; O, I outputs and inputs of a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,7 @@ class Reference:
         logits: logits_LV of each.
         rounded: the same after rounding the weights to 4 bits in blocks: what int4 costs by itself.
         rounded_twice: with the inputs of every product rounded to 8 bits as well, as runtimes do.
+        peak: largest magnitude that goes into or comes out of a product or norm.
     """
 
     sequences: tuple[Tokens, ...]
@@ -48,6 +50,7 @@ class Reference:
     logits: tuple[Logits, ...]
     rounded: tuple[Logits, ...]
     rounded_twice: tuple[Logits, ...]
+    peak: float = 0.0
 
     @property
     def num_steps(self) -> int:
@@ -64,11 +67,14 @@ def compute_reference(checkpoint: Checkpoint, *, rounded: bool = True, seed: int
         *_random_prompts(model.config.vocab_size, randoms, seed=seed),
     ]
     sequences = _continued_greedily(model, prompts, steps)
+    with _watched(model) as magnitudes:
+        logits = _logits_alone(model, sequences)
     return Reference(
         sequences=tuple(sequences),
         prompt_lengths=tuple(map(len, prompts)),
         is_text=(True,) * len(texts) + (False,) * len(randoms),
-        logits=_logits_alone(model, sequences),
+        logits=logits,
+        peak=max(magnitudes),
         **(_rounded_logits(model, sequences) if rounded else {"rounded": (), "rounded_twice": ()}),
     )
 
@@ -85,7 +91,7 @@ def load_float32(checkpoint: Checkpoint) -> Any:
     classes: Any = AutoModelForCausalLM
     try:
         config = stock_config(checkpoint.config)
-        with _no_initial_values():
+        with no_initial_values():
             model: Any = classes.from_config(config, dtype=torch.float32)
         model.tie_weights()  # skipping the initial values skips this too
     except (ValueError, KeyError, OSError) as error:
@@ -99,7 +105,8 @@ def load_float32(checkpoint: Checkpoint) -> Any:
     return model.eval()
 
 
-def _no_initial_values() -> Any:
+def no_initial_values() -> Any:
+    """A context in which transformers builds modules without drawing weights for them."""
     try:
         from transformers.initialization import no_init_weights
     except ImportError:  # before transformers 5
@@ -170,6 +177,24 @@ def _continued_greedily(model: Any, prompts: list[Tokens], steps: int) -> list[T
         tokens_BL[rows, lengths + step] = logits_BLV[rows, lengths + step - 1].argmax(-1)
     ends = (lengths + steps).tolist()
     return [row[:end].numpy() for row, end in zip(tokens_BL, ends, strict=True)]
+
+
+@contextmanager
+def _watched(model: Any) -> Iterator[list[float]]:
+    """Largest magnitudes that modules without modules in them read and say, but for ids."""
+    found: list[float] = []
+
+    def look(_: Any, inputs: Any, output: Any) -> None:
+        values = [v for v in (*inputs, output) if isinstance(v, torch.Tensor)]
+        found.extend(v.abs().max().item() for v in values if v.is_floating_point())
+
+    leaves = [module for module in model.modules() if not any(module.children())]
+    handles = [module.register_forward_hook(look) for module in leaves]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _logits_alone(model: Any, sequences: Iterable[Tokens]) -> tuple[Logits, ...]:

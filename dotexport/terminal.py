@@ -116,6 +116,7 @@ def show_costs(chosen: Choice) -> None:
         table.add_row(f"{name}, KV cache per token, KB", *(f"{size / 1e3:,.2f}" for size in sizes))
     table.add_row("disk for hf/ and artifacts, MB", "", f"{costs.disk / 1e6:,.2f}")
     table.add_row("peak memory of shrink, MB", "", f"{costs.shrink_memory / 1e6:,.0f}")
+    table.add_row("time of shrink here", "", _duration(costs.shrink_seconds))
     console.print(table)
     before, after = chosen.plan.architectures
     if before != after:
@@ -161,6 +162,18 @@ def _latency_cells(row: Mapping[str, Any]) -> Iterator[str]:
         found = row[metric]
         said = f", table says {found['predicted']:.3f}" if "predicted" in found else ""
         yield f"{found['ratio']:.3f} ({found['low']:.3f} to {found['high']:.3f}){said}"
+
+
+def _duration(seconds: float) -> str:
+    """To the precision of an estimate.
+
+    >>> _duration(42.3), _duration(500), _duration(90_000)
+    ('42 s', '8.3 min', '25 h')
+    """
+    for least, unit, name in ((36_000, 3600, "h"), (300, 60, "min")):
+        if seconds >= least:
+            return f"{seconds / unit:.2g} {name}"
+    return f"{seconds:.2g} s"
 
 
 def show_parities(parities: Iterable[Parity]) -> None:

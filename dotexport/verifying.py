@@ -99,7 +99,9 @@ def rehearse(
 
     def look() -> Parity:
         ask: Any = target  # of those that lack something, each has it: see Target
-        found: Rehearsal = ask.rehearse(checkpoint, folder, precision, threads=threads)
+        found: Rehearsal = ask.rehearse(
+            checkpoint, folder, precision, peak=reference.peak, threads=threads
+        )
         parity = _measured(found.session, target, precision, reference, artifact)
         reason = f"rehearsed {found.where}, not verified: it needs {'; '.join(absent)}"
         return replace(_with_problems(parity, found.problems), unverified=reason)

@@ -65,8 +65,11 @@ class BoundedLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys[:, :, self.position_L] = key_states[0].transpose(1, 2)
-        self.values[:, self.position_L] = value_states[0]
+        # Called by its name: as an assignment it would drop the axis of a single KV head, which
+        # ExecuTorch's operator then looks for.
+        put, at_L = torch.ops.aten.index_put_, self.position_L
+        put(self.keys, [None, None, at_L], key_states[0].transpose(1, 2))
+        put(self.values, [None, at_L], value_states[0])
         return self.keys, self.values
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
@@ -92,6 +95,7 @@ def attend(
     value_GTH: torch.Tensor,
     mask: torch.Tensor,
     scaling: float,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention in which the queries of one KV head are rows of one matrix.
@@ -101,8 +105,10 @@ def attend(
     _, N, L, H = query_1NLH.shape
     G = key_GHT.shape[0]
     query = (query_1NLH * scaling).reshape(G, N // G * L, H)
-    score = torch.bmm(query, key_GHT) + mask.flatten(0, 1)
-    mixed = torch.bmm(score.softmax(-1), value_GTH)
+    score = torch.bmm(query, key_GHT)
+    if softcap is not None:
+        score = softcap * torch.tanh(score / softcap)
+    mixed = torch.bmm((score + mask.flatten(0, 1)).softmax(-1), value_GTH)
     return mixed.view(G, N // G, L, H).permute(2, 0, 1, 3).reshape(1, L, N, H), None
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dotexport.errors import CheckpointError
+from dotexport.rope import stock_config
 
 from . import kquants
 from .ggml_vocab import add_tokenizer, tokenizer_problems
@@ -254,10 +255,9 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _frequencies(checkpoint: Checkpoint, kind: str) -> tuple[NDArray[np.float32], float]:
     """One for every second feature of a head, and what rotated heads are multiplied with."""
-    from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    config = stock_config(checkpoint.config)
     scaled, attention = ROPE_INIT_FUNCTIONS[kind](config, device="cpu")
     return scaled.numpy(), float(attention)
 

@@ -14,6 +14,7 @@ import gguf
 import torch
 
 from dotexport.errors import CheckpointError
+from dotexport.rope import stock_config
 
 FACTORS = "rope_freqs.weight"
 MODEL_TYPES = {"llama": "granite", "granite": "granite", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -71,13 +72,14 @@ def read_model(file: Path) -> Any:
         CheckpointError: a tensor is missing or left over.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
+
+    from dotexport.reference import no_initial_values
 
     reader = gguf.GGUFReader(file)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = _config(reader, set(tensors))
     classes: Any = AutoModelForCausalLM
-    with no_init_weights():
+    with no_initial_values():
         model: Any = classes.from_config(config, dtype=torch.float32)
     model.tie_weights()  # skipping the initial values skips this too
     arch = _field(reader, "general.architecture")
@@ -121,8 +123,6 @@ def _field(reader: gguf.GGUFReader, name: str, default: Any = None) -> Any:
 
 
 def _config(reader: gguf.GGUFReader, tensors: set[str]) -> Any:
-    from transformers import AutoConfig
-
     arch = _field(reader, "general.architecture")
     settings = {key: _field(reader, f"{arch}.{name}") for name, key in SIZES.items()}
     kind = MODEL_TYPES[arch]
@@ -134,12 +134,14 @@ def _config(reader: gguf.GGUFReader, tensors: set[str]) -> Any:
         settings["attention_multiplier"] = scale or settings["head_dim"] ** -0.5
         settings["attention_bias"] = "blk.0.attn_q.bias" in tensors
         settings["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
-    return AutoConfig.for_model(
-        kind,
-        **settings,
-        tie_word_embeddings="output.weight" not in tensors,
-        rope_parameters=_rope(reader, arch),
-        pad_token_id=None,
+    return stock_config(
+        {
+            **settings,
+            "model_type": kind,
+            "tie_word_embeddings": "output.weight" not in tensors,
+            "rope_parameters": _rope(reader, arch),
+            "pad_token_id": None,
+        }
     )
 
 

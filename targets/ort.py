@@ -158,11 +158,17 @@ class OrtCuda(_Built):
         return open_decoder(folder, provider=cuda.CUDA, threads=threads)
 
     def rehearse(
-        self, checkpoint: Checkpoint, folder: Path, precision: str, *, threads: int | None = None
+        self,
+        checkpoint: Checkpoint,
+        folder: Path,
+        precision: str,
+        *,
+        peak: float,
+        threads: int | None = None,
     ) -> Rehearsal:
         from .rehearsal import rehearse
 
-        return rehearse(checkpoint, folder, precision, threads=threads)
+        return rehearse(checkpoint, folder, precision, peak=peak, threads=threads)
 
 
 def _builder() -> Path:

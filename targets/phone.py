@@ -5,7 +5,7 @@ to the one sequence whose cache it holds; constant methods say how much fits, un
 ExecuTorch's own LLM runner asks for. int4 is 8da4w: weights of 4 bits, 32 of them to one scale,
 activations rounded to 8 bits per token.
 
-Shapes: B sequences, L tokens of the longest prompt, V vocabulary.
+Shapes: B sequences, L tokens of the longest prompt, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,6 +89,8 @@ class ExecuTorch:
             if precision == "int4":
                 _round_products(model)
                 _halve_table(model)
+            elif model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+                model.set_output_embeddings(SharedTable(model.get_input_embeddings().weight))
             program = trace_bounded(model, context=context, chunk=min(CHUNK, context))
             lowered = _lower(program, _constants(checkpoint.config))
         with (folder / PROGRAM).open("wb") as file:
@@ -121,6 +124,22 @@ def _constants(config: Mapping[str, Any]) -> dict[str, Any]:
     if ends is not None:
         known["get_eos_ids"] = ends if isinstance(ends, list) else [ends]
     return known
+
+
+class SharedTable(torch.nn.Module):
+    """An output head that multiplies with the table of the embedding where it lies.
+
+    As a linear layer it would be one of XNNPACK's weights, which are stored apart from those of
+    other operators, and the table would be stored twice.
+    """
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x_1LD: torch.Tensor) -> torch.Tensor:
+        table_1VD = self.weight.view(1, *self.weight.shape)
+        return torch.bmm(table_1VD, x_1LD.transpose(1, 2)).transpose(1, 2)
 
 
 def _round_products(model: Any) -> None:
@@ -176,9 +195,8 @@ def _lower(program: Any, constants: dict[str, Any]) -> Any:
 def _partitioner() -> Any:
     """XNNPACK takes matrix products and what lies between them.
 
-    Left to itself it takes every operator that it knows, in pieces of one or two between views that
-    it does not: three times as long to write, slower to run, and wrong where it permutes a tensor
-    of four dimensions whose length is dynamic.
+    Left to itself it takes every operator that it knows, in many small pieces between views that it
+    does not, and goes wrong where it permutes a tensor of four dimensions of dynamic length.
     """
     from executorch.backends.xnnpack.partition.config import gemm_configs, generic_node_configs
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -222,6 +240,7 @@ class ExecuTorchSession:
         if threads is not None:
             _use_threads(threads)
         self.programs = [_load(self.file)]
+        _OPEN.add(self)
         self.context, self.chunk, self.vocab = (
             self.programs[0].load_method(name).execute([])[0]
             for name in ("get_max_context_len", "get_max_seq_len", "get_vocab_size")
@@ -242,6 +261,11 @@ class ExecuTorchSession:
         return logits_BLV
 
     def step(self, tokens_B: Tokens) -> Logits:
+        if not self.programs:
+            raise UsageError(
+                "another session has changed the number of threads, which one pool serves, and "
+                "this cache went with it; start again"
+            )
         self._check_room(int(self.length_B.max()) + 1)
         return np.stack(
             [self._append(row, tokens_B[row : row + 1])[0] for row in range(len(tokens_B))]
@@ -264,10 +288,16 @@ class ExecuTorchSession:
             )
 
 
+# Programs keep the pool that they were loaded with, and one pool serves the whole process: run
+# after it was replaced, they wait for ever.
+_OPEN: weakref.WeakSet[ExecuTorchSession] = weakref.WeakSet()
+
+
 def _use_threads(threads: int) -> None:
-    """One pool serves the whole process."""
     with _kept_stderr():
         if portable_lib._threadpool_get_thread_count() != threads:
+            for session in _OPEN:
+                session.programs.clear()
             portable_lib._unsafe_reset_threadpool(threads)
 
 

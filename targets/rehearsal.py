@@ -33,17 +33,32 @@ Array = NDArray[Any]
 FLOATS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 PACKED = ("q_proj", "k_proj", "v_proj")  # in this order in one matrix, qkv_proj
 MOST_NAMED = 5
+HALF_MAX = float(np.finfo(np.float16).max)
 
 
 def rehearse(
-    checkpoint: Checkpoint, folder: Path, precision: str, *, threads: int | None = None
+    checkpoint: Checkpoint,
+    folder: Path,
+    precision: str,
+    *,
+    peak: float,
+    threads: int | None = None,
 ) -> Rehearsal:
-    """The graph of `folder` on the CPU, and every weight in it that is not the checkpoint's."""
+    """The graph of `folder` on the CPU, and every weight in it that is not the checkpoint's.
+
+    Between two products onnxruntime keeps float32 on a CPU, so an overflow that CUDA would meet
+    there goes unseen; `peak`, the largest magnitude that torch sees, tells of it.
+    """
     model = ir.load(folder / "model.onnx")
     wrong = list(_differences(checkpoint, _constants(model), precision))
     problems = wrong[:MOST_NAMED]
     if len(wrong) > MOST_NAMED:
         problems.append(f"... and {len(wrong) - MOST_NAMED} more weights like these")
+    if precision in ("fp16", "int4") and peak > HALF_MAX:
+        problems.append(
+            f"activations reach {peak:.3g} in torch and float16 ends at {HALF_MAX:.0f}: they would "
+            "overflow; export bf16 or fp32"
+        )
     if precision != "bf16":
         session, where = open_decoder(folder, threads=threads), "on the CPU"
     else:

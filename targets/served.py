@@ -26,7 +26,8 @@ MARK = "dotexport-tokens:"
 # Reads a list of {"folder", "prompts", "steps", "context"} and prints the greedy tokens of each
 # prompt of each.
 WORKER = """
-import gc, json, sys
+import gc, json, os, sys
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 asked = json.load(sys.stdin)
 from vllm import LLM, SamplingParams
 

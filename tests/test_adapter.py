@@ -37,7 +37,7 @@ def test_an_unknown_target_is_refused_with_the_known_ones() -> None:
 
 
 def test_an_unknown_precision_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="it writes fp32, int4"):
+    with pytest.raises(UsageError, match="it writes fp32, fp16, int4"):
         resolve("ort-cpu:fp8")
 
 

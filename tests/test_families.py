@@ -19,6 +19,7 @@ from dotexport.carriers import carry
 from dotexport.checkpoint import Checkpoint, CheckpointWriter
 from dotexport.errors import UnsupportedModelError
 from dotexport.families import find_family, num_parameters, read_sizes, supported
+from dotexport.heal import HealOptions
 from dotexport.prepare import prepare
 from dotexport.shrinking import ShrinkOptions, open_source, shrink
 from dotexport.site import NarrowOptions
@@ -257,6 +258,31 @@ def test_a_narrowed_model_is_stock_loads_and_generates(
     first, length = tokens_BL[0].tolist(), tokens_BL.shape[1]
     end = first.index(2, 20) + 1 if 2 in first[20:] else length
     assert first[20:end] == best_BL[0, 19 : end - 1].tolist()
+
+
+@pytest.mark.parametrize(
+    "name", ["mistral", "qwen2", "qwen3", "granite", "phi3", "gemma2", "gemma3", "olmo2"]
+)
+def test_a_narrowed_family_learns_from_its_original(
+    name: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One window is learnt from again and again: random letters have nothing else in common."""
+    changes = MODELS[name][0] | {"num_hidden_layers": 1, "layer_types": None}
+    made = shrink(
+        tiny_model(**changes),
+        tmp_path / "out",
+        ShrinkOptions(
+            text=replace(text_beside(tmp_path), samples=2),
+            sizes=SizeOptions(hidden_size=40),
+            narrow=NarrowOptions(local=None),
+            heal=HealOptions(steps=12, every=4, batch=1, precision="fp32"),
+        ),
+        device="cpu",
+    )
+    assert made.healing is not None
+    losses = [point["loss"] for point in made.healing["curve"][1:]]
+    assert losses[-1] < losses[0]
+    load(made.out / "hf")
 
 
 def test_what_has_no_table_is_refused_with_the_list_of_what_has() -> None:

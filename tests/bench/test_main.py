@@ -108,7 +108,9 @@ def test_the_report_says_what_it_depends_on(measured: Measured) -> None:
     result = measured[0]
     labels = [row[0] for row in rows(result)]
     assert {"TTFT p50, ms", "ITL p99, ms", "decode, tokens/s", "peak memory, MB"} <= set(labels)
-    assert [line.split(":")[0] for line in verdicts(result)] == ["end to end", "prefill", "decode"]
+    noise, *others = [line.split(":")[0] for line in verdicts(result)]
+    assert noise in ("PASS", "FAIL")  # a model against itself
+    assert others == ["end to end", "prefill", "decode"]
     said = "\n".join(conditions(result))
     assert all(meaning in said for meaning in METRICS.values())
     assert "prompt 4, generated 3, batch 1, 1 threads" in said

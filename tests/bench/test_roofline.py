@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from dotexport import embedded
-from dotexport.adapter import find_target
+from dotexport.adapter import find_target, target_names
 from dotexport.bench import BenchResult, Workload
 from dotexport.bench.cost import Cost, find_cost
 from dotexport.bench.probe import bandwidth, last_level_cache, matrix_rate
 from dotexport.bench.roofline import Gain, Limit, Rates, Roofline
 from dotexport.bench.table import verdicts
 from dotexport.checkpoint import Checkpoint
+from dotexport.errors import RuntimeMissingError
 
 Measured = tuple[BenchResult, dict[str, Any], list[tuple[str, int, int]]]
 
@@ -73,6 +74,19 @@ def test_half_precision_halves_the_bytes_and_four_bits_leave_fewer(config: dict[
     assert four is not None
     assert four.weight_bytes < half.weight_bytes
     assert four.number == "int8"
+
+
+@pytest.mark.parametrize("name", target_names())
+def test_every_target_has_a_cost_in_every_precision(name: str, config: dict[str, Any]) -> None:
+    try:
+        target = find_target(name)
+    except RuntimeMissingError:
+        pytest.skip(f"{name} is not installed")
+    held_by_torch = {"hf", "gguf"}
+    for precision in target.precisions:
+        cost = find_cost(config, target, precision, "fp32" if name in held_by_torch else None)
+        assert cost is not None
+        assert min(cost.weight_bytes, cost.cache_bytes, cost.layer_parameters) > 0
 
 
 def test_a_model_of_an_unknown_family_has_no_cost(config: dict[str, Any]) -> None:

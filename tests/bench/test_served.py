@@ -139,11 +139,19 @@ def test_models_take_turns_and_a_planted_difference_is_found(
 def test_throughput_is_requests_over_the_time_of_all(
     pretend: Pretend, models: tuple[Path, Path]
 ) -> None:
-    result = bench_served(*models, pretend(), ServedOptions(kind="throughput", requests=32))
+    options = ServedOptions(kind="throughput", requests=8, prompt=32, generate=16)
+    python = pretend()
+    result = bench_served(*models, python, options)
+    quick, slow = (result.rates[name] for name in result.models)
     said = json.loads((RECORDED / "vllm-throughput.json").read_text(encoding="utf-8"))
-    quick, slow = (result.rates[name]["request_throughput"] for name in result.models)
-    assert quick == pytest.approx(32 / said["elapsed_time"])
-    assert quick == pytest.approx(2 * slow)
+    assert quick["request_throughput"] == pytest.approx(said["requests_per_second"])
+    assert quick["request_throughput"] == pytest.approx(2 * slow["request_throughput"])
+    printed = (RECORDED / "vllm-throughput.txt").read_text(encoding="utf-8")
+    [requests, tokens] = re.findall(r"([\d.]+) (?:requests|output tokens)/s", printed)
+    assert float(requests) == pytest.approx(quick["request_throughput"], abs=0.0051)
+    assert float(tokens) == pytest.approx(quick["output_throughput"], abs=0.0051)
+    # The general --input-len would lose against the data set's own default of 1024.
+    assert all("--random-input-len" in call for call in calls(python)[1:])
 
 
 def test_servers_stay_up_for_all_turns_and_end_with_their_engines(

@@ -101,7 +101,7 @@ def test_the_report_lands_in_the_output_of_the_candidate(
     out = tmp_path / "out"
     plant("out/planted-slow")
     (out / "dotexport.json").write_text("{}", encoding="utf-8")
-    baseline = checkpoint(tmp_path / "model", planted={"step_ms": 2})
+    baseline = checkpoint(tmp_path / "model", planted={"step_ms": 8})
     bench(out, baseline, "planted", workload=small)
     report = json.loads((out / "reports" / "bench.json").read_text(encoding="utf-8"))
     assert report["precision"] == "slow"

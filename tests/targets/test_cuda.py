@@ -6,13 +6,16 @@ Tests without a GPU pretend that there is none wherever they run.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from dotexport import card, manifest, summary
@@ -138,6 +141,31 @@ def test_swapped_layers_are_found_by_weights_and_by_parity(
     problems = rehearsed(written, "fp16", reference, tmp_path).problems
     assert sum("down_proj" in problem for problem in problems) == 2
     assert any("relative error" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("precision", "refused"), [("fp16", True), ("int4", True), ("bf16", False), ("fp32", False)]
+)
+def test_activations_that_float16_cannot_hold_are_told_although_the_cpu_computes_them(
+    precision: str, refused: bool, written: Path, reference: Reference
+) -> None:
+    assert reference.peak < 100  # of the model as it is
+    problems = rehearsed(written, precision, replace(reference, peak=70_000.0)).problems
+    assert [("reach 7e+04" in problem) for problem in problems] == [True] * refused
+
+
+def test_the_peak_of_a_model_is_that_of_its_widest_neurons(
+    tiny_llama: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama("wide-heads"), model)
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.mlp.gate_proj.weight"] *= 300
+    weights["model.layers.1.mlp.up_proj.weight"] *= 300
+    weights["model.layers.1.mlp.down_proj.weight"] /= 90_000
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    # Only their products exceed it: neither the stream nor what either matrix says.
+    assert compute_reference(Checkpoint.open(model), rounded=False).peak > 65504
 
 
 # --- the verbs on a machine without a GPU

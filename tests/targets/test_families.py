@@ -29,7 +29,11 @@ ALL = ["onnx", "openvino", "ort-cpu", "gguf"]
 
 # Name -> the original, the targets that are tried, and those of them that hold what is written.
 MODELS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
-    "window": ({"model_type": "mistral", "sliding_window": 16}, ALL, []),
+    "window": (
+        {"model_type": "mistral", "sliding_window": 16},
+        [*ALL, "executorch"],
+        ["executorch"],
+    ),
     "phi3": (
         {"model_type": "phi3", **SQUARE, "sliding_window": None},
         ["onnx", "openvino", "ort-cpu"],
@@ -37,11 +41,15 @@ MODELS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     ),
     "qwen2": ({"model_type": "qwen2", **SQUARE}, ["ort-cpu", "gguf"], ["ort-cpu", "gguf"]),
     "qwen3": ({"model_type": "qwen3"}, ["ort-cpu"], ["ort-cpu"]),
-    "qwen3-yarn": ({"model_type": "qwen3", "rope_parameters": YARN}, ALL, ["onnx", "openvino"]),
+    "qwen3-yarn": (
+        {"model_type": "qwen3", "rope_parameters": YARN},
+        ALL,
+        ["onnx", "openvino", "gguf"],
+    ),
     "granite": (
         {"model_type": "granite", "residual_multiplier": 0.2, "attention_multiplier": 0.1},
         ALL,
-        ["onnx", "openvino", "ort-cpu"],
+        ["onnx", "openvino", "ort-cpu", "gguf"],
     ),
     # 80 wide, for 64 has a root without decimals; the context is what windows see.
     "gemma2": ({"model_type": "gemma2", **GEMMA}, ALL, ["onnx", "openvino", "ort-cpu"]),

@@ -89,12 +89,12 @@ def test_float16_keeps_its_attention_in_one_operator_and_its_cache_in_float16(
 def test_float16_that_overflows_is_refused(
     tiny_llama: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Neurons beyond 65504, in weights that float16 holds and a model that float32 computes."""
+    """A stream beyond 65504, from weights that float16 holds; float32 computes it with ease."""
     model, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(tiny_llama("wide-heads"), model)
     weights = load_file(model / "model.safetensors")
-    for name, factor in (("gate_proj", 300), ("up_proj", 300), ("down_proj", 1 / 300)):
-        weights[f"model.layers.0.mlp.{name}.weight"] *= factor
+    for name in ("gate_proj", "up_proj"):
+        weights[f"model.layers.0.mlp.{name}.weight"] *= 1000
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     arguments = ["export", str(model), "-o", str(out), "--target", "ort-cpu:fp16"]
     done = CliRunner().invoke(app, arguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,8 +68,16 @@ def test_lean_answers_are_those_of_the_last_position(target: HuggingFace, folder
     np.testing.assert_allclose(last[:, 0], every[:, -1], atol=1e-5)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_decoding_computes_the_same(target: HuggingFace, folder: Path) -> None:
+def test_compiled_decoding_computes_the_same(
+    target: HuggingFace, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One whole graph is captured as ever; turning it into C++ is torch's part, and takes minutes.
+    real = torch.compile
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda model, *, mode, **options: real(model, backend="eager", **options),
+    )
     plain = target.open(folder, threads=1)
     compiled = target.open(folder, threads=1, compiled=True, capacity=13)
     assert compiled.providers == ("torch on cpu, fp32, decode compiled",)

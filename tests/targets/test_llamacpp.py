@@ -1,0 +1,102 @@
+"""llama.cpp where it is installed: found by its library, asked for logits, its failures told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dotexport.cli import app
+from dotexport.errors import RuntimeMissingError, UsageError
+from dotexport.exporting import export
+from dotexport.targets.llamacpp import find_library, verify_llama_cpp
+
+pytest.importorskip("gguf")
+
+
+def touched(file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("no library")
+    return file
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["libllama.so", "libllama.so.0", "libllama.v0.5.0.so", "libllama.dylib", "llama.dll"],
+)
+def test_the_library_is_found_under_the_names_that_releases_give_it(
+    name: str, tmp_path: Path
+) -> None:
+    for other in ("libllama-common.so", "llama-server", "llama.h", "libggml.so"):
+        touched(tmp_path / "build" / other)
+    library = touched(tmp_path / "build" / name)
+    assert find_library(tmp_path) == library
+    assert find_library(library) == library
+    assert find_library(tmp_path / "build" / "llama-server") == library
+
+
+def test_a_program_has_its_library_in_lib_beside_bin(tmp_path: Path) -> None:
+    program = touched(tmp_path / "bin" / "llama-cli")
+    library = touched(tmp_path / "lib" / "libllama.so")
+    assert find_library(program) == library
+
+
+def test_a_folder_without_one_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeMissingError, match="holds no library of llama") as caught:
+        find_library(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def out(tiny_llama: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llamacpp") / "out"
+    export(tiny_llama("wide-heads"), ["gguf", "gguf:int8"], out=folder, verify=False)
+    return folder
+
+
+def test_what_does_not_load_is_quoted(out: Path, tmp_path: Path) -> None:
+    touched(tmp_path / "libllama.so")
+    with pytest.raises(RuntimeMissingError, match="cannot be used"):
+        verify_llama_cpp(out, tmp_path)
+
+
+def test_an_output_without_gguf_is_a_matter_of_usage(
+    tiny_llama: Callable[[str], Path], tmp_path: Path
+) -> None:
+    export(tiny_llama("wide-heads"), ["hf"], out=tmp_path / "out", verify=False)
+    touched(tmp_path / "libllama.so")
+    with pytest.raises(UsageError, match="--target gguf"):
+        verify_llama_cpp(tmp_path / "out", tmp_path)
+
+
+@pytest.mark.parametrize("flags", [["--target", "llama.cpp"], ["--llama-cpp", "folder"]])
+def test_target_and_folder_belong_together(out: Path, flags: list[str]) -> None:
+    done = CliRunner().invoke(app, ["verify", str(out), *flags])
+    assert "together, or neither" in str(done.exception)
+
+
+@pytest.mark.llamacpp
+def test_every_gguf_file_of_an_output_is_run_and_reported(out: Path, llama_cpp: Path) -> None:
+    flags = ["--target", "llama.cpp", "--llama-cpp", str(llama_cpp.parent), "--json"]
+    done = CliRunner().invoke(app, ["verify", str(out), *flags])
+    assert done.exit_code == 0
+    assert [one["passed"] for one in json.loads(done.stdout)] == [True, True]
+    report = json.loads((out / "reports" / "verify.json").read_text())["artifacts"]
+    assert {"gguf-fp16-llama.cpp", "gguf-int8-llama.cpp"} <= set(report)
+
+
+@pytest.mark.llamacpp
+def test_a_file_that_ends_too_early_fails_with_the_words_of_llama_cpp(
+    tiny_llama: Callable[[str], Path], llama_cpp: Path, tmp_path: Path
+) -> None:
+    export(tiny_llama("wide-heads"), ["gguf"], out=tmp_path / "out", verify=False)
+    file = tmp_path / "out" / "gguf-fp16" / "model.gguf"
+    file.write_bytes(file.read_bytes()[:-5000])
+    [parity] = verify_llama_cpp(tmp_path / "out", llama_cpp)
+    changed, spoilt = parity.problems
+    assert "changed after the export" in changed
+    assert "it cannot be run: llama.cpp ended" in spoilt
+    assert "model is corrupted or incomplete" in spoilt
