@@ -207,8 +207,8 @@ def hashes(output: Output) -> Table:
     rows: list[tuple[str, str]] = []
     source = record.get("source", {}).get("sha256", {})
     rows += [(f"original: {name}", digest) for name, digest in source.items()]
-    if "calibration" in record:
-        rows.append(("calibration windows", record["calibration"]["sha256"]))
+    if digest := (record.get("calibration") or {}).get("sha256"):
+        rows.append(("calibration windows", digest))
     if isinstance(record.get("recipe"), str):
         rows.append(("recipe", record["recipe"]))
     for name, artifact in record.get("artifacts", {}).items():
