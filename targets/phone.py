@@ -206,7 +206,7 @@ def _partitioner() -> Any:
     generic = ("BMM", "Add", "Mul", "Sigmoid", "ReciprocalSquareRoot", "Pow", "Softmax")
     taken = [getattr(generic_node_configs, f"{name}Config") for name in generic]
 
-    class Products(XnnpackPartitioner):
+    class Products(XnnpackPartitioner):  # type: ignore[misc]  # whose type is not known
         def ops_to_not_decompose(self, program: Any) -> tuple[list[Any], None]:
             return [torch.ops.aten.linear.default], None
 
