@@ -11,16 +11,14 @@ from rich.console import Console
 from dotexport.errors import UsageError
 from dotexport.terminal import show_json, stderr
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+from .options import Json
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, logs on stderr.")]
 Gate = Annotated[
     Path | None,
     typer.Option(help='YAML file of limits, e.g. decode_tok_s: ">=1.15x"; see docs/compare.md.'),
 ]
 
 
-@app.command()
 def compare(
     report: Annotated[Path, typer.Argument(help="JSON that dotexport bench wrote.")],
     newer: Annotated[
@@ -89,7 +87,6 @@ def compare(
     gates.require(found.lines)
 
 
-@app.command("history")
 def show_history(
     file: Annotated[Path, typer.Argument(help="What dotexport compare --history appended to.")],
     out: Annotated[
@@ -108,7 +105,6 @@ def show_history(
     _draw(file, out, gate, metric)
 
 
-@app.command()
 def report(
     outputs: Annotated[list[Path], typer.Argument(help="Outputs of dotexport, one or several.")],
     out: Annotated[
