@@ -61,7 +61,7 @@ class Work:
     def seconds(self, rates: Work) -> float:
         """At so many operations of each kind per second."""
         pairs = zip(astuple(self), astuple(rates), strict=True)
-        return sum(count / rate for count, rate in pairs)
+        return float(sum(count / rate for count, rate in pairs))
 
 
 def shrink_seconds(decided: Plan, *, samples: int = 128, seqlen: int = 2048) -> float:
