@@ -134,7 +134,7 @@ class Narrowing:
     @property
     def _default_basis(self) -> str:
         if not self.original.family.rotates:
-            return "obs"
+            return "dot"
         return "pca" if self.after.tied else "learned"
 
     def rehearse(self, basis: Basis) -> float:

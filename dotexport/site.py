@@ -46,7 +46,7 @@ class NarrowOptions:
         basis: of the residual stream, one of `dot`, `learned`, `pca`, `select`; or `auto`, which
             measures all on held-out windows and takes the best. None: `learned`, or `pca` for a
             head that stays tied, which is a reader that no refit can change. Where the stream
-            cannot be rotated, one of `dot`, `obs`, `select`; None: `obs`.
+            cannot be rotated, one of `dot`, `obs`, `select`; None: `dot`.
         mlp: `dot` (OBS chooses the targets, transport merges the rest into them), `obs` (the
             choice alone), `select` (largest magnitude). Without refit nothing can judge a merge,
             and `dot` is `obs`.

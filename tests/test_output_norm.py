@@ -212,12 +212,12 @@ def test_a_basis_that_rotates_is_refused_with_those_that_do_not(
     assert not (tmp_path / "out").exists()
 
 
-def test_axes_are_chosen_where_nothing_is_said_and_auto_measures_those_bases_only(
+def test_axes_are_merged_where_nothing_is_said_and_auto_measures_those_bases_only(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = tiny_model(**MODELS["olmo2"])
     by_default = narrowed(model, tmp_path / "1", NarrowOptions(local=None), hidden_size=40)
-    assert by_default.basis["method"] == "obs"
+    assert by_default.basis["method"] == "dot"
     measured = narrowed(
         model, tmp_path / "2", NarrowOptions(basis="auto", local=None), hidden_size=40
     )

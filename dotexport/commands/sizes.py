@@ -128,8 +128,8 @@ def shrink(
         str | None,
         typer.Option(
             help="Of the residual stream: learned, pca, dot, select, or auto, which measures all; "
-            "default: learned, or pca where the head stays tied. Gemma 2 and 3, OLMo 2: obs (the "
-            "default), dot, select, auto."
+            "default: learned, or pca where the head stays tied. Gemma 2 and 3, OLMo 2: dot (the "
+            "default), obs, select, auto."
         ),
     ] = None,
     mlp: Annotated[
