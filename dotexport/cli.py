@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
@@ -71,22 +72,24 @@ app = typer.Typer(
     Exit codes: 0 ok, 1 failure, 2 usage, 3 parity failed, 4 gate failed, 5 impossible sizes or
     unsupported model, 6 runtime missing or provider fell back, 130 interrupted.""",
 )
-for verb in (
-    chains.demo,
-    chains.run,
-    sizes.plan,
-    sizes.shrink,
-    artifacts.export,
-    artifacts.verify,
-):
-    app.command()(verb)
-app.command("eval")(artifacts.evaluate)
-for verb in (measuring.bench, measuring.latency, judging.compare):
-    app.command()(verb)
-app.command("history")(judging.show_history)
-app.command()(judging.report)
-for verb in (machine.targets, machine.doctor):
-    app.command()(verb)
+VERBS: dict[str, Callable[..., None]] = {
+    "demo": chains.demo,
+    "run": chains.run,
+    "plan": sizes.plan,
+    "shrink": sizes.shrink,
+    "export": artifacts.export,
+    "verify": artifacts.verify,
+    "eval": artifacts.evaluate,
+    "bench": measuring.bench,
+    "latency": measuring.latency,
+    "compare": judging.compare,
+    "history": judging.show_history,
+    "report": judging.report,
+    "targets": machine.targets,
+    "doctor": machine.doctor,
+}
+for name, verb in VERBS.items():
+    app.command(name)(verb)
 
 
 def _version(value: bool) -> None:

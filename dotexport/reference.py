@@ -9,6 +9,7 @@ Shapes: B sequences, L tokens of one, V vocabulary; O, I outputs and inputs of a
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,10 +109,10 @@ def load_float32(checkpoint: Checkpoint) -> Any:
 def no_initial_values() -> Any:
     """A context in which transformers builds modules without drawing weights for them."""
     try:
-        from transformers.initialization import no_init_weights
+        place = importlib.import_module("transformers.initialization")
     except ImportError:  # before transformers 5
-        from transformers.modeling_utils import no_init_weights
-    return no_init_weights()
+        place = importlib.import_module("transformers.modeling_utils")
+    return place.no_init_weights()
 
 
 def _check_names(checkpoint: Checkpoint, model: Any) -> None:

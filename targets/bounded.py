@@ -57,8 +57,10 @@ class BoundedLayer(DynamicLayer):
     """Writes where it is told to; keys lie as attention multiplies them."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, position_L: torch.Tensor) -> None:
-        super().__init__()
-        self.keys, self.values, self.position_L = keys, values, position_L
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.keys: torch.Tensor = keys
+        self.values: torch.Tensor = values
+        self.position_L = position_L
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
 

@@ -163,7 +163,8 @@ def _round_products(model: Any) -> None:
         return isinstance(module, torch.nn.Linear) and not in_groups(module, name)
 
     quantize_(model, rounding(torch.int8, PerAxis(0)), odd)
-    quantize_(model, rounding(torch.int4, PerGroup(QUANTISED_BLOCK)), in_groups)
+    four: Any = torch.int4  # type: ignore[attr-defined]
+    quantize_(model, rounding(four, PerGroup(QUANTISED_BLOCK)), in_groups)
 
 
 def _halve_table(model: Any) -> None:
