@@ -58,9 +58,7 @@ class BoundedLayer(DynamicLayer):
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, position_L: torch.Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.keys: torch.Tensor = keys
-        self.values: torch.Tensor = values
-        self.position_L = position_L
+        self.keys, self.values, self.position_L = keys, values, position_L
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
 
@@ -70,9 +68,9 @@ class BoundedLayer(DynamicLayer):
         # Called by its name: as an assignment it would drop the axis of a single KV head, which
         # ExecuTorch's operator then looks for.
         put, at_L = torch.ops.aten.index_put_, self.position_L
-        put(self.keys, [None, None, at_L], key_states[0].transpose(1, 2))
-        put(self.values, [None, at_L], value_states[0])
-        return self.keys, self.values
+        keys: torch.Tensor = put(self.keys, [None, None, at_L], key_states[0].transpose(1, 2))
+        values: torch.Tensor = put(self.values, [None, at_L], value_states[0])
+        return keys, values
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         return 0  # positions and mask are given; nothing else may depend on it

@@ -10,15 +10,13 @@ Shapes: B sequences, L tokens of the longest prompt, D width, V vocabulary.
 
 from __future__ import annotations
 
+import io
 import logging
-import os
 import shutil
-import sys
-import tempfile
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -52,6 +50,7 @@ with _quiet():
 PROGRAM = "model.pte"
 BACKEND = "XnnpackBackend"
 CONTEXT = 2048  # slots of the cache at most: they are memory from the moment a program is loaded
+INT4: torch.dtype = getattr(torch, "int4")  # noqa: B009  its stubs do not know it
 CHUNK = 128  # tokens of one call: logits of that many are planned for, too
 
 
@@ -163,8 +162,7 @@ def _round_products(model: Any) -> None:
         return isinstance(module, torch.nn.Linear) and not in_groups(module, name)
 
     quantize_(model, rounding(torch.int8, PerAxis(0)), odd)
-    four: Any = torch.int4  # type: ignore[attr-defined]
-    quantize_(model, rounding(four, PerGroup(QUANTISED_BLOCK)), in_groups)
+    quantize_(model, rounding(INT4, PerGroup(QUANTISED_BLOCK)), in_groups)
 
 
 def _halve_table(model: Any) -> None:
@@ -317,19 +315,14 @@ def _load(file: Path) -> Any:
 
 @contextmanager
 def _kept_stderr() -> Iterator[list[str]]:
-    """Its C++ part writes to the descriptor itself, of processors that it does not know.
+    """It says on stderr, among other things, which processors it does not know.
 
     Yields what fills with these lines in the end.
     """
     lines: list[str] = []
-    sys.stderr.flush()
-    shown = os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        try:
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
             yield lines
-        finally:
-            os.dup2(shown, 2)
-            os.close(shown)
-            file.seek(0)
-            lines += file.read().decode(errors="replace").splitlines()
+    finally:
+        lines += said.getvalue().splitlines()
