@@ -48,14 +48,15 @@ TARGETS = (
 )
 UNTIMED = {"gguf": "its files are read back into torch, which says nothing of llama.cpp"}
 
-# Twenty requests each way are enough for an interval; the whole table is hundreds of processes.
+# Two rounds of fresh processes: the whole table is hundreds of them.
 WORKLOAD = Workload(
     prompt_length=64,
     generation_length=48,
     min_iterations=20,
-    min_seconds=2.0,
+    min_seconds=1.0,
     min_warmups=3,
     max_warmup_seconds=3.0,
+    rounds=2,
 )
 
 # What differs from the embedded model's config.json, by family; None leaves it to the class.
@@ -100,11 +101,27 @@ def main(
         "both in a right-padded batch. `bytes`: of the artifact, narrowed over original. `decode`: "
         "tokens per second, narrowed over original, in the same target, with the 95 % interval; "
         f"one sequence, {WORKLOAD.prompt_length} tokens in and {WORKLOAD.generation_length} out, "
-        f"{WORKLOAD.with_threads().threads} threads, interleaved A B B A. "
+        f"{WORKLOAD.with_threads().threads} threads, interleaved A B B A in {WORKLOAD.rounds} "
+        "rounds of fresh processes. The first table has worst logit, bytes and decode of each. "
         + " ".join(f"{name} is not timed: {why}." for name, why in UNTIMED.items()),
-        rows,
+        [*_matrix(rows), *rows],
         command="python -m dotexport.bench.matrix_results",
     )
+
+
+def _matrix(rows: list[Row]) -> Iterator[Row]:
+    """Family by target: worst logit, bytes and decode, narrowed over original."""
+    for name in dict.fromkeys(row["family"] for row in rows):
+        own = [row for row in rows if row["family"] == name]
+        cells = {row["target"]: _short(row) for row in own}
+        yield {"family": name, "written as": own[0]["written as"]} | cells
+
+
+def _short(row: Row) -> str:
+    if row["worst logit"] == "":
+        return "refused"
+    parts = (f"{row['worst logit']:.0e}", row["bytes"], row["decode"])
+    return ", ".join(part for part in parts if part)
 
 
 def _family_rows(name: str, targets: list[str], scratch: Path) -> Iterator[Row]:
@@ -131,10 +148,15 @@ def _cell(out: Path, original: Path, spec: str) -> Row:
         return figures | {"bytes": "", "decode": "not timed", "interval": "", "refused": ""}
     try:
         found = bench(
-            out, original, artifact.target, precision=artifact.precision, workload=WORKLOAD
+            out,
+            original,
+            artifact.target,
+            precision=artifact.precision,
+            workload=WORKLOAD,
+            roofline=False,
         )
     except UnsupportedModelError as error:
-        return figures | _unheld("original refused", str(error))
+        return _unheld("original refused", str(error)) | figures
     slower = found.comparisons["tpot"]
     return figures | {
         "bytes": f"{found.candidate.artifact_bytes / found.baseline.artifact_bytes:.3f}x",
@@ -145,7 +167,8 @@ def _cell(out: Path, original: Path, spec: str) -> Row:
 
 
 def _unheld(kind: str, why: str) -> Row:
-    short = " ".join(why.split())
+    reasons = why.partition(":\n")[2] or why  # the folder is a temporary one
+    short = " ".join(reasons.split())
     blank = {"worst logit": "", "KL": "", "bytes": "", "decode": "", "interval": ""}
     return blank | {"refused": f"{kind}: {short}"}
 
