@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from dotexport import cli, recipe
+from dotexport import recipe
+from dotexport.commands import artifacts, measuring, sizes
 from dotexport.errors import UsageError
 from dotexport.recipe import BenchStep, EvalStep, Recipe, ShrinkStep
 
@@ -54,7 +55,12 @@ def test_the_recipe_of_the_demo_is_sound() -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "verb"), [(ShrinkStep, cli.shrink), (EvalStep, cli.evaluate), (BenchStep, cli.bench)]
+    ("step", "verb"),
+    [
+        (ShrinkStep, sizes.shrink),
+        (EvalStep, artifacts.evaluate),
+        (BenchStep, measuring.bench),
+    ],
 )
 def test_keys_and_defaults_of_a_step_are_the_flags_of_its_verb(
     step: type, verb: Callable[..., None]

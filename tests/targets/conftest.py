@@ -30,7 +30,7 @@ from dotexport.site import NarrowOptions
 
 LLAMA_CPP = "DOTEXPORT_LLAMA_CPP"
 
-Exported = Callable[[str], Path]
+Exported = Callable[[str, str], Path]
 
 
 def specs() -> list[str]:
@@ -101,13 +101,21 @@ def exported(
     tmp_path_factory: pytest.TempPathFactory,
     translated_once: None,
 ) -> Exported:
-    """Name of a tiny model -> an output with every artifact that can run, not verified."""
+    """Names of a tiny model and of a target -> an output with, not verified, what of that can run.
+
+    All targets of a model share the output; each is written when it is first asked for.
+    """
     outs: dict[str, Path] = {}
 
-    def make(name: str) -> Path:
+    @cache
+    def make(name: str, target: str) -> Path:
         if name not in outs:
-            outs[name] = tmp_path_factory.mktemp(f"out-{name}") / "out"
-            export(tiny_llama(name), specs(), out=outs[name], verify=False)
+            out = tmp_path_factory.mktemp(f"out-{name}") / "out"
+            export(tiny_llama(name), ["hf"], out=out, verify=False)
+            outs[name] = out
+        wanted = [spec for spec in specs() if spec.startswith(f"{target}:")]
+        if wanted and target != "hf":
+            export(outs[name], wanted, verify=False)
         return outs[name]
 
     return make
@@ -120,7 +128,7 @@ def reference_of(exported: Exported) -> Callable[[str], Reference]:
 
     def make(name: str) -> Reference:
         if name not in references:
-            references[name] = compute_reference(Checkpoint.open(exported(name) / "hf"))
+            references[name] = compute_reference(Checkpoint.open(exported(name, "hf") / "hf"))
         return references[name]
 
     return make

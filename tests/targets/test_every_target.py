@@ -19,8 +19,9 @@ from dotexport.verifying import check
 MODELS = ["wide-heads", "tied-bf16", "heads-of-8", "biased"]
 
 
-def opened(out: Path, spec: str) -> tuple[Target, str, Path]:
+def opened(exported: Callable[[str, str], Path], model: str, spec: str) -> tuple[Target, str, Path]:
     request = Request(*resolve(spec))
+    out = exported(model, request.target.name)
     return request.target, request.precision, out / request.name
 
 
@@ -39,7 +40,7 @@ def verdict(session: Session, reference: Reference, target: Target, precision: s
 def test_what_was_written_computes_what_torch_computes(
     spec: str, model: str, exported: Any, reference_of: Callable[[str], Reference]
 ) -> None:
-    target, precision, folder = opened(exported(model), spec)
+    target, precision, folder = opened(exported, model, spec)
     parity = check(target, precision, folder, reference_of(model), artifact=spec)
     assert parity.problems == ()
     if precision in ("fp32", "as-stored"):
@@ -49,7 +50,7 @@ def test_what_was_written_computes_what_torch_computes(
 def test_a_padded_batch_decodes_for_long_as_each_prompt_does_alone(
     spec: str, exported: Any
 ) -> None:
-    target, precision, folder = opened(exported("wide-heads"), spec)
+    target, precision, folder = opened(exported, "wide-heads", spec)
     session = target.open(folder, threads=1)
     rng = np.random.default_rng(0)
     lengths, steps = [7, 3, 1], 300  # past any first size of a cache
@@ -70,7 +71,7 @@ def test_a_padded_batch_decodes_for_long_as_each_prompt_does_alone(
 
 
 def test_a_session_starts_afresh(spec: str, exported: Any) -> None:
-    target, _, folder = opened(exported("wide-heads"), spec)
+    target, _, folder = opened(exported, "wide-heads", spec)
     session = target.open(folder, threads=1)
     prompt_BL, other_BL = np.array([[3, 4, 5, 6]]), np.array([[7, 8], [9, 10], [11, 12]])
     first_BLV, first_step_BV = session.start(prompt_BL).copy(), session.step(np.array([7])).copy()
@@ -81,7 +82,7 @@ def test_a_session_starts_afresh(spec: str, exported: Any) -> None:
 
 
 def test_shapes_and_types_are_those_of_the_protocol(spec: str, exported: Any) -> None:
-    target, _, folder = opened(exported("wide-heads"), spec)
+    target, _, folder = opened(exported, "wide-heads", spec)
     session = target.open(folder)
     logits_BLV = session.start(np.array([[1, 2, 3], [4, 5, 0]]), [3, 2])
     logits_BV = session.step(np.array([6, 7]))
@@ -142,7 +143,7 @@ class Overflows(Faulty):
 def test_a_faulty_runtime_is_caught(
     spec: str, fault: type[Faulty], phase: str, exported: Any, reference_of: Any
 ) -> None:
-    target, precision, folder = opened(exported("wide-heads"), spec)
+    target, precision, folder = opened(exported, "wide-heads", spec)
     faulty = fault(target.open(folder, threads=1))
     parity = verdict(faulty, reference_of("wide-heads"), target, precision)
     assert not parity.passed
@@ -152,7 +153,7 @@ def test_a_faulty_runtime_is_caught(
 def test_the_artifact_of_another_model_is_caught(
     spec: str, exported: Any, reference_of: Any
 ) -> None:
-    target, precision, folder = opened(exported("wide-heads"), spec)
+    target, precision, folder = opened(exported, "wide-heads", spec)
     parity = check(target, precision, folder, reference_of("biased"), artifact=spec)
     assert not parity.passed
 
@@ -160,7 +161,7 @@ def test_the_artifact_of_another_model_is_caught(
 def test_a_damaged_artifact_is_a_failure_not_a_crash(
     spec: str, exported: Any, reference_of: Any, tmp_path: Path
 ) -> None:
-    target, precision, _ = opened(exported("wide-heads"), spec)
+    target, precision, _ = opened(exported, "wide-heads", spec)
     parity = check(target, precision, tmp_path, reference_of("wide-heads"), artifact=spec)
     assert "cannot be run" in parity.problems[0]
 

@@ -19,6 +19,11 @@ from dotexport.verifying import check
 portable_lib: Any = pytest.importorskip("executorch.extension.pybindings.portable_lib")
 
 
+def plain(exported: Any) -> Path:
+    """The float32 artifact of one tiny model."""
+    return program(exported("wide-heads", "executorch")).parent
+
+
 def program(out: Path, precision: str = "fp32") -> Path:
     return out / f"executorch-{precision}" / "model.pte"
 
@@ -28,7 +33,7 @@ def weights(out: Path, name: str) -> np.ndarray:
 
 
 def test_the_weights_take_what_their_precision_says(exported: Any) -> None:
-    out = exported("wide-heads")
+    out = exported("wide-heads", "executorch")
     parameters = Checkpoint.open(out / "hf").num_parameters
     stored = {p: program(out, p).stat().st_size for p in ("fp32", "int4")}
     # The graph itself takes some 50 kB; weights kept twice would take 400.
@@ -38,14 +43,14 @@ def test_the_weights_take_what_their_precision_says(exported: Any) -> None:
 
 
 def test_a_tied_table_is_stored_once(exported: Any) -> None:
-    out = exported("tied-bf16")
+    out = exported("tied-bf16", "executorch")
     row = weights(out, "model.embed_tokens.weight")[7].tobytes()
     assert program(out).read_bytes().count(row) == 1
 
 
 def test_every_product_is_left_to_xnnpack_and_the_cache_is_written_in_place(exported: Any) -> None:
     for precision in ("fp32", "int4"):
-        written = program(exported("wide-heads"), precision).read_bytes()
+        written = program(exported("wide-heads", "executorch"), precision).read_bytes()
         assert b"XnnpackBackend" in written
         assert b"aten::index_put_" in written
         for product in (b"aten::linear", b"aten::mm", b"aten::addmm", b"aten::bmm"):
@@ -53,7 +58,7 @@ def test_every_product_is_left_to_xnnpack_and_the_cache_is_written_in_place(expo
 
 
 def test_a_program_says_what_the_llm_runner_asks_it(exported: Any) -> None:
-    file = program(exported("wide-heads"))
+    file = program(exported("wide-heads", "executorch"))
     loaded = find_target("executorch").open(file.parent).programs[0]  # type: ignore[attr-defined]
     said = {n: loaded.load_method(n).execute([]) for n in loaded.method_names - {"forward"}}
     assert said["get_max_context_len"] == [512]
@@ -65,7 +70,7 @@ def test_a_program_says_what_the_llm_runner_asks_it(exported: Any) -> None:
 
 
 def test_a_prompt_longer_than_a_call_is_read_in_parts(exported: Any, reference_of: Any) -> None:
-    session = find_target("executorch").open(program(exported("wide-heads")).parent, threads=1)
+    session = find_target("executorch").open(plain(exported), threads=1)
     tokens_BL = np.random.default_rng(0).integers(90, size=(1, 300))
     whole_BLV = session.start(tokens_BL)
     session.start(tokens_BL[:, :200])
@@ -75,7 +80,7 @@ def test_a_prompt_longer_than_a_call_is_read_in_parts(exported: Any, reference_o
 
 
 def test_more_tokens_than_slots_are_refused(exported: Any) -> None:
-    session = find_target("executorch").open(program(exported("wide-heads")).parent, threads=1)
+    session = find_target("executorch").open(plain(exported), threads=1)
     with pytest.raises(UsageError, match=r"513 tokens.*512 slots"):
         session.start(np.zeros((1, 513), dtype=np.int64))
     session.start(np.zeros((1, 512), dtype=np.int64))
@@ -84,7 +89,7 @@ def test_more_tokens_than_slots_are_refused(exported: Any) -> None:
 
 
 def test_a_change_of_threads_ends_what_ran_on_the_old_pool(exported: Any) -> None:
-    folder, target = program(exported("wide-heads")).parent, find_target("executorch")
+    folder, target = plain(exported), find_target("executorch")
     prompt_BL = np.array([[3, 4, 5]])
     first = target.open(folder, threads=1)
     said_BLV = first.start(prompt_BL)
@@ -222,7 +227,7 @@ FAULTS: list[Written] = [
 def test_each_of_ten_faults_in_a_written_program_is_found(
     fault: Written, exported: Any, reference_of: Any, tmp_path: Path
 ) -> None:
-    out = exported("wide-heads")
+    out = exported("wide-heads", "executorch")
     folder = Path(shutil.copytree(program(out).parent, tmp_path / "copy"))
     file = folder / "model.pte"
     file.write_bytes(fault(file.read_bytes(), out))

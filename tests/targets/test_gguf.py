@@ -95,13 +95,13 @@ def test_the_weights_take_what_their_precision_says(
 
 
 def test_a_tied_table_is_stored_once(exported: Any) -> None:
-    names = [tensor.name for tensor in read(exported("tied-bf16") / "gguf-fp16").tensors]
+    names = [tensor.name for tensor in read(exported("tied-bf16", "gguf") / "gguf-fp16").tensors]
     assert "token_embd.weight" in names
     assert "output.weight" not in names
 
 
 def test_sizes_say_the_width_of_a_head(exported: Any) -> None:
-    reader = read(exported("wide-heads") / "gguf-fp16")
+    reader = read(exported("wide-heads", "gguf") / "gguf-fp16")
     assert field(reader, "llama.attention.key_length") == 32
     assert field(reader, "llama.attention.value_length") == 32
     assert field(reader, "llama.embedding_length") == 48
@@ -249,7 +249,7 @@ def test_all_problems_are_listed_at_once(tiny_llama: Callable[[str], Path], tmp_
 def test_a_changed_weight_in_the_file_is_found(
     exported: Any, reference_of: Any, tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(exported("wide-heads") / "gguf-fp16", tmp_path / "copy"))
+    folder = Path(shutil.copytree(exported("wide-heads", "gguf") / "gguf-fp16", tmp_path / "copy"))
     tensor = next(t for t in read(folder).tensors if t.name == "blk.1.ffn_down.weight")
     content = bytearray((folder / "model.gguf").read_bytes())
     start = int(tensor.data_offset)

@@ -38,7 +38,7 @@ def axes(port: Any) -> list[Any]:
 
 
 def test_names_and_axes_are_those_of_optimum(exported: Any) -> None:
-    graph = load(exported("wide-heads") / "onnx-fp32").graph
+    graph = load(exported("wide-heads", "onnx") / "onnx-fp32").graph
     inputs, outputs = ({p.name: axes(p) for p in ports} for ports in (graph.input, graph.output))
     cache = [f"{layer}.{role}" for layer in range(3) for role in ("key", "value")]
     assert list(inputs) == [
@@ -58,7 +58,7 @@ def test_names_and_axes_are_those_of_optimum(exported: Any) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_any_runtime_has_the_operators(precision: str, exported: Any) -> None:
-    model = load(exported("wide-heads") / f"onnx-{precision}")
+    model = load(exported("wide-heads", "onnx") / f"onnx-{precision}")
     assert [opset.domain for opset in model.opset_import] == [""]
     assert not model.functions
     onnx.checker.check_model(model, full_check=True)
@@ -68,7 +68,7 @@ def test_any_runtime_has_the_operators(precision: str, exported: Any) -> None:
 def test_the_weights_take_what_their_precision_says_and_a_tied_table_is_stored_once(
     precision: str, exported: Any
 ) -> None:
-    folder = exported("tied-bf16")
+    folder = exported("tied-bf16", "onnx")
     parameters, table = Checkpoint.open(folder / "hf").num_parameters, 90 * 48
     stored = sum(len(i.raw_data) for i in load(folder / f"onnx-{precision}").graph.initializer)
     # int8 leaves table and norms in float32 and adds a float32 step per output.
@@ -77,13 +77,13 @@ def test_the_weights_take_what_their_precision_says_and_a_tied_table_is_stored_o
 
 
 def test_the_graph_does_not_tell_where_it_was_made(exported: Any) -> None:
-    text = (exported("wide-heads") / "onnx-fp32" / "model.onnx").read_bytes()
+    text = (exported("wide-heads", "onnx") / "onnx-fp32" / "model.onnx").read_bytes()
     assert b".py" not in text
     assert str(Path.home()).encode() not in text
 
 
 def test_int8_rounds_every_product_with_a_matrix(exported: Any) -> None:
-    graph = load(exported("wide-heads") / "onnx-int8").graph
+    graph = load(exported("wide-heads", "onnx") / "onnx-int8").graph
     products = [node.op_type for node in graph.node if node.op_type.startswith("MatMul")]
     assert products.count("MatMulInteger") == 3 * 7 + 1
     assert products.count("MatMul") == 2 * 3  # attention multiplies activations with each other
@@ -292,7 +292,7 @@ FAULTS = [
 def test_each_of_ten_faults_in_a_written_graph_is_found(
     fault: Callable[[Any], None], exported: Any, reference_of: Any, tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(exported("wide-heads") / "onnx-fp32", tmp_path / "copy"))
+    folder = Path(shutil.copytree(exported("wide-heads", "onnx") / "onnx-fp32", tmp_path / "copy"))
     model = ir.load(folder / "model.onnx")
     fault(model.graph)
     ir.save(model, folder / "model.onnx")

@@ -19,11 +19,17 @@ ov: Any = pytest.importorskip("openvino")
 BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
 
 
+def plain(exported: Any) -> Path:
+    """The float32 artifact of one tiny model."""
+    folder: Path = exported("wide-heads", "openvino") / "openvino-fp32"
+    return folder
+
+
 @pytest.mark.parametrize("precision", BITS)
 def test_the_weights_take_what_their_precision_says_and_a_tied_table_is_stored_once(
     precision: str, exported: Any
 ) -> None:
-    folder = exported("tied-bf16")
+    folder = exported("tied-bf16", "openvino")
     parameters = Checkpoint.open(folder / "hf").num_parameters
     stored = (folder / f"openvino-{precision}" / "openvino_model.bin").stat().st_size
     wanted = parameters * BITS[precision] / 8
@@ -36,7 +42,7 @@ def test_the_weights_take_what_their_precision_says_and_a_tied_table_is_stored_o
 def test_a_table_that_is_only_looked_up_takes_two_bytes_at_most(
     precision: str, exported: Any
 ) -> None:
-    folder = exported("wide-heads")
+    folder = exported("wide-heads", "openvino")
     graph = ov.Core().read_model(folder / f"openvino-{precision}" / "openvino_model.xml")
     constants = [node for node in graph.get_ordered_ops() if node.get_type_name() == "Constant"]
     tables = [node for node in constants if list(node.shape) == [90, 48]]
@@ -44,7 +50,7 @@ def test_a_table_that_is_only_looked_up_takes_two_bytes_at_most(
 
 
 def test_names_are_those_of_optimum_intel_and_the_cache_is_inside(exported: Any) -> None:
-    graph = ov.Core().read_model(exported("wide-heads") / "openvino-fp32" / "openvino_model.xml")
+    graph = ov.Core().read_model(plain(exported) / "openvino_model.xml")
     names = {port.get_any_name() for port in graph.inputs}
     assert names == {"input_ids", "attention_mask", "position_ids", "beam_idx"}
     assert [port.get_any_name() for port in graph.outputs] == ["logits"]
@@ -52,7 +58,7 @@ def test_names_are_those_of_optimum_intel_and_the_cache_is_inside(exported: Any)
 
 
 def test_the_cache_follows_the_beam(exported: Any) -> None:
-    session: Any = find_target("openvino").open(exported("wide-heads") / "openvino-fp32")
+    session: Any = find_target("openvino").open(plain(exported))
     one_BL, other_BL = np.array([[3, 4, 5], [6, 7, 8]]), np.array([[6, 7, 8], [6, 7, 8]])
     session.start(other_BL)
     expected_BV = session.step(np.array([9, 9]))
@@ -62,13 +68,13 @@ def test_the_cache_follows_the_beam(exported: Any) -> None:
 
 
 def test_the_artifact_says_that_it_is_to_be_computed_exactly(exported: Any) -> None:
-    graph = ov.Core().read_model(exported("wide-heads") / "openvino-fp32" / "openvino_model.xml")
+    graph = ov.Core().read_model(plain(exported) / "openvino_model.xml")
     for option in ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION"):
         assert graph.get_rt_info(["runtime_options", option]).value == "f32"
 
 
 def test_threads_are_honoured(exported: Any) -> None:
-    session: Any = find_target("openvino").open(exported("wide-heads") / "openvino-fp32", threads=1)
+    session: Any = find_target("openvino").open(plain(exported), threads=1)
     compiled = session.request.get_compiled_model()
     assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
 
@@ -115,7 +121,7 @@ def drop_the_mask(graph: Any) -> None:
 def test_a_fault_in_a_written_graph_is_found(
     fault: Callable[[Any], None] | None, exported: Any, reference_of: Any, tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(exported("wide-heads") / "openvino-fp32", tmp_path / "copy"))
+    folder = Path(shutil.copytree(plain(exported), tmp_path / "copy"))
     graph = ov.Core().read_model(folder / "openvino_model.xml")
     if fault is not None:
         fault(graph)

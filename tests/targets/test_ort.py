@@ -38,6 +38,12 @@ print(json.dumps(generator.get_sequence(0).tolist()))
 """
 
 
+def plain(exported: Any) -> Path:
+    """The float32 artifact of one tiny model."""
+    folder: Path = exported("wide-heads", "ort-cpu") / "ort-cpu-fp32"
+    return folder
+
+
 @pytest.mark.parametrize(
     ("model", "precision"),
     [
@@ -53,7 +59,7 @@ def test_onnxruntime_genai_generates_the_greedy_tokens_of_torch(
 ) -> None:
     reference = reference_of(model)
     tokens_L, length = reference.sequences[1], reference.prompt_lengths[1]
-    folder = exported(model) / f"ort-cpu-{precision}"
+    folder = exported(model, "ort-cpu") / f"ort-cpu-{precision}"
     command = [sys.executable, "-c", GENERATE, str(folder), json.dumps(tokens_L[:length].tolist())]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     generated = json.loads(done.stdout)
@@ -65,7 +71,7 @@ def test_onnxruntime_genai_generates_the_greedy_tokens_of_torch(
 
 @pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("fp16", 2)])
 def test_the_tied_table_is_stored_once(precision: str, size: int, exported: Any) -> None:
-    folder = exported("tied-bf16")
+    folder = exported("tied-bf16", "ort-cpu")
     written = folder / f"ort-cpu-{precision}"
     names = [i.name for i in load(written).graph.initializer]
     assert "model.embed_tokens.weight" not in names
@@ -78,7 +84,7 @@ def test_the_tied_table_is_stored_once(precision: str, size: int, exported: Any)
 def test_float16_keeps_its_attention_in_one_operator_and_its_cache_in_float16(
     exported: Any,
 ) -> None:
-    graph = load(exported("wide-heads") / "ort-cpu-fp16").graph
+    graph = load(exported("wide-heads", "ort-cpu") / "ort-cpu-fp16").graph
     operators = [node.op_type for node in graph.node]
     assert operators.count("GroupQueryAttention") == 3
     assert "MultiHeadAttention" not in operators
@@ -110,14 +116,16 @@ def test_bfloat16_which_no_cpu_multiplies_here_is_no_precision() -> None:
 
 
 def test_int4_rounds_every_matrix_product(exported: Any) -> None:
-    operators = [node.op_type for node in load(exported("biased") / "ort-cpu-int4").graph.node]
+    operators = [
+        node.op_type for node in load(exported("biased", "ort-cpu") / "ort-cpu-int4").graph.node
+    ]
     assert "MatMul" not in operators
     assert operators.count("MatMulNBits") == 3 * 5 + 1  # qkv, o, gate, up, down; the output head
 
 
 def test_rotary_is_inside_the_attention_where_the_heads_allow(exported: Any) -> None:
-    inside = load(exported("wide-heads") / "ort-cpu-fp32")
-    outside = load(exported("heads-of-8") / "ort-cpu-fp32")
+    inside = load(plain(exported))
+    outside = load(exported("heads-of-8", "ort-cpu") / "ort-cpu-fp32")
     assert "RotaryEmbedding" not in [node.op_type for node in inside.graph.node]
     assert "RotaryEmbedding" in [node.op_type for node in outside.graph.node]
 
@@ -176,7 +184,7 @@ def test_a_failing_builder_is_quoted(tiny_llama: Callable[[str], Path], tmp_path
 
 
 def test_a_prompt_beyond_the_context_is_refused(exported: Any) -> None:
-    session = find_target("ort-cpu").open(exported("wide-heads") / "ort-cpu-fp32")
+    session = find_target("ort-cpu").open(plain(exported))
     session.start(np.ones((1, 512), dtype=np.int64))
     with pytest.raises(UsageError, match="context of 512"):
         session.step(np.array([1]))
@@ -187,16 +195,16 @@ def test_a_fallen_back_provider_is_an_error(exported: Any, monkeypatch: pytest.M
 
     monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda self: ["Other"])
     with pytest.raises(RuntimeMissingError, match="got Other"):
-        find_target("ort-cpu").open(exported("wide-heads") / "ort-cpu-fp32")
+        find_target("ort-cpu").open(plain(exported))
 
 
 def test_threads_are_honoured(exported: Any) -> None:
-    session: Any = find_target("ort-cpu").open(exported("wide-heads") / "ort-cpu-fp32", threads=1)
+    session: Any = find_target("ort-cpu").open(plain(exported), threads=1)
     assert session.session.get_session_options().intra_op_num_threads == 1
 
 
 def test_nothing_but_the_artifact_is_in_its_folder(exported: Any) -> None:
-    found = {file.name for file in (exported("wide-heads") / "ort-cpu-fp32").iterdir()}
+    found = {file.name for file in (plain(exported)).iterdir()}
     assert found == {
         "genai_config.json",
         "model.onnx",
