@@ -20,47 +20,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
 
-from dotexport import embedded
 from dotexport.adapter import Session, find_target
-from dotexport.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
 from dotexport.errors import DotexportError, ParityError, UsageError
-from dotexport.families import find_family, read_sizes, shapes
-from dotexport.output import folder_bytes, write_json, write_text
+from dotexport.output import folder_bytes
 from dotexport.planning import planned_config
 from dotexport.sizing import SizeOptions, plan
 
 from .process import Worker
 from .results import RESULTS, save
+from .stand_in import SMOLLM2_135M, TOKENIZER, write_stand_in
 from .statistics import Comparison, compare
 from .workload import Workload
 
 OURS, THEIRS, GENERATE, NARROWED = "ort-cpu", "optimum-onnx", "optimum-onnx generate", "narrowed"
 GOAL = 1.6
-
-SMOLLM2_135M: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "vocab_size": 49152,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 100000.0,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": True,
-    "torch_dtype": "float32",
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
 
 WRITE_THEIRS = """
 import sys
@@ -162,31 +137,18 @@ def _write_all(
 ) -> dict[str, Path]:
     """What is run -> its folder."""
     dense, narrow = scratch / "dense", scratch / "narrow"
-    _write_model(dense, config)
-    _write_model(narrow, planned_config(config, plan(config, SizeOptions(params=params))))
+    decided = plan(config, SizeOptions(params=params))
+    models = (
+        write_stand_in(dense, config, TOKENIZER),
+        write_stand_in(narrow, planned_config(config, decided), TOKENIZER),
+    )
     folders = {OURS: scratch / OURS, NARROWED: scratch / NARROWED}
-    for model, folder in zip((dense, narrow), folders.values(), strict=True):
+    for model, folder in zip(models, folders.values(), strict=True):
         folder.mkdir()
-        find_target(OURS).write(Checkpoint.open(model), folder, "fp32")
+        find_target(OURS).write(model, folder, "fp32")
     theirs = scratch / THEIRS
     _elsewhere(optimum_python, WRITE_THEIRS, str(dense), str(theirs))
     return folders | {THEIRS: theirs, GENERATE: theirs}
-
-
-def _write_model(folder: Path, config: Mapping[str, Any]) -> None:
-    """Random weights of this config, with the tokenizer of the embedded model."""
-    write_json(folder / "config.json", dict(config))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        write_text(folder / name, (embedded.MODEL_DIR / name).read_text(encoding="utf-8"))
-    family = find_family(config)
-    sizes = read_sizes(family, config)
-    specs = {name: TensorSpec(shape, torch.float32) for name, shape in shapes(family, sizes)}
-    writer = CheckpointWriter(folder, specs)
-    torch.manual_seed(0)
-    for name, spec in specs.items():
-        values = torch.ones(spec.shape) if len(spec.shape) == 1 else torch.randn(spec.shape) * 0.04
-        writer.write(name, values)
-    writer.finish()
 
 
 def _elsewhere(python: Path, program: str, *arguments: str) -> None:

@@ -9,11 +9,35 @@ from typing import Any
 
 import torch
 
+from dotexport import embedded
 from dotexport.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
 from dotexport.families import find_family, read_sizes, shapes
 from dotexport.output import write_json
 
 SCALE = 0.04  # of matrices; large enough for finite, distinct logits
+TOKENIZER = tuple(embedded.MODEL_DIR / n for n in ("tokenizer.json", "tokenizer_config.json"))
+
+SMOLLM2_135M: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 
 
 def write_stand_in(
@@ -24,7 +48,7 @@ def write_stand_in(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Checkpoint:
-    """Write a checkpoint of this config.json into an empty folder.
+    """Write a checkpoint of this config.json into a new or empty folder.
 
     Args:
         companions: files that travel with it, a tokenizer among them.
@@ -32,6 +56,7 @@ def write_stand_in(
     Raises:
         UnsupportedModelError, CheckpointError: no config of a known family.
     """
+    folder.mkdir(exist_ok=True)
     write_json(folder / "config.json", dict(config))
     for file in companions:
         shutil.copyfile(file, folder / file.name)

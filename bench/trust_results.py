@@ -19,15 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from dotexport import embedded
 from dotexport.adapter import find_target
-from dotexport.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
+from dotexport.checkpoint import Checkpoint
 from dotexport.errors import RuntimeMissingError
-from dotexport.families import find_family, read_sizes, shapes
-from dotexport.output import write_json, write_text
 from dotexport.planning import planned_config
 from dotexport.sizing import SizeOptions, plan
 
@@ -35,6 +32,7 @@ from . import judge as genai
 from .measure import bench, noise_check
 from .result import BenchResult
 from .results import RESULTS, Out, Table, save
+from .stand_in import SMOLLM2_135M, TOKENIZER, write_stand_in
 from .sweep import NOISE_SHARE
 from .workload import Workload, usable_cores
 
@@ -47,24 +45,6 @@ Prompt = Annotated[int, typer.Option(help="Tokens of a prompt.")]
 Generate = Annotated[int, typer.Option(help="Tokens generated.")]
 Threads = Annotated[int | None, typer.Option(help="Default: one per core.")]
 
-SMOLLM2_135M = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "vocab_size": 49152,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 100000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
 RUNTIMES = (("ort-cpu", "fp32"), ("ort-cpu", "int4"), ("hf", "as-stored"))
 ENOUGH = 0.9  # of the ratio of bytes
 AGREES = 0.1
@@ -153,10 +133,12 @@ def smollm(
     config = SMOLLM2_135M | {"num_hidden_layers": layers}
     rows: Table = []
     with tempfile.TemporaryDirectory() as scratch:
-        dense = _random_model(config, Path(scratch) / "dense")
+        dense = write_stand_in(Path(scratch) / "dense", config, TOKENIZER).folder
         for asked in budget or ["0.8x", "0.7x", "0.5x"]:
             decided = plan(config, SizeOptions(params=asked))
-            narrowed = _random_model(planned_config(config, decided), Path(scratch) / asked)
+            narrowed = write_stand_in(
+                Path(scratch) / asked, planned_config(config, decided), TOKENIZER
+            ).folder
             for target, precision in RUNTIMES:
                 result = bench(narrowed, dense, target, precision=precision, workload=workload)
                 rows.append(_speed_row(asked, result))
@@ -196,7 +178,7 @@ def judge(
     ).with_threads()
     with tempfile.TemporaryDirectory() as scratch:
         config = SMOLLM2_135M | {"num_hidden_layers": layers}
-        checkpoint = Checkpoint.open(_random_model(config, Path(scratch) / "model"))
+        checkpoint = write_stand_in(Path(scratch) / "model", config, TOKENIZER)
         folder = Path(scratch) / "ort-cpu-fp32"
         folder.mkdir()
         find_target("ort-cpu").write(checkpoint, folder, "fp32")
@@ -295,26 +277,6 @@ def _embedded() -> Iterator[Path]:
         folder.mkdir()
         find_target("ort-cpu").write(Checkpoint.open(embedded.MODEL_DIR), folder, "fp32")
         yield folder
-
-
-def _random_model(config: dict[str, Any], folder: Path) -> Path:
-    """A stock checkpoint of these sizes with random weights, float32."""
-    folder.mkdir()
-    write_json(folder / "config.json", config)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        write_text(folder / name, (embedded.MODEL_DIR / name).read_text(encoding="utf-8"))
-    family = find_family(config)
-    specs = {
-        name: TensorSpec(shape, torch.float32)
-        for name, shape in shapes(family, read_sizes(family, config))
-    }
-    writer = CheckpointWriter(folder, specs)
-    torch.manual_seed(0)
-    for name, spec in specs.items():
-        values = torch.ones(spec.shape) if len(spec.shape) == 1 else torch.randn(spec.shape) * 0.02
-        writer.write(name, values)
-    writer.finish()
-    return folder
 
 
 def _protocol(workload: Workload) -> str:
