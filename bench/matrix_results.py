@@ -5,6 +5,7 @@
 Each family stands in the embedded model's sizes, with its weights wherever names and shapes agree
 and the class's own beginning elsewhere: speed, bytes and parity do not ask what a text means. It is
 narrowed, exported, held against torch, and decodes in turns with the original in the same target.
+A run that was stopped goes on with the cells that are not noted yet.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import typer
 from torch import Tensor
 
 from dotexport import embedded
+from dotexport.bench.fidelity import Notes
 from dotexport.bench.measure import bench
 from dotexport.bench.results import save
 from dotexport.bench.workload import Workload
@@ -86,12 +88,16 @@ def main(
     ] = None,
 ) -> None:
     """Parity, bytes and decode rate of every family in every target."""
-    rows = []
-    for name in family or list(FAMILIES):
+    families, targets = family or list(FAMILIES), target or list(TARGETS)
+    notes = Notes(out / ".matrix.jsonl")
+    for name in families:
+        wanted = [spec for spec in targets if spec not in notes.read(name)]
         with tempfile.TemporaryDirectory() as scratch:
-            for row in _family_rows(name, target or list(TARGETS), Path(scratch)):
+            for row in _family_rows(name, wanted, Path(scratch)) if wanted else ():
                 typer.echo(json.dumps(row), err=True)
-                rows.append(row)
+                notes.add({"budget": name, "step": row["target"], "row": row})
+    known = {name: notes.read(name) for name in families}
+    rows: list[Row] = [known[name][spec]["row"] for name in families for spec in targets]
     save(
         out / "matrix",
         "Families in targets",
@@ -107,6 +113,7 @@ def main(
         [*_matrix(rows), *rows],
         command="python -m dotexport.bench.matrix_results",
     )
+    notes.file.unlink()
 
 
 def _matrix(rows: list[Row]) -> Iterator[Row]:
