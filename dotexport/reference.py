@@ -10,7 +10,7 @@ Shapes: B sequences, L tokens of one, V vocabulary; O, I outputs and inputs of a
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +93,8 @@ def load_float32(checkpoint: Checkpoint) -> Any:
     try:
         config = stock_config(checkpoint.config)
         with no_initial_values():
-            model: Any = classes.from_config(config, dtype=torch.float32)
+            exact = capped_attention(checkpoint.config)
+            model: Any = classes.from_config(config, dtype=torch.float32, **exact)
         model.tie_weights()  # skipping the initial values skips this too
     except (ValueError, KeyError, OSError) as error:
         raise UnsupportedModelError(
@@ -104,6 +105,14 @@ def load_float32(checkpoint: Checkpoint) -> Any:
     for name, parameter in model.named_parameters():  # a tied table comes up once
         _fill(parameter, checkpoint.tensor(name), name)
     return model.eval()
+
+
+def capped_attention(config: Mapping[str, Any]) -> dict[str, str]:
+    """Arguments of a class that make it cap attention scores where config.json says so (Gemma 2).
+
+    transformers 4.57 would take torch's own attention, which has no cap, without an error.
+    """
+    return {"attn_implementation": "eager"} if config.get("attn_logit_softcapping") else {}
 
 
 def no_initial_values() -> Any:

@@ -22,6 +22,7 @@ from dotexport.adapter import Logits, Tokens
 from dotexport.checkpoint import INDEX, Checkpoint, read_config
 from dotexport.errors import CheckpointError, RuntimeMissingError, UsageError
 from dotexport.output import write_json
+from dotexport.reference import capped_attention
 from dotexport.rope import in_all_words, stock_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -106,6 +107,7 @@ class HuggingFace:
                     local_files_only=True,
                     trust_remote_code=False,
                     output_loading_info=True,
+                    **capped_attention(read_config(folder)),
                 )
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(

@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM
 from dotexport.basis import Basis
 from dotexport.calibrate import TextOptions, token_windows
 from dotexport.carriers import carry
-from dotexport.checkpoint import Checkpoint, CheckpointWriter
+from dotexport.checkpoint import Checkpoint, CheckpointWriter, read_config
 from dotexport.errors import UnsupportedModelError
 from dotexport.families import find_family, num_parameters, read_sizes, supported
 from dotexport.heal import HealOptions
 from dotexport.prepare import prepare
+from dotexport.reference import capped_attention
 from dotexport.shrinking import ShrinkOptions, open_source, shrink
 from dotexport.site import NarrowOptions
 from dotexport.sizing import SizeOptions, plan
@@ -144,7 +145,10 @@ def tiny(tiny_model: Callable[..., Path]) -> Tiny:
 
 def load(folder: Path) -> Any:
     model, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
+        folder,
+        dtype=torch.float32,
+        output_loading_info=True,
+        **capped_attention(read_config(folder)),
     )
     assert not any(report.values())
     return model
