@@ -11,7 +11,9 @@ A run that was stopped goes on with the cells that are not noted yet.
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -111,7 +113,7 @@ def main(
         "rounds of fresh processes. The first table has worst logit, bytes and decode of each. "
         + " ".join(f"{name} is not timed: {why}." for name, why in UNTIMED.items()),
         [*_matrix(rows), *rows],
-        command="python -m dotexport.bench.matrix_results",
+        command=shlex.join(["python", "-m", "dotexport.bench.matrix_results", *sys.argv[1:]]),
     )
     notes.file.unlink()
 
