@@ -105,7 +105,7 @@ def slowdown(
         f"A planted slowdown of {share:.0%}".replace("%", " %"),
         f"{'PASS' if found == runs else 'FAIL'}: found in {found} of {runs} runs. The embedded "
         f"model on ort-cpu fp32 against itself, the candidate busy for another {100 * share:.0f} % "
-        f"of the time of each prefill and each step. {_protocol(workload)}",
+        f"of the processor time of each prefill and each step. {_protocol(workload)}",
         rows,
         command=_command(),
     )

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dotexport.adapter import QUANTISED_BLOCK, Rehearsal, Session
 from dotexport.errors import DotexportError, RuntimeMissingError
+from dotexport.rope import rope_type as type_of
 
 from . import cuda
 from .genai_builder import builder_problems
@@ -250,7 +251,7 @@ def rope_type(config: Any) -> str:
     """Of all layers; of kinds of layers that have their own, one that is out of the ordinary."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kinds = [kind for kind in rope.values() if isinstance(kind, Mapping)] or [rope]
-    types = {str(kind.get("rope_type") or kind.get("type") or "default") for kind in kinds}
+    types = {type_of(kind) for kind in kinds}
     return min(types - {"default"}, default="default")
 
 
