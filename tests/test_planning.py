@@ -230,6 +230,23 @@ def test_shrink_takes_the_plan_that_the_verb_prints(tmp_path: Path) -> None:
     assert "not both" in str(twice.exception)
 
 
+def test_a_plan_in_a_file_becomes_the_model_that_it_describes(tmp_path: Path) -> None:
+    """Printed, written to a file, shrunk from: what lies in hf/ has the planned sizes."""
+    file, out = tmp_path / "plan.json", tmp_path / "out"
+    asked = ["plan", str(MODEL_DIR), "--params", "0.7x", "--target", "ort-cpu:int4", "--json"]
+    file.write_text(CliRunner().invoke(app, asked).stdout)
+    planned = json.loads(file.read_text())
+    text = ["--calib", "embedded:calibration", "--samples", "4", "--seqlen", "64"]
+    shrink = ["shrink", str(MODEL_DIR), "-o", str(out), "--plan", str(file), *text]
+    done = CliRunner().invoke(app, [*shrink, "--device", "cpu"])
+    assert done.exit_code == 0, done.exception
+    written = read_config(out / "hf")
+    for size in ("hidden_size", "intermediate_size", "num_key_value_heads"):
+        assert written[size] == planned[size][1] <= planned[size][0]
+    model = LlamaForCausalLM.from_pretrained(out / "hf")
+    assert model.num_parameters() == planned["parameters"][1] < planned["parameters"][0]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
