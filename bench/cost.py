@@ -29,6 +29,10 @@ MULTIPLIED = {
     ("ort-cuda", "int4"): "fp16",
     ("onnx", "int8"): "int8",
     ("executorch", "int4"): "int8",
+    ("gguf", "int8"): "int8",
+    ("gguf", "int4"): "int8",
+    ("gguf", "int6-k"): "int8",
+    ("gguf", "int4-k"): "int8",
 }
 
 
@@ -99,18 +103,22 @@ def find_cost(
         sizes = read_sizes(family, config)
     except DotexportError:
         return None
+    table = sizes.vocab_size * sizes.hidden_size
+    looked_up = 0 if sizes.tied else table
     bits: tuple[float, float] | None = getattr(target, "weight_bits", {}).get(precision)
     if number is not None:
         bits = (8.0 * NUMBER_BYTES[number],) * 2
-    if bits is None:
+    if bits is not None:
+        read = weight_bytes(family, sizes, *bits) - round(looked_up * bits[1] / 8)
+    elif own := getattr(target, "read_bytes", None):
+        read = own(family, sizes, precision)
+    else:
         return None
     each = NUMBER_BYTES[number] if number else bytes_of_cached_number(target, precision)
-    table = sizes.vocab_size * sizes.hidden_size
-    looked_up = 0 if sizes.tied else table
     products = sum(s[0] * s[1] for _, s in shapes(family, sizes) if len(s) == 2)
     assert products <= num_parameters(family, sizes)
     return Cost(
-        weight_bytes=weight_bytes(family, sizes, *bits) - round(looked_up * bits[1] / 8),
+        weight_bytes=read,
         cache_bytes=kv_numbers(sizes) * each,
         layer_parameters=products - table - looked_up,
         head_parameters=table,

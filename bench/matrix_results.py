@@ -1,6 +1,6 @@
 """The table of docs/results/matrix.md: every family in every target, original against narrowed.
 
-    python -m dotexport.bench.matrix_results
+    python -m dotexport.bench.matrix_results --llama-cpp PATH
 
 Each family stands in the embedded model's sizes, with its weights wherever names and shapes agree
 and the class's own beginning elsewhere: speed, bytes and parity do not ask what a text means. It is
@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -41,6 +40,7 @@ Row = dict[str, Any]
 RESULTS = Path("docs/results")
 PARAMS = "0.7x"
 CALIBRATION = TextOptions(source="embedded:calibration", samples=16, seqlen=256)
+GGUF = "gguf"  # timed in llama.cpp alone: read back into torch, its files say nothing of it
 TARGETS = (
     "hf",
     "ort-cpu:fp32",
@@ -48,9 +48,8 @@ TARGETS = (
     "onnx",
     "openvino",
     "executorch",
-    "gguf",
+    GGUF,
 )
-UNTIMED = {"gguf": "its files are read back into torch, which says nothing of llama.cpp"}
 
 # Two rounds of fresh processes: the whole table is hundreds of them.
 WORKLOAD = Workload(
@@ -88,6 +87,9 @@ def main(
     target: Annotated[
         list[str] | None, typer.Option(help="Only these, NAME or NAME:PRECISION; default: all.")
     ] = None,
+    llama_cpp: Annotated[
+        Path | None, typer.Option(help="Folder of llama.cpp, to time gguf in.")
+    ] = None,
 ) -> None:
     """Parity, bytes and decode rate of every family in every target."""
     families, targets = family or list(FAMILIES), target or list(TARGETS)
@@ -95,7 +97,7 @@ def main(
     for name in families:
         wanted = [spec for spec in targets if spec not in notes.read(name)]
         with tempfile.TemporaryDirectory() as scratch:
-            for row in _family_rows(name, wanted, Path(scratch)) if wanted else ():
+            for row in _family_rows(name, wanted, llama_cpp, Path(scratch)) if wanted else ():
                 typer.echo(json.dumps(row), err=True)
                 notes.add({"budget": name, "step": row["target"], "row": row})
     known = {name: notes.read(name) for name in families}
@@ -111,11 +113,20 @@ def main(
         f"one sequence, {WORKLOAD.prompt_length} tokens in and {WORKLOAD.generation_length} out, "
         f"{WORKLOAD.with_threads().threads} threads, interleaved A B B A in {WORKLOAD.rounds} "
         "rounds of fresh processes. The first table has worst logit, bytes and decode of each. "
-        + " ".join(f"{name} is not timed: {why}." for name, why in UNTIMED.items()),
+        f"gguf is timed in {'llama.cpp' if llama_cpp else 'nothing: no llama.cpp was named'}.",
         [*_matrix(rows), *rows],
-        command=shlex.join(["python", "-m", "dotexport.bench.matrix_results", *sys.argv[1:]]),
+        command=_command(families, targets, llama_cpp),
     )
     notes.file.unlink()
+
+
+def _command(families: list[str], targets: list[str], llama_cpp: Path | None) -> str:
+    asked = [
+        *(f"--family {shlex.quote(name)}" for name in families if families != list(FAMILIES)),
+        *(f"--target {name}" for name in targets if targets != list(TARGETS)),
+        *(["--llama-cpp PATH"] if llama_cpp else []),
+    ]
+    return " ".join(["python -m dotexport.bench.matrix_results", *asked])
 
 
 def _matrix(rows: list[Row]) -> Iterator[Row]:
@@ -133,7 +144,9 @@ def _short(row: Row) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _family_rows(name: str, targets: list[str], scratch: Path) -> Iterator[Row]:
+def _family_rows(
+    name: str, targets: list[str], llama_cpp: Path | None, scratch: Path
+) -> Iterator[Row]:
     original = scratch / "original"
     write_original(FAMILIES[name], original)
     options = ShrinkOptions(
@@ -142,10 +155,12 @@ def _family_rows(name: str, targets: list[str], scratch: Path) -> Iterator[Row]:
     out = shrink(original, scratch / "out", options).out
     written = Checkpoint.open(out / "hf").config["architectures"][0]
     for spec in targets:
-        yield {"family": name, "written as": written, "target": spec} | _cell(out, original, spec)
+        yield {"family": name, "written as": written, "target": spec} | _cell(
+            out, original, spec, llama_cpp
+        )
 
 
-def _cell(out: Path, original: Path, spec: str) -> Row:
+def _cell(out: Path, original: Path, spec: str, llama_cpp: Path | None) -> Row:
     """One artifact: held against torch, then timed. What is not to be had says why."""
     try:
         (artifact,) = export(out, [spec])
@@ -153,8 +168,11 @@ def _cell(out: Path, original: Path, spec: str) -> Row:
         return _unheld(type(error).__name__, str(error))
     assert artifact.parity is not None
     figures = {"worst logit": artifact.parity.max_abs, "KL": artifact.parity.kl}
-    if artifact.target in UNTIMED:
-        return figures | {"bytes": "", "decode": "not timed", "interval": "", "refused": ""}
+    runtime = {}
+    if artifact.target == GGUF:
+        if llama_cpp is None:
+            return figures | {"bytes": "", "decode": "not timed", "interval": "", "refused": ""}
+        runtime["llama_cpp"] = str(llama_cpp.resolve())
     try:
         found = bench(
             out,
@@ -162,6 +180,7 @@ def _cell(out: Path, original: Path, spec: str) -> Row:
             artifact.target,
             precision=artifact.precision,
             workload=WORKLOAD,
+            runtime=runtime,
             roofline=False,
         )
     except UnsupportedModelError as error:

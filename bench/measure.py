@@ -44,7 +44,8 @@ def bench(
         target: name of the runtime.
         precision: of both artifacts; None: that of the candidate's artifact, or the default.
         workload: None: one sequence, 128 tokens in, 64 out.
-        runtime: options of the target: for `hf`, device, dtype and compiled.
+        runtime: options of the target: for `hf`, device, dtype and compiled; for `gguf`,
+            llama_cpp, the folder of llama.cpp to run it in.
         roofline: measure bandwidth and matrix rate of the device as well, before and after.
         out: file of the report; None: reports/bench.json in the candidate, if it is an output.
         progress: called between measurements.
@@ -129,7 +130,7 @@ def _setting(
     if unknown := [name for name in runtime or {} if name not in takes]:
         raise UsageError(
             f"target {target} has no {', '.join(unknown)} to choose; hf has device, dtype and "
-            "compiled, other targets have a name or a precision for each"
+            "compiled, gguf has llama_cpp, other targets have a name or a precision for each"
         )
     precision = choose_precision(adapter, precision, *folders)
     return Setting(adapter, precision, dict(runtime or {}), roofline)

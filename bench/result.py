@@ -6,6 +6,7 @@ read back gives the same figures. Field names of the summaries are those of vLLM
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -24,12 +25,24 @@ SCHEMA = "dotexport.bench/1"
 
 METRICS = {
     "ttft": "time to first token: one prefill of the whole prompt, with what logits the runtime "
-    "gives (torch: of the last position; graphs: of every one)",
+    "gives (torch, llama.cpp: of the last position; graphs: of every one)",
     "tpot": "time per output token: (end-to-end - TTFT) / (tokens - 1)",
     "itl": "inter-token latency: each gap between two tokens",
     "e2el": "end-to-end latency: one request, prefill and all decode steps",
 }
 COMPARED = ("ttft", "tpot", "e2el")
+
+
+SAID_OF_OPTIONS = {"compiled": "compiled", "llama_cpp": "llama.cpp"}
+
+
+def options_in_words(runtime: Mapping[str, Any]) -> list[str]:
+    """Options of a target, short enough for a name.
+
+    >>> options_in_words({"dtype": "bf16", "compiled": True})
+    ['bf16', 'compiled']
+    """
+    return [SAID_OF_OPTIONS.get(name, str(value)) for name, value in runtime.items()]
 
 
 @dataclass(frozen=True)

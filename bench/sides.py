@@ -22,7 +22,7 @@ from dotexport.errors import CheckpointError, UsageError
 from dotexport.output import read_json
 
 from .intervals import STATISTICS
-from .result import METRICS, SCHEMA, BenchResult, Measurement
+from .result import METRICS, SCHEMA, BenchResult, Measurement, options_in_words
 from .statistics import Array
 from .sweep import SCHEMA as SWEEP
 
@@ -230,7 +230,7 @@ def _conditions(result: BenchResult) -> dict[str, Any]:
     return {
         "target": result.target,
         "precision": result.precision,
-        **({"options": result.runtime} if result.runtime else {}),
+        **({"options": options_in_words(result.runtime)} if result.runtime else {}),
         **{name: machine[name] for name in HARDWARE if machine.get(name)},
         "cores": machine.get("cores", {}).get("usable"),
         **_limited(machine),

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from .result import METRICS, BenchResult
+from .result import METRICS, BenchResult, options_in_words
 from .sweep import Sweep
 
 Row = tuple[str, str, str, str]
@@ -140,8 +140,7 @@ def conditions(result: BenchResult) -> Iterator[str]:
 
 
 def _runtime(result: BenchResult) -> str:
-    options = ["compiled" if v is True else str(v) for v in result.runtime.values()]
-    return " ".join([result.target, result.precision, *options])
+    return " ".join([result.target, result.precision, *options_in_words(result.runtime)])
 
 
 def _shape(result: BenchResult) -> str:

@@ -391,9 +391,10 @@ def _workload(step: BenchStep) -> Workload:
 
 def bench_name(step: BenchStep) -> str:
     """Key of a bench in the manifest: target, precision and what else it ran as."""
-    runtime = step.runtime()
-    compiled = ["compiled"] if runtime.pop("compiled", False) else []
-    return "-".join([_spec(step).replace(":", "-"), *runtime.values(), *compiled]).replace(":", "")
+    from dotexport.bench.result import options_in_words
+
+    words = [_spec(step).replace(":", "-"), *options_in_words(step.runtime())]
+    return "-".join(words).replace(":", "")
 
 
 def _spec(step: BenchStep) -> str:

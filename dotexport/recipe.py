@@ -147,6 +147,7 @@ class BenchStep:
     device: str | None = None
     dtype: str | None = None
     compiled: bool = False
+    llama_cpp: str | None = None
     preset: str | None = None
     prompt: int | None = None
     generate: int | None = None
@@ -163,7 +164,12 @@ class BenchStep:
 
     def runtime(self) -> dict[str, Any]:
         """Options of the target that were asked for."""
-        asked = {"device": self.device, "dtype": self.dtype, "compiled": self.compiled or None}
+        asked = {
+            "device": self.device,
+            "dtype": self.dtype,
+            "compiled": self.compiled or None,
+            "llama_cpp": self.llama_cpp,
+        }
         return {name: value for name, value in asked.items() if value is not None}
 
 

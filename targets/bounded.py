@@ -18,8 +18,7 @@ from torch.export import Dim, ExportedProgram
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .ort import window_of
-from .traced import head_dim
+from .configs import head_dim, window_of
 
 ATTENTION = "dotexport_bounded"
 

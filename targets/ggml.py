@@ -21,15 +21,15 @@ from dotexport.errors import CheckpointError
 from dotexport.rope import stock_config
 
 from . import kquants
+from .configs import head_dim, rope_type, window_of
 from .ggml_vocab import add_tokenizer, tokenizer_problems
 
 if TYPE_CHECKING:
     import torch
 
+    from dotexport.adapter import Session
     from dotexport.checkpoint import Checkpoint
     from dotexport.families import Family, Sizes
-
-    from .hf import TorchSession
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +76,7 @@ class Gguf:
     row_groups: Mapping[str, int] = BLOCKS | SUPERBLOCKS
     cache_bytes = 2  # what llama.cpp keeps unless told otherwise
     exact_rounding = ()  # rows that are no multiple of 32 stay F16
+    run_options = ("llama_cpp", "capacity", "lean")
 
     def missing(self) -> list[str]:
         return []  # this file would not have been imported without the gguf package
@@ -95,16 +96,12 @@ class Gguf:
 
     def stored_bytes(self, family: Family, sizes: Sizes, precision: str) -> int:
         """Of all tensors of a model of these sizes."""
-        from dotexport.families import shapes
+        return sum(_bytes_by_name(family, sizes, precision).values())
 
-        arch = ARCHITECTURES.get(family.architecture, gguf.MODEL_ARCH.LLAMA)
-        names, total = gguf.get_tensor_name_map(arch, sizes.num_layers), 0
-        for name, shape in shapes(family, sizes):
-            stored = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
-            kind = _type(stored, shape, precision, sizes.num_layers, tied=sizes.tied)
-            weights, num_bytes = gguf.GGML_QUANT_SIZES[kind]
-            total += int(np.prod(shape)) // weights * num_bytes
-        return total
+    def read_bytes(self, family: Family, sizes: Sizes, precision: str) -> int:
+        """Of the tensors that a decoded token reads whole: all but a table that is no head too."""
+        stored = _bytes_by_name(family, sizes, precision)
+        return sum(stored.values()) - (0 if sizes.tied else stored["token_embd.weight"])
 
     def write(self, checkpoint: Checkpoint, folder: Path, precision: str) -> None:
         arch = ARCHITECTURES[checkpoint.config["architectures"][0]]
@@ -120,7 +117,26 @@ class Gguf:
         writer.write_tensors_to_file()
         writer.close()
 
-    def open(self, folder: Path, *, threads: int | None = None) -> TorchSession:
+    def open(
+        self,
+        folder: Path,
+        *,
+        threads: int | None = None,
+        llama_cpp: str | None = None,
+        capacity: int | None = None,
+        lean: bool = False,
+    ) -> Session:
+        """Read the file into a torch model, or load it in llama.cpp.
+
+        Args:
+            llama_cpp: a folder of llama.cpp, or one of its programs or libraries.
+            capacity, lean: as for LlamaSession.
+        """
+        if llama_cpp is not None:
+            from .llama_session import LlamaSession
+
+            where, file = Path(llama_cpp), folder / FILE
+            return LlamaSession(where, file, threads=threads, capacity=capacity, lean=lean)
         import torch
 
         from .ggml_reading import read_model
@@ -128,12 +144,23 @@ class Gguf:
 
         if threads is not None:
             torch.set_num_threads(threads)
-        return TorchSession(read_model(folder / FILE))
+        return TorchSession(read_model(folder / FILE), lean=lean)
+
+
+def _bytes_by_name(family: Family, sizes: Sizes, precision: str) -> dict[str, int]:
+    from dotexport.families import shapes
+
+    arch = ARCHITECTURES.get(family.architecture, gguf.MODEL_ARCH.LLAMA)
+    names, found = gguf.get_tensor_name_map(arch, sizes.num_layers), {}
+    for name, shape in shapes(family, sizes):
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
+        kind = _type(stored, shape, precision, sizes.num_layers, tied=sizes.tied)
+        weights, num_bytes = gguf.GGML_QUANT_SIZES[kind]
+        found[stored] = int(np.prod(shape)) // weights * num_bytes
+    return found
 
 
 def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    from .ort import window_of
-
     architecture = (config.get("architectures") or ["none"])[0]
     arch = ARCHITECTURES.get(architecture)
     if arch is None:
@@ -170,8 +197,6 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _rope_problems(config: Mapping[str, Any], arch: Any) -> Iterator[str]:
-    from .ort import rope_type
-
     kind, rope = rope_type(config), _rope(config)
     if kind not in ROPES:
         yield (
@@ -188,8 +213,6 @@ def _rope_problems(config: Mapping[str, Any], arch: Any) -> Iterator[str]:
 
 def _torn_rows(config: Mapping[str, Any], precision: str) -> list[str]:
     """Widths that end inside a superblock, which has no smaller form."""
-    from .traced import head_dim
-
     superblock = SUPERBLOCKS.get(precision, 1)
     rows = {
         "hidden_size": config.get("hidden_size") or 0,
@@ -205,8 +228,6 @@ def _torn_rows(config: Mapping[str, Any], precision: str) -> list[str]:
 
 
 def _add_sizes(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
-    from .traced import head_dim
-
     config = checkpoint.config
     width = head_dim(config)
     writer.add_name(checkpoint.folder.resolve().name)
@@ -231,7 +252,6 @@ def _add_sizes(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
 
 def _add_rope(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
     from .ggml_reading import FACTORS, yarn_attention
-    from .ort import rope_type
 
     rope, kind = _rope(checkpoint.config), rope_type(checkpoint.config)
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))

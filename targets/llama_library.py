@@ -1,4 +1,5 @@
-"""One GGUF file in llama.cpp's own library, asked through pipes: run as a program, by llamacpp.py.
+"""One GGUF file in llama.cpp's own library: used by llama_session.py, and asked through pipes when
+run as a program, by llamacpp.py.
 
     python llama_library.py LIBRARY [MODEL CONTEXT THREADS]
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_uint32, c_void_p
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 CELLS = 256  # llama.cpp gives every sequence a multiple of this
+MOST_AT_ONCE = 512  # tokens of one pass through the layers: llama.cpp's own default
 
 
 class Parameters(ctypes.Structure):
@@ -66,8 +69,9 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_n_seq_max": (c_uint32, [c_void_p]),
     "llama_set_n_threads": (None, [c_void_p, c_int32, c_int32]),
     "llama_free": (None, [c_void_p]),
-    "llama_batch_init": (Batch, [c_int32, c_int32, c_int32]),
-    "llama_batch_free": (None, [Batch]),
+    "llama_get_memory": (c_void_p, [c_void_p]),
+    "llama_memory_clear": (None, [c_void_p, c_bool]),
+    "llama_supports_gpu_offload": (c_bool, []),
     "llama_decode": (c_int32, [c_void_p, Batch]),
     "llama_get_logits_ith": (POINTER(c_float), [c_void_p, c_int32]),
     "llama_tokenize": (
@@ -92,6 +96,15 @@ class Library:
             load_all(str(file.parent).encode())
         self.loaded.llama_backend_init()
 
+    @property
+    def build(self) -> str:
+        """The commit of ggml that it was built from; empty where it does not say."""
+        tell = getattr(self.loaded, "ggml_commit", None)
+        if tell is None:
+            return ""
+        tell.restype, tell.argtypes = c_char_p, []
+        return (tell() or b"").decode()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loaded, name)
 
@@ -108,23 +121,33 @@ class Model:
         self.vocab = c_void_p(library.llama_model_get_vocab(self.model))
         self.num_tokens = library.llama_vocab_n_tokens(self.vocab)
         self.state: c_void_p | None = None
+        self.made_for = (0, 0)
         self.lengths: list[int] = []
 
-    def start(self, prompts: list[list[int]]) -> NDArray[np.float32]:
-        if self.state is not None:
-            self.library.llama_free(self.state)
-        self.state = self.new_state(len(prompts))
+    def start(
+        self, prompts: Sequence[Sequence[int]], *, last_only: bool = False
+    ) -> NDArray[np.float32]:
+        """Empty the cache and read a prompt for each sequence."""
+        wanted = len(prompts), self.context
+        if wanted == self.made_for:
+            memory = c_void_p(self.library.llama_get_memory(self.state))
+            self.library.llama_memory_clear(memory, False)
+        else:
+            if self.state is not None:
+                self.library.llama_free(self.state)
+            self.state, self.made_for = self.new_state(len(prompts)), wanted
         self.lengths = [0] * len(prompts)
-        return self.decode(prompts)
+        return self.decode(prompts, last_only=last_only)
 
-    def step(self, tokens: list[int]) -> NDArray[np.float32]:
+    def step(self, tokens: Iterable[int]) -> NDArray[np.float32]:
         return self.decode([[token] for token in tokens])
 
     def new_state(self, sequences: int) -> c_void_p:
         """An empty cache for so many sequences."""
         cells = -(-self.context // CELLS) * CELLS * sequences
         asked = self.library.llama_context_default_params()
-        asked.n_ctx = asked.n_batch = asked.n_ubatch = cells
+        asked.n_ctx = asked.n_batch = cells
+        asked.n_ubatch = min(cells, MOST_AT_ONCE)
         asked.n_seq_max = sequences
         state = self.library.llama_init_from_model(self.model, asked)
         if not state:
@@ -139,25 +162,39 @@ class Model:
         self.library.llama_set_n_threads(state, self.threads, self.threads)
         return state
 
-    def decode(self, parts: list[list[int]]) -> NDArray[np.float32]:
-        """Append tokens to every sequence; logits_TV of all of them, in order."""
-        number = sum(map(len, parts))
-        batch = self.library.llama_batch_init(number, 0, 1)
-        batch.n_tokens, at = number, 0
-        for sequence, tokens in enumerate(parts):
-            for token in tokens:
-                batch.token[at], batch.pos[at] = token, self.lengths[sequence]
-                batch.n_seq_id[at], batch.seq_id[at][0] = 1, sequence
-                batch.logits[at] = 1
-                self.lengths[sequence] += 1
-                at += 1
+    def decode(
+        self, parts: Sequence[Sequence[int]], *, last_only: bool = False
+    ) -> NDArray[np.float32]:
+        """Append tokens to every sequence; logits_TV of all of them, in order, or of the last of
+        each sequence alone."""
+        counts = np.array([len(tokens) for tokens in parts])
+        pairs = list(zip(self.lengths, counts.tolist(), strict=True))
+        token_T = np.concatenate(parts).astype(np.int32)
+        position_T = np.concatenate([np.arange(at, at + n, dtype=np.int32) for at, n in pairs])
+        sequence_S = np.arange(len(parts), dtype=np.int32)
+        # Where each token finds the one sequence that it belongs to.
+        place_T = np.repeat(np.arange(len(parts), dtype=np.uintp), counts)
+        sequence_T = sequence_S.ctypes.data + sequence_S.itemsize * place_T
+        one_T = np.ones(len(token_T), dtype=np.int32)
+        answered = np.cumsum(counts) - 1 if last_only else np.arange(len(token_T))
+        answered_T = np.zeros(len(token_T), dtype=np.int8)
+        answered_T[answered] = 1
+        numbers, names = POINTER(c_int32), POINTER(POINTER(c_int32))
+        batch = Batch(
+            len(token_T),
+            token_T.ctypes.data_as(numbers),
+            None,
+            position_T.ctypes.data_as(numbers),
+            one_T.ctypes.data_as(numbers),
+            sequence_T.ctypes.data_as(names),
+            answered_T.ctypes.data_as(POINTER(c_int8)),
+        )
         code = self.library.llama_decode(self.state, batch)
-        self.library.llama_batch_free(batch)
         if code:
             raise RuntimeError(f"llama_decode ended with code {code}")
-        rows = [self.library.llama_get_logits_ith(self.state, row) for row in range(number)]
-        size = (self.num_tokens,)
-        return np.stack([np.ctypeslib.as_array(row, size).copy() for row in rows])
+        self.lengths = [at + n for at, n in pairs]
+        rows = [self.library.llama_get_logits_ith(self.state, int(row)) for row in answered]
+        return np.stack([np.ctypeslib.as_array(row, (self.num_tokens,)) for row in rows])
 
     def tokenize(self, text: str) -> list[int]:
         encoded = text.encode()

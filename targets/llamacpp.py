@@ -10,8 +10,6 @@ Shapes: B sequences, L tokens of the longest prompt, V vocabulary.
 from __future__ import annotations
 
 import json
-import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -26,16 +24,17 @@ import numpy as np
 from dotexport import manifest
 from dotexport.adapter import Logits, Tokens
 from dotexport.checkpoint import Checkpoint
-from dotexport.errors import RuntimeMissingError, UsageError
+from dotexport.errors import UsageError
 from dotexport.parity import Parity, measure
 from dotexport.reference import Reference, compute_reference
 from dotexport.verifying import STOCK, changed_files, write_report
+
+from .llama_session import find_library, own_threads, side_by_side, unusable
 
 NAME = "llama.cpp"
 GGUF = "gguf"
 FILE = "model.gguf"
 WORKER = Path(__file__).with_name("llama_library.py")
-LIBRARY = re.compile(r"(lib)?llama(\.v?[\d.]+\d)?\.(so|dylib|dll)(\.\d+)*")
 LAST_LINES = 8
 
 
@@ -54,8 +53,7 @@ class LlamaCpp:
         self, library: Path, file: Path, *, context: int, threads: int | None = None
     ) -> None:
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-        # Its threads wait for each other by spinning: one too many costs more than one too few.
-        settings = [str(context), str(threads or max(1, (os.cpu_count() or 1) // 2))]
+        settings = [str(context), str(threads or own_threads())]
         self.process = subprocess.Popen(
             [sys.executable, str(WORKER), str(library), str(file), *settings],
             stdin=subprocess.PIPE,
@@ -67,12 +65,7 @@ class LlamaCpp:
         B, L = tokens_BL.shape
         lengths = [L] * B if lengths_B is None else list(lengths_B)
         prompts = [row[:length].tolist() for row, length in zip(tokens_BL, lengths, strict=True)]
-        logits_TV = self._logits({"start": prompts})
-        logits_BLV = np.zeros((B, L, logits_TV.shape[1]), dtype=np.float32)
-        ends = np.cumsum(lengths)
-        for row, length, end in zip(logits_BLV, lengths, ends, strict=True):
-            row[:length] = logits_TV[end - length : end]
-        return logits_BLV
+        return side_by_side(self._logits({"start": prompts}), lengths, L)
 
     def step(self, tokens_B: Tokens) -> Logits:
         return self._logits({"step": tokens_B.tolist()})
@@ -163,26 +156,6 @@ def run(
         return Parity(artifact, NAME, precision, problems=(problem,))
 
 
-def find_library(where: Path) -> Path:
-    """libllama of an installation, of which `where` is the folder or any file.
-
-    Raises:
-        RuntimeMissingError: there is none.
-    """
-    if where.is_file() and LIBRARY.fullmatch(where.name):
-        return where
-    home = where.resolve().parent if where.is_file() else where
-    beside = [home.parent / "lib"] if where.is_file() else []
-    for folder in (home, *beside):
-        found = sorted(file for file in folder.rglob("*llama*") if LIBRARY.fullmatch(file.name))
-        if found:
-            return min(found, key=lambda file: (len(file.parts), len(file.name)))
-    raise RuntimeMissingError(
-        f"{where} holds no library of llama.cpp (libllama.so, libllama.dylib or llama.dll); "
-        "expected the folder of a llama.cpp release, or one of its programs"
-    )
-
-
 def _check_library(library: Path) -> None:
     """Whether it loads at all: what fails later is then the file's fault."""
     done = subprocess.run(
@@ -190,7 +163,4 @@ def _check_library(library: Path) -> None:
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]
-        raise RuntimeMissingError(
-            f"{library} cannot be used ({last}); expected llama.cpp of 2025-07 or later, built for "
-            "this machine"
-        )
+        raise unusable(library, last)

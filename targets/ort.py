@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dotexport.adapter import QUANTISED_BLOCK, Rehearsal, Session
 from dotexport.errors import DotexportError, RuntimeMissingError
-from dotexport.rope import rope_type as type_of
 
 from . import cuda
+from .configs import head_dim, rope_type, window_of
 from .genai_builder import builder_problems
 from .ort_session import open_decoder
 
@@ -84,12 +84,12 @@ class _Built:
     def answers(self, config: Mapping[str, Any], precision: str) -> dict[str, bool]:
         """What the builder asks itself, and what it is told: its own answer would not run."""
         # The attention operator refuses to rotate heads that are no multiple of 16 itself.
-        return {} if _head_dim(config) % 16 == 0 else {"is_fused_rope_supported": False}
+        return {} if head_dim(config) % 16 == 0 else {"is_fused_rope_supported": False}
 
     def options(self, config: Mapping[str, Any], precision: str) -> list[str]:
         # Sliding windows stay, but over a whole cache: one that evicts cannot be right-padded.
         options = ["hf_token=false", "windowed_kv_cache=false"]
-        if _head_dim(config) % 16:
+        if head_dim(config) % 16:
             options.append("fuse_qkv=false")  # a separate rotary operator reads q and k separately
         if precision == "int4":
             # Blocks of 32 lose least and pad least when a width is no multiple of 128.
@@ -215,10 +215,10 @@ def _config_problems(config: Any) -> list[str]:
             f"{heads} query heads do not divide into {kv_heads} KV heads; "
             "GroupQueryAttention needs whole groups"
         )
-    head_dim = _head_dim(config)
-    if head_dim % 8:
+    width = head_dim(config)
+    if width % 8:
         problems.append(
-            f"head_dim {head_dim} is no multiple of 8, which GroupQueryAttention needs; "
+            f"head_dim {width} is no multiple of 8, which GroupQueryAttention needs; "
             "choose a model with other heads"
         )
     rope = rope_type(config)
@@ -239,20 +239,7 @@ def _config_problems(config: Any) -> list[str]:
             f"sliding_window {window} is left out by the model builder, which is exact only for "
             f"contexts up to it; lower max_position_embeddings from {context} to {window}"
         )
-    return problems + _confused_widths(config, heads * head_dim, kv_heads * head_dim)
-
-
-def _head_dim(config: Any) -> int:
-    heads = config.get("num_attention_heads") or 1
-    return int(config.get("head_dim") or config.get("hidden_size", 0) // heads)
-
-
-def rope_type(config: Any) -> str:
-    """Of all layers; of kinds of layers that have their own, one that is out of the ordinary."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kinds = [kind for kind in rope.values() if isinstance(kind, Mapping)] or [rope]
-    types = {type_of(kind) for kind in kinds}
-    return min(types - {"default"}, default="default")
+    return problems + _confused_widths(config, heads * width, kv_heads * width)
 
 
 def _differs_by_layer(config: Any) -> bool:
@@ -273,17 +260,6 @@ def _scale_problems(config: Any) -> list[str]:
         f"{exact:.5f} to {exact:.2f}, which every logit would show; choose a width with a rounder "
         "root, or export it with another target"
     ]
-
-
-def window_of(config: Any) -> int | None:
-    """How far back a layer attends, where a class has a window at all."""
-    kind = config.get("model_type")
-    if kind in ("qwen2", "qwen3") and not config.get("use_sliding_window"):
-        return None
-    default = 4096 if kind in ("mistral", "gemma2", "gemma3_text") else None
-    in_layers = kind in ("mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text")
-    window: int | None = config.get("sliding_window", default) if in_layers else None
-    return window
 
 
 def _confused_widths(config: Any, q_width: int, kv_width: int) -> list[str]:

@@ -15,8 +15,8 @@ from torch.export import Dim, ExportedProgram
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from .configs import head_dim, rope_type, window_of
 from .hf import HuggingFace
-from .ort import rope_type, window_of
 
 if TYPE_CHECKING:
     from dotexport.checkpoint import Checkpoint
@@ -147,8 +147,3 @@ def _window_problems(config: Any) -> list[str]:
         f"sliding_window {window} is counted in slots of the cache by such a graph, padding "
         f"included; lower max_position_embeddings from {context} to {window}"
     ]
-
-
-def head_dim(config: Any) -> int:
-    heads = config.get("num_attention_heads") or 1
-    return int(config.get("head_dim") or config.get("hidden_size", 0) // heads)

@@ -14,7 +14,7 @@ from dotexport import manifest
 from dotexport.errors import UsageError
 from dotexport.output import read_json
 
-from ..result import SCHEMA, BenchResult
+from ..result import SCHEMA, BenchResult, options_in_words
 from ..sweep import SCHEMA as SWEEP
 
 
@@ -33,8 +33,14 @@ class Bench:
     swept: bool = False
 
     @property
-    def runtime(self) -> str:
+    def artifact(self) -> str:
+        """Target and precision."""
         return f"{self.result.target} {self.result.precision}"
+
+    @property
+    def runtime(self) -> str:
+        """The artifact, and as what it was run."""
+        return " ".join([self.artifact, *options_in_words(self.result.runtime)])
 
     @property
     def label(self) -> str:
@@ -147,3 +153,15 @@ def _benches(reports: Path, output: str) -> Iterator[Bench]:
         elif stored.get("schema") == SWEEP:
             for one in stored.get("results", []):
                 yield Bench(output, file.name, BenchResult.from_dict(one), one, swept=True)
+
+
+def several(outputs: Sequence[Output]) -> bool:
+    return len(outputs) > 1
+
+
+def bytes_of(name: str, artifact: Any) -> int:
+    """Of all files, but of weights alone in hf/, as the original's were counted."""
+    if name != "hf":
+        return int(artifact["bytes"])
+    files = artifact["files"].items()
+    return sum(entry["bytes"] for file, entry in files if file.endswith(".safetensors"))

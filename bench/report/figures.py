@@ -5,15 +5,14 @@ Each function gives the plots that the outputs have figures for, and none where 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 
 from ..statistics import Comparison
-from .collected import Bench, Output, slug
+from .collected import Bench, Output, bytes_of, several, slug
 from .plots import (
     BASELINE,
     CANDIDATE,
@@ -28,6 +27,7 @@ from .plots import (
     bars_height,
     brief,
     log_scale,
+    significant,
 )
 
 SITES = {
@@ -44,29 +44,16 @@ SHARES = (0, 0.25, 0.5, 0.75, 0.9, 0.99)
 QUANTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 
 
-class Point(NamedTuple):
-    """A model as one runtime holds it."""
-
-    model: str
-    runtime: str
-    x: float
-    perplexity: float
-
-
-def several(outputs: Sequence[Output]) -> bool:
-    return len(outputs) > 1
-
-
 def sizes(outputs: Sequence[Output]) -> Iterator[Plot]:
     """Bytes of every artifact, original and narrowed."""
     rows: list[tuple[Cell, ...]] = []
     for output in outputs:
-        before = {bench.runtime: bench.result.baseline.artifact_bytes for bench in output.benches}
+        before = {bench.artifact: bench.result.baseline.artifact_bytes for bench in output.benches}
         for name, artifact in output.record.get("artifacts", {}).items():
             runtime = f"{artifact['target']} {artifact['precision']}"
             label, original = _sizes_of(output, name, runtime, before)
             label = f"{output.name}: {label}" if several(outputs) else label
-            rows.append((label, _mb(original), _mb(_bytes_of(name, artifact))))
+            rows.append((label, _mb(original), _mb(bytes_of(name, artifact))))
     if not rows:
         return
     labels = [str(row[0]) for row in rows]
@@ -97,16 +84,6 @@ def speeds(outputs: Sequence[Output]) -> Iterator[Plot]:
     """Speed over the original, and rates by batch."""
     yield from speed(outputs)
     yield from batches(outputs)
-
-
-def quality(outputs: Sequence[Output]) -> Iterator[Plot]:
-    """Perplexity against size and against decode speed, the original among them."""
-    yield from _tradeoff(
-        "quality-size", "Quality against size", "artifact, MB", _by_size(outputs), smaller=True
-    )
-    yield from _tradeoff(
-        "quality-speed", "Quality against speed", "decode, tokens/s", _by_speed(outputs)
-    )
 
 
 def speed(outputs: Sequence[Output]) -> Iterator[Plot]:
@@ -212,8 +189,8 @@ def layers(outputs: Sequence[Output]) -> Iterator[Plot]:
                 (
                     s["layer"] if s["layer"] is not None else "end",
                     s["site"],
-                    _g(s.get("analytic_error")),
-                    _g(s["error"]),
+                    significant(s.get("analytic_error")),
+                    significant(s["error"]),
                 )
                 for s in sites
             ),
@@ -224,63 +201,6 @@ def layers(outputs: Sequence[Output]) -> Iterator[Plot]:
 
 
 # How each is drawn -------------------------------------------------------------------------------
-
-
-def _tradeoff(
-    name: str, title: str, x: str, points: list[Point], *, smaller: bool = False
-) -> Iterator[Plot]:
-    if len(points) < 2:
-        return
-    best = _frontier(points, smaller=smaller)
-    said = "; ".join(f"{p.model}, {p.runtime}: {p.x:,.4g}, {p.perplexity:.3f}" for p in points)
-    yield Plot(
-        name=name,
-        title=title,
-        alt=f"Perplexity against {x}: {said}.",
-        columns=("model", "runtime", x, "perplexity", "nothing better in both"),
-        rows=tuple(
-            (p.model, p.runtime, _g(p.x), _g(p.perplexity), "yes" if p in best else "no")
-            for p in points
-        ),
-        draw=lambda canvas: _scatter(canvas, points, best, x),
-        note="Lower is better, and so is further "
-        + ("left" if smaller else "right")
-        + ". The dotted line joins what nothing else beats in both. Perplexity is that of the "
-        "float32 weights; what rounding adds stands under parity.",
-        height=3.3,
-    )
-
-
-def _scatter(canvas: Canvas, points: list[Point], best: list[Point], x: str) -> None:
-    with axes(canvas, x=x, y="perplexity, held-out text") as panel:
-        models = list(dict.fromkeys(point.model for point in points))
-        runtimes = list(dict.fromkeys(point.runtime for point in points))
-        colours = dict(zip([m for m in models if m != "original"], _cycle(), strict=False))
-        for point in points:
-            colour = colours.get(point.model, BASELINE)
-            marker = MARKERS[runtimes.index(point.runtime) % len(MARKERS)]
-            hollow = {"facecolor": "none"} if point.model == "original" else {"facecolor": colour}
-            panel.scatter(
-                point.x,
-                point.perplexity,
-                s=52,
-                marker=marker,
-                edgecolor=colour,
-                linewidth=1.8,
-                label=f"{point.model}, {point.runtime}",
-                zorder=3,
-                **hollow,
-            )
-        line = sorted(best, key=lambda p: p.x)
-        panel.plot(
-            [p.x for p in line],
-            [p.perplexity for p in line],
-            color=MUTED,
-            linestyle=":",
-            linewidth=1.2,
-            zorder=2,
-        )
-        panel.margins(0.12)
 
 
 def _forest(canvas: Canvas, rows: list[tuple[str, Comparison]]) -> None:
@@ -313,7 +233,13 @@ def _distribution(bench: Bench, metric: str, title: str) -> Plot:
         f"original and {medians['narrowed']:.3g} ms for the narrowed model.",
         columns=("percentile", "original, ms", "narrowed, ms"),
         rows=tuple(
-            (q, *(_g(float(np.percentile(values[name], q))) for name in ("original", "narrowed")))
+            (
+                q,
+                *(
+                    significant(float(np.percentile(values[name], q)))
+                    for name in ("original", "narrowed")
+                ),
+            )
             for q in QUANTILES
         ),
         draw=lambda canvas: _ecdf(canvas, values, edge),
@@ -399,66 +325,9 @@ def _layers(canvas: Canvas, sites: list[dict[str, Any]]) -> None:
 # What is drawn -----------------------------------------------------------------------------------
 
 
-def _by_size(outputs: Sequence[Output]) -> list[Point]:
-    points: list[Point] = []
-    for output in outputs:
-        if not output.quality:
-            continue
-        before, after = output.quality["baseline_perplexity"], output.quality["perplexity"]
-        name = output.name if several(outputs) else "narrowed"
-        stock = output.record.get("artifacts", {}).get("hf")
-        if source := output.record.get("source"):
-            points.append(Point("original", "hf", source["bytes"] / 1e6, before))
-        if stock:
-            points.append(Point(name, "hf", _bytes_of("hf", stock) / 1e6, after))
-        for bench in _once(output):
-            sides = (bench.result.baseline, bench.result.candidate)
-            for model, side, value in zip(("original", name), sides, (before, after), strict=True):
-                points.append(Point(model, bench.runtime, side.artifact_bytes / 1e6, value))
-    return list(dict.fromkeys(points))
-
-
-def _by_speed(outputs: Sequence[Output]) -> list[Point]:
-    points: list[Point] = []
-    for output in outputs:
-        if not output.quality:
-            continue
-        before, after = output.quality["baseline_perplexity"], output.quality["perplexity"]
-        name = output.name if several(outputs) else "narrowed"
-        for bench in _once(output):
-            sides = (bench.result.baseline, bench.result.candidate)
-            for model, side, value in zip(("original", name), sides, (before, after), strict=True):
-                rate = side.throughput(bench.result.workload)["decode_tok_s"]
-                points.append(Point(model, bench.runtime, rate, value))
-    return points
-
-
 def _single(output: Output) -> list[Bench]:
     """Benches that are no points of a sweep; the sweep if there is nothing else."""
     return [bench for bench in output.benches if not bench.swept] or list(output.benches)
-
-
-def _once(output: Output) -> list[Bench]:
-    """One bench for each runtime: that of the smallest batch."""
-    chosen: dict[str, Bench] = {}
-    for bench in sorted(output.benches, key=lambda b: b.result.workload.batch_size):
-        chosen.setdefault(bench.runtime, bench)
-    return list(chosen.values())
-
-
-def _frontier(points: Sequence[Point], *, smaller: bool) -> list[Point]:
-    """Points that no other one equals or beats in both, and beats in one."""
-    sign = 1 if smaller else -1
-
-    def beaten(point: Point) -> bool:
-        return any(
-            sign * other.x <= sign * point.x
-            and other.perplexity <= point.perplexity
-            and (other.x, other.perplexity) != (point.x, point.perplexity)
-            for other in points
-        )
-
-    return [point for point in points if not beaten(point)]
 
 
 def _sizes_of(
@@ -470,21 +339,8 @@ def _sizes_of(
     return runtime, before.get(runtime)
 
 
-def _bytes_of(name: str, artifact: Any) -> int:
-    """Of all files, but of weights alone in hf/, as the original's were counted."""
-    if name != "hf":
-        return int(artifact["bytes"])
-    files = artifact["files"].items()
-    return sum(entry["bytes"] for file, entry in files if file.endswith(".safetensors"))
-
-
 def _named(bench: Bench, outputs: Sequence[Output]) -> str:
     return f"{bench.output}: {bench.label}" if several(outputs) else bench.label
-
-
-def _cycle() -> Iterator[str]:
-    while True:
-        yield from SERIES
 
 
 def _mb(size: int | None) -> float | None:
@@ -497,10 +353,3 @@ def _pair(before: Cell, after: Cell) -> str:
 
 def _r(value: float) -> float:
     return round(value, 3)
-
-
-def _g(value: float | None) -> float | None:
-    """Four significant digits: what a reader compares, not what a float holds."""
-    if value is None or not math.isfinite(value):
-        return None
-    return float(f"{value:.4g}")

@@ -10,7 +10,7 @@ from typing import Any
 from dotexport import __version__
 from dotexport.output import write_text
 
-from . import figures, words
+from . import figures, tradeoff, words
 from .collected import Output, collect
 from .plots import COLOURS, Plot
 
@@ -43,7 +43,7 @@ def write_report(
 def draw(outputs: Sequence[Output]) -> list[tuple[str, list[Plot]]]:
     """All plots by heading; headings without plots are left out."""
     parts = {
-        "Quality against size and speed": figures.quality,
+        "Quality against size and speed": tradeoff.quality,
         "Speed": figures.speeds,
         "Latency": figures.latency,
         "Size and memory": figures.footprint,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import math
 import re
 import textwrap
 import warnings
@@ -220,3 +221,15 @@ def brief(label: str, width: int = 26, lines: int = 2) -> str:
 def bars_height(rows: int) -> float:
     """Inches for so many labels."""
     return 1.05 + 0.5 * rows
+
+
+def colours() -> Iterator[str]:
+    while True:
+        yield from SERIES
+
+
+def significant(value: float | None) -> float | None:
+    """Four significant digits: what a reader compares, not what a float holds."""
+    if value is None or not math.isfinite(value):
+        return None
+    return float(f"{value:.4g}")

@@ -41,6 +41,10 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="hf: decode through torch.compile.")
     ] = False,
+    llama_cpp: Annotated[
+        Path | None,
+        typer.Option(help="gguf: folder of llama.cpp to run the files in; without, torch does."),
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="chat, rag, edge or offline.")] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Tokens of a prompt (128); several, 128,512, are a sweep.")
@@ -142,6 +146,7 @@ def bench(
         device=device,
         dtype=dtype,
         compiled=compiled,
+        llama_cpp=None if llama_cpp is None else str(llama_cpp.resolve()),
         preset=preset,
         rounds=rounds,
         roofline=roofline,

@@ -6,12 +6,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from dotexport.cli import app
 from dotexport.errors import RuntimeMissingError, UsageError
 from dotexport.exporting import export
+from dotexport.parity import measure
+from dotexport.reference import compute_reference
+from dotexport.targets.llama_session import LlamaSession
 from dotexport.targets.llamacpp import find_library, verify_llama_cpp
 
 pytest.importorskip("gguf")
@@ -100,3 +104,63 @@ def test_a_file_that_ends_too_early_fails_with_the_words_of_llama_cpp(
     assert "changed after the export" in changed
     assert "it cannot be run: llama.cpp ended" in spoilt
     assert "model is corrupted or incomplete" in spoilt
+
+
+# In the measuring process itself -----------------------------------------------------------------
+
+
+@pytest.mark.llamacpp
+def test_the_session_that_is_timed_computes_what_torch_computes(out: Path, llama_cpp: Path) -> None:
+    from dotexport.checkpoint import Checkpoint
+
+    reference = compute_reference(Checkpoint.open(out / "hf"), rounded=False)
+    session = LlamaSession(llama_cpp, out / "gguf-fp16" / "model.gguf", threads=1)
+    parity = measure(session, reference, artifact="gguf", target="gguf", precision="fp16")
+    assert parity.problems == ()
+    assert "llama.cpp" in session.providers[0]
+
+
+@pytest.mark.llamacpp
+def test_a_cache_that_is_used_again_forgets_and_lean_answers_are_the_last_rows(
+    out: Path, llama_cpp: Path
+) -> None:
+    file = out / "gguf-fp16" / "model.gguf"
+    prompt_BL, other_BL = np.random.default_rng(0).integers(0, 80, (2, 2, 7))
+    session = LlamaSession(llama_cpp, file, threads=1, capacity=8)
+    first_BLV, first_BV = session.start(prompt_BL), session.step(prompt_BL[:, 0])
+    session.start(other_BL)
+    np.testing.assert_array_equal(session.start(prompt_BL), first_BLV)
+    lean = LlamaSession(llama_cpp, file, threads=1, capacity=8, lean=True)
+    np.testing.assert_array_equal(lean.start(prompt_BL), first_BLV[:, -1:])
+    np.testing.assert_array_equal(lean.step(prompt_BL[:, 0]), first_BV)
+    with pytest.raises(UsageError, match="9 tokens does not fit a cache of 8"):
+        lean.step(prompt_BL[:, 0])
+
+
+@pytest.mark.llamacpp
+def test_bench_times_llama_cpp_and_says_so(out: Path, llama_cpp: Path, tmp_path: Path) -> None:
+    short = "--rounds 1 --min-iterations 4 --min-seconds 0 --warmups 0 --threads 1"
+    sizes = ["--prompt", "4", "--generate", "4"]
+    flags = ["--target", "gguf", "--precision", "int8", "--llama-cpp", str(llama_cpp.parent)]
+    report = tmp_path / "bench.json"
+    asked = ["bench", str(out), "--baseline", str(out / "hf"), *flags, *sizes, *short.split()]
+    done = CliRunner().invoke(app, [*asked, "-o", str(report)])
+    assert done.exit_code == 0, done.exception
+    content = json.loads(report.read_text())
+    for side in ("candidate", "baseline"):
+        assert content[side]["providers"][0].startswith("llama.cpp")
+    # Of every weight at most once, so of no more bytes than the file has.
+    read = content["roofline"]["candidate"]["prefill"]["num_bytes"]
+    assert 0 < read < content["candidate"]["artifact_bytes"]
+
+
+def test_bench_refuses_a_folder_without_llama_cpp_and_other_targets(
+    out: Path, tmp_path: Path
+) -> None:
+    asked = ["bench", str(out), "--baseline", str(out / "hf"), "--llama-cpp", str(tmp_path)]
+    done = CliRunner().invoke(app, [*asked, "--target", "gguf", "--precision", "int8"])
+    assert isinstance(done.exception, RuntimeMissingError)
+    assert "holds no library" in str(done.exception)
+    done = CliRunner().invoke(app, [*asked, "--target", "onnx"])
+    assert isinstance(done.exception, UsageError)
+    assert "llama_cpp" in str(done.exception)
