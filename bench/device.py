@@ -23,9 +23,13 @@ GPU_FIELDS = ("name", "driver_version", "memory.total", "clocks.max.sm", "persis
 
 def environment(workload: Workload) -> dict[str, Any]:
     """What figures depend on, before anything runs."""
+    return {**machine(), "threads": workload.threads}
+
+
+def machine() -> dict[str, Any]:
+    """The part of it that is no workload's."""
     return {
         **manifest.environment(),
-        "threads": workload.threads,
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "memory_available_bytes": psutil.virtual_memory().available,
         **clocks(),

@@ -95,13 +95,16 @@ def main(
     families, targets = family or list(FAMILIES), target or list(TARGETS)
     notes = Notes(out / ".matrix.jsonl")
     for name in families:
-        wanted = [spec for spec in targets if spec not in notes.read(name)]
+        wanted = [spec for spec in targets if _noted(spec, llama_cpp) not in notes.read(name)]
         with tempfile.TemporaryDirectory() as scratch:
             for row in _family_rows(name, wanted, llama_cpp, Path(scratch)) if wanted else ():
                 typer.echo(json.dumps(row), err=True)
-                notes.add({"budget": name, "step": row["target"], "row": row})
+                step = _noted(row["target"], llama_cpp)
+                notes.add({"budget": name, "step": step, "row": row})
     known = {name: notes.read(name) for name in families}
-    rows: list[Row] = [known[name][spec]["row"] for name in families for spec in targets]
+    rows: list[Row] = [
+        known[name][_noted(spec, llama_cpp)]["row"] for name in families for spec in targets
+    ]
     save(
         out / "matrix",
         "Families in targets",
@@ -118,6 +121,11 @@ def main(
         command=_command(families, targets, llama_cpp),
     )
     notes.file.unlink()
+
+
+def _noted(spec: str, llama_cpp: Path | None) -> str:
+    """A cell's name among the notes: one that was not timed is another cell."""
+    return f"{spec} in llama.cpp" if spec == GGUF and llama_cpp else spec
 
 
 def _command(families: list[str], targets: list[str], llama_cpp: Path | None) -> str:

@@ -126,14 +126,27 @@ def _setting(
     *folders: Path,
 ) -> Setting:
     adapter = _ready(target)
-    takes = getattr(adapter, "run_options", ())
-    if unknown := [name for name in runtime or {} if name not in takes]:
+    options = {name: str(v) if isinstance(v, Path) else v for name, v in (runtime or {}).items()}
+    check_options(adapter, options)
+    precision = choose_precision(adapter, precision, *folders)
+    return Setting(adapter, precision, options, roofline)
+
+
+def check_options(target: Target, runtime: Mapping[str, Any]) -> None:
+    """Refuse options that the target has not, or that it refuses itself.
+
+    Raises:
+        UsageError: it has no such option.
+        RuntimeMissingError: an option names a runtime that is not there.
+    """
+    takes = getattr(target, "run_options", ())
+    if unknown := [name for name in runtime if name not in takes]:
         raise UsageError(
-            f"target {target} has no {', '.join(unknown)} to choose; hf has device, dtype and "
+            f"target {target.name} has no {', '.join(unknown)} to choose; hf has device, dtype and "
             "compiled, gguf has llama_cpp, other targets have a name or a precision for each"
         )
-    precision = choose_precision(adapter, precision, *folders)
-    return Setting(adapter, precision, dict(runtime or {}), roofline)
+    if check := getattr(target, "check_options", None):
+        check(runtime)
 
 
 def _compare(

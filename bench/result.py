@@ -37,12 +37,12 @@ SAID_OF_OPTIONS = {"compiled": "compiled", "llama_cpp": "llama.cpp"}
 
 
 def options_in_words(runtime: Mapping[str, Any]) -> list[str]:
-    """Options of a target, short enough for a name.
+    """Options of a target that were chosen, short enough for a name.
 
-    >>> options_in_words({"dtype": "bf16", "compiled": True})
+    >>> options_in_words({"dtype": "bf16", "compiled": True, "device": None})
     ['bf16', 'compiled']
     """
-    return [SAID_OF_OPTIONS.get(name, str(value)) for name, value in runtime.items()]
+    return [SAID_OF_OPTIONS.get(name, str(value)) for name, value in runtime.items() if value]
 
 
 @dataclass(frozen=True)

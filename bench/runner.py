@@ -125,9 +125,9 @@ class Runner:
 
     @cached_property
     def cost(self) -> Cost | None:
-        """Of the model as it was loaded."""
+        """Of the model as it was loaded; None where its family or its device is not known."""
         config = self.subject.config
-        if config is None:
+        if config is None or self.loaded["offloads"]:
             return None
         number = self.loaded["number"]
         return find_cost(config, self.setting.target, self.setting.precision, number)

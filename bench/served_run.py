@@ -16,11 +16,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dotexport import manifest
 from dotexport.checkpoint import find_model, read_config
 from dotexport.errors import DotexportError, RuntimeMissingError, UsageError
 from dotexport.output import write_json
 
+from .device import machine
 from .runner import Progress
 from .served import ServedOptions, ServedResult, Turn, read_times
 
@@ -97,7 +97,7 @@ def bench_served(
     folders = {"candidate": find_model(str(candidate)), "baseline": find_model(str(baseline))}
     running = _Running(python, options, folders)
     running.check_fits()
-    environment = manifest.environment()
+    environment = machine()
     with tempfile.TemporaryDirectory(prefix="dotexport-served-") as scratch:
         turns = running.turns(Path(scratch), progress)
     models = {name: str(folder) for name, folder in folders.items()}

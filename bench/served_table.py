@@ -38,7 +38,12 @@ def conditions(result: ServedResult) -> Iterator[str]:
         f"{asked.num_rounds} rounds A B B A, seed {asked.seed}"
     )
     releases = ", ".join(f"{name} {release}" for name, release in result.runtime.items())
-    yield f"{releases}; {result.environment['cpu']}, {result.environment['platform']}"
+    told = result.environment
+    gpus = "".join(f", {gpu['name']}" for gpu in told.get("gpus", ()))
+    yield (
+        f"{releases}; {told['cpu']}{gpus}, {told['platform']}; governor "
+        f"{told.get('governor') or 'unknown'}"
+    )
 
 
 def rows(result: ServedResult) -> Iterator[tuple[str, str, str, str]]:

@@ -46,6 +46,7 @@ LIBRARIES = {
     "torch": ("torch", "transformers", "diffusers"),
     "openvino": ("openvino",),
     "executorch": ("executorch",),
+    "gguf": ("gguf", "torch", "transformers"),  # llama.cpp says its build as a provider
     "vllm": ("vllm",),
 }
 

@@ -152,6 +152,7 @@ class Bench:
             "vocabulary": vocabulary,
             "answered_positions": self.answered_positions,
             "number": getattr(self.session, "number", None),
+            "offloads": getattr(self.session, "offloads", False),
             "rss_before_load_bytes": before,
             "providers": [str(p) for p in getattr(self.session, "providers", ())],
             "harness_overhead_us": harness_overhead_us(self.workload),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -180,6 +180,18 @@ def resolve(spec: str) -> tuple[Target, str]:
             f"target {name} cannot write {precision!r}; it writes {', '.join(target.precisions)}"
         )
     return target, precision or target.precisions[0]
+
+
+def resolve_for_plan(spec: str) -> tuple[Any, str]:
+    """As `resolve`; also a runtime that reads what another target writes, as vLLM reads hf/.
+
+    Of these a plan knows `name` and `config_problems` alone.
+    """
+    readers: dict[str, str] = importlib.import_module("dotexport.targets").READERS
+    if spec not in readers:
+        return resolve(spec)
+    module, _, attribute = readers[spec].partition(":")
+    return getattr(importlib.import_module(module), attribute)(), "as-stored"
 
 
 def list_targets() -> list[TargetRow]:

@@ -38,6 +38,7 @@ RUNTIMES = {
     "onnx": ("onnxruntime",),
     "openvino": ("openvino",),
     "executorch": ("executorch",),
+    "gguf": ("gguf", "torch", "transformers"),
     "hf": ("torch", "transformers"),
     "torch": ("torch", "transformers"),
 }

@@ -83,6 +83,7 @@ def source_folder(model: str, *, config_only: bool = False) -> Path:
 def _check_later_steps(recipe: Recipe, model: Path) -> None:
     """Refuse now what a step would refuse after an hour of narrowing."""
     from dotexport.adapter import resolve
+    from dotexport.bench.measure import check_options
     from dotexport.verifying import require_device
 
     for spec in (*recipe.export, *(_spec(step) for step in recipe.bench)):
@@ -90,6 +91,7 @@ def _check_later_steps(recipe: Recipe, model: Path) -> None:
     for step in recipe.bench:
         _workload(step)
         _check_gate(step)
+        check_options(resolve(_spec(step))[0], step.runtime())
     names = [bench_name(step) for step in recipe.bench]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UsageError(
@@ -231,6 +233,7 @@ def sweep_into(
     from dotexport.bench import sweep
 
     first = steps[0]
+    _check_gate(first)
     if report is None and baseline is not None and manifest.is_output(candidate):
         report = candidate / "reports" / f"bench-{bench_name(first)}-sweep.json"
     workloads = [_workload(step) for step in steps]

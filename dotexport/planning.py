@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
-from dotexport.adapter import Target, resolve
+from dotexport.adapter import Target, resolve_for_plan
 from dotexport.carriers import carry_config
 from dotexport.effort import shrink_seconds
 from dotexport.errors import SizeError, UnsupportedModelError, UsageError
@@ -129,7 +129,7 @@ def choose(config: Mapping[str, Any], asked: SizeOptions, where: Deployment) -> 
         SizeError: there are none, with every reason.
         UsageError, UnsupportedModelError, RuntimeMissingError.
     """
-    targets = [resolve(spec) for spec in where.targets]
+    targets = [resolve_for_plan(spec) for spec in where.targets]
     rules = [*_splitting(where), *(rule for pair in targets for rule in _of_target(config, *pair))]
     decided, plans = _decide(_candidates(config, asked), rules)
     if decided is not None:
@@ -142,6 +142,7 @@ def choose(config: Mapping[str, Any], asked: SizeOptions, where: Deployment) -> 
             binding.append("square")
         if asked.budgeted:
             binding.append(BUDGET)
+        planned_config(config, decided)  # refuses what shrink would refuse
         costs = _costs(config, decided, targets)
         return Choice(decided, binding, costs, as_flags(decided, asked), fingerprint(config))
     # The finest grid has none either: say what is wrong with the sizes that come nearest.

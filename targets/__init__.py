@@ -17,3 +17,6 @@ BUILT_IN = {
     "gguf": "dotexport.targets.ggml:Gguf",
     "executorch": "dotexport.targets.phone:ExecuTorch",
 }
+
+# Runtimes that read what another target writes: a plan may name them, nothing is written for them.
+READERS = {"vllm": "dotexport.targets.served:Vllm"}

@@ -117,6 +117,13 @@ class Gguf:
         writer.write_tensors_to_file()
         writer.close()
 
+    def check_options(self, runtime: Mapping[str, Any]) -> None:
+        """Raises RuntimeMissingError where `llama_cpp` names no llama.cpp."""
+        if where := runtime.get("llama_cpp"):
+            from .llama_session import find_library
+
+            find_library(Path(where))
+
     def open(
         self,
         folder: Path,

@@ -135,6 +135,7 @@ class Model:
         else:
             if self.state is not None:
                 self.library.llama_free(self.state)
+                self.state, self.made_for = None, (0, 0)
             self.state, self.made_for = self.new_state(len(prompts)), wanted
         self.lengths = [0] * len(prompts)
         return self.decode(prompts, last_only=last_only)

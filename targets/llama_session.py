@@ -53,7 +53,9 @@ class LlamaSession:
         with _its_words():
             self.model = Model(library, str(file), capacity or 0, threads or own_threads())
         self.capacity, self.lean = capacity, lean
-        device = "a GPU if it finds one" if library.llama_supports_gpu_offload() else "cpu"
+        # A build for GPUs decides by itself what it takes there.
+        self.offloads = bool(library.llama_supports_gpu_offload())
+        device = "a GPU if it finds one" if self.offloads else "cpu"
         build = f" (ggml {library.build})" if library.build else ""
         self.providers = (f"llama.cpp{build} on {device}",)
 

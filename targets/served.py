@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from dotexport.errors import RuntimeMissingError
 from dotexport.parity import Limits, Parity, limits_of
 from dotexport.reference import Reference, compute_reference
 from dotexport.verifying import STOCK, write_report
+
+from .configs import head_dim
 
 NAME = "vllm"
 LAST_LINES = 15
@@ -47,6 +49,29 @@ for one in asked["models"]:
     gc.collect()
 print(asked["mark"] + json.dumps(said), flush=True)
 """
+
+
+# Classes in which vLLM takes a head for hidden_size / heads wide, whatever config.json says.
+WITHOUT_HEAD_DIM = {"Qwen2ForCausalLM"}
+
+
+class Vllm:
+    """What `plan --target vllm` asks; vLLM is served hf/ and has no artifact of its own."""
+
+    name = NAME
+
+    def config_problems(self, config: Mapping[str, Any], precision: str) -> list[str]:
+        from .hf import HuggingFace
+
+        problems = HuggingFace().config_problems(config, precision)
+        heads, width = config.get("num_attention_heads") or 1, head_dim(config)
+        [architecture] = config.get("architectures") or [""]
+        if architecture in WITHOUT_HEAD_DIM and heads * width != config.get("hidden_size"):
+            problems.append(
+                f"hidden_size {config.get('hidden_size')} is not {heads} heads of {width}, and "
+                f"vLLM's {architecture} passes over head_dim; plan with --square"
+            )
+        return problems
 
 
 def verify_vllm(out: Path, python: Path) -> Parity:

@@ -19,7 +19,7 @@ from dotexport.checkpoint import read_config
 from dotexport.cli import app
 from dotexport.effort import shrink_seconds, work_of
 from dotexport.embedded import MODEL_DIR
-from dotexport.errors import SizeError, UsageError
+from dotexport.errors import SizeError, UnsupportedModelError, UsageError
 from dotexport.exporting import export
 from dotexport.planned import read_plan
 from dotexport.planning import BUDGET, Deployment, choose, shrink_memory
@@ -164,6 +164,28 @@ def test_a_target_of_one_class_alone_decides_the_carrier_and_is_named_as_binding
     # 448 x 7, on a grid of 64: on one of 128, 28 heads leave 2688 and the original's 3584, which
     # cut one axis or the other far more.
     assert bound.plan.after.hidden_size == 3136
+
+
+def test_a_plan_for_vllm_knows_the_class_in_which_it_passes_over_head_dim() -> None:
+    windowed = {
+        **PUBLISHED["Qwen2.5-7B"][0],
+        "use_sliding_window": True,
+        "sliding_window": 4096,
+        "max_window_layers": 14,
+    }
+    where, asked = Deployment(targets=("vllm",)), SizeOptions(hidden_size=3136)
+    with pytest.raises(SizeError, match=r"28 heads of 128, and vLLM's .* passes over head_dim"):
+        choose(windowed, asked, where)
+    after = choose(windowed, SizeOptions(params="0.7x", square=True), where).plan.after
+    assert after.hidden_size == after.spaces["query"]
+    # Without a window it is written as Granite, which honours head_dim.
+    assert choose(PUBLISHED["Qwen2.5-7B"][0], asked, where).plan.after.hidden_size == 3136
+
+
+def test_a_plan_refuses_what_shrink_would_refuse() -> None:
+    phi = config("phi3", 3072, 8192, 32, 24, 8, 200064, partial_rotary_factor=0.75, **TIED)
+    with pytest.raises(UnsupportedModelError, match=r"partial_rotary_factor 0.75"):
+        choose(phi, SizeOptions(params="0.7x"), Deployment())
 
 
 def test_heads_that_do_not_divide_over_the_devices_are_refused() -> None:
@@ -336,7 +358,7 @@ def test_planned_bytes_are_those_of_the_artifacts(
     """Of what ort-cpu and gguf write; their own suites hold onnx and openvino to the same."""
     pytest.importorskip("gguf")
     folder = tiny_llama(model)
-    specs = ("gguf:fp16", "ort-cpu:fp32")
+    specs = ("hf", "gguf:fp16", "ort-cpu:fp32")
     asked = SizeOptions(intermediate_size=88)
     stored = json.loads((folder / "config.json").read_text())
     planned = choose(stored, asked, Deployment(targets=specs)).costs.artifacts

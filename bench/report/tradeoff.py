@@ -109,7 +109,7 @@ def _by_size(outputs: Sequence[Output]) -> list[Point]:
         for bench in _once(output):
             sides = (bench.result.baseline, bench.result.candidate)
             for model, side, value in zip(("original", name), sides, (before, after), strict=True):
-                points.append(Point(model, bench.runtime, side.artifact_bytes / 1e6, value))
+                points.append(Point(model, bench.artifact, side.artifact_bytes / 1e6, value))
     return list(dict.fromkeys(points))
 
 

@@ -324,11 +324,21 @@ def commands(output: Output) -> list[str]:
         asked = bench.result.workload
         told.append(
             f"dotexport bench {out} --baseline {model} --target {bench.result.target} "
-            f"--precision {bench.result.precision} --prompt {asked.prompt_length} "
-            f"--generate {asked.generation_length} --batch {asked.batch_size} "
-            f"--threads {asked.threads} --seed {asked.seed}"
+            f"--precision {bench.result.precision}{_options(bench.result.runtime)} "
+            f"--prompt {asked.prompt_length} --generate {asked.generation_length} "
+            f"--batch {asked.batch_size} --threads {asked.threads} "
+            f"--concurrency {asked.concurrency} --rounds {asked.rounds} "
+            f"--min-iterations {asked.min_iterations} --min-seconds {asked.min_seconds:g} "
+            f"--warmups {asked.min_warmups} --seed {asked.seed}"
         )
     return told
+
+
+def _options(runtime: Mapping[str, Any]) -> str:
+    """Flags of what was chosen for the runtime. A folder of llama.cpp lies elsewhere elsewhere."""
+    flags = {"compiled": "--compile", "llama_cpp": "--llama-cpp PATH"}
+    chosen = {name: value for name, value in runtime.items() if value}
+    return "".join(f" {flags.get(name, f'--{name} {value}')}" for name, value in chosen.items())
 
 
 def _said(value: Any) -> str:

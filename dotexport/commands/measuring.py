@@ -24,6 +24,7 @@ from .options import (
 
 
 def bench(
+    context: typer.Context,
     candidate: Annotated[
         Path, typer.Argument(help="Output of dotexport, model folder, or artifact of the target.")
     ],
@@ -108,6 +109,7 @@ def bench(
 
     vLLM's own benchmarks: dotexport bench OUT --baseline MODEL --target vllm --vllm-python PATH
     """
+    _refuse_strangers(context, served=target == "vllm")
     if target == "vllm":
         _bench_vllm(
             candidate,
@@ -239,6 +241,28 @@ def latency(
         show_json(table)
         return
     show_latency(table, file)
+
+
+# Flags of bench that the other kind of measurement would pass over in silence.
+OF_VLLM = ("vllm_python", "vllm_bench", "vllm_rounds", "vllm_args", "requests", "request_rate")
+OF_OTHERS = (
+    *("noise", "runs", "device", "dtype", "compiled", "llama_cpp", "preset", "rounds"),
+    *("roofline", "min_seconds", "gate"),
+)
+
+
+def _refuse_strangers(context: typer.Context, *, served: bool) -> None:
+    given = [
+        max(parameter.opts, key=len)
+        for parameter in context.command.params
+        if parameter.name in (OF_OTHERS if served else OF_VLLM)
+        and getattr(context.get_parameter_source(parameter.name), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        whose = "not for vLLM's own benchmarks" if served else "for --target vllm alone"
+        raise UsageError(
+            f"{', '.join(given)}: {whose}; dotexport bench --help says what each is for"
+        )
 
 
 def _bench_vllm(

@@ -55,7 +55,9 @@ def plan(
     square: Square = False,
     target: Annotated[
         list[str] | None,
-        typer.Option(help="NAME or NAME:PRECISION that must take the sizes, e.g. gguf:int4."),
+        typer.Option(
+            help="NAME or NAME:PRECISION that must take the sizes, e.g. gguf:int4; vllm reads hf."
+        ),
     ] = None,
     tensor_parallel: Annotated[
         int, typer.Option(help="Devices that share every matrix: heads and MLP must divide.")

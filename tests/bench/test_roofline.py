@@ -89,6 +89,26 @@ def test_every_target_has_a_cost_in_every_precision(name: str, config: dict[str,
         assert min(cost.weight_bytes, cost.cache_bytes, cost.layer_parameters) > 0
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+def test_a_gguf_file_in_llama_cpp_reads_all_of_it_but_a_table_that_is_no_head(
+    precision: str, tied: bool, config: dict[str, Any]
+) -> None:
+    from dotexport.families import find_family, read_sizes
+
+    target: Any = pytest.importorskip("dotexport.targets.ggml").Gguf()
+    asked = config | {"tie_word_embeddings": tied}
+    family = find_family(asked)
+    sizes = read_sizes(family, asked)
+    cost = find_cost(asked, target, precision, None)
+    assert cost is not None
+    weights = sizes.vocab_size * sizes.hidden_size
+    # Bytes of 32 weights: halves; 8 bits and a half-precision scale, also of a table in Q4_0.
+    table = weights // 32 * (64 if precision == "fp16" else 34)
+    stored = target.stored_bytes(family, sizes, precision)
+    assert cost.weight_bytes == stored - (0 if tied else table)
+
+
 def test_a_model_of_an_unknown_family_has_no_cost(config: dict[str, Any]) -> None:
     unknown = config | {"architectures": ["Unheard"], "model_type": "unheard"}
     assert find_cost(unknown, find_target("hf"), "as-stored", "fp32") is None

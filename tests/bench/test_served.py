@@ -265,6 +265,8 @@ def test_the_bench_verb_leaves_report_and_headline_in_an_output(
     ("flags", "code", "message"),
     [
         (("--target", "vllm"), 2, "needs --baseline MODEL and --vllm-python"),
+        (("--target", "vllm", "--gate", "g.yaml", "--no-roofline"), 2, "--roofline, --gate: not"),
+        (("--baseline", ".", "--request-rate", "3"), 2, "--request-rate: for --target vllm alone"),
         (("--target", "vllm", "--baseline", ".", "--vllm-python", "nothing"), 6, "cannot be"),
     ],
 )

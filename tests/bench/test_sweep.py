@@ -54,6 +54,25 @@ def test_a_bench_in_another_precision_of_torch_has_a_name_of_its_own() -> None:
     assert bench_name(step) == "hf-cuda1-bf16-compiled"
 
 
+def test_options_of_a_runtime_are_in_the_name_and_a_folder_is_not() -> None:
+    step = BenchStep(target="gguf", precision="int8", llama_cpp="/opt/llama.cpp/build")
+    assert bench_name(step) == "gguf-int8-llama.cpp"
+
+
+def test_a_gate_that_cannot_be_read_is_refused_before_a_sweep(
+    plant: Plant,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    one, gate = plant("one", step_ms=1), tmp_path / "gate.yaml"
+    gate.write_text("decode_toks: [")
+    flags = ("--target", "planted", "--batch", "1,2", "--gate", gate, "-o", tmp_path / "r.json")
+    assert call(monkeypatch, one, "--baseline", plant("other"), *flags, *SHORT.split()) == 2
+    assert "gate.yaml" in capsys.readouterr().err
+    assert not (tmp_path / "r.json").exists()
+
+
 def test_a_sweep_is_every_combination() -> None:
     steps = steps_of(BenchStep(), {"batch": "1,4", "prompt": "8,16,32", "threads": None})
     assert [(one.batch, one.prompt) for one in steps] == [

@@ -8,6 +8,7 @@ import html
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -203,3 +204,17 @@ def test_what_is_no_output_is_refused(output: Path, tmp_path: Path) -> None:
         write_report([tmp_path])
     with pytest.raises(UsageError, match="the same output is given twice"):
         write_report([output, output / "."])
+
+
+def test_a_bench_is_reproduced_with_the_options_it_ran_with(output: Path) -> None:
+    from dotexport.bench.report.words import commands
+
+    [found] = collect([output])
+    one, *rest = found.benches
+    runtime = {"dtype": "bf16", "compiled": True, "llama_cpp": "/opt/llama.cpp"}
+    asked = replace(one.result.workload, concurrency=2, rounds=3)
+    changed = replace(one, result=replace(one.result, runtime=runtime, workload=asked))
+    told = "\n".join(commands(replace(found, benches=(changed, *rest))))
+    for flags in ("--dtype bf16 --compile --llama-cpp PATH", "--concurrency 2 --rounds 3"):
+        assert flags in told
+    assert "/opt" not in told

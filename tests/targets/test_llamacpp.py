@@ -154,6 +154,17 @@ def test_bench_times_llama_cpp_and_says_so(out: Path, llama_cpp: Path, tmp_path:
     assert 0 < read < content["candidate"]["artifact_bytes"]
 
 
+def test_a_recipe_is_refused_before_it_narrows_anything(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    bench = {"target": "gguf", "llama_cpp": str(tmp_path)}
+    steps = {"shrink": {"calib": "embedded:calibration", "params": "0.7x"}, "bench": [bench]}
+    recipe.write_text(json.dumps({"model": "embedded", **steps}))  # JSON is YAML
+    done = CliRunner().invoke(app, ["run", str(recipe), "-o", str(tmp_path / "out")])
+    assert isinstance(done.exception, RuntimeMissingError)
+    assert "holds no library" in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
 def test_bench_refuses_a_folder_without_llama_cpp_and_other_targets(
     out: Path, tmp_path: Path
 ) -> None:

@@ -162,6 +162,16 @@ def test_optimum_loads_the_folder_and_generates_the_tokens_of_torch(
 
 
 @pytest.mark.optimum
+@pytest.mark.parametrize("family", ["mistral", "qwen3", "granite"])
+def test_optimum_generates_the_tokens_of_other_classes(
+    family: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    square = {"hidden_size": 64, "head_dim": 16, "num_attention_heads": 4}
+    model = tiny_model(model_type=family, num_hidden_layers=2, sliding_window=None, **square)
+    holds_in_optimum(model, tmp_path / "onnx-fp32")
+
+
+@pytest.mark.optimum
 def test_optimum_generates_the_tokens_of_a_model_that_was_narrowed_square(tmp_path: Path) -> None:
     options = ShrinkOptions(
         sizes=SizeOptions(params="0.7x", square=True),

@@ -117,7 +117,21 @@ def drop_the_mask(graph: Any) -> None:
         reader.replace_source_output(same.output(0))
 
 
-@pytest.mark.parametrize("fault", [None, swap_two_matrices, drop_the_mask])
+def change_one_weight(graph: Any) -> None:
+    matrix = next(
+        node
+        for node in graph.get_ordered_ops()
+        if node.get_type_name() == "Constant" and list(node.shape) == [88, 48]
+    )
+    values = matrix.data.copy()
+    values[0, 0] += 10 * values.std()
+    readers = list(matrix.output(0).get_target_inputs())
+    changed = ov.opset13.constant(values)
+    for reader in readers:
+        reader.replace_source_output(changed.output(0))
+
+
+@pytest.mark.parametrize("fault", [None, swap_two_matrices, drop_the_mask, change_one_weight])
 def test_a_fault_in_a_written_graph_is_found(
     fault: Callable[[Any], None] | None, exported: Any, reference_of: Any, tmp_path: Path
 ) -> None:

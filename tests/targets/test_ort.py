@@ -190,6 +190,29 @@ def test_a_prompt_beyond_the_context_is_refused(exported: Any) -> None:
         session.step(np.array([1]))
 
 
+def test_a_graph_is_exact_with_padding_on_the_right_and_wrong_with_padding_on_the_left(
+    exported: Any,
+) -> None:
+    """Its attention counts the tokens of a mask and takes them to lie at the left: why sessions pad
+    on the right, and whoever runs such a graph has to."""
+    session: Any = find_target("ort-cpu").open(plain(exported))
+    prompt_1L = np.array([[5, 9, 3, 7]])
+    alone_V = session.start(prompt_1L)[0, -1]
+    empty = np.zeros((1, session.kv_heads, 0, session.head_dim), dtype=np.float32)
+
+    def answer(tokens: list[int], mask: list[int], last: int) -> Any:
+        feeds = {"input_ids": np.array([tokens]), "attention_mask": np.array([mask])}
+        past = dict.fromkeys(session.past, empty)
+        return session.session.run([session.logits], {**feeds, **past})[0][0, last]
+
+    tokens = prompt_1L[0].tolist()
+    right_V = answer([*tokens, 0, 0], [1, 1, 1, 1, 0, 0], 3)
+    left_V = answer([0, 0, *tokens], [0, 0, 1, 1, 1, 1], 5)
+    # Float32 sums of a few dozen numbers, in another order.
+    np.testing.assert_allclose(right_V, alone_V, atol=1e-5)
+    assert np.abs(left_V - alone_V).max() > 1e-2
+
+
 def test_a_fallen_back_provider_is_an_error(exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 

@@ -118,7 +118,7 @@ def vllm_python() -> Path:
 
 
 @pytest.mark.vllm
-def test_vllm_says_the_greedy_tokens_of_torch_for_every_class_that_is_written(
+def test_vllm_says_the_greedy_tokens_of_torch_for_every_class_that_a_model_is_carried_to(
     narrowed: Callable[[str], Path], vllm_python: Path
 ) -> None:
     outs = [narrowed(name) for name in CARRIERS]
@@ -126,6 +126,28 @@ def test_vllm_says_the_greedy_tokens_of_torch_for_every_class_that_is_written(
     assert {n: p.problems for n, p in zip(CARRIERS, found, strict=True)} == dict.fromkeys(
         CARRIERS, ()
     )
+
+
+@pytest.mark.vllm
+def test_vllm_says_the_greedy_tokens_of_torch_for_classes_that_are_not_rotated(
+    vllm_python: Path, tmp_path: Path
+) -> None:
+    outs = [own_axes(family, tmp_path / family) for family in ("Gemma 2", "Gemma 3", "OLMo 2")]
+    assert [parity.problems for parity in verify_several(outs, vllm_python)] == [()] * 3
+
+
+def own_axes(family: str, folder: Path) -> Path:
+    """The embedded model's sizes in a family whose norms allow no rotation, narrowed."""
+    from dotexport.bench.matrix_results import CALIBRATION, FAMILIES, write_original
+    from dotexport.shrinking import ShrinkOptions, shrink
+    from dotexport.site import NarrowOptions
+    from dotexport.sizing import SizeOptions
+
+    write_original(FAMILIES[family], folder / "original")
+    options = ShrinkOptions(
+        sizes=SizeOptions(params="0.7x"), text=CALIBRATION, narrow=NarrowOptions(local=None)
+    )
+    return shrink(folder / "original", folder / "out", options, device="cpu").out
 
 
 @pytest.mark.vllm
