@@ -4,6 +4,7 @@
     python -m dotexport.bench.trust_results slowdown   # a planted slowdown is found
     python -m dotexport.bench.trust_results smollm     # speed-up against the ratio of bytes
     python -m dotexport.bench.trust_results judge      # onnxruntime-genai, timed by itself, agrees
+    python -m dotexport.bench.trust_results promise    # budgets of time are kept
 
 Take them on a machine that does nothing else.
 """
@@ -22,9 +23,13 @@ import typer
 
 from dotexport import embedded
 from dotexport.adapter import find_target
+from dotexport.calibrate import TextOptions
 from dotexport.checkpoint import Checkpoint
 from dotexport.errors import RuntimeMissingError
+from dotexport.pipeline import keep_promise, measure_latency
 from dotexport.planning import planned_config
+from dotexport.shrinking import ShrinkOptions, shrink
+from dotexport.site import NarrowOptions
 from dotexport.sizing import SizeOptions, plan
 
 from . import judge as genai
@@ -201,6 +206,68 @@ def _judged(run: int, folder: Path, workload: Workload) -> Table:
         rows.append({"run": run, "phase": phase, **times, "from": over.low, "to": over.high})
         typer.echo(json.dumps(rows[-1]), err=True)
     return rows
+
+
+@app.command()
+def promise(
+    out: Out = RESULTS,
+    budget: Annotated[list[str] | None, typer.Option(help="Default: 0.9x, 0.8x, 0.7x.")] = None,
+    points: Annotated[int, typer.Option(help="Sizes of each axis in a table.")] = 4,
+    rounds: Rounds = 4,
+    threads: Threads = None,
+) -> None:
+    """Budgets of time on the embedded model: what a latency table promises, measured again."""
+    rows: Table = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for precision in ("fp32", "int4"):
+            table, file = measure_latency(
+                embedded.MODEL_DIR,
+                target="ort-cpu",
+                precision=precision,
+                batch="1",
+                out=Path(scratch) / f"{precision}.json",
+                progress=lambda stage, done, total: None,
+                points=points,
+                rounds=rounds,
+                threads=threads,
+            )
+            for asked in budget or ["0.9x", "0.8x", "0.7x"]:
+                rows.append(_promised_row(asked, file, Path(scratch) / f"{precision}-{asked}"))
+                typer.echo(json.dumps(rows[-1]), err=True)
+    missed = sum(row["verdict"] == "missed" for row in rows)
+    asked_of = table["workload"]
+    save(
+        out / "trust-promise",
+        "Budgets of time, promised and measured",
+        f"{missed} of {len(rows)} missed beyond their interval. Time per decoded token, narrowed "
+        f"over original; the embedded model on ort-cpu, {asked_of['prompt']} tokens in, "
+        f"{asked_of['generate']} out, {table['threads']} of {usable_cores()} cores. `promised` is "
+        f"what a latency table of {points} sizes per axis says, `measured` a short bench of the "
+        "model that came out, with its 95 % interval.",
+        rows,
+        command=_command(),
+    )
+
+
+def _promised_row(asked: str, table: Path, folder: Path) -> dict[str, Any]:
+    sizes = SizeOptions(latency=asked, latency_table=str(table))
+    text = TextOptions(source="embedded:calibration", samples=16, seqlen=256)
+    options = ShrinkOptions(sizes=sizes, text=text, narrow=NarrowOptions(local=None))
+    made = shrink(embedded.MODEL_DIR, folder, options, device="cpu").plan
+    found = keep_promise(folder, embedded.MODEL_DIR, sizes)["latency"]
+    return {
+        "runtime": f"{found['target']} {found['precision']}",
+        "budget": asked,
+        "hidden": made.after.hidden_size,
+        "MLP": made.after.intermediate_size,
+        "KV heads": made.after.num_key_value_heads,
+        "parameters": f"{made.ratio:.3f}x",
+        "promised": found["predicted"],
+        "measured": found["measured"]["ratio"],
+        "from": found["measured"]["low"],
+        "to": found["measured"]["high"],
+        "verdict": found["verdict"],
+    }
 
 
 def _run_row(run: int, result: BenchResult) -> dict[str, Any]:
