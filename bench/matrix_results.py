@@ -69,7 +69,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen2": {"model_type": "qwen2"},
     "Qwen3": {"model_type": "qwen3"},
     "Granite": {"model_type": "granite", "attention_multiplier": 32**-0.5},
-    "Phi-3": {"model_type": "phi3", "sliding_window": None},
+    "Phi-3": {
+        "model_type": "phi3",
+        "sliding_window": None,
+        "original_max_position_embeddings": 512,
+    },
     "Gemma 2": {"model_type": "gemma2", "query_pre_attn_scalar": 32, "tie_word_embeddings": None},
     "Gemma 3": {
         "model_type": "gemma3_text",

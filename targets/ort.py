@@ -227,6 +227,7 @@ def _config_problems(config: Any) -> list[str]:
             f"rope_type {rope!r} is written by the model builder as plain rotary embedding, "
             "without a word; export it with another target"
         )
+    problems += _context_problems(config, architecture, rope)
     if _differs_by_layer(config):
         problems.append(
             "rope_parameters of their own for each kind of layer are not read by the model "
@@ -240,6 +241,18 @@ def _config_problems(config: Any) -> list[str]:
             f"contexts up to it; lower max_position_embeddings from {context} to {window}"
         )
     return problems + _confused_widths(config, heads * width, kv_heads * width)
+
+
+def _context_problems(config: Any, architecture: str, rope: str) -> list[str]:
+    """The builder takes Phi-3 with two contexts for one with longrope, and fails without it."""
+    context = config.get("max_position_embeddings")
+    original = config.get("original_max_position_embeddings", 4096)  # the class's own
+    if architecture != "Phi3ForCausalLM" or rope != "default" or original == context:
+        return []
+    return [
+        f"original_max_position_embeddings {original} is not max_position_embeddings {context}, "
+        "which the model builder takes for longrope; make them equal in config.json"
+    ]
 
 
 def _differs_by_layer(config: Any) -> bool:

@@ -176,6 +176,22 @@ def test_a_window_that_the_builder_leaves_out_is_refused(
     assert (switched_off == []) == (model_type != "mistral")
 
 
+def test_a_phi3_of_two_contexts_without_longrope_is_refused_before_the_builder_fails(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    target = find_target("ort-cpu")
+    sizes = {"num_hidden_layers": 2, "head_dim": None, "hidden_size": 64, "sliding_window": None}
+
+    def model(original: int) -> Checkpoint:
+        contexts = {"max_position_embeddings": 128, "original_max_position_embeddings": original}
+        return Checkpoint.open(tiny_model(model_type="phi3", **sizes, **contexts))
+
+    assert target.problems(model(128), "fp32") == []
+    target.write(model(128), tmp_path, "fp32")
+    [problem] = target.problems(model(64), "fp32")
+    assert "takes for longrope" in problem
+
+
 def test_a_failing_builder_is_quoted(tiny_llama: Callable[[str], Path], tmp_path: Path) -> None:
     broken = Checkpoint(tmp_path, Checkpoint.open(tiny_llama("wide-heads")).config, {})
     with pytest.raises(DotexportError, match="model builder") as caught:
