@@ -196,7 +196,8 @@ def _cell(out: Path, original: Path, spec: str, llama_cpp: Path | None) -> Row:
             roofline=False,
         )
     except UnsupportedModelError as error:
-        return _unheld("original refused", str(error)) | figures
+        why = str(error).replace(f"baseline {original}", "the original")
+        return _unheld("original refused", why) | figures
     slower = found.comparisons["tpot"]
     return figures | {
         "bytes": f"{found.candidate.artifact_bytes / found.baseline.artifact_bytes:.3f}x",

@@ -25,13 +25,13 @@ YARN = {
 }
 GEMMA = {"hidden_size": 80, "sliding_window": 512, "tie_word_embeddings": True}
 KINDS = ["sliding_attention", "full_attention"]
-ALL = ["onnx", "openvino", "ort-cpu", "gguf"]
+ALL = ["onnx", "openvino", "ort-cpu", "gguf", "executorch"]
 
 # Name -> the original, the targets that are tried, and those of them that hold what is written.
 MODELS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "window": (
         {"model_type": "mistral", "sliding_window": 16},
-        [*ALL, "executorch"],
+        ALL,
         ["executorch"],
     ),
     "phi3": (
@@ -44,22 +44,26 @@ MODELS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "qwen3-yarn": (
         {"model_type": "qwen3", "rope_parameters": YARN},
         ALL,
-        ["onnx", "openvino", "gguf"],
+        ["onnx", "openvino", "gguf", "executorch"],
     ),
     "granite": (
         {"model_type": "granite", "residual_multiplier": 0.2, "attention_multiplier": 0.1},
         ALL,
-        ["onnx", "openvino", "ort-cpu", "gguf"],
+        ["onnx", "openvino", "ort-cpu", "gguf", "executorch"],
     ),
     # 80 wide, for 64 has a root without decimals; the context is what windows see.
-    "gemma2": ({"model_type": "gemma2", **GEMMA}, ALL, ["onnx", "openvino", "ort-cpu"]),
-    "gemma2-window": ({"model_type": "gemma2", "sliding_window": 16}, ALL, []),
+    "gemma2": (
+        {"model_type": "gemma2", **GEMMA},
+        ALL,
+        ["onnx", "openvino", "ort-cpu", "executorch"],
+    ),
+    "gemma2-window": ({"model_type": "gemma2", "sliding_window": 16}, ALL, ["executorch"]),
     "gemma3": (
         {"model_type": "gemma3_text", "layer_types": KINDS, **GEMMA},
         ALL,
-        ["onnx", "openvino"],
+        ["onnx", "openvino", "executorch"],
     ),
-    "olmo2": ({"model_type": "olmo2"}, ALL, ["onnx", "openvino"]),
+    "olmo2": ({"model_type": "olmo2"}, ALL, ["onnx", "openvino", "executorch"]),
 }
 
 
