@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure as Canvas
 
+from ..result import Measurement
 from .collected import Bench, Output, bytes_of, several
 from .plots import BASELINE, MARKERS, MUTED, Plot, axes, colours, significant
 
@@ -100,32 +101,41 @@ def _by_size(outputs: Sequence[Output]) -> list[Point]:
         if not output.quality:
             continue
         before, after = output.quality["baseline_perplexity"], output.quality["perplexity"]
-        name = output.name if several(outputs) else "narrowed"
-        stock = output.record.get("artifacts", {}).get("hf")
         if source := output.record.get("source"):
             points.append(Point("original", "hf", source["bytes"] / 1e6, before))
-        if stock:
-            points.append(Point(name, "hf", bytes_of("hf", stock) / 1e6, after))
-        for bench in _once(output):
-            sides = (bench.result.baseline, bench.result.candidate)
-            for model, side, value in zip(("original", name), sides, (before, after), strict=True):
-                points.append(Point(model, bench.artifact, side.artifact_bytes / 1e6, value))
+        if stock := output.record.get("artifacts", {}).get("hf"):
+            points.append(Point(_name(output, outputs), "hf", bytes_of("hf", stock) / 1e6, after))
+        for model, bench, side, perplexity in _measured(output, outputs):
+            points.append(Point(model, bench.artifact, side.artifact_bytes / 1e6, perplexity))
     return list(dict.fromkeys(points))
 
 
 def _by_speed(outputs: Sequence[Output]) -> list[Point]:
-    points: list[Point] = []
-    for output in outputs:
-        if not output.quality:
-            continue
-        before, after = output.quality["baseline_perplexity"], output.quality["perplexity"]
-        name = output.name if several(outputs) else "narrowed"
-        for bench in _once(output):
-            sides = (bench.result.baseline, bench.result.candidate)
-            for model, side, value in zip(("original", name), sides, (before, after), strict=True):
-                rate = side.throughput(bench.result.workload)["decode_tok_s"]
-                points.append(Point(model, bench.runtime, rate, value))
-    return points
+    return [
+        Point(
+            model,
+            bench.runtime,
+            side.throughput(bench.result.workload)["decode_tok_s"],
+            perplexity,
+        )
+        for output in outputs
+        if output.quality
+        for model, bench, side, perplexity in _measured(output, outputs)
+    ]
+
+
+def _measured(
+    output: Output, outputs: Sequence[Output]
+) -> Iterator[tuple[str, Bench, Measurement, float]]:
+    """Both models of every runtime, and their perplexity."""
+    quality = output.quality
+    for bench in _once(output):
+        yield "original", bench, bench.result.baseline, quality["baseline_perplexity"]
+        yield _name(output, outputs), bench, bench.result.candidate, quality["perplexity"]
+
+
+def _name(output: Output, outputs: Sequence[Output]) -> str:
+    return output.name if several(outputs) else "narrowed"
 
 
 def _once(output: Output) -> list[Bench]:
