@@ -25,7 +25,7 @@ from dotexport import embedded
 from dotexport.adapter import find_target
 from dotexport.calibrate import TextOptions
 from dotexport.checkpoint import Checkpoint
-from dotexport.errors import RuntimeMissingError
+from dotexport.errors import RuntimeMissingError, SizeError
 from dotexport.pipeline import keep_promise, measure_latency
 from dotexport.planning import planned_config
 from dotexport.shrinking import ShrinkOptions, shrink
@@ -232,7 +232,8 @@ def promise(
                 threads=threads,
             )
             for asked in budget or ["0.9x", "0.8x", "0.7x"]:
-                rows.append(_promised_row(asked, file, Path(scratch) / f"{precision}-{asked}"))
+                folder = Path(scratch) / f"{precision}-{asked}"
+                rows.append(_promised_row(f"ort-cpu {precision}", asked, file, folder))
                 typer.echo(json.dumps(rows[-1]), err=True)
     missed = sum(row["verdict"] == "missed" for row in rows)
     asked_of = table["workload"]
@@ -249,14 +250,17 @@ def promise(
     )
 
 
-def _promised_row(asked: str, table: Path, folder: Path) -> dict[str, Any]:
+def _promised_row(runtime: str, asked: str, table: Path, folder: Path) -> dict[str, Any]:
     sizes = SizeOptions(latency=asked, latency_table=str(table))
     text = TextOptions(source="embedded:calibration", samples=16, seqlen=256)
     options = ShrinkOptions(sizes=sizes, text=text, narrow=NarrowOptions(local=None))
-    made = shrink(embedded.MODEL_DIR, folder, options, device="cpu").plan
+    try:
+        made = shrink(embedded.MODEL_DIR, folder, options, device="cpu").plan
+    except SizeError:
+        return {"runtime": runtime, "budget": asked, "verdict": "no size comes to it"}
     found = keep_promise(folder, embedded.MODEL_DIR, sizes)["latency"]
     return {
-        "runtime": f"{found['target']} {found['precision']}",
+        "runtime": runtime,
         "budget": asked,
         "hidden": made.after.hidden_size,
         "MLP": made.after.intermediate_size,
