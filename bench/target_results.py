@@ -9,8 +9,8 @@ takes and how far it is off. Targets whose runtime is missing here are left out,
 from __future__ import annotations
 
 import json
+import os
 import tempfile
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,13 +72,19 @@ def _usable(names: list[str]) -> tuple[list[Target], list[str]]:
     return ready, missing
 
 
+def _processor_seconds() -> float:
+    """Of this process and of those that it waited for."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
+
+
 def _row(
     target: Target, precision: str, checkpoint: Checkpoint, reference: Reference, folder: Path
 ) -> Row:
     folder.mkdir()
-    started = time.process_time()
+    started = _processor_seconds()
     target.write(checkpoint, folder, precision)
-    seconds = time.process_time() - started
+    seconds = _processor_seconds() - started
     parity = check(target, precision, folder, reference, artifact=folder.name)
     relative = max(phase.relative for phase in parity.phases.values())
     row = {
@@ -105,7 +111,7 @@ def _save(file: Path, rows: list[Row], missing: list[str], checkpoint: Checkpoin
         f"hidden_size {checkpoint.config['hidden_size']}), each artifact held against the narrowed "
         "torch model in float32: prefill, cached decode, both again in one right-padded batch; "
         "the worst of the four. MB is the whole folder, tokenizer included. Seconds are processor "
-        "time of this process; the model builder of ort-cpu works in another, which is not counted."
+        "time, of the model builder's own process too."
     )
     if missing:
         protocol += f" Cannot run here: {', '.join(missing)}."
