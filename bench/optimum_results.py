@@ -36,6 +36,10 @@ from .workload import Workload
 
 OURS, THEIRS, GENERATE, NARROWED = "ort-cpu", "optimum-onnx", "optimum-onnx generate", "narrowed"
 GOAL = 1.6
+PATIENCE = 3.0  # seconds of warming up, in each process
+
+Ask = Callable[[], list[float]]
+"""One request; milliseconds of each decoded token."""
 
 WRITE_THEIRS = """
 import sys
@@ -75,7 +79,8 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads of every runtime.")] = 2,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 32,
     generate: Annotated[int, typer.Option(help="Tokens after it.")] = 64,
-    groups: Annotated[int, typer.Option(help="Rounds, there and back.")] = 12,
+    groups: Annotated[int, typer.Option(help="Turns, there and back, of each process.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Times that all processes are started.")] = 6,
     layers: Annotated[int, typer.Option(help="Fewer, to try the command.")] = 30,
     vocab: Annotated[int, typer.Option(help="Smaller, to try the command.")] = 49152,
 ) -> None:
@@ -88,20 +93,22 @@ def main(
         folders = _write_all(Path(scratch), config, params, optimum_python)
         difference = _difference(folders[OURS], folders[THEIRS], workload, vocab)
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-        with _runners(folders, workload, vocab, optimum_python) as runners:
-            _take_turns(runners, groups)
-        rows = list(_rows(runners, folders))
+        timed = {name: _Timed() for name in folders}
+        for _ in range(rounds):
+            with _asked(folders, workload, vocab, optimum_python) as asked:
+                _take_turns(timed, asked, groups)
+        rows = list(_rows(timed, folders, rounds))
     save(
         out / "optimum",
         "Decode rate beside optimum-onnx",
-        _protocol(config, params, workload, groups, difference, load),
+        _protocol(config, params, workload, groups, rounds, difference, load),
         rows,
-        command=_command(params, threads, prompt, generate, groups, layers, vocab),
+        command=_command(params, threads, prompt, generate, groups, rounds, layers, vocab),
     )
 
 
 def _command(*options: object) -> str:
-    names = ("params", "threads", "prompt", "generate", "groups", "layers", "vocab")
+    names = ("params", "threads", "prompt", "generate", "groups", "rounds", "layers", "vocab")
     pairs = " ".join(f"--{name} {value}" for name, value in zip(names, options, strict=True))
     return f"python -m dotexport.bench.optimum_results --optimum-python PATH {pairs}"
 
@@ -111,6 +118,7 @@ def _protocol(
     params: str,
     workload: Workload,
     groups: int,
+    rounds: int,
     difference: float,
     load: float,
 ) -> str:
@@ -122,8 +130,9 @@ def _protocol(
         "handed over without a copy. Their logits differ by at most "
         f"{difference:.1e}. `{GENERATE}`: ORTModelForCausalLM.generate with IO binding, in its own "
         "environment; its rate is of the tokens after the first. "
-        f"`{NARROWED}`: our graph at {params} of the parameters. Each in a process of its own; "
-        f"{groups} rounds, each there and back, so that all share every moment of the machine. "
+        f"`{NARROWED}`: our graph at {params} of the parameters. Each in a process of its own, "
+        f"started afresh in each of {rounds} rounds; {groups} turns in a round, each there and "
+        "back, so that all share every moment of the machine. "
         "`over` compares decode rates with a 95 % bootstrap interval. Load average before: "
         f"{load:.1f}. Goal: {GOAL}x over the dense model's export of optimum-onnx."
     )
@@ -193,10 +202,9 @@ def _difference(ours: Path, theirs: Path, workload: Workload, vocab: int) -> flo
 
 
 @dataclass
-class _Runner:
-    """Asks one process for the decode times of a request, in milliseconds per token."""
+class _Timed:
+    """Decode times of requests, in milliseconds per token."""
 
-    ask: Callable[[], list[float]]
     blocks: list[list[float]] = field(default_factory=list)
 
     @property
@@ -211,9 +219,10 @@ class _Runner:
 
 
 @contextmanager
-def _runners(
+def _asked(
     folders: Mapping[str, Path], workload: Workload, vocab: int, optimum_python: Path
-) -> Iterator[dict[str, _Runner]]:
+) -> Iterator[dict[str, Ask]]:
+    """A process of each; leaving the `with` block ends them."""
     with ExitStack() as stack:
         made = {}
         for name, target in ((OURS, OURS), (THEIRS, "onnx"), (NARROWED, OURS)):
@@ -221,14 +230,14 @@ def _runners(
             worker.ask(
                 "load", target=target, folder=str(folders[name]), workload=workload.as_dict()
             )
-            worker.ask("warm_up", vocabulary=vocab)
-            made[name] = _Runner(_asking(worker))
+            worker.ask("warm_up", vocabulary=vocab, patience=PATIENCE)
+            made[name] = _asking(worker)
         theirs = _Generating(folders[GENERATE], workload, vocab, optimum_python)
-        made[GENERATE] = _Runner(stack.enter_context(theirs).ask)
+        made[GENERATE] = stack.enter_context(theirs).ask
         yield made
 
 
-def _asking(worker: Worker) -> Callable[[], list[float]]:
+def _asking(worker: Worker) -> Ask:
     def ask() -> list[float]:
         [[_, *gaps]] = worker.ask("measure", iterations=1)["samples_ns"]
         return [gap / 1e6 for gap in gaps]
@@ -277,22 +286,24 @@ class _Generating:
         return json.loads(line)
 
 
-def _take_turns(runners: Mapping[str, _Runner], groups: int) -> None:
-    there = list(runners.values())
+def _take_turns(timed: Mapping[str, _Timed], asked: Mapping[str, Ask], groups: int) -> None:
+    there = list(asked)
     for _ in range(groups):
-        for runner in (*there, *reversed(there)):
-            runner.blocks.append(runner.ask())
+        for name in (*there, *reversed(there)):
+            timed[name].blocks.append(asked[name]())
 
 
 # Rows -------------------------------------------------------------------------------------------
 
 
-def _rows(runners: Mapping[str, _Runner], folders: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
-    sizes = {name: folder_bytes(folders[name]) for name in runners}
-    for name, runner in runners.items():
-        yield {"graph": name, "decode tok/s": runner.rate, "MB": sizes[name] / 1e6}
+def _rows(
+    timed: Mapping[str, _Timed], folders: Mapping[str, Path], rounds: int
+) -> Iterator[dict[str, Any]]:
+    sizes = {name: folder_bytes(folders[name]) for name in timed}
+    for name, found in timed.items():
+        yield {"graph": name, "decode tok/s": found.rate, "MB": sizes[name] / 1e6}
     for name, base in ((OURS, THEIRS), (OURS, GENERATE), (NARROWED, OURS), (NARROWED, THEIRS)):
-        times: Comparison = compare(runners[name].groups, runners[base].groups)
+        times: Comparison = compare(timed[name].groups, timed[base].groups, rounds=rounds)
         yield {
             "decode rate": name,
             "over": base,

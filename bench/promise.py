@@ -15,7 +15,7 @@ from .statistics import ENOUGH_GROUPS, Comparison
 from .workload import Workload
 
 REPORT = Path("reports/bench-latency.json")
-ROUNDS = 2  # pairs of fresh processes; the interval is over A B B A groups
+ROUNDS = 5  # pairs of fresh processes: one is faster or slower by where its memory lies
 METRICS = {"decode": "tpot", "prefill": "ttft"}
 
 

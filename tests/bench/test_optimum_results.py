@@ -15,7 +15,20 @@ from dotexport.errors import DotexportError, UsageError
 
 app = typer.Typer()
 app.command()(optimum_results.main)
-TINY = ["--layers", "1", "--vocab", "1024", "--groups", "2", "--prompt", "4", "--generate", "4"]
+TINY = [
+    "--layers",
+    "1",
+    "--vocab",
+    "1024",
+    "--groups",
+    "2",
+    "--rounds",
+    "1",
+    "--prompt",
+    "4",
+    "--generate",
+    "4",
+]
 
 
 @pytest.mark.optimum
