@@ -167,7 +167,7 @@ class _Measuring:
 
     @contextmanager
     def beside(self, whole: Plan, layers: int, steps: _Steps) -> Iterator[_Beside]:
-        """The original's sizes with so many layers, loaded once for each batch."""
+        """The original's sizes with so many layers, exported once."""
         steps.next(f"the original with {layers} layers")
         with ExitStack() as stack:
             folder = stack.enter_context(self._artifact(whole, layers))
@@ -176,11 +176,7 @@ class _Measuring:
                     f"{self.model} cannot be measured with {self.target.name} ({self.precision}): "
                     + "; ".join(folder)
                 )
-            loaded = {
-                batch: self._loaded("the original", folder, batch, stack)
-                for batch in self.options.batches
-            }
-            yield _Beside(self, layers, loaded, steps)
+            yield _Beside(self, layers, folder, steps)
 
     @contextmanager
     def _artifact(self, plan: Plan, layers: int) -> Iterator[Path | list[str]]:
@@ -213,11 +209,15 @@ class _Measuring:
 
 @dataclass(frozen=True)
 class _Beside:
-    """Measures sizes in turns with the original, which stays loaded."""
+    """Measures sizes in turns with the original: in every round, a fresh process of each.
+
+    One process of the original for all sizes would be faster or slower than usual by where its
+    memory happens to lie, and every promise too high or too low by the same.
+    """
 
     measuring: _Measuring
     layers: int
-    original: Mapping[int, _Loaded]
+    original: Path
     steps: _Steps
     seen: list[tuple[int, list[list[Sample]]]] = field(default_factory=list)
 
@@ -231,14 +231,22 @@ class _Beside:
             if isinstance(folder, list):
                 self.measuring.skipped.append(row | {"problems": folder})
                 return []
-            return [row | self._row(folder, batch) for batch in self.original]
+            return [row | self._row(folder, batch) for batch in self.measuring.options.batches]
 
     def _row(self, folder: Path, batch: int) -> dict[str, Any]:
-        rounds = self.measuring.options.rounds
-        with ExitStack() as stack:
-            ours = self.measuring._loaded("a size", folder, batch, stack)
-            threads = self.measuring.options.workload(batch).threads or 0
-            mine, theirs = _take_turns(ours, self.original[batch], rounds, threads)
+        threads = self.measuring.options.workload(batch).threads or 0
+        mine, theirs, iterations = list[list[Sample]](), list[list[Sample]](), 0
+        for number in range(self.measuring.options.rounds):
+            with ExitStack() as stack:
+                pair = (
+                    self.measuring._loaded("a size", folder, batch, stack),
+                    self.measuring._loaded("the original", self.original, batch, stack),
+                )
+                # As many in every round: they are compared group by group.
+                iterations = iterations or _iterations(pair)
+                one, other = _take_turns(pair, number, iterations, threads)
+            mine.append(one)
+            theirs.append(other)
         self.seen.append((batch, theirs))
         figures = {metric: _compared(mine, theirs, metric) for metric in METRICS}
         return {"batch": batch, **figures}
@@ -252,29 +260,26 @@ class _Beside:
                 )
                 for metric in METRICS
             }
-            for batch in self.original
+            for batch in self.measuring.options.batches
         }
 
 
+def _iterations(pair: tuple[_Loaded, _Loaded]) -> int:
+    pace = min(one.iteration_s for one in pair)
+    return max(1, math.ceil(BLOCK_SECONDS / max(pace, 1e-9)))
+
+
 def _take_turns(
-    ours: _Loaded, original: _Loaded, rounds: int, threads: int
-) -> tuple[list[list[Sample]], list[list[Sample]]]:
-    """A B B A, then B A A B: samples of both by group."""
-    pace = min(ours.iteration_s, original.iteration_s)
-    iterations = max(1, math.ceil(BLOCK_SECONDS / max(pace, 1e-9)))
-    by_model: tuple[list[list[Sample]], list[list[Sample]]] = ([], [])
-    pair = (ours, original)
-    for group in range(rounds):
-        kept: tuple[list[Sample], list[Sample]] = ([], [])
-        cpus = None if ours.on_gpu else _processors(group, threads)
-        order = (0, 1, 1, 0) if group % 2 == 0 else (1, 0, 0, 1)
-        for who in order:
-            answer = pair[who].worker.ask("measure", iterations=iterations, cpus=cpus)
-            for first, *gaps in answer["samples_ns"]:
-                kept[who].append(Sample(group, first / 1e6, tuple(gap / 1e6 for gap in gaps)))
-        by_model[0].append(kept[0])
-        by_model[1].append(kept[1])
-    return by_model
+    pair: tuple[_Loaded, _Loaded], number: int, iterations: int, threads: int
+) -> tuple[list[Sample], list[Sample]]:
+    """A B B A, in every other round B A A B: samples of both."""
+    kept: tuple[list[Sample], list[Sample]] = ([], [])
+    cpus = None if pair[0].on_gpu else _processors(number, threads)
+    for who in (0, 1, 1, 0) if number % 2 == 0 else (1, 0, 0, 1):
+        answer = pair[who].worker.ask("measure", iterations=iterations, cpus=cpus)
+        for first, *gaps in answer["samples_ns"]:
+            kept[who].append(Sample(number, first / 1e6, tuple(gap / 1e6 for gap in gaps)))
+    return kept
 
 
 def _processors(group: int, threads: int) -> list[int] | None:
@@ -288,7 +293,7 @@ def _processors(group: int, threads: int) -> list[int] | None:
 def _compared(mine: list[list[Sample]], theirs: list[list[Sample]], metric: str) -> dict[str, Any]:
     """Ratio of medians with its interval, and all that was timed, in milliseconds by group."""
     ours_GS, other_GS = (_by_group(samples, metric) for samples in (mine, theirs))
-    found = compare(ours_GS, other_GS)
+    found = compare(ours_GS, other_GS, rounds=len(ours_GS))
     return {
         "ratio": found.ratio,
         "low": found.low,

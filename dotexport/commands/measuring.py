@@ -199,7 +199,9 @@ def latency(
         int | None,
         typer.Option(help="Layers to measure; default: all, or what 256 MB hold in float32."),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="A B B A turns of each size.")] = 4,
+    rounds: Annotated[
+        int, typer.Option(help="A B B A turns of each size, in fresh processes.")
+    ] = 4,
     held_out: Annotated[
         int, typer.Option(help="Other sizes, measured to see how far the table is off.")
     ] = 3,
