@@ -120,7 +120,7 @@ def main(
         f"one sequence, {WORKLOAD.prompt_length} tokens in and {WORKLOAD.generation_length} out, "
         f"{WORKLOAD.with_threads().threads} threads, interleaved A B B A in {WORKLOAD.rounds} "
         "rounds of fresh processes. The first table has worst logit, bytes and decode of each. "
-        f"gguf is timed in {'llama.cpp' if llama_cpp else 'nothing: no llama.cpp was named'}.",
+        f"gguf is {'timed in llama.cpp' if llama_cpp else 'not timed: no llama.cpp was named'}.",
         [*_matrix(rows), *rows],
         command=_command(families, targets, llama_cpp),
     )
