@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from dotexport.cli import main
+from dotexport.app.cli import main
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["fidelity"]:
-        from dotexport.bench.fidelity import app
+        from .tables.fidelity import app
 
         del sys.argv[1]
         app(prog_name="python -m dotexport.bench fidelity")

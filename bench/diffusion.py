@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from dotexport import manifest
-from dotexport.bench.statistics import compare
-from dotexport.diffusion import card, exporting, graphs, saving
+from dotexport.diffusion import graphs, onnx_folder, pipeline_card, saving
 from dotexport.diffusion.calibration import Progress
 from dotexport.diffusion.sampling import component_of, load, sample
-from dotexport.output import folder_bytes, write_json
+from dotexport.outputs import manifest
+from dotexport.outputs.output import folder_bytes, write_json
+
+from .statistics import compare
 
 WARMUPS = 3
 
@@ -110,11 +111,11 @@ def _subject(
 ) -> Iterator[Subject]:
     """Both pipelines are called as the candidate's manifest says."""
     pipe, told = load(folder), manifest.read(asked)
-    case = exporting.cases(pipe, told)[0]
+    case = onnx_folder.cases(pipe, told)[0]
     prompts = tuple(case.prompts[n % len(case.prompts)] for n in range(batch))
     case = replace(case, prompts=prompts, options=replace(case.options, steps=steps, batch=batch))
     part = graphs.Part(component_of(pipe), component_of(pipe))
-    recording = exporting.record(pipe, case)[part.folder]
+    recording = onnx_folder.record(pipe, case)[part.folder]
 
     def whole() -> object:
         return sample(pipe, prompts, 0, case.options)
@@ -142,14 +143,14 @@ def _artifact(
     pipe: Any, folder: Path, home: Path, target: str, told: dict[str, Any]
 ) -> Iterator[Path]:
     """The artifact of an output, or one made for the while."""
-    precision = exporting.parse_target(target)
-    made = home / f"{exporting.TARGET}-{precision}"
+    precision = onnx_folder.parse_target(target)
+    made = home / f"{onnx_folder.TARGET}-{precision}"
     if made.is_dir():
         yield made
         return
     with tempfile.TemporaryDirectory() as scratch:
-        tried = exporting.cases(pipe, told)
-        exporting.write_graphs(pipe, folder, Path(scratch), tried, precision)
+        tried = onnx_folder.cases(pipe, told)
+        onnx_folder.write_graphs(pipe, folder, Path(scratch), tried, precision)
         yield Path(scratch)
 
 
@@ -178,4 +179,4 @@ def _record(out: Path, name: str, record: dict[str, Any]) -> None:
         bench_bytes=made.get("bench_bytes", {}) | {f"{name} denoiser": record["bytes"]},
     )
     if "shrink" in made:
-        card.write(out)
+        pipeline_card.write(out)

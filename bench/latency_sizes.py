@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from dotexport.errors import UsageError
-from dotexport.families import num_parameters
-from dotexport.latency_table import Key, key_of
-from dotexport.sizing import (
+from dotexport.models.shapes import num_parameters
+from dotexport.sizes.budget import (
     Plan,
     group_choices,
     hidden_choices,
@@ -19,6 +18,7 @@ from dotexport.sizing import (
     intermediate_choices,
     is_hidden,
 )
+from dotexport.sizes.latency_table import Key, key_of
 
 from .workload import Workload
 

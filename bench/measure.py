@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dotexport import manifest
-from dotexport.adapter import Target, find_target, lacking
 from dotexport.errors import RuntimeMissingError, UsageError
-from dotexport.output import write_json
+from dotexport.exports.target import Target, find_target, lacking
+from dotexport.outputs import manifest
+from dotexport.outputs.output import write_json
 
 from .device import environment
 from .result import BenchResult

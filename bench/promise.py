@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dotexport.latency import Promise
+from dotexport.sizes.latency import Promise
 
 from .measure import bench
 from .result import BenchResult

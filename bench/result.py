@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dotexport.errors import UsageError
 
-from .cost import Cost
+from .counts import Cost
 from .roofline import Rates, Roofline
 from .statistics import ENOUGH_GROUPS, Comparison, Summary, compare, summarize
 from .workload import Workload

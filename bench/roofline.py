@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .cost import Cost, Work
+from .counts import Cost, Work
 from .workload import Workload
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from itertools import count
 from statistics import median
 from typing import Any
 
-from dotexport.adapter import Target
 from dotexport.errors import RuntimeMissingError
+from dotexport.exports.target import Target
 
-from .cost import Cost, find_cost
+from .counts import Cost, find_cost
 from .device import one_cpu_per_core
 from .energy import Meter, find_meter
 from .process import Worker

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from dotexport import manifest
 from dotexport.errors import CheckpointError, UsageError
-from dotexport.output import read_json
+from dotexport.outputs import manifest
+from dotexport.outputs.output import read_json
 
 from .intervals import STATISTICS
 from .result import METRICS, SCHEMA, BenchResult, Measurement, options_in_words

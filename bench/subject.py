@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dotexport.adapter import Target
 from dotexport.errors import DotexportError, UnsupportedModelError, UsageError
-from dotexport.output import folder_bytes
+from dotexport.exports.target import Target
+from dotexport.outputs.output import folder_bytes
 
 if TYPE_CHECKING:
-    from dotexport.checkpoint import Checkpoint
+    from dotexport.models.checkpoint import Checkpoint
 
 STOCK = "hf"
 
@@ -127,7 +127,7 @@ def _is_checkpoint(folder: Path) -> bool:
 def _open(folder: Path) -> Checkpoint:
     # Imported late, for torch comes with it: the workers import this package too, and the memory
     # of a runtime that needs no torch should not hold it.
-    from dotexport.checkpoint import Checkpoint
+    from dotexport.models.checkpoint import Checkpoint
 
     return Checkpoint.open(folder)
 

@@ -35,8 +35,8 @@ from typing import Any, TextIO
 import numpy as np
 import psutil
 
-from dotexport.adapter import Logits, Session, Target, Tokens, find_target
 from dotexport.errors import DotexportError
+from dotexport.exports.target import Logits, Session, Target, Tokens, find_target
 
 from .device import ask_nvidia
 from .workload import Workload

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-from dotexport.adapter import Tokens
 from dotexport.errors import UsageError
+from dotexport.exports.target import Tokens
 
 MOST_GROUPS = 15
 MIN_GROUPS = 2

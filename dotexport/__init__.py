@@ -7,11 +7,11 @@ from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 if _TYPE_CHECKING:
-    from dotexport.exporting import export
-    from dotexport.quality import evaluate
-    from dotexport.shrinking import ShrinkOptions, shrink
-    from dotexport.sizing import plan
-    from dotexport.verifying import verify
+    from dotexport.app.shrinking import ShrinkOptions, shrink
+    from dotexport.exports.exporting import export
+    from dotexport.exports.quality import evaluate
+    from dotexport.exports.verifying import verify
+    from dotexport.sizes.budget import plan
 
 __version__ = "0.1.0"
 
@@ -22,13 +22,13 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "targets/__init__.p
 
 # Public names and where they live. They are imported when first asked for: torch takes seconds.
 _HOMES = {
-    "ShrinkOptions": "shrinking",
-    "SizeOptions": "sizing",
-    "evaluate": "quality",
-    "export": "exporting",
-    "plan": "sizing",
-    "shrink": "shrinking",
-    "verify": "verifying",
+    "ShrinkOptions": "app.shrinking",
+    "SizeOptions": "axes.plan",
+    "evaluate": "exports.quality",
+    "export": "exports.exporting",
+    "plan": "sizes.budget",
+    "shrink": "app.shrinking",
+    "verify": "exports.verifying",
 }
 
 __all__ = [

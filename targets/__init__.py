@@ -1,8 +1,8 @@
 """Adapters to inference runtimes: one file each, and one line in BUILT_IN.
 
-Nothing here imports a runtime: `dotexport.exporting.find_target` imports the one file whose name
-is asked for. A runtime that is not installed with dotexport itself comes with the extra that has
-the target's name.
+Nothing here imports a runtime: `find_target` of dotexport/exports/target.py imports the one file
+whose name is asked for. A runtime that is not installed with dotexport itself comes with the extra
+that has the target's name.
 """
 
 if __name__ == "targets":
@@ -19,4 +19,4 @@ BUILT_IN = {
 }
 
 # Runtimes that read what another target writes: a plan may name them, nothing is written for them.
-READERS = {"vllm": "dotexport.targets.served:Vllm"}
+READERS = {"vllm": "dotexport.targets.vllm_tokens:Vllm"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dotexport.rope import rope_type as type_of
+from dotexport.models.rope import rope_type as type_of
 
 
 def head_dim(config: Any) -> int:

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from dotexport import manifest
-from dotexport.adapter import TargetRow, list_targets
+from dotexport.exports.target import TargetRow, list_targets
+from dotexport.outputs import manifest
 
 from . import cuda
 

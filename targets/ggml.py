@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dotexport.errors import CheckpointError
-from dotexport.rope import stock_config
+from dotexport.models.rope import stock_config
 
 from . import kquants
 from .configs import head_dim, rope_type, window_of
@@ -27,9 +27,10 @@ from .ggml_vocab import add_tokenizer, tokenizer_problems
 if TYPE_CHECKING:
     import torch
 
-    from dotexport.adapter import Session
-    from dotexport.checkpoint import Checkpoint
-    from dotexport.families import Family, Sizes
+    from dotexport.exports.target import Session
+    from dotexport.models.checkpoint import Checkpoint
+    from dotexport.models.family import Family
+    from dotexport.models.shapes import Sizes
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ class Gguf:
 
 
 def _bytes_by_name(family: Family, sizes: Sizes, precision: str) -> dict[str, int]:
-    from dotexport.families import shapes
+    from dotexport.models.shapes import shapes
 
     arch = ARCHITECTURES.get(family.architecture, gguf.MODEL_ARCH.LLAMA)
     names, found = gguf.get_tensor_name_map(arch, sizes.num_layers), {}

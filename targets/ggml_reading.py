@@ -14,7 +14,7 @@ import gguf
 import torch
 
 from dotexport.errors import CheckpointError
-from dotexport.rope import stock_config
+from dotexport.models.rope import stock_config
 
 FACTORS = "rope_freqs.weight"
 MODEL_TYPES = {"llama": "granite", "granite": "granite", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -73,7 +73,7 @@ def read_model(file: Path) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    from dotexport.reference import no_initial_values
+    from dotexport.exports.reference import no_initial_values
 
     reader = gguf.GGUFReader(file)
     tensors = {tensor.name: tensor for tensor in reader.tensors}

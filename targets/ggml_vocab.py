@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 
 if TYPE_CHECKING:
-    from dotexport.checkpoint import Checkpoint
+    from dotexport.models.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dotexport.adapter import Logits, Tokens
+from dotexport.exports.target import Logits, Tokens
 
 
 class GrowingSession(ABC):

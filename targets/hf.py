@@ -18,12 +18,12 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging as transformers_logging
 
-from dotexport.adapter import Logits, Tokens
-from dotexport.checkpoint import INDEX, Checkpoint, read_config
 from dotexport.errors import CheckpointError, RuntimeMissingError, UsageError
-from dotexport.output import write_json
-from dotexport.reference import capped_attention
-from dotexport.rope import in_all_words, stock_config
+from dotexport.exports.reference import capped_attention
+from dotexport.exports.target import Logits, Tokens
+from dotexport.models.checkpoint import INDEX, Checkpoint, read_config
+from dotexport.models.rope import in_all_words, stock_config
+from dotexport.outputs.output import write_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -25,12 +25,12 @@ from openvino._offline_transformations import (
     compress_model_transformation,
 )
 
-from dotexport.adapter import QUANTISED_BLOCK, Logits, Tokens
+from dotexport.exports.target import QUANTISED_BLOCK, Logits, Tokens
 
 from .growing import GrowingSession
 
 if TYPE_CHECKING:
-    from dotexport.checkpoint import Checkpoint
+    from dotexport.models.checkpoint import Checkpoint
 
 Array = NDArray[np.float32]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dotexport.adapter import Logits, Tokens
 from dotexport.errors import DotexportError, RuntimeMissingError, UsageError
+from dotexport.exports.target import Logits, Tokens
 
 from .llama_library import Library, Model
 

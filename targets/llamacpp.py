@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from dotexport import manifest
-from dotexport.adapter import Logits, Tokens
-from dotexport.checkpoint import Checkpoint
 from dotexport.errors import UsageError
-from dotexport.parity import Parity, measure
-from dotexport.reference import Reference, compute_reference
-from dotexport.verifying import STOCK, changed_files, write_report
+from dotexport.exports.parity import Parity, measure
+from dotexport.exports.reference import Reference, compute_reference
+from dotexport.exports.target import Logits, Tokens
+from dotexport.exports.verifying import STOCK, changed_files, write_report
+from dotexport.models.checkpoint import Checkpoint
+from dotexport.outputs import manifest
 
 from .llama_session import find_library, own_threads, side_by_side, unusable
 

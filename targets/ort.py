@@ -20,8 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dotexport.adapter import QUANTISED_BLOCK, Rehearsal, Session
 from dotexport.errors import DotexportError, RuntimeMissingError
+from dotexport.exports.target import QUANTISED_BLOCK, Rehearsal, Session
 
 from . import cuda
 from .configs import head_dim, rope_type, window_of
@@ -29,7 +29,7 @@ from .genai_builder import builder_problems
 from .ort_session import open_decoder
 
 if TYPE_CHECKING:
-    from dotexport.checkpoint import Checkpoint
+    from dotexport.models.checkpoint import Checkpoint
 
 LEAST_SCALE_ERROR = 1e-4  # relative
 SILENTLY_WRONG_ROPE = {"linear", "dynamic", "yarn"}  # found by verify

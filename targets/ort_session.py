@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dotexport.adapter import Logits, Session, Tokens
 from dotexport.errors import RuntimeMissingError, UsageError
+from dotexport.exports.target import Logits, Session, Tokens
 
 from .cuda import CUDA, require_cuda
 from .growing import GrowingSession

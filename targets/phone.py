@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
-from dotexport.adapter import QUANTISED_BLOCK, Logits, Tokens
 from dotexport.errors import CheckpointError, RuntimeMissingError, UsageError
+from dotexport.exports.target import QUANTISED_BLOCK, Logits, Tokens
 
 if TYPE_CHECKING:
-    from dotexport.checkpoint import Checkpoint
+    from dotexport.models.checkpoint import Checkpoint
 
 
 @contextmanager

@@ -21,13 +21,13 @@ import numpy as np
 import onnx_ir as ir
 import onnxscript  # noqa: F401  torch.onnx writes with it, and says so only when it is too late
 
-from dotexport.adapter import Logits, Tokens
+from dotexport.exports.target import Logits, Tokens
 
 from .growing import GrowingSession
 from .ort_session import open_graph
 
 if TYPE_CHECKING:
-    from dotexport.checkpoint import Checkpoint
+    from dotexport.models.checkpoint import Checkpoint
 
 GRAPH, WEIGHTS = "model.onnx", "model.onnx_data"
 FIXED_INPUTS = ("input_ids", "attention_mask", "position_ids")

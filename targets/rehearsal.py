@@ -21,12 +21,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from dotexport.adapter import QUANTISED_BLOCK, Rehearsal
+from dotexport.exports.target import QUANTISED_BLOCK, Rehearsal
 
 from .ort_session import open_decoder
 
 if TYPE_CHECKING:
-    from dotexport.checkpoint import Checkpoint
+    from dotexport.models.checkpoint import Checkpoint
 
 Array = NDArray[Any]
 

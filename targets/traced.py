@@ -19,7 +19,7 @@ from .configs import head_dim, rope_type, window_of
 from .hf import HuggingFace
 
 if TYPE_CHECKING:
-    from dotexport.checkpoint import Checkpoint
+    from dotexport.models.checkpoint import Checkpoint
 
 Layers = list[tuple[torch.Tensor, torch.Tensor]]
 

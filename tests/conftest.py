@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dotexport.rope import stock_config
+from dotexport.models.rope import stock_config
 
 # A shell starts background jobs with SIGINT ignored, and children inherit that: a test that
 # interrupts a process would wait for ever.

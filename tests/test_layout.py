@@ -133,7 +133,7 @@ def loaded_by(code: str) -> set[str]:
 
 HELP = """
 import sys
-from dotexport import cli
+from dotexport.app import cli
 sys.argv = ["dotexport", *{arguments!r}]
 try:
     cli.main()

@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from dotexport import manifest
 from dotexport.errors import UsageError
-from dotexport.output import read_json
+from dotexport.outputs import manifest
+from dotexport.outputs.output import read_json
 
 from ..result import SCHEMA, BenchResult, options_in_words
 from ..sweep import SCHEMA as SWEEP

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dotexport import __version__, summary
+from dotexport import __version__
+from dotexport.outputs import summary
 
 from ..result import METRICS
 from ..table import conditions, verdicts
@@ -97,9 +98,9 @@ def sentences(output: Output) -> Iterator[str]:
 def overview(output: Output) -> Table:
     """The rows of the model card."""
     if output.is_pipeline:
-        from dotexport.diffusion import card
+        from dotexport.diffusion import pipeline_card
 
-        found: Sequence[Any] = list(card.rows(dict(output.record)))
+        found: Sequence[Any] = list(pipeline_card.rows(dict(output.record)))
     else:
         found = list(summary.rows(output.record))
     rows = tuple(tuple(_words(cell) for cell in row) for row in found)

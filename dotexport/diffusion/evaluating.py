@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dotexport import manifest
-from dotexport.diffusion import card, pictures, saving
+from dotexport.diffusion import pictures, pipeline_card, saving
 from dotexport.diffusion.calibration import Progress
 from dotexport.diffusion.denoising import denoising_losses
 from dotexport.diffusion.sampling import (
@@ -28,7 +27,8 @@ from dotexport.diffusion.sampling import (
     sample,
 )
 from dotexport.errors import CalibrationError
-from dotexport.output import write_json
+from dotexport.outputs import manifest
+from dotexport.outputs.output import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -185,5 +185,5 @@ def evaluate_into(
     manifest.update(out, quality=record)
     write_json(out / "reports" / "quality.json", record)
     if "shrink" in manifest.read(out):
-        card.write(out)
+        pipeline_card.write(out)
     return record

@@ -22,9 +22,9 @@ from dotexport.diffusion.calibration import Calibration
 from dotexport.diffusion.moments import Moments
 from dotexport.diffusion.sampling import replaced
 from dotexport.diffusion.tables import Site, linear
-from dotexport.merge import MERGE_LEVELS, barycentres
-from dotexport.ot.cost import Array, Cost, Indices, cosine
-from dotexport.ot.coupling import TransportOptions, couple
+from dotexport.merging.neurons import MERGE_LEVELS, barycentres
+from dotexport.merging.ot.cost import Array, Cost, Indices, cosine
+from dotexport.merging.ot.coupling import TransportOptions, couple
 
 HELD_OUT = 4
 """One picture in so many judges, and is not fitted."""

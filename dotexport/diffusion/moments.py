@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dotexport.obs import Problem, damped, solve
+from dotexport.merging.obs import Problem, damped, solve
 
 
 @dataclass

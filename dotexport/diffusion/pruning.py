@@ -12,18 +12,18 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from dotexport import obs
 from dotexport.diffusion.calibration import Calibration, TimestepWeights, packages
-from dotexport.diffusion.checkpoint import Stored
+from dotexport.diffusion.denoiser import Stored
 from dotexport.diffusion.layout import Curve, Kept
+from dotexport.diffusion.loss_probe import Probe
 from dotexport.diffusion.merging import Merged, transport
 from dotexport.diffusion.moments import Moments
-from dotexport.diffusion.probe import Probe
 from dotexport.diffusion.sparse import Pattern, sweep
 from dotexport.diffusion.surgery import METHODS, REFITTED, choose, cut, problems
 from dotexport.diffusion.tables import Site, linear
 from dotexport.errors import UsageError
-from dotexport.obs import damped
+from dotexport.merging import obs
+from dotexport.merging.obs import damped
 
 logger = logging.getLogger(__name__)
 

@@ -15,12 +15,12 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
-from dotexport import manifest
 from dotexport.diffusion.sampling import INDEX, quiet
 from dotexport.diffusion.tables import find_sites, find_table
 from dotexport.errors import UsageError
-from dotexport.origin import licence, model_name
-from dotexport.output import read_json, write_json
+from dotexport.models.origin import licence, model_name
+from dotexport.outputs import manifest
+from dotexport.outputs.output import read_json, write_json
 
 FOLDER = "pipeline"
 STANDALONE = "pruned.py"

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from dotexport import obs
 from dotexport.diffusion.moments import Moments
 from dotexport.diffusion.tables import Site, attributes, linear
+from dotexport.merging import obs
 
 METHODS = ("obs", "dot", "l1", "l1-refit", "wanda", "random")
 REFITTED = ("obs", "dot", "l1-refit")

@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from dotexport.embedded import evaluation_text
-from dotexport.embedded.card import Run, model_card
 from dotexport.embedded.loss import WINDOW, HeldOutLoss, held_out_loss
-from dotexport.embedded.options import TrainOptions, command_line
+from dotexport.embedded.model_card import Run, model_card
 from dotexport.embedded.stream import Corpus
 from dotexport.embedded.tokenizer import save_tokenizer
+from dotexport.embedded.training_options import TrainOptions, command_line
 
 
 def write_model(

@@ -14,7 +14,6 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from dotexport.embedded import evaluation_text
-from dotexport.embedded.card import SourceRead
 from dotexport.embedded.corpus import (
     STANDARD_LIBRARY,
     Document,
@@ -24,8 +23,9 @@ from dotexport.embedded.corpus import (
     version_of,
 )
 from dotexport.embedded.loss import WINDOW, token_stream, windows
-from dotexport.embedded.options import TrainOptions
+from dotexport.embedded.model_card import SourceRead
 from dotexport.embedded.tokenizer import save_tokenizer, train_tokenizer
+from dotexport.embedded.training_options import TrainOptions
 
 
 @dataclass(frozen=True)

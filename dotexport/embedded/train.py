@@ -24,9 +24,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dotexport.embedded import MODEL_DIR, evaluation_text
 from dotexport.embedded.loss import WINDOW, HeldOutLoss, held_out_loss
-from dotexport.embedded.options import TrainOptions, warmup_stable_decay
 from dotexport.embedded.publish import write_model
 from dotexport.embedded.stream import Corpus, batches, read_corpus
+from dotexport.embedded.training_options import TrainOptions, warmup_stable_decay
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dotexport.adapter import find_target
 from dotexport.bench import Workload
-from dotexport.bench.judge import METRICS, disagreement
-from dotexport.checkpoint import Checkpoint
+from dotexport.bench.outside.genai import METRICS, disagreement
+from dotexport.exports.target import find_target
+from dotexport.models.checkpoint import Checkpoint
 
 
 def test_both_time_the_same_folder_in_fresh_processes(

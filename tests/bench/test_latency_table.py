@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
+from dotexport.app.cli import main
+from dotexport.bench.latency_measuring import measure_table
 from dotexport.bench.latency_sizes import LatencyOptions, depth_of, shallow_config
-from dotexport.bench.latency_table import measure_table
 from dotexport.bench.promise import verdict
 from dotexport.bench.statistics import Comparison
-from dotexport.cli import main
 from dotexport.errors import SizeError, UnsupportedModelError, UsageError
-from dotexport.latency_table import times_of
-from dotexport.sizing import Plan, SizeOptions, plan, read_model
+from dotexport.sizes.budget import Plan, SizeOptions, plan, read_model
+from dotexport.sizes.latency_table import times_of
 
 PLANTED = Path(__file__).parent / "planted"
 TILE = 64

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from dotexport.app.cli import main
 from dotexport.bench import BenchResult
 from dotexport.bench.result import METRICS
 from dotexport.bench.table import conditions, rows, verdicts
-from dotexport.cli import main
 
 Plant = Callable[..., Path]
 Measured = tuple[BenchResult, dict[str, Any], list[tuple[str, int, int]]]

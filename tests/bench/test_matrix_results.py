@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dotexport import embedded
-from dotexport.bench.matrix_results import FAMILIES, main, write_original
-from dotexport.checkpoint import Checkpoint
+from dotexport.bench.tables.matrix import FAMILIES, main, write_original
+from dotexport.models.checkpoint import Checkpoint
 
 HELD = {"worst logit": 2e-5, "KL": 1e-12, "bytes": "0.690x", "decode": "1.40x"}
 REFUSED = {"worst logit": "", "KL": "", "bytes": "", "decode": "", "refused": "SizeError: a window"}

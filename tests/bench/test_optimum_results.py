@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from dotexport.bench import optimum_results
+from dotexport.bench.tables import optimum as optimum_results
 from dotexport.errors import DotexportError, UsageError
 
 app = typer.Typer()

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from dotexport import manifest
-from dotexport.checkpoint import read_config
-from dotexport.cli import main
-from dotexport.latency_table import SCHEMA, describe, device, runtime_versions
-from dotexport.sizing import read_model
+from dotexport.app.cli import main
+from dotexport.models.checkpoint import read_config
+from dotexport.outputs import manifest
+from dotexport.sizes.budget import read_model
+from dotexport.sizes.latency_table import SCHEMA, describe, device, runtime_versions
 
 TILE = 32
 PACE = 3  # so that waking up late, as on a busy machine, is a small part of each wait

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from dotexport import embedded
-from dotexport.adapter import find_target, target_names
 from dotexport.bench import BenchResult, Workload
-from dotexport.bench.cost import Cost, find_cost
+from dotexport.bench.counts import Cost, find_cost
 from dotexport.bench.probe import bandwidth, last_level_cache, matrix_rate
 from dotexport.bench.roofline import Gain, Limit, Rates, Roofline
 from dotexport.bench.table import verdicts
-from dotexport.checkpoint import Checkpoint
 from dotexport.errors import RuntimeMissingError
+from dotexport.exports.target import find_target, target_names
+from dotexport.models.checkpoint import Checkpoint
 
 Measured = tuple[BenchResult, dict[str, Any], list[tuple[str, int, int]]]
 
@@ -94,7 +94,8 @@ def test_every_target_has_a_cost_in_every_precision(name: str, config: dict[str,
 def test_a_gguf_file_in_llama_cpp_reads_all_of_it_but_a_table_that_is_no_head(
     precision: str, tied: bool, config: dict[str, Any]
 ) -> None:
-    from dotexport.families import find_family, read_sizes
+    from dotexport.models.families import find_family
+    from dotexport.models.shapes import read_sizes
 
     target: Any = pytest.importorskip("dotexport.targets.ggml").Gguf()
     asked = config | {"tie_word_embeddings": tied}

@@ -15,12 +15,12 @@ from typing import Any
 import psutil
 import pytest
 
-from dotexport import manifest
-from dotexport.bench.served import ServedOptions, parse_arguments, read_times
-from dotexport.bench.served_run import bench_served
+from dotexport.app.cli import main
 from dotexport.bench.statistics import summarize
-from dotexport.cli import main
+from dotexport.bench.vllm.served_reports import ServedOptions, parse_arguments, read_times
+from dotexport.bench.vllm.served_run import bench_served
 from dotexport.errors import DotexportError, RuntimeMissingError, UsageError
+from dotexport.outputs import manifest
 
 HERE = Path(__file__).parent
 RECORDED = HERE / "recorded"

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dotexport.adapter import find_target
 from dotexport.bench import Workload, bench
 from dotexport.bench.subject import choose_precision, find_subject
 from dotexport.errors import UnsupportedModelError, UsageError
+from dotexport.exports.target import find_target
 
 Plant = Callable[..., Path]
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
+from dotexport.app.cli import main
+from dotexport.app.pipeline import _workload, bench_name
+from dotexport.app.recipe import BenchStep
 from dotexport.bench import BenchResult, Sweep, Workload, bench, noise_check, sweep
 from dotexport.bench.presets import PRESETS, find_preset
 from dotexport.bench.sweep import parse_values, steps_of
 from dotexport.bench.table import SWEEP_COLUMNS, sweep_row
-from dotexport.cli import main
 from dotexport.errors import UsageError
-from dotexport.pipeline import _workload, bench_name
-from dotexport.recipe import BenchStep
 
 Plant = Callable[..., Path]
 Measured = tuple[BenchResult, dict[str, Any], list[tuple[str, int, int]]]

@@ -50,10 +50,10 @@ def exported(
     tiny: Callable[[str], Path], calls: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
     """Name in PIPELINES -> an output of shrink with an artifact onnx-fp32, made once."""
-    from dotexport.diffusion import exporting
+    from dotexport.diffusion import onnx_folder
     from dotexport.diffusion.layout import LayoutOptions
+    from dotexport.diffusion.pipeline_shrinking import ShrinkOptions, shrink
     from dotexport.diffusion.sampling import SampleOptions
-    from dotexport.diffusion.shrinking import ShrinkOptions, shrink
 
     made: dict[str, Path] = {}
 
@@ -73,7 +73,7 @@ def exported(
             )
             layout = LayoutOptions(heads="0.5x", ffn="0.5x")
             shrink(tiny(name), folder / "out", ShrinkOptions(sampling=options, layout=layout))
-            exporting.export(folder / "out", ["onnx"])
+            onnx_folder.export(folder / "out", ["onnx"])
             made[name] = folder / "out"
         return made[name]
 
@@ -142,7 +142,7 @@ def sd3() -> Any:
     from diffusers import SD3Transformer2DModel
     from transformers import T5EncoderModel
 
-    from dotexport.bench import digits
+    from dotexport.bench.tables import digits
 
     pipe = digits.mmdit_pipeline()
     transformer = SD3Transformer2DModel(
@@ -180,7 +180,7 @@ def flux() -> Any:
     )
     from transformers import CLIPTextModel, T5EncoderModel
 
-    from dotexport.bench import digits
+    from dotexport.bench.tables import digits
 
     transformer = FluxTransformer2DModel(
         patch_size=1,
@@ -226,7 +226,7 @@ def unet() -> Any:
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    from dotexport.bench import digits
+    from dotexport.bench.tables import digits
 
     model = UNet2DConditionModel(
         sample_size=8,
@@ -255,7 +255,7 @@ def pixart() -> Any:
     from diffusers import DDIMScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
     from transformers import T5EncoderModel
 
-    from dotexport.bench import digits
+    from dotexport.bench.tables import digits
 
     transformer = PixArtTransformer2DModel(
         sample_size=8,
@@ -286,7 +286,7 @@ def sdxl() -> Any:
         CLIPTextModelWithProjection,
     )
 
-    from dotexport.bench import digits
+    from dotexport.bench.tables import digits
 
     model = UNet2DConditionModel(
         sample_size=8,

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dotexport import manifest
-from dotexport.cli import app
+from dotexport.app.cli import app
 from dotexport.diffusion.sampling import parse_extra
 from dotexport.errors import DotexportError, SizeError, UsageError
+from dotexport.outputs import manifest
 
 Tiny = Callable[[str], Path]
 run = CliRunner().invoke

@@ -13,10 +13,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dotexport.bench import digits as bed
+from dotexport.bench.tables import digits as bed
 from dotexport.diffusion import pictures
 from dotexport.diffusion.calibration import Calibration, TimestepWeights
-from dotexport.diffusion.checkpoint import Stored
+from dotexport.diffusion.denoiser import Stored
 from dotexport.diffusion.denoising import denoising_losses, draw
 from dotexport.diffusion.evaluating import evaluate, read_latents
 from dotexport.diffusion.layout import LayoutOptions, uniform

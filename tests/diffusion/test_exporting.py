@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from dotexport import manifest
-from dotexport.diffusion import exporting, graphs
+from dotexport.diffusion import graphs, onnx_folder
 from dotexport.diffusion.sampling import SampleOptions, component_of, load, sample
 from dotexport.errors import ParityError, UnsupportedModelError, UsageError
-from dotexport.output import read_json, write_json
-from dotexport.verifying import require
+from dotexport.exports.verifying import require
+from dotexport.outputs import manifest
+from dotexport.outputs.output import read_json, write_json
 
 pytest.importorskip("onnxscript", reason="needs the extra [diffusion]")
 Tiny = Callable[[str], Path]
@@ -53,7 +53,7 @@ def test_tokenizers_are_named_for_both_transformers(tmp_path: Path) -> None:
     (source / "tokenizer_2" / "vocab.json").write_text("{}")
     write_json(source / "model_index.json", index)
     made.mkdir()
-    exporting._companions(SimpleNamespace(), source, made)
+    onnx_folder._companions(SimpleNamespace(), source, made)
     named = read_json(made / "model_index.json", advice="")
     configs = [read_json(made / name / "tokenizer_config.json", advice="") for name in index]
     assert named == index | {"tokenizer": ["transformers", "PreTrainedTokenizerFast"]}
@@ -92,7 +92,7 @@ def test_a_spoilt_graph_fails_verification(exported: Callable[[str], Path], tmp_
     onnx.save(model, file)
     for data in file.parent.glob("*.data"):
         data.unlink()
-    (parity,) = exporting.verify(out)
+    (parity,) = onnx_folder.verify(out)
     assert any("one call differs" in problem for problem in parity.problems)
     assert any("changed after the export" in problem for problem in parity.problems)
     with pytest.raises(ParityError, match="onnx-fp32"):
@@ -110,21 +110,21 @@ def test_an_artifact_that_fails_is_not_kept(
     def copied(pipe: Any, source: Path, folder: Path, *rest: Any) -> None:
         shutil.copytree(made / "onnx-fp32", folder, dirs_exist_ok=True)
 
-    monkeypatch.setattr(exporting, "write_graphs", copied)
-    monkeypatch.setattr(exporting, "STEP_LIMIT", -1.0)
+    monkeypatch.setattr(onnx_folder, "write_graphs", copied)
+    monkeypatch.setattr(onnx_folder, "STEP_LIMIT", -1.0)
     with pytest.raises(ParityError, match="not kept"):
-        exporting.export(out, ["onnx"])
+        onnx_folder.export(out, ["onnx"])
     assert not (out / "onnx-fp32").exists()
     assert manifest.read(out)["artifacts"] == {}
-    monkeypatch.setattr(exporting, "STEP_LIMIT", 1e-4)
-    assert exporting.export(out, ["onnx:fp32"]) == ["onnx-fp32"]
+    monkeypatch.setattr(onnx_folder, "STEP_LIMIT", 1e-4)
+    assert onnx_folder.export(out, ["onnx:fp32"]) == ["onnx-fp32"]
 
 
 def test_other_targets_and_places_are_refused(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="onnx:fp16"):
-        exporting.export(tiny("dit"), ["ort-cpu"], out=tmp_path / "out")
+        onnx_folder.export(tiny("dit"), ["ort-cpu"], out=tmp_path / "out")
     with pytest.raises(UsageError, match="-o"):
-        exporting.export(tiny("dit"), ["onnx"])
+        onnx_folder.export(tiny("dit"), ["onnx"])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -133,7 +133,7 @@ def test_a_module_that_torch_cannot_trace_is_named(
 ) -> None:
     pipe = load(exported("dit") / "pipeline")
     part = next(part for part in graphs.parts(pipe) if part.folder == "transformer")
-    call = exporting.record(pipe, exporting.cases(pipe, {})[0])["transformer"]
+    call = onnx_folder.record(pipe, onnx_folder.cases(pipe, {})[0])["transformer"]
     forward = pipe.transformer.forward
 
     def asks_for_values(*args: Any, **kwargs: Any) -> Any:
@@ -152,7 +152,7 @@ def test_float16_is_close_and_half_as_large(
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(exported(name), out)
-    assert exporting.export(out, ["onnx:fp16"]) == ["onnx-fp16"]
+    assert onnx_folder.export(out, ["onnx:fp16"]) == ["onnx-fp16"]
     made = manifest.read(out)["artifacts"]["onnx-fp16"]
     assert made["parity"]["passed"]
     # As far apart as float16 makes torch itself; a time rounded to float16 would give 0.05.

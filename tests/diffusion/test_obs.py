@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dotexport import obs
 from dotexport.diffusion.moments import Moments
 from dotexport.diffusion.sparse import Pattern, sweep
 from dotexport.errors import UsageError
-from dotexport.obs import damped
+from dotexport.merging import obs
+from dotexport.merging.obs import damped
 
 N, S, OUT, T = 6, 3, 5, 400  # groups, columns of a group, outputs, tokens
 

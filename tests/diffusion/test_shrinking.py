@@ -16,13 +16,12 @@ import pytest
 import torch
 from torch import nn
 
-from dotexport import manifest, obs
 from dotexport.diffusion import pruning, saving, surgery, tables
 from dotexport.diffusion.calibration import Calibration, TimestepWeights
 from dotexport.diffusion.layout import Curve, LayoutOptions, by_loss, num_parameters, uniform
+from dotexport.diffusion.pipeline_shrinking import ShrinkOptions, shrink
 from dotexport.diffusion.pruning import PruneOptions
 from dotexport.diffusion.sampling import SampleOptions, component_of, load, read_prompts, sample
-from dotexport.diffusion.shrinking import ShrinkOptions, shrink
 from dotexport.errors import (
     CalibrationError,
     CheckpointError,
@@ -30,6 +29,8 @@ from dotexport.errors import (
     UnsupportedModelError,
     UsageError,
 )
+from dotexport.merging import obs
+from dotexport.outputs import manifest
 
 Tiny = Callable[[str], Path]
 NAMES = ("sd3", "flux", "dit", "unet", "pixart", "sdxl")
@@ -442,7 +443,7 @@ def test_arguments_that_a_pipeline_does_not_take_are_refused(
 def test_without_diffusers_the_command_says_what_to_install(tiny: Tiny, tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['diffusers'] = None\n"
-        "from dotexport import cli\n"
+        "from dotexport.app import cli\n"
         f"sys.argv = ['dotexport', 'shrink', {str(tiny('dit'))!r}, '-o', {str(tmp_path / 'out')!r},"
         " '--params', '0.5x', '--calib', 'x.txt']\n"
         "cli.main()\n"

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dotexport import manifest
 from dotexport.bench import BenchResult, Measurement, Sample, Workload
 from dotexport.bench.report import write_report
-from dotexport.output import write_json
+from dotexport.outputs import manifest
+from dotexport.outputs.output import write_json
 
 MACHINE = {
     "python": "3.11.7",

@@ -11,10 +11,10 @@ from xml.etree import ElementTree
 
 import pytest
 
+from dotexport.app.cli import main
 from dotexport.bench import Workload, ci
 from dotexport.bench.gate import MISSED, Line, parse_gate
 from dotexport.bench.intervals import Estimate
-from dotexport.cli import main
 
 Write = Callable[..., Path]
 Call = Callable[..., int]

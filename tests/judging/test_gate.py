@@ -11,9 +11,9 @@ import pytest
 from dotexport.bench.comparison import Compared
 from dotexport.bench.gate import DOUBT, MET, MISSED, Limit, figure_of, hold, parse_gate, verdict
 from dotexport.bench.intervals import STATISTICS, Estimate, alone, interleaved, unpaired
-from dotexport.bench.judging import judge
 from dotexport.bench.sides import of_result
 from dotexport.bench.statistics import compare
+from dotexport.bench.verdicts import judge
 from dotexport.errors import UsageError
 
 Write = Callable[..., Path]

@@ -14,8 +14,8 @@ import pytest
 
 from dotexport.bench import history
 from dotexport.bench.gate import parse_gate
-from dotexport.bench.judging import judge
 from dotexport.bench.report.trend import write_trend
+from dotexport.bench.verdicts import judge
 from dotexport.errors import UsageError
 
 Write = Callable[..., Path]

@@ -17,12 +17,12 @@ from urllib.parse import unquote
 
 import pytest
 
-from dotexport import manifest
 from dotexport.bench.report import write_report
 from dotexport.bench.report.collected import collect
 from dotexport.bench.report.page import draw, render, write_figures
 from dotexport.errors import CheckpointError, UsageError
-from dotexport.output import write_json
+from dotexport.outputs import manifest
+from dotexport.outputs.output import write_json
 
 Fill = Callable[..., Path]
 VOID = {"meta", "link", "br", "img", "input", "hr"}

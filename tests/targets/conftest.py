@@ -19,14 +19,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dotexport import ShrinkOptions, SizeOptions, shrink
-from dotexport.adapter import Target, find_target, lacking, target_names
-from dotexport.calibrate import TextOptions
-from dotexport.checkpoint import Checkpoint
 from dotexport.embedded import MODEL_DIR
 from dotexport.errors import RuntimeMissingError
-from dotexport.exporting import export
-from dotexport.reference import Reference, compute_reference
-from dotexport.site import NarrowOptions
+from dotexport.exports.exporting import export
+from dotexport.exports.reference import Reference, compute_reference
+from dotexport.exports.target import Target, find_target, lacking, target_names
+from dotexport.models.checkpoint import Checkpoint
+from dotexport.models.text_windows import TextOptions
+from dotexport.narrowing.site import NarrowOptions
 
 LLAMA_CPP = "DOTEXPORT_LLAMA_CPP"
 

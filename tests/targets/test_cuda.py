@@ -18,18 +18,18 @@ import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from dotexport import card, manifest, summary
-from dotexport.adapter import find_target, list_targets
-from dotexport.checkpoint import Checkpoint
-from dotexport.cli import app
+from dotexport.app.cli import app
 from dotexport.errors import RuntimeMissingError
-from dotexport.exporting import export
-from dotexport.parity import Parity
-from dotexport.planning import Deployment, choose
-from dotexport.reference import Reference, compute_reference
-from dotexport.sizing import SizeOptions
+from dotexport.exports.exporting import export
+from dotexport.exports.parity import Parity
+from dotexport.exports.reference import Reference, compute_reference
+from dotexport.exports.target import find_target, list_targets
+from dotexport.exports.verifying import rehearse, require, verify
+from dotexport.models.checkpoint import Checkpoint
+from dotexport.outputs import card, manifest, summary
+from dotexport.sizes.budget import SizeOptions
+from dotexport.sizes.planning import Deployment, choose
 from dotexport.targets import cuda, doctor
-from dotexport.verifying import rehearse, require, verify
 
 pytest.importorskip("onnxruntime_genai")
 ort: Any = pytest.importorskip("onnxruntime")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from dotexport.adapter import target_names
-from dotexport.cli import app
+from dotexport.app.cli import app
+from dotexport.exports.target import target_names
 from dotexport.targets import doctor
 from dotexport.targets.doctor import clashes, examine
 

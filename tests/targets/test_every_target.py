@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dotexport.adapter import Logits, Session, Target, Tokens, resolve
-from dotexport.checkpoint import Checkpoint
-from dotexport.exporting import Request
-from dotexport.parity import Parity, measure
-from dotexport.reference import Reference
-from dotexport.verifying import check
+from dotexport.exports.exporting import Request
+from dotexport.exports.parity import Parity, measure
+from dotexport.exports.reference import Reference
+from dotexport.exports.target import Logits, Session, Target, Tokens, resolve
+from dotexport.exports.verifying import check
+from dotexport.models.checkpoint import Checkpoint
 
 MODELS = ["wide-heads", "tied-bf16", "heads-of-8", "biased"]
 

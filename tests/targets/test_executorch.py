@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dotexport.adapter import find_target
-from dotexport.checkpoint import Checkpoint
 from dotexport.errors import CheckpointError, UsageError
-from dotexport.verifying import check
+from dotexport.exports.target import find_target
+from dotexport.exports.verifying import check
+from dotexport.models.checkpoint import Checkpoint
 
 portable_lib: Any = pytest.importorskip("executorch.extension.pybindings.portable_lib")
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dotexport.calibrate import TextOptions
+from dotexport.app.shrinking import ShrinkOptions, shrink
 from dotexport.errors import RuntimeMissingError, SizeError
-from dotexport.exporting import export
-from dotexport.shrinking import ShrinkOptions, shrink
-from dotexport.site import NarrowOptions
-from dotexport.sizing import SizeOptions
+from dotexport.exports.exporting import export
+from dotexport.models.text_windows import TextOptions
+from dotexport.narrowing.site import NarrowOptions
+from dotexport.sizes.budget import SizeOptions
 
 SQUARE = {"head_dim": None, "hidden_size": 64}
 YARN = {

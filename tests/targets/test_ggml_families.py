@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dotexport.adapter import find_target
-from dotexport.checkpoint import Checkpoint
-from dotexport.reference import Reference, compute_reference
+from dotexport.exports.reference import Reference, compute_reference
+from dotexport.exports.target import find_target
+from dotexport.exports.verifying import check
+from dotexport.models.checkpoint import Checkpoint
 from dotexport.targets.hf import TorchSession
 from dotexport.targets.llamacpp import run
-from dotexport.verifying import check
 
 gguf: Any = pytest.importorskip("gguf")
 pytest.importorskip("accelerate")

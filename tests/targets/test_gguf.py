@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from dotexport import embedded
-from dotexport.adapter import find_target
-from dotexport.checkpoint import Checkpoint
-from dotexport.reference import compute_reference
+from dotexport.exports.reference import compute_reference
+from dotexport.exports.target import find_target
+from dotexport.exports.verifying import check
+from dotexport.models.checkpoint import Checkpoint
 from dotexport.targets.llamacpp import LlamaCpp
-from dotexport.verifying import check
 
 gguf: Any = pytest.importorskip("gguf")
 pytest.importorskip("accelerate")

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 
 from dotexport import embedded
-from dotexport.adapter import find_target
-from dotexport.checkpoint import Checkpoint
 from dotexport.errors import SizeError
-from dotexport.exporting import export
-from dotexport.families import find_family, read_sizes
-from dotexport.planning import Deployment, choose
-from dotexport.reference import Reference, compute_reference
-from dotexport.sizing import SizeOptions
-from dotexport.verifying import check
+from dotexport.exports.exporting import export
+from dotexport.exports.reference import Reference, compute_reference
+from dotexport.exports.target import find_target
+from dotexport.exports.verifying import check
+from dotexport.models.checkpoint import Checkpoint
+from dotexport.models.families import find_family
+from dotexport.models.shapes import read_sizes
+from dotexport.sizes.budget import SizeOptions
+from dotexport.sizes.planning import Deployment, choose
 
 gguf: Any = pytest.importorskip("gguf")
 from dotexport.targets.kquants import SUPERBLOCK, quantize  # noqa: E402

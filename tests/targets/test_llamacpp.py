@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from dotexport.cli import app
+from dotexport.app.cli import app
 from dotexport.errors import RuntimeMissingError, UsageError
-from dotexport.exporting import export
-from dotexport.parity import measure
-from dotexport.reference import compute_reference
+from dotexport.exports.exporting import export
+from dotexport.exports.parity import measure
+from dotexport.exports.reference import compute_reference
 from dotexport.targets.llama_session import LlamaSession
 from dotexport.targets.llamacpp import find_library, verify_llama_cpp
 
@@ -111,7 +111,7 @@ def test_a_file_that_ends_too_early_fails_with_the_words_of_llama_cpp(
 
 @pytest.mark.llamacpp
 def test_the_session_that_is_timed_computes_what_torch_computes(out: Path, llama_cpp: Path) -> None:
-    from dotexport.checkpoint import Checkpoint
+    from dotexport.models.checkpoint import Checkpoint
 
     reference = compute_reference(Checkpoint.open(out / "hf"), rounded=False)
     session = LlamaSession(llama_cpp, out / "gguf-fp16" / "model.gguf", threads=1)

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dotexport.adapter import find_target
-from dotexport.calibrate import TextOptions
-from dotexport.checkpoint import Checkpoint
+from dotexport.app.shrinking import ShrinkOptions, shrink
 from dotexport.embedded import MODEL_DIR
-from dotexport.reference import compute_reference
-from dotexport.shrinking import ShrinkOptions, shrink
-from dotexport.site import NarrowOptions
-from dotexport.sizing import SizeOptions
-from dotexport.verifying import check
+from dotexport.exports.reference import compute_reference
+from dotexport.exports.target import find_target
+from dotexport.exports.verifying import check
+from dotexport.models.checkpoint import Checkpoint
+from dotexport.models.text_windows import TextOptions
+from dotexport.narrowing.site import NarrowOptions
+from dotexport.sizes.budget import SizeOptions
 
 pytest.importorskip("onnxscript")
 onnx: Any = pytest.importorskip("onnx")
@@ -107,7 +107,7 @@ def test_a_large_matrix_is_stored_as_it_is_multiplied() -> None:
 def test_without_onnxscript_the_extra_is_named() -> None:
     code = (
         "import sys; sys.modules['onnxscript'] = None\n"
-        "from dotexport.adapter import find_target\n"
+        "from dotexport.exports.target import find_target\n"
         "from dotexport.errors import RuntimeMissingError\n"
         "try: find_target('onnx')\n"
         "except RuntimeMissingError as error: print(error)\n"

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dotexport.adapter import find_target
-from dotexport.checkpoint import Checkpoint
-from dotexport.verifying import check
+from dotexport.exports.target import find_target
+from dotexport.exports.verifying import check
+from dotexport.models.checkpoint import Checkpoint
 
 ov: Any = pytest.importorskip("openvino")
 

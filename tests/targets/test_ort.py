@@ -15,10 +15,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from dotexport.adapter import find_target, resolve
-from dotexport.checkpoint import Checkpoint
-from dotexport.cli import app
+from dotexport.app.cli import app
 from dotexport.errors import DotexportError, ParityError, RuntimeMissingError, UsageError
+from dotexport.exports.target import find_target, resolve
+from dotexport.models.checkpoint import Checkpoint
 
 pytest.importorskip("onnxruntime_genai")
 onnx: Any = pytest.importorskip("onnx")

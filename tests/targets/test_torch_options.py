@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dotexport.adapter import find_target
 from dotexport.errors import RuntimeMissingError, UsageError
+from dotexport.exports.target import find_target
 from dotexport.targets.hf import HuggingFace
 
 VOCAB = 64

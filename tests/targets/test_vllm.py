@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dotexport.cli import app
+from dotexport.app.cli import app
 from dotexport.errors import RuntimeMissingError
-from dotexport.exporting import export
-from dotexport.reference import Reference, compute_reference
-from dotexport.targets.served import MARK, verify_several, verify_vllm
+from dotexport.exports.exporting import export
+from dotexport.exports.reference import Reference, compute_reference
+from dotexport.targets.vllm_tokens import MARK, verify_several, verify_vllm
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def out(tiny_llama: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def reference(out: Path) -> Reference:
-    from dotexport.checkpoint import Checkpoint
+    from dotexport.models.checkpoint import Checkpoint
 
     return compute_reference(Checkpoint.open(out / "hf"), rounded=False)
 
@@ -138,10 +138,10 @@ def test_vllm_says_the_greedy_tokens_of_torch_for_classes_that_are_not_rotated(
 
 def own_axes(family: str, folder: Path) -> Path:
     """The embedded model's sizes in a family whose norms allow no rotation, narrowed."""
-    from dotexport.bench.matrix_results import CALIBRATION, FAMILIES, write_original
-    from dotexport.shrinking import ShrinkOptions, shrink
-    from dotexport.site import NarrowOptions
-    from dotexport.sizing import SizeOptions
+    from dotexport.app.shrinking import ShrinkOptions, shrink
+    from dotexport.bench.tables.matrix import CALIBRATION, FAMILIES, write_original
+    from dotexport.narrowing.site import NarrowOptions
+    from dotexport.sizes.budget import SizeOptions
 
     write_original(FAMILIES[family], folder / "original")
     options = ShrinkOptions(
@@ -155,7 +155,7 @@ def own_axes(family: str, folder: Path) -> Path:
 def test_vllm_serves_the_greedy_tokens_of_torch_over_http(
     name: str, narrowed: Callable[[str], Path], vllm_python: Path, tmp_path: Path
 ) -> None:
-    from dotexport.checkpoint import Checkpoint
+    from dotexport.models.checkpoint import Checkpoint
 
     model = narrowed(name) / "hf"
     reference = compute_reference(Checkpoint.open(model), rounded=False)

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dotexport.adapter import Logits, Tokens
 from dotexport.errors import RuntimeMissingError
+from dotexport.exports.target import Logits, Tokens
 
 if TYPE_CHECKING:  # the measuring processes of real targets need no torch either
-    from dotexport.checkpoint import Checkpoint
+    from dotexport.models.checkpoint import Checkpoint
 
 FILE = "planted.json"
 

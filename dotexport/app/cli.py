@@ -1,0 +1,142 @@
+"""The command line: its verbs in their order, and what every one of them shares.
+
+The verbs stand in commands/; heavy imports wait until one of them needs them.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from typer.core import TyperGroup
+
+from dotexport import __version__
+from dotexport.app.commands import artifacts, chains, comparing, machine, measuring
+from dotexport.app.commands import deciding as sizes
+from dotexport.app.terminal import show_error, stderr
+from dotexport.errors import DotexportError
+
+
+class Verbs(TyperGroup):
+    """Ends an interrupted verb with a word and exit code 130, whatever the release of typer.
+
+    A verb that is given a diffusers pipeline is the one of dotexport/diffusion/cli.py instead.
+    """
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
+        # What an output holds so far says nothing of the model that is to replace it.
+        given = (arg for before, arg in pairwise(args) if before not in ("-o", "--out"))
+        if any(map(_holds_pipeline, given)):
+            from dotexport.diffusion.verbs import app as pipelines
+
+            known = typer.main.get_command(pipelines)
+            if args[0] in getattr(known, "commands", {}):
+                return known.resolve_command(ctx, args)  # type: ignore[attr-defined]
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            kept = escape(str(error)) or "nothing unfinished was kept"
+            stderr.print(f"[bold red]interrupted[/]: {kept}", soft_wrap=True, highlight=False)
+            raise typer.Exit(130) from error
+
+
+def _holds_pipeline(argument: str) -> bool:
+    folder = Path(argument)
+    try:
+        return any((at / "model_index.json").is_file() for at in (folder, folder / "pipeline"))
+    except OSError:  # no name of a folder at all
+        return False
+
+
+app = typer.Typer(
+    name="dotexport",
+    cls=Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="""Narrow a trained model by optimal transport, export it to every runtime, prove it.
+
+    [bold]dotexport demo[/bold] shows the whole chain on a model that ships inside, offline.
+
+    Exit codes: 0 ok, 1 failure, 2 usage, 3 parity failed, 4 gate failed, 5 impossible sizes or
+    unsupported model, 6 runtime missing or provider fell back, 130 interrupted.""",
+)
+VERBS: dict[str, Callable[..., None]] = {
+    "demo": chains.demo,
+    "run": chains.run,
+    "plan": sizes.plan,
+    "shrink": sizes.shrink,
+    "export": artifacts.export,
+    "verify": artifacts.verify,
+    "eval": artifacts.evaluate,
+    "bench": measuring.bench,
+    "latency": measuring.latency,
+    "compare": comparing.compare,
+    "history": comparing.show_history,
+    "report": comparing.report,
+    "targets": machine.targets,
+    "doctor": machine.doctor,
+}
+for name, verb in VERBS.items():
+    app.command(name)(verb)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"dotexport {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what is done.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point: errors become one message and the documented exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)  # so that a stopped run tidies up like Ctrl-C
+    try:
+        app()
+    except DotexportError as error:
+        show_error(str(error))
+        raise SystemExit(error.exit_code) from error
+    except BrokenPipeError:
+        raise SystemExit(1) from None
+    except OSError as error:
+        show_error(f"{error.strerror or error}: {error.filename or 'the system refused'}")
+        raise SystemExit(DotexportError.exit_code) from error
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        show_error("memory ran out; give fewer --samples, a shorter --seqlen, or --device cpu")
+        raise SystemExit(DotexportError.exit_code) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch has a class for the GPU only; on the CPU its allocator says so in words.
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
+
+
+if __name__ == "__main__":
+    main()

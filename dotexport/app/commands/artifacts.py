@@ -1,0 +1,119 @@
+"""The verbs that write artifacts and judge what was made: export, verify, eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dotexport.app.commands.shared_options import (
+    TEXT_HELP,
+    Device,
+    Json,
+    Output,
+    Overwrite,
+    Samples,
+    Seqlen,
+    Skip,
+)
+from dotexport.app.terminal import progress, show_json, show_parities, show_rows, stderr
+from dotexport.errors import UsageError
+
+
+def export(
+    model: Annotated[Path, typer.Argument(help="Output of dotexport, or a plain model folder.")],
+    target: Annotated[list[str], typer.Option(help="NAME or NAME:PRECISION, e.g. ort-cpu:int4.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="For a plain model folder: where to.")
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Hold each artifact against torch.")] = True,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write artifacts for runtimes, each held against torch before it is kept.
+
+    Example: dotexport export OUT --target ort-cpu --target ort-cpu:int4
+    """
+    from dotexport.exports.exporting import export as write
+    from dotexport.outputs import card, manifest
+
+    with stderr.status(f"exporting {', '.join(target)}"):
+        artifacts = write(model, target, out=out, verify=verify, overwrite=overwrite)
+    home = artifacts[0].folder.parent
+    card.write(home)
+    if as_json:
+        made = manifest.read(home)["artifacts"]
+        show_json({artifact.name: made[artifact.name] for artifact in artifacts})
+        return
+    for artifact in artifacts:
+        note = "" if artifact.parity else "  not verified"
+        stderr.print(f"{artifact.folder}  {artifact.num_bytes / 1e6:.2f} MB{note}")
+
+
+def verify(
+    out: Output,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="Only these, vllm and llama.cpp among them; default: all artifacts."),
+    ] = None,
+    vllm_python: Annotated[
+        Path | None, typer.Option(help="Python of an environment with vLLM, for --target vllm.")
+    ] = None,
+    llama_cpp: Annotated[
+        Path | None, typer.Option(help="Folder of llama.cpp, for --target llama.cpp.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Hold every artifact against torch: prefill, cached decode, padding, greedy tokens, NaN.
+
+    Exit code 3 if one of them does not compute what torch computes, 6 if all do as far as can be
+    told and one needs a device that is not here. With --target vllm, hf/ is loaded by vLLM, which
+    must say torch's greedy tokens; with --target llama.cpp, every GGUF file is run by llama.cpp.
+    """
+    from dotexport.exports.verifying import require
+    from dotexport.exports.verifying import verify as check
+    from dotexport.targets import llamacpp
+    from dotexport.targets.vllm_tokens import NAME, verify_vllm
+
+    by_vllm = NAME in (target or ())
+    if by_vllm != (vllm_python is not None):
+        raise UsageError("expected --target vllm and --vllm-python together, or neither")
+    if (llamacpp.NAME in (target or ())) != (llama_cpp is not None):
+        raise UsageError("expected --target llama.cpp and --llama-cpp together, or neither")
+    outside = {NAME, llamacpp.NAME}
+    others = None if target is None else [name for name in target if name not in outside]
+    with stderr.status("verifying"):
+        parities = [] if others == [] else check(out, others)
+        if vllm_python is not None:
+            parities.append(verify_vllm(out, vllm_python))
+        if llama_cpp is not None:
+            parities += llamacpp.verify_llama_cpp(out, llama_cpp)
+    if as_json:
+        show_json([parity.as_dict() for parity in parities])
+    else:
+        show_parities(parities)
+    require(parities)
+
+
+def evaluate(
+    out: Output,
+    baseline: Annotated[str, typer.Option(help="The original: folder or hub id.")],
+    text: Annotated[str, typer.Option(help=f"Held-out text. {TEXT_HELP}")],
+    samples: Samples = 64,
+    seqlen: Seqlen = None,
+    skip: Skip = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Perplexity, KL and top-1 agreement on held-out text, the original beside it."""
+    from dotexport.app.pipeline import evaluate_into, source_folder
+    from dotexport.app.recipe import EvalStep
+
+    step = EvalStep(text=text, samples=samples, seqlen=seqlen, skip=skip)
+    with progress() as report:
+        record = evaluate_into(out, source_folder(baseline), step, device=device, progress=report)
+    if as_json:
+        show_json(record)
+        return
+    show_rows("quality", {"quality": record})

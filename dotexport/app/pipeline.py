@@ -1,0 +1,405 @@
+"""The run verb: shrink, export, verify, evaluate, bench, report, in one resumable chain.
+
+Each step leaves its result in OUT as soon as it is whole, under the hash of the recipe; a run that
+was killed goes on with the first step whose result is not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dotexport import embedded
+from dotexport.app.recipe import BenchStep, EvalStep, Recipe
+from dotexport.app.shrinking import shrink
+from dotexport.errors import CalibrationError, UsageError
+from dotexport.exports.target import parse_spec
+from dotexport.models.checkpoint import find_model, read_config
+from dotexport.models.text_windows import documents, token_windows, window_length
+from dotexport.narrowing.norm_statistics import Progress
+from dotexport.narrowing.prepare import pick_device
+from dotexport.outputs import card, manifest
+from dotexport.outputs.output import read_json, write_json
+from dotexport.sizes.budget import Plan, SizeOptions, read_model
+from dotexport.sizes.latency import check_runtime, promise
+from dotexport.sizes.latency_table import cache_file
+
+if TYPE_CHECKING:
+    from dotexport.bench import Workload
+    from dotexport.bench.verdicts import Judgement
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    device: str = "auto",
+    progress: Progress = lambda stage, done, total: None,
+) -> dict[str, Any]:
+    """Run a recipe into `out` and return its manifest.
+
+    Raises:
+        UsageError: `out` holds something else, or was made by another recipe.
+        GateError: a bench misses the limits of its gate; everything was made, the report too.
+        DotexportError: whatever a step raises; what earlier steps made stays, and the same command
+            goes on from there.
+    """
+    model = source_folder(recipe.model)
+    _check_later_steps(recipe, model)
+    if overwrite or not _resumable(out, recipe):
+        shrink(
+            model,
+            out,
+            recipe.shrink.options(),
+            overwrite=overwrite,
+            device=device,
+            recipe=recipe.dump(),
+            progress=progress,
+        )
+    if "latency" not in manifest.read(out):
+        keep_promise(out, model, recipe.shrink.options().sizes, progress=progress)
+    _export(recipe, out, progress)
+    if recipe.eval and "quality" not in manifest.read(out):
+        evaluate_into(out, model, recipe.eval, device=device, progress=progress)
+    for step in recipe.bench:
+        if bench_name(step) not in manifest.read(out).get("bench", {}):
+            bench_into(out, model, step, progress=progress)
+    write_report(out)
+    _require_gates(recipe, out)
+    return manifest.read(out)
+
+
+def source_folder(model: str, *, config_only: bool = False) -> Path:
+    """A folder, the snapshot of a hub id, or the model that ships inside (`embedded`)."""
+    if model == "embedded":
+        return embedded.MODEL_DIR
+    return find_model(model, config_only=config_only)
+
+
+def _check_later_steps(recipe: Recipe, model: Path) -> None:
+    """Refuse now what a step would refuse after an hour of narrowing."""
+    from dotexport.bench.measure import check_options
+    from dotexport.exports.target import resolve
+    from dotexport.exports.verifying import require_device
+
+    for spec in (*recipe.export, *(_spec(step) for step in recipe.bench)):
+        require_device(resolve(spec)[0])
+    for step in recipe.bench:
+        _workload(step)
+        _check_gate(step)
+        check_options(resolve(_spec(step))[0], step.runtime())
+    names = [bench_name(step) for step in recipe.bench]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UsageError(
+            f"two bench steps measure {', '.join(twice)}; expected steps that differ in target or "
+            "precision: put the other workload into a recipe of its own"
+        )
+    if recipe.eval:
+        window_length(model, recipe.eval.options())
+        if next(documents(recipe.eval.text), None) is None:
+            raise CalibrationError(f"{recipe.eval.text} holds no text; expected UTF-8 documents")
+
+
+def _resumable(out: Path, recipe: Recipe) -> bool:
+    if not manifest.is_output(out):
+        return False
+    identity = hashlib.sha256(recipe.dump().encode()).hexdigest()
+    if manifest.read(out).get("recipe") == identity:
+        return True
+    raise UsageError(
+        f"{out} was made by another recipe; give another output folder, or --overwrite"
+    )
+
+
+def _export(recipe: Recipe, out: Path, progress: Progress) -> None:
+    from dotexport.exports.exporting import Request, export
+    from dotexport.exports.target import resolve
+
+    wanted = {Request(*resolve(spec)).name: spec for spec in ("hf", *recipe.export)}
+    made = manifest.read(out)["artifacts"]
+    left = [spec for name, spec in wanted.items() if not _proven(made.get(name, {}))]
+    if left:
+        progress(f"exporting and verifying {len(left)}", 0, 1)
+        # What lies there unproven is of a run that was killed, or was spoilt since.
+        export(out, left, overwrite=True)
+        card.write(out)
+
+
+def _proven(artifact: Mapping[str, Any]) -> bool:
+    return bool((artifact.get("parity") or {}).get("passed"))
+
+
+def evaluate_into(
+    out: Path,
+    baseline: Path,
+    step: EvalStep,
+    *,
+    device: str = "auto",
+    progress: Progress = lambda stage, done, total: None,
+) -> dict[str, Any]:
+    """Evaluate OUT/hf beside the original and record it in OUT."""
+    from dotexport.exports.quality import evaluate
+
+    manifest.read(out)  # refuses what is no output
+    where = str(pick_device(device))
+    windows_NL = token_windows(baseline, step.options())
+    quality = evaluate(out / "hf", baseline, windows_NL, device=where, progress=progress)
+    record = {**quality.as_dict(), "text": step.text, "seqlen": windows_NL.shape[1]}
+    manifest.update(out, quality=record)
+    card.write(out)
+    return record
+
+
+def bench_into(
+    candidate: Path,
+    baseline: Path | None,
+    step: BenchStep,
+    *,
+    report: Path | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Any:
+    """Bench a model beside the original; without one, beside itself (the noise check).
+
+    An output of dotexport keeps the report in OUT/reports and the headline in its manifest.
+    """
+    from dotexport.bench import bench, noise_check
+
+    asked = _asked(step, progress) | {"workload": _workload(step)}
+    if baseline is None:
+        return noise_check(candidate, step.target, out=report, **asked)
+    if report is None and manifest.is_output(candidate):
+        report = candidate / _bench_report(step)
+    _check_gate(step)
+    result = bench(candidate, baseline, step.target, out=report, **asked)
+    if manifest.is_output(candidate):
+        measured = manifest.read(candidate).get("bench", {})
+        manifest.update(candidate, bench={**measured, bench_name(step): result.headline()})
+        card.write(candidate)
+    return result
+
+
+def write_report(out: Path) -> Path:
+    """OUT/reports/report.html from what lies in OUT by now."""
+    from dotexport.bench.report import write_report as write
+
+    file: Path = write([out])
+    return file
+
+
+def judge_bench(step: BenchStep, result: Any, candidate: Path) -> Judgement:
+    """Hold the gate of a step against what it measured, and the quality that `candidate` has."""
+    from dotexport.bench.gate import read_gate
+    from dotexport.bench.verdicts import judge_results
+
+    limits = read_gate(Path(step.gate)) if step.gate else []
+    results = getattr(result, "results", (result,))  # of a sweep, or the one
+    return judge_results(results, limits, candidate / _bench_report(step))
+
+
+def _require_gates(recipe: Recipe, out: Path) -> None:
+    from dotexport.bench.gate import require
+    from dotexport.bench.verdicts import judge
+
+    gated = ((step.gate, out / _bench_report(step)) for step in recipe.bench)
+    found = (judge([report], gate=Path(gate)).lines for gate, report in gated if gate)
+    require([line for lines in found for line in lines])
+
+
+def _check_gate(step: BenchStep) -> None:
+    """Refuse a gate that cannot be read before anything is measured."""
+    if step.gate is not None:
+        from dotexport.bench.gate import read_gate
+
+        read_gate(Path(step.gate))
+
+
+def _bench_report(step: BenchStep) -> Path:
+    return Path("reports", f"bench-{bench_name(step)}.json")
+
+
+def sweep_into(
+    candidate: Path,
+    baseline: Path | None,
+    steps: Sequence[BenchStep],
+    *,
+    report: Path | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Any:
+    """`bench_into` for steps that differ in their workload alone; one report, no manifest entry."""
+    from dotexport.bench import sweep
+
+    first = steps[0]
+    _check_gate(first)
+    if report is None and baseline is not None and manifest.is_output(candidate):
+        report = candidate / "reports" / f"bench-{bench_name(first)}-sweep.json"
+    workloads = [_workload(step) for step in steps]
+    asked = _asked(first, progress)
+    return sweep(candidate, baseline, first.target, workloads=workloads, out=report, **asked)
+
+
+def _asked(step: BenchStep, progress: Progress) -> dict[str, Any]:
+    return {
+        "precision": step.precision,
+        "runtime": step.runtime(),
+        "roofline": step.roofline,
+        "progress": progress,
+    }
+
+
+def measure_latency(
+    model: Path,
+    *,
+    target: str,
+    precision: str | None,
+    batch: str,
+    out: Path | None,
+    progress: Progress,
+    **options: Any,
+) -> tuple[dict[str, Any], Path]:
+    """Measure a latency table and store it: in `out`, or where plan and shrink look by themselves.
+
+    Raises:
+        UsageError, SizeError, UnsupportedModelError, RuntimeMissingError, DotexportError: as
+            `measure_table`.
+    """
+    from dotexport.bench.latency_measuring import LatencyOptions, measure_table
+
+    name, said = parse_spec(target)
+    if not re.fullmatch(r"\d+(,\d+)*", batch):
+        raise UsageError(f"--batch {batch!r} must be numbers such as 1 or 1,4")
+    batches = tuple(map(int, batch.split(",")))
+    if precision and said and precision != said:
+        raise UsageError(f"--target {target} and --precision {precision} contradict each other")
+    asked = LatencyOptions(target=name, precision=precision or said, batches=batches, **options)
+    table = measure_table(model, asked, progress=progress)
+    file = out or cache_file(table)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, table)
+    return table, file
+
+
+def planned_time(decided: Plan, asked: SizeOptions, targets: Sequence[str]) -> dict[str, Any]:
+    """What a budget of time promises of planned sizes, as a section of a record; empty: none.
+
+    Raises:
+        UsageError: the table was measured in none of the targets.
+    """
+    if asked.latency is None:
+        return {}
+    check_runtime(decided, asked, targets)
+    promised = promise(decided, asked)
+    return {"latency": asdict(promised)} if promised else {}
+
+
+def keep_promise(
+    out: Path,
+    model: Path,
+    asked: SizeOptions,
+    *,
+    progress: Progress = lambda stage, done, total: None,
+) -> dict[str, Any]:
+    """After a shrink to a budget of time: measure again, and record promise and measurement.
+
+    Returns the section `latency` of the manifest, which reports/shrink.json gets as well; empty
+    where time was not the budget.
+
+    Raises:
+        DotexportError: the result could not be measured; the narrowed model itself is whole.
+    """
+    if asked.latency is None:
+        return {}
+    from dotexport.bench.promise import measure_again
+
+    family, before = read_model(read_config(model))
+    made = manifest.read(out)["sizes"]
+    axes = ("hidden_size", "intermediate_size", "num_key_value_heads")
+    after = before.narrowed(**{axis: made[axis][1] for axis in axes})
+    promised = promise(Plan(family, before, after), asked)
+    assert promised is not None
+    section = {"latency": measure_again(out, model, promised, progress)}
+    manifest.update(out, **section)
+    report = out / "reports" / "shrink.json"
+    write_json(report, read_json(report, advice="shrink again") | section)
+    card.write(out)
+    return section
+
+
+def bench_vllm_into(
+    candidate: Path,
+    baseline: Path,
+    python: Path,
+    *,
+    report: Path | None = None,
+    progress: Progress = lambda stage, done, total: None,
+    arguments: str = "",
+    **asked: Any,
+) -> Any:
+    """Run one of vLLM's benchmarks beside the original; an output keeps report and headline.
+
+    Raises:
+        UsageError, RuntimeMissingError, DotexportError: as `bench_served`.
+    """
+    from dotexport.bench.vllm.served_reports import ServedOptions, parse_arguments
+    from dotexport.bench.vllm.served_run import bench_served
+
+    shape = {name: _one(name, value) for name, value in asked.items()}
+    options = ServedOptions(
+        arguments=parse_arguments(arguments), **{k: v for k, v in shape.items() if v is not None}
+    )
+    if report is None and manifest.is_output(candidate):
+        report = candidate / "reports" / f"bench-vllm-{options.kind}.json"
+    result = bench_served(candidate, baseline, python, options, out=report, progress=progress)
+    if manifest.is_output(candidate):
+        measured = manifest.read(candidate).get("served", {})
+        manifest.update(candidate, served={**measured, options.kind: result.headline()})
+        card.write(candidate)
+    return result
+
+
+def _one(name: str, value: Any) -> Any:
+    """A number that may have been given as text; vLLM's benchmarks take one and no sweep."""
+    numbers = ("prompt", "generate", "batch", "threads", "concurrency")
+    if name not in numbers or not isinstance(value, str):
+        return value
+    if not value.isdigit():
+        raise UsageError(f"--target vllm takes one {name} at a time, not {value!r}")
+    return int(value)
+
+
+def _workload(step: BenchStep) -> Workload:
+    from dotexport.bench import Workload
+    from dotexport.bench.presets import find_preset
+
+    shape = {
+        "prompt_length": step.prompt,
+        "generation_length": step.generate,
+        "batch_size": step.batch,
+        "threads": step.threads,
+        "concurrency": step.concurrency,
+    }
+    return Workload(
+        **(find_preset(step.preset) if step.preset else {})
+        | {name: value for name, value in shape.items() if value is not None},
+        rounds=step.rounds,
+        min_iterations=step.min_iterations,
+        min_seconds=step.min_seconds,
+        min_warmups=step.warmups,
+        seed=step.seed,
+    )
+
+
+def bench_name(step: BenchStep) -> str:
+    """Key of a bench in the manifest: target, precision and what else it ran as."""
+    from dotexport.bench.result import options_in_words
+
+    words = [_spec(step).replace(":", "-"), *options_in_words(step.runtime())]
+    return "-".join(words).replace(":", "")
+
+
+def _spec(step: BenchStep) -> str:
+    return f"{step.target}:{step.precision}" if step.precision else step.target

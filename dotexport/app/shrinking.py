@@ -1,0 +1,349 @@
+"""The shrink verb: a model folder goes in, OUT/hf of the same stock class comes out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dotexport.errors import (
+    CheckpointError,
+    UnsupportedModelError,
+    UsageError,
+)
+from dotexport.healing.heal import HealOptions, heal_into, healing_text, workspace_of
+from dotexport.healing.resume import ClosedForm, Workspace, settle_others
+from dotexport.models.carriers import carry
+from dotexport.models.checkpoint import Checkpoint, CheckpointWriter, find_model
+from dotexport.models.families import check_quantised
+from dotexport.models.family import Family
+from dotexport.models.origin import describe_source
+from dotexport.models.shapes import Sizes, check_shapes, shapes
+from dotexport.models.text_windows import TextOptions, token_windows
+from dotexport.narrowing.norm_statistics import Progress
+from dotexport.narrowing.prepare import (
+    MAX_SHARD_BYTES,
+    pick_device,
+    prepare,
+    rehearsals,
+    tensor_specs,
+)
+from dotexport.narrowing.site import NarrowOptions
+from dotexport.outputs import card, manifest
+from dotexport.outputs.output import new_folder, write_json, write_text
+from dotexport.sizes.allocation import Allocation, allocate
+from dotexport.sizes.budget import Plan, SizeOptions, plan, read_model
+
+RECIPE = "recipe.yaml"
+ALLOCATIONS = ("rule", "measured")
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinkOptions:
+    """How narrow, and how.
+
+    Attributes:
+        sizes: explicit sizes, or a budget.
+        text: calibration text.
+        narrow: methods.
+        allocate: how a budget is shared between the axes: `rule` reads config.json only, `measured`
+            cuts each axis alone and looks (allocate.py).
+        heal: distillation after the closed form; None: none.
+        max_shard_bytes: largest weight file.
+    """
+
+    sizes: SizeOptions = field(default_factory=SizeOptions)
+    text: TextOptions
+    narrow: NarrowOptions = field(default_factory=NarrowOptions)
+    allocate: str = "rule"
+    heal: HealOptions | None = None
+    max_shard_bytes: int = MAX_SHARD_BYTES
+
+    def __post_init__(self) -> None:
+        if self.allocate not in ALLOCATIONS:
+            known = ", ".join(ALLOCATIONS)
+            raise UsageError(f"allocate must be one of {known}, not {self.allocate!r}")
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """What shrink made.
+
+    Attributes:
+        divergence: held-out KL divergence from the original, nats per token of calibration text.
+    """
+
+    out: Path
+    plan: Plan
+    basis: dict[str, Any]
+    divergence: float
+    seconds: float
+    num_windows: int
+    sites: list[dict[str, Any]]
+    allocation: Allocation | None = None
+    healing: dict[str, Any] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "out": str(self.out),
+            "sizes": self.plan.as_dict(),
+            "architecture": self.plan.architectures,
+            "basis": self.basis,
+            "held_out_kl": self.divergence,
+            "seconds": round(self.seconds, 2),
+            "calibration_windows": self.num_windows,
+            "sites": self.sites,
+            **({"allocation": self.allocation.as_dict()} if self.allocation else {}),
+            **({"healing": self.healing} if self.healing else {}),
+        }
+
+
+def shrink(
+    model: str | Path,
+    out: Path,
+    options: ShrinkOptions,
+    *,
+    overwrite: bool = False,
+    device: str = "auto",
+    recipe: str = "",
+    progress: Progress = lambda stage, done, total: None,
+) -> Shrunk:
+    """Narrow a model and write OUT/hf, OUT/dotexport.json, OUT/README.md and OUT/reports.
+
+    Two runs with the same inputs, options and machine give the same bytes in OUT/hf. A run with
+    healing that was stopped goes on where it was (resume.py).
+
+    Args:
+        recipe: what OUT/recipe.yaml will say; it appears with the rest, so that a run which is
+            killed right afterwards is known again.
+
+    Raises:
+        CheckpointError, CalibrationError, UnsupportedModelError, SizeError, UsageError.
+    """
+    started = time.perf_counter()
+    source = open_source(find_model(str(model)))
+    _check_tensors(source, *read_model(source.config))
+    decided = plan(source.config, options.sizes)
+    _check_apart(source.folder, out)
+    with new_folder(out, overwrite=overwrite) as folder:
+        progress("reading the calibration text", 0, 1)
+        windows_NL = token_windows(source.folder, options.text)
+        _warn_if_thin(windows_NL, decided)
+        allocation = None
+        if options.allocate == "measured" and options.sizes.budgeted:
+            measure = rehearsals(source, windows_NL, options.narrow, pick_device(device))
+            allocation = allocate(source.config, options.sizes, measure, progress)
+            decided = allocation.plan
+        closed, healing, workspace = _narrowed(
+            source, decided, out, folder, windows_NL, options, device, overwrite, progress
+        )
+        _copy_companions(source, folder / "hf")
+        seconds = time.perf_counter() - started
+        shrunk = Shrunk(
+            out,
+            decided,
+            closed.basis,
+            closed.divergence,
+            seconds,
+            len(windows_NL),
+            closed.sites,
+            allocation,
+            healing,
+        )
+        if recipe:
+            write_text(folder / RECIPE, recipe)
+            manifest.update(folder, recipe=hashlib.sha256(recipe.encode()).hexdigest())
+        _describe(folder, source, options, shrunk, windows_NL, closed)
+    if workspace:
+        workspace.remove()
+    return shrunk
+
+
+def _narrowed(
+    source: Checkpoint,
+    decided: Plan,
+    out: Path,
+    folder: Path,
+    windows_NL: torch.Tensor,
+    options: ShrinkOptions,
+    device: str,
+    overwrite: bool,
+    progress: Progress,
+) -> tuple[ClosedForm, dict[str, Any] | None, Workspace | None]:
+    """Write FOLDER/hf: the closed form, or what an earlier run left of it, and healing."""
+    if options.heal is None:
+        settle_others(out, None, overwrite=overwrite)
+        closed = _closed_form(source, decided, folder, windows_NL, options, device, progress)
+        return closed, None, None
+    where = pick_device(device)
+    text = healing_text(
+        windows_NL, source.folder, options.text, options.heal, seed=options.narrow.seed
+    )
+    workspace = workspace_of(out, source, asdict(options), text, where)
+    settle_others(out, workspace, overwrite=overwrite)
+    found = workspace.closed_form(folder / "hf")
+    closed = found or _closed_form(source, decided, folder, windows_NL, options, device, progress)
+    if found is None:
+        workspace.keep_closed_form(closed, folder / "hf")
+    writer = partial(
+        CheckpointWriter,
+        folder / "hf",
+        tensor_specs(*carry(source, decided)),
+        max_shard_bytes=options.max_shard_bytes,
+    )
+    report = heal_into(
+        folder / "hf", source, closed, text, options.heal, writer, workspace, where, progress
+    )
+    return closed, report, workspace
+
+
+def _closed_form(
+    source: Checkpoint,
+    decided: Plan,
+    folder: Path,
+    windows_NL: torch.Tensor,
+    options: ShrinkOptions,
+    device: str,
+    progress: Progress,
+) -> ClosedForm:
+    (folder / "hf").mkdir()
+    run = prepare(
+        source,
+        decided,
+        folder,
+        windows_NL,
+        options.narrow,
+        device=pick_device(device),
+        max_shard_bytes=options.max_shard_bytes,
+        progress=progress,
+    )
+    basis = run.run()
+    run.writer.finish()
+    E_DK = torch.from_numpy(basis.matrix_DK)
+    where = str(run.streams.device)
+    return ClosedForm(E_DK, basis.as_dict(), run.divergence, run.records, where)
+
+
+def _warn_if_thin(windows_NL: torch.Tensor, decided: Plan) -> None:
+    """Say when there is less text than a least-squares problem of this size asks for."""
+    tokens, widest = (
+        windows_NL.numel(),
+        max(decided.before.hidden_size, decided.after.intermediate_size),
+    )
+    if len(windows_NL) < 2 or tokens < 4 * widest:
+        logger.warning(
+            "only %d windows with %d tokens of calibration text for layers up to %d wide; "
+            "more text or --samples makes a better model",
+            len(windows_NL),
+            tokens,
+            widest,
+        )
+
+
+def open_source(folder: Path) -> Checkpoint:
+    """A model that can be narrowed, or the reason why it cannot.
+
+    Raises:
+        CheckpointError, UnsupportedModelError.
+    """
+    if not (folder / "config.json").is_file() and (library := library_of(folder)):
+        raise UnsupportedModelError(
+            f"{folder} is a model of the library {library}; this verb narrows decoder LLMs of "
+            "transformers (config.json and *.safetensors)"
+        )
+    checkpoint = Checkpoint.open(folder)
+    check_quantised(checkpoint.config)
+    return checkpoint
+
+
+def library_of(folder: Path) -> str | None:
+    """The library that a folder without config.json belongs to, if Optimum knows it."""
+    from transformers.utils import logging as theirs
+
+    verbosity = theirs.get_verbosity()
+    theirs.set_verbosity_error()  # optimum imports all of diffusers, which tells what it lacks
+    from optimum.exporters.tasks import TasksManager
+
+    theirs.set_verbosity(verbosity)
+    try:
+        return str(TasksManager.infer_library_from_model(str(folder)))
+    except ValueError:
+        return None
+
+
+def _check_tensors(source: Checkpoint, family: Family, sizes: Sizes) -> None:
+    found = {name: spec.shape for name, spec in source.specs.items()}
+    check_shapes(family, sizes, found, source.folder)
+    expected = {name for name, _ in shapes(family, sizes)}
+    # Old Llama files store rotary frequencies, and some tied ones the shared table twice.
+    harmless = (".rotary_emb.inv_freq", f"{family.head.name}.weight")
+    foreign = [n for n in found if n not in expected and not n.endswith(harmless)]
+    if foreign:
+        raise CheckpointError(
+            f"{source.folder} holds tensors that {family.architecture} has no place for "
+            f"({len(foreign)}, first {foreign[0]}); merge adapters into the model first, or take "
+            "the config.json that belongs to these weights"
+        )
+
+
+def _check_apart(model: Path, out: Path) -> None:
+    if model.resolve().is_relative_to(out.expanduser().resolve()):
+        raise UsageError(
+            f"the model {model} lies inside the output {out}, which would replace it; "
+            "give another output folder"
+        )
+
+
+def _artifact(folder: Path) -> dict[str, Any]:
+    """The stock checkpoint is an artifact too, of the target `hf`."""
+    files = manifest.hash_files(folder)
+    num_bytes = sum(entry["bytes"] for entry in files.values())
+    stored = {"target": "hf", "precision": "as-stored", "bytes": num_bytes}
+    return stored | {"files": files, "parity": None}
+
+
+def _copy_companions(source: Checkpoint, folder: Path) -> None:
+    for file in source.companions():
+        shutil.copyfile(file, folder / file.name)
+
+
+def _describe(
+    folder: Path,
+    source: Checkpoint,
+    options: ShrinkOptions,
+    shrunk: Shrunk,
+    windows_NL: torch.Tensor,
+    closed: ClosedForm,
+) -> None:
+    recipe = json.loads(json.dumps(asdict(options)))
+    manifest.update(
+        folder,
+        source=describe_source(source),
+        shrink=recipe | {"sha256": hashlib.sha256(json.dumps(recipe).encode()).hexdigest()},
+        calibration={
+            "source": options.text.source,
+            "windows": len(windows_NL),
+            "seqlen": windows_NL.shape[1],
+            "sha256": hashlib.sha256(windows_NL.numpy().tobytes()).hexdigest(),
+        },
+        sizes=shrunk.plan.as_dict(),
+        architecture=shrunk.plan.architectures,
+        basis=closed.basis,
+        artifacts={"hf": _artifact(folder / "hf")},
+        timings={"shrink_seconds": round(shrunk.seconds, 2)},
+        environment=manifest.environment() | {"device": closed.device},
+        **({"healing": shrunk.healing} if shrunk.healing else {}),
+    )
+    write_json(folder / "reports" / "shrink.json", shrunk.as_dict())
+    card.write(folder)

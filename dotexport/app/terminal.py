@@ -1,0 +1,233 @@
+"""What people see: progress on stderr, tables and JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from dotexport.exports.parity import Parity
+    from dotexport.exports.target import TargetRow
+    from dotexport.narrowing.norm_statistics import Progress
+    from dotexport.sizes.allocation import Allocation
+    from dotexport.sizes.planning import Choice
+
+stderr = Console(stderr=True)
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """A bar per stage on stderr, with time taken and time left; a plain stream gets nothing."""
+    from rich import progress as bars
+
+    columns = (
+        bars.TextColumn("{task.description:<44}"),
+        bars.BarColumn(bar_width=24),
+        bars.TaskProgressColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=stderr) as shown:
+        current: list[tuple[str, bars.TaskID]] = []
+
+        def show(stage: str, done: int, total: int) -> None:
+            # What follows a colon is news of the same stage, and the bar goes on.
+            name = stage.partition(":")[0]
+            if not current or current[-1][0] != name:
+                _finish(shown, current)
+                current.append((name, shown.add_task(stage, total=None)))
+            shown.update(current[-1][1], description=stage)
+            # Nothing done yet says nothing about how long it takes: the bar pulses until it does.
+            shown.update(current[-1][1], completed=done, total=total if done else None)
+
+        yield show
+        _finish(shown, current)
+
+
+def _finish(shown: Any, current: list[tuple[str, Any]]) -> None:
+    """The stage before this one is over, whether or not it said so."""
+    if current:
+        shown.update(current[-1][1], completed=1, total=1)
+
+
+def show_summary(out: Path, title: str) -> None:
+    """The closing table of an output, and where everything lies."""
+    from dotexport.outputs import manifest, summary
+
+    show_rows(title, manifest.read(out), summary.paths(out))
+
+
+def show_rows(
+    title: str, record: Mapping[str, Any], paths: Iterable[tuple[str, Path]] = ()
+) -> None:
+    """Original beside narrowed, for whatever figures a manifest holds."""
+    from dotexport.outputs import summary
+
+    console = Console()
+    table = Table(title=title)
+    for column in ("", "original", "narrowed", "change"):
+        table.add_column(column, justify="right" if column in ("original", "narrowed") else "left")
+    for row in summary.rows(record):
+        table.add_row(*(escape(cell) for cell in row))
+    console.print(table)
+    for label, path in paths:
+        console.print(f"{label:<24} {path}", soft_wrap=True, highlight=False)
+
+
+def show_allocation(allocation: Allocation) -> None:
+    """What cutting each axis alone costs, as bars, and the sizes that were measured together."""
+    curves = Table("axis", "size", "parameters", "held-out KL", "", title="one axis at a time")
+    largest = max((kl for curve in allocation.curves for kl in curve.divergences), default=0.0)
+    for curve in allocation.curves:
+        rows = zip(curve.sizes, curve.parameters, curve.divergences, strict=True)
+        for size, parameters, kl in rows:
+            bar = "█" * round(12 * kl / (largest or 1.0))
+            curves.add_row(curve.axis, f"{size:,}", f"{parameters:,}", f"{kl:.4f}", bar)
+    stderr.print(curves)
+    checked = Table("hidden", "MLP", "KV heads", "parameters", "predicted KL", "held-out KL")
+    checked.title = "together; the least was taken"
+    for row in allocation.checked:
+        sizes = (
+            f"{row[key]:,}"
+            for key in ("hidden_size", "intermediate_size", "num_key_value_heads", "parameters")
+        )
+        checked.add_row(*sizes, f"{row['predicted_kl']:.4f}", f"{row['held_out_kl']:.4f}")
+    stderr.print(checked)
+
+
+def show_costs(chosen: Choice) -> None:
+    """What planned sizes cost in every target, and what decided them."""
+    from dotexport.sizes.plan_file import on_a_command_line
+
+    console, costs = Console(), chosen.costs
+    table = Table("", "original", "narrowed", title="bytes, estimated from config.json")
+    rows = {f"{name}, MB": sizes for name, sizes in costs.artifacts.items()}
+    for label, sizes in rows.items():
+        table.add_row(label, *(f"{size / 1e6:,.2f}" for size in sizes))
+    for name, sizes in costs.cache_per_token.items():
+        table.add_row(f"{name}, KV cache per token, KB", *(f"{size / 1e3:,.2f}" for size in sizes))
+    table.add_row("disk for hf/ and artifacts, MB", "", f"{costs.disk / 1e6:,.2f}")
+    table.add_row("peak memory of shrink, MB", "", f"{costs.shrink_memory / 1e6:,.0f}")
+    table.add_row("time of shrink here", "", _duration(costs.shrink_seconds))
+    console.print(table)
+    before, after = chosen.plan.architectures
+    if before != after:
+        console.print(f"written as {after}, which computes the same as {before}", soft_wrap=True)
+    flags = on_a_command_line(chosen.flags)
+    console.print(f"shrink to them with {flags}", soft_wrap=True, highlight=False)
+    if chosen.binding:
+        console.print(f"decided by {'; '.join(chosen.binding)}", soft_wrap=True, highlight=False)
+
+
+def show_latency(content: Mapping[str, Any], file: Path) -> None:
+    """A measured table: each size, and how far it is off where it was not measured."""
+    console = Console()
+    original = content["original"]
+    depth = content["layers"]
+    title = f"time over the original's, {content['target']}:{content['precision']}"
+    table = Table("hidden", "MLP", "KV heads", "batch", "decode", "prefill", title=title)
+    for row in content["rows"]:
+        if row["layers"] == depth["measured"]:
+            table.add_row(*_latency_cells(row))
+    for row in content["held_out"]:
+        table.add_row(*_latency_cells(row), end_section=True)
+    console.print(table)
+    for batch, times in original.items():
+        console.print(
+            f"original, batch {batch}: {times['decode_ms']:.3f} ms per token, "
+            f"{times['prefill_ms']:.3f} ms per prompt of {content['workload']['prompt']}"
+        )
+    if depth["shallow"]:
+        console.print(
+            f"measured with {depth['measured']} and {depth['shallow']} layers of {depth['model']}"
+        )
+    for row in content["skipped"]:
+        console.print(f"skipped: {escape('; '.join(row['problems']))}", soft_wrap=True)
+    console.print(f"{'latency table':<24} {file}", soft_wrap=True, highlight=False)
+
+
+def _latency_cells(row: Mapping[str, Any]) -> Iterator[str]:
+    """Sizes and ratios; of a held-out size, what the table says beside it."""
+    for name in ("hidden_size", "intermediate_size", "num_key_value_heads", "batch"):
+        yield f"{row[name]:,}"
+    for metric in ("decode", "prefill"):
+        found = row[metric]
+        said = f", table says {found['predicted']:.3f}" if "predicted" in found else ""
+        yield f"{found['ratio']:.3f} ({found['low']:.3f} to {found['high']:.3f}){said}"
+
+
+def _duration(seconds: float) -> str:
+    """To the precision of an estimate.
+
+    >>> _duration(42.3), _duration(500), _duration(90_000)
+    ('42 s', '8.3 min', '25 h')
+    """
+    for least, unit, name in ((36_000, 3600, "h"), (300, 60, "min")):
+        if seconds >= least:
+            return f"{seconds / unit:.2g} {name}"
+    return f"{seconds:.2g} s"
+
+
+def show_parities(parities: Iterable[Parity]) -> None:
+    """What each artifact differs from torch, the limit it is held to, and the verdict."""
+    columns = ("artifact", "worst logit", "same rounding", "KL, nats", "top-1", "verdict")
+    table = Table(*columns, title="difference from torch (limit)")
+    for parity in parities:
+        limits = parity.limits
+        figures = (
+            (parity.max_abs, limits.max_abs),
+            (parity.rounding, limits.rounding),
+            (parity.kl, limits.kl),
+            (parity.top1, limits.top1),
+        )
+        said = parity.problems or (parity.unverified or "passed",)
+        verdict = "; ".join(said)
+        table.add_row(parity.artifact, *(_held(*pair) for pair in figures), escape(verdict))
+    stderr.print(table)
+
+
+def _held(figure: float | None, limit: float | None) -> str:
+    if figure is None:
+        return ""
+    return f"{figure:.2g}" if limit is None else f"{figure:.2g} ({limit:.2g})"
+
+
+def missing_here(row: TargetRow) -> str:
+    """What keeps a target from being used here, or from being run."""
+    if row.lacking:
+        return f"nothing to write it; to run it, {'; '.join(row.lacking)}"
+    return "; ".join(row.missing) or "nothing"
+
+
+def show_diagnosis(diagnosis: Any) -> None:
+    """Packages, devices, targets, and what is wrong with them."""
+    console = Console()
+    packages = Table("runtime", "version", "can compute on")
+    for name, number in diagnosis.packages.items():
+        devices = diagnosis.providers.get(name.removesuffix("-gpu"), ())
+        packages.add_row(name, number, ", ".join(devices))
+    console.print(packages)
+    targets = Table("target", "precisions", "missing here")
+    for row in diagnosis.targets:
+        targets.add_row(row.name, ", ".join(row.precisions), escape(missing_here(row)))
+    console.print(targets)
+    for finding in diagnosis.findings:
+        console.print(f"[bold red]problem:[/] {escape(finding.problem)}", soft_wrap=True)
+        console.print(f"[bold]mend:[/] {escape(finding.mend)}", soft_wrap=True)
+
+
+def show_json(document: Any) -> None:
+    """One document, one line."""
+    sys.stdout.write(json.dumps(document) + "\n")
+
+
+def show_error(message: str) -> None:
+    stderr.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True, highlight=False)

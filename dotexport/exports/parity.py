@@ -1,0 +1,315 @@
+"""Does an artifact compute what torch computes? Four ways of asking, each with its limits.
+
+The artifact reads every prompt alone (`prefill`), appends torch's greedy tokens through its cache
+(`decode`), and does both again with all prompts in one right-padded batch. Every position is held
+against torch's own logits, and, because rounding hides small faults, against the artifact itself:
+its cache and its padding must not change what it says.
+
+Shapes: P positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dotexport.exports.reference import Reference
+from dotexport.exports.target import Logits, Session
+
+Float = NDArray[np.float64]
+Said = dict[str, list[Logits]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a phase may differ; None: not asked at this precision."""
+
+    max_abs: float | None = None
+    relative: float | None = None
+    top1: float | None = None
+    kl: float | None = None
+    perplexity_ratio: float | None = None
+    consistency: float | None = None
+    rounding: float | None = None
+    tie: float = 0.0
+    """Two tokens whose logits in torch differ by less are both right answers."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Artifact against torch over the positions of one phase.
+
+    Attributes:
+        max_abs: largest difference of a logit.
+        relative: root mean square difference over the spread of torch's logits.
+        top1: share of positions with torch's token first, ties counted as agreement.
+        kl: mean KL divergence from torch's next-token distribution, in nats.
+        nonfinite: NaN and infinite logits.
+        consistency: like `relative`, against what the artifact said without cache and padding.
+        rounding: like `relative`, against torch that rounds weights and activations too; None
+            where the rounding of the artifact is not known to be the same.
+    """
+
+    max_abs: float
+    relative: float
+    top1: float
+    kl: float
+    nonfinite: int
+    consistency: float
+    rounding: float | None
+    num_positions: int
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The verdict on one artifact; it passed when there are no problems and it ran where it is
+    meant to.
+
+    Attributes:
+        unverified: why its own device was not asked, and what was looked at instead.
+    """
+
+    artifact: str
+    target: str
+    precision: str
+    phases: dict[str, Phase] = field(default_factory=dict)
+    perplexity_ratio: float | None = None
+    limits: Limits = Limits()
+    problems: tuple[str, ...] = ()
+    unverified: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems and self.unverified is None
+
+    @property
+    def max_abs(self) -> float:
+        return max((phase.max_abs for phase in self.phases.values()), default=0.0)
+
+    @property
+    def kl(self) -> float:
+        return max((phase.kl for phase in self.phases.values()), default=0.0)
+
+    @property
+    def top1(self) -> float:
+        return min((phase.top1 for phase in self.phases.values()), default=1.0)
+
+    @property
+    def rounding(self) -> float | None:
+        """Worst phase against torch with the same rounding, where that is known."""
+        known = [phase.rounding for phase in self.phases.values() if phase.rounding is not None]
+        return max(known, default=None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Figures that JSON can hold: what is not finite becomes null."""
+        known: dict[str, Any] = _without_nan({**asdict(self), "passed": self.passed})
+        return known
+
+
+def measure(
+    session: Session,
+    reference: Reference,
+    *,
+    artifact: str,
+    target: str,
+    precision: str,
+    exact_rounding: bool = False,
+) -> Parity:
+    """Hold one loaded artifact against torch; see `Target.exact_rounding` for the last option."""
+    limits = limits_of(precision, reference, exact_rounding=exact_rounding)
+    said = _everything_said(session, reference)
+    phases = {name: _phase(name, said, reference, limits) for name in _expected(reference)}
+    ratio = _perplexity_ratio(said["whole"], reference)
+    return Parity(
+        artifact=artifact,
+        target=target,
+        precision=precision,
+        phases=phases,
+        perplexity_ratio=ratio,
+        limits=limits,
+        problems=tuple(_problems(phases, ratio, limits)),
+    )
+
+
+def limits_of(precision: str, reference: Reference, *, exact_rounding: bool = False) -> Limits:
+    """The gates of a precision, for logits of this size.
+
+    float32: 1e-3 for logits up to 32, which is generous (1e-5 is usual); the rounding of float32
+    grows with the logits, so larger ones scale it, and for spreads below 1, where 1e-3 would be
+    a large part of the answer, smaller ones do too.
+
+    int4: rounding weights to 16 levels costs some models little and others much, so the limit is
+    taken from the model: three times the KL divergence that the same rounding causes in torch, and
+    never below 0.02 nats. On text sampled from the model the expected log-perplexity ratio IS the
+    KL divergence; the limit adds three standard deviations for the few tokens it is measured on.
+    Where the rounding rule is known, torch with the same rounding is the better yardstick. How a
+    runtime rounds activations to int8 differs by processor, so twice the error that such rounding
+    causes in torch is allowed (0.02 to 0.04 in all; the usual difference is below 0.01).
+    """
+    spread = _spread(np.concatenate(reference.logits))
+    if precision in ("fp16", "bf16"):
+        relative = 1e-2 if precision == "fp16" else 4e-2  # 11 or 8 bits, grown through the layers
+        return Limits(relative=relative, top1=0.99, tie=2 * relative * spread)
+    if precision.startswith("int"):
+        kl = max(0.02, 3 * rounding_kl(reference))
+        ratio = math.exp(kl + 3 * math.sqrt(2 * kl / _num_text_tokens(reference)))
+        rounding = max(0.01, 2 * _rounding_noise(reference)) if exact_rounding else None
+        return Limits(kl=kl, perplexity_ratio=ratio, consistency=0.1, rounding=rounding)
+    peak = max(float(np.abs(logits).max()) for logits in reference.logits)
+    tolerance = 1e-3 * min(1.0, spread) * max(1.0, peak / 32)
+    return Limits(max_abs=tolerance, top1=1.0, tie=2 * tolerance)
+
+
+def rounding_kl(reference: Reference) -> float:
+    """Mean KL divergence that 4-bit weights cause in torch itself."""
+    return _kl(np.concatenate(reference.logits), np.concatenate(reference.rounded))
+
+
+def _rounding_noise(reference: Reference) -> float:
+    """Relative error that activations in int8 cause in torch, weights being rounded already."""
+    twice, once = np.concatenate(reference.rounded_twice), np.concatenate(reference.rounded)
+    return _relative(twice.astype(np.float64), once.astype(np.float64))
+
+
+def _everything_said(session: Session, reference: Reference) -> Said:
+    """Phase -> the artifact's logits_PV of each sequence."""
+    said: Said = {"whole": [], "prefill": [], "decode": []}
+    for tokens_L, length in zip(reference.sequences, reference.prompt_lengths, strict=True):
+        said["whole"].append(session.start(tokens_L[None])[0])
+        said["prefill"].append(session.start(tokens_L[None, :length])[0])
+        said["decode"].append(np.stack([session.step(t[None])[0] for t in tokens_L[length:]]))
+    lengths = reference.prompt_lengths
+    batch_BL = np.zeros((len(lengths), max(lengths)), dtype=np.int64)
+    for row, tokens_L, length in zip(batch_BL, reference.sequences, lengths, strict=True):
+        row[:length] = tokens_L[:length]
+    prefill_BLV = session.start(batch_BL, list(lengths))
+    decode_NBV = [session.step(tokens_B) for tokens_B in _columns(reference)]
+    said["padded_prefill"] = [row[:n] for row, n in zip(prefill_BLV, lengths, strict=True)]
+    said["padded_decode"] = list(np.stack(decode_NBV, axis=1))
+    return said
+
+
+def _columns(reference: Reference) -> Iterator[NDArray[np.int64]]:
+    for step in range(reference.num_steps):
+        pairs = zip(reference.sequences, reference.prompt_lengths, strict=True)
+        yield np.array([tokens_L[length + step] for tokens_L, length in pairs])
+
+
+def _expected(reference: Reference) -> dict[str, list[slice]]:
+    """Phase -> which positions of each sequence it covers."""
+    prompts = [slice(0, length) for length in reference.prompt_lengths]
+    rest = [slice(length, None) for length in reference.prompt_lengths]
+    return {"prefill": prompts, "decode": rest, "padded_prefill": prompts, "padded_decode": rest}
+
+
+def _phase(name: str, said: Said, reference: Reference, limits: Limits) -> Phase:
+    slices = _expected(reference)[name]
+    mine_PV = np.concatenate(said[name]).astype(np.float64)
+    torch_PV = _rows(reference.logits, slices)
+    plain_PV = _rows(said["whole"], slices)
+    rounded = limits.rounding is not None
+    difference_PV = np.abs(mine_PV - torch_PV)
+    return Phase(
+        max_abs=float(difference_PV.max()),
+        relative=_relative(mine_PV, torch_PV),
+        top1=_top1(torch_PV, mine_PV, limits.tie),
+        kl=_kl(torch_PV, mine_PV),
+        nonfinite=int((~np.isfinite(mine_PV)).sum()),
+        consistency=_relative(mine_PV, plain_PV),
+        rounding=_relative(mine_PV, _rows(reference.rounded_twice, slices)) if rounded else None,
+        num_positions=len(mine_PV),
+    )
+
+
+def _rows(logits: Sequence[Logits], slices: Sequence[slice]) -> Float:
+    rows = [one[where] for one, where in zip(logits, slices, strict=True)]
+    joined: Float = np.concatenate(rows).astype(np.float64)
+    return joined
+
+
+def _spread(logits_PV: NDArray[Any]) -> float:
+    """Root mean square of the logits around the mean of their position."""
+    centred_PV = logits_PV - logits_PV.mean(-1, keepdims=True)
+    return float(np.sqrt(np.square(centred_PV, dtype=np.float64).mean()))
+
+
+def _relative(mine_PV: Float, other_PV: Float) -> float:
+    error = float(np.sqrt(np.square(mine_PV - other_PV).mean()))
+    return error / max(_spread(other_PV), 1e-30)
+
+
+def _top1(torch_PV: Float, mine_PV: Float, tie: float) -> float:
+    chosen_P = mine_PV.argmax(-1)
+    gap_P = torch_PV.max(-1) - np.take_along_axis(torch_PV, chosen_P[:, None], -1)[:, 0]
+    return float((gap_P <= tie).mean())
+
+
+def _kl(torch_PV: NDArray[Any], mine_PV: NDArray[Any]) -> float:
+    p, q = _log_softmax(torch_PV), _log_softmax(mine_PV)
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+def _log_softmax(logits_PV: NDArray[Any]) -> Float:
+    with np.errstate(invalid="ignore"):  # infinite logits are counted and reported on their own
+        shifted: Float = logits_PV.astype(np.float64) - logits_PV.max(-1, keepdims=True)
+    log_probability: Float = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return log_probability
+
+
+def _perplexity_ratio(whole: Sequence[Logits], reference: Reference) -> float:
+    """Perplexity of the artifact over that of torch, on the prompts sampled from the model."""
+    gaps: list[Float] = []
+    for i, tokens_L in enumerate(reference.sequences):
+        if reference.is_text[i]:
+            at = np.arange(reference.prompt_lengths[i] - 1)
+            after = tokens_L[at + 1]
+            mine, torchs = _log_softmax(whole[i]), _log_softmax(reference.logits[i])
+            gaps.append(torchs[at, after] - mine[at, after])
+    return float(np.exp(np.concatenate(gaps).mean()))
+
+
+def _num_text_tokens(reference: Reference) -> int:
+    pairs = zip(reference.prompt_lengths, reference.is_text, strict=True)
+    return max(1, sum(length - 1 for length, text in pairs if text))
+
+
+def _problems(phases: dict[str, Phase], ratio: float, limits: Limits) -> Iterator[str]:
+    for name, phase in phases.items():
+        where = name.replace("_", " ")
+        if phase.nonfinite:
+            yield f"{where}: {phase.nonfinite} logits are NaN or infinite"
+            continue
+        for what, sentence in _CEILINGS.items():
+            found, limit = getattr(phase, what), getattr(limits, what)
+            if limit is not None and not found <= limit:
+                yield f"{where}: {sentence} {found:.3g}, above the limit of {limit:.3g}"
+        if limits.top1 is not None and phase.top1 < limits.top1:
+            yield (
+                f"{where}: torch's token comes first at {phase.top1:.1%} of "
+                f"{phase.num_positions} positions, below {limits.top1:.0%}"
+            )
+    limit = limits.perplexity_ratio
+    if limit is not None and not ratio <= limit:
+        yield f"perplexity is {ratio:.3f} times torch's, above the limit of {limit:.3f}"
+
+
+_CEILINGS = {
+    "max_abs": "a logit differs from torch's by",
+    "relative": "relative error against torch is",
+    "kl": "KL divergence from torch is",
+    "rounding": "relative error against torch with the same rounding is",
+    "consistency": "cache or padding changes the artifact's own logits by a relative",
+}
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

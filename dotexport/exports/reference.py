@@ -1,0 +1,257 @@
+"""What torch computes: the yardstick that every artifact of a model is held against.
+
+The model is built from config.json and filled through our own reader, in float32, and every
+sequence is computed alone, in one pass and without a cache: nothing here shares code with a
+runtime's loading, padding or caching, so their faults cannot cancel out.
+
+Shapes: B sequences, L tokens of one, V vocabulary; O, I outputs and inputs of a matrix product.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dotexport.errors import CheckpointError, UnsupportedModelError
+from dotexport.exports.target import QUANTISED_BLOCK, Logits, Tokens
+from dotexport.models.checkpoint import Checkpoint
+from dotexport.models.rope import stock_config
+
+# Text sampled from the model is what it will meet in use; random ids are far from it and drive
+# activations to extremes, where overflow and wrong constants show. One prompt has a single token:
+# runtimes tell prefill from decode by counting tokens, and that is their smallest case.
+TEXT_LENGTHS = (24, 17, 9)
+RANDOM_LENGTHS = (40, 6, 1)
+NUM_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Sequences (a prompt and its greedy continuation) and torch's logits at every position.
+
+    Attributes:
+        sequences: tokens_L of each.
+        prompt_lengths: how many of them are prompt.
+        is_text: whether the prompt was sampled from the model itself.
+        logits: logits_LV of each.
+        rounded: the same after rounding the weights to 4 bits in blocks: what int4 costs by itself.
+        rounded_twice: with the inputs of every product rounded to 8 bits as well, as runtimes do.
+        peak: largest magnitude that goes into or comes out of a product or norm.
+    """
+
+    sequences: tuple[Tokens, ...]
+    prompt_lengths: tuple[int, ...]
+    is_text: tuple[bool, ...]
+    logits: tuple[Logits, ...]
+    rounded: tuple[Logits, ...]
+    rounded_twice: tuple[Logits, ...]
+    peak: float = 0.0
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.sequences[0]) - self.prompt_lengths[0]
+
+
+@torch.inference_mode()
+def compute_reference(checkpoint: Checkpoint, *, rounded: bool = True, seed: int = 0) -> Reference:
+    """Run the model on a few short prompts; memory holds it once, in float32."""
+    model = load_float32(checkpoint)
+    steps, texts, randoms = _lengths(model.config)
+    prompts = [
+        *_sampled_prompts(model, texts, seed=seed),
+        *_random_prompts(model.config.vocab_size, randoms, seed=seed),
+    ]
+    sequences = _continued_greedily(model, prompts, steps)
+    with _watched(model) as magnitudes:
+        logits = _logits_alone(model, sequences)
+    return Reference(
+        sequences=tuple(sequences),
+        prompt_lengths=tuple(map(len, prompts)),
+        is_text=(True,) * len(texts) + (False,) * len(randoms),
+        logits=logits,
+        peak=max(magnitudes),
+        **(_rounded_logits(model, sequences) if rounded else {"rounded": (), "rounded_twice": ()}),
+    )
+
+
+def load_float32(checkpoint: Checkpoint) -> Any:
+    """The stock class of config.json with this checkpoint's tensors, each read once.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over, or of another shape.
+        UnsupportedModelError: transformers has no causal model for this config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    classes: Any = AutoModelForCausalLM
+    try:
+        config = stock_config(checkpoint.config)
+        with no_initial_values():
+            exact = capped_attention(checkpoint.config)
+            model: Any = classes.from_config(config, dtype=torch.float32, **exact)
+        model.tie_weights()  # skipping the initial values skips this too
+    except (ValueError, KeyError, OSError) as error:
+        raise UnsupportedModelError(
+            f"transformers cannot build the model of {checkpoint.folder} ({error}); "
+            "expected the config.json of a causal language model, without remote code"
+        ) from error
+    _check_names(checkpoint, model)
+    for name, parameter in model.named_parameters():  # a tied table comes up once
+        _fill(parameter, checkpoint.tensor(name), name)
+    return model.eval()
+
+
+def capped_attention(config: Mapping[str, Any]) -> dict[str, str]:
+    """Arguments of a class that make it cap attention scores where config.json says so (Gemma 2).
+
+    transformers 4.57 would take torch's own attention, which has no cap, without an error.
+    """
+    return {"attn_implementation": "eager"} if config.get("attn_logit_softcapping") else {}
+
+
+def no_initial_values() -> Any:
+    """A context in which transformers builds modules without drawing weights for them."""
+    try:
+        place = importlib.import_module("transformers.initialization")
+    except ImportError:  # before transformers 5
+        place = importlib.import_module("transformers.modeling_utils")
+    return place.no_init_weights()
+
+
+def _check_names(checkpoint: Checkpoint, model: Any) -> None:
+    # A persistent buffer that old files still carry (rotary frequencies) is computed, not read.
+    unknown = {n for n in checkpoint.files if not n.endswith("rotary_emb.inv_freq")}
+    unknown -= set(model.state_dict())
+    if unknown:
+        raise CheckpointError(
+            f"{checkpoint.folder} holds tensors that {type(model).__name__} does not know: "
+            f"{', '.join(sorted(unknown))}; does config.json belong to these weights?"
+        )
+
+
+def _fill(parameter: torch.Tensor, stored: torch.Tensor, name: str) -> None:
+    if parameter.shape != stored.shape:
+        raise CheckpointError(
+            f"{name} is stored as {tuple(stored.shape)} where config.json calls for "
+            f"{tuple(parameter.shape)}; does config.json belong to these weights?"
+        )
+    parameter.data.copy_(stored)
+
+
+def _lengths(config: Any) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Steps and prompt lengths that fit the context of the model."""
+    context = getattr(config, "max_position_embeddings", None) or 1 << 20
+    steps = min(NUM_STEPS, context // 2)
+    room = context - steps
+    texts = tuple(min(length, room) for length in TEXT_LENGTHS)
+    return steps, texts, tuple(min(length, room) for length in RANDOM_LENGTHS)
+
+
+def _random_prompts(vocab: int, lengths: Iterable[int], *, seed: int) -> list[Tokens]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(vocab, size=length) for length in lengths]
+
+
+def _sampled_prompts(model: Any, lengths: tuple[int, ...], *, seed: int) -> list[Tokens]:
+    """Sample at temperature 1 from the start token; the expected log-perplexity ratio of another
+    model on such text is exactly its KL divergence."""
+    random = torch.Generator().manual_seed(seed)
+    start = model.config.bos_token_id
+    tokens_BL = torch.full((len(lengths), 1), start if isinstance(start, int) else 0)
+    while tokens_BL.shape[1] < max(lengths):
+        probability_BV = model(input_ids=tokens_BL, use_cache=False).logits[:, -1].softmax(-1)
+        next_B1 = torch.multinomial(probability_BV, 1, generator=random)
+        tokens_BL = torch.cat([tokens_BL, next_B1], dim=1)
+    return [row[:length].numpy() for row, length in zip(tokens_BL, lengths, strict=True)]
+
+
+def _continued_greedily(model: Any, prompts: list[Tokens], steps: int) -> list[Tokens]:
+    """Append the most likely token `steps` times.
+
+    Tokens right of a position cannot reach it through causal attention, so the prompts share one
+    batch without any mask.
+    """
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    tokens_BL = torch.zeros(len(prompts), int(lengths.max()) + steps, dtype=torch.long)
+    for row, prompt in zip(tokens_BL, prompts, strict=True):
+        row[: len(prompt)] = torch.from_numpy(prompt)
+    rows = torch.arange(len(prompts))
+    for step in range(steps):
+        logits_BLV = model(input_ids=tokens_BL, use_cache=False).logits
+        tokens_BL[rows, lengths + step] = logits_BLV[rows, lengths + step - 1].argmax(-1)
+    ends = (lengths + steps).tolist()
+    return [row[:end].numpy() for row, end in zip(tokens_BL, ends, strict=True)]
+
+
+@contextmanager
+def _watched(model: Any) -> Iterator[list[float]]:
+    """Largest magnitudes that modules without modules in them read and say, but for ids."""
+    found: list[float] = []
+
+    def look(_: Any, inputs: Any, output: Any) -> None:
+        values = [v for v in (*inputs, output) if isinstance(v, torch.Tensor)]
+        found.extend(v.abs().max().item() for v in values if v.is_floating_point())
+
+    leaves = [module for module in model.modules() if not any(module.children())]
+    handles = [module.register_forward_hook(look) for module in leaves]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _logits_alone(model: Any, sequences: Iterable[Tokens]) -> tuple[Logits, ...]:
+    return tuple(
+        model(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits[0].float().numpy()
+        for tokens in sequences
+    )
+
+
+def _rounded_logits(model: Any, sequences: Iterable[Tokens]) -> dict[str, tuple[Logits, ...]]:
+    """Rounds the model in place: there may be no room for a second one."""
+    products = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    for product in products:
+        product.weight.data = rounded_to_4_bits(product.weight.data)
+    rounded = _logits_alone(model, sequences)
+    for product in products:
+        product.register_forward_pre_hook(lambda _, inputs: rounded_to_8_bits(inputs[0]))
+    return {"rounded": rounded, "rounded_twice": _logits_alone(model, sequences)}
+
+
+def rounded_to_4_bits(weight_OI: torch.Tensor, *, block: int = QUANTISED_BLOCK) -> torch.Tensor:
+    """Nearest of 16 levels per block of inputs; the largest entry of a block is exact.
+
+    Follows ONNX Runtime's quantiser in its choices: the largest entry becomes level -8, the
+    negative one of two equal ones, and halves go up. Weights in bfloat16 meet both quite often.
+    """
+    blocks = _blocks(weight_OI, block)
+    low, high = blocks.aminmax(dim=-1, keepdim=True)
+    largest = torch.where(high > -low, high, low)
+    scale = torch.where(largest == 0, 1, largest / -8)
+    level = (blocks * (1 / scale) + 8.5).floor().clamp(0, 15)
+    return _unblocked((level - 8) * scale, weight_OI)
+
+
+def rounded_to_8_bits(x_LI: torch.Tensor, *, block: int = QUANTISED_BLOCK) -> torch.Tensor:
+    """Nearest of 255 levels per block of one position's features."""
+    blocks = _blocks(x_LI, block)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    scale = torch.where(largest == 0, 1, largest / 127)
+    return _unblocked((blocks / scale).round() * scale, x_LI)
+
+
+def _blocks(x_LI: torch.Tensor, block: int) -> torch.Tensor:
+    padded = torch.nn.functional.pad(x_LI, (0, -x_LI.shape[-1] % block))
+    return padded.reshape(*x_LI.shape[:-1], -1, block)
+
+
+def _unblocked(blocks: torch.Tensor, like_LI: torch.Tensor) -> torch.Tensor:
+    padded = blocks.reshape(*like_LI.shape[:-1], -1)
+    return padded[..., : like_LI.shape[-1]]

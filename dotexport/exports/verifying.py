@@ -1,0 +1,244 @@
+"""The verify verb: every artifact of an output, its bytes and what it computes, against torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from dotexport.errors import ParityError, RuntimeMissingError, UsageError
+from dotexport.exports.parity import Parity, measure, rounding_kl
+from dotexport.exports.reference import Reference, compute_reference
+from dotexport.exports.target import Rehearsal, Session, Target, find_target, lacking, resolve
+from dotexport.models.checkpoint import Checkpoint
+from dotexport.outputs import manifest
+from dotexport.outputs.output import write_json
+
+logger = logging.getLogger(__name__)
+
+REPORT = "reports/verify.json"
+STOCK = "hf"  # the checkpoint that every output holds, and its target's name
+
+
+def verify(
+    out: Path, targets: Sequence[str] | None = None, *, threads: int | None = None
+) -> list[Parity]:
+    """Hold the artifacts of an output against torch; reports/verify.json and the manifest say so.
+
+    `targets` picks some by NAME or NAME:PRECISION; without it, all are verified. A failing
+    artifact is in the list like the others: ask `passed`, or call `require`. One whose device is
+    not here is rehearsed, and counts as not verified.
+
+    Raises:
+        CheckpointError: `out` is not an output of dotexport.
+        UsageError: `targets` names something that is not there.
+    """
+    listed = _listed(out)
+    picked = _pick(listed, targets)
+    needs_rounding = any(entry["precision"].startswith("int") for entry in picked.values())
+    checkpoint = Checkpoint.open(out / STOCK)
+    reference = compute_reference(checkpoint, rounded=needs_rounding)
+    parities = []
+    for name, entry in picked.items():
+        target, precision = find_target(entry["target"]), entry["precision"]
+        asked = (target, precision, out / name, reference)
+        if absent := lacking(target):
+            parity = rehearse(*asked, checkpoint, absent, artifact=name, threads=threads)
+        else:
+            parity = check(*asked, artifact=name, threads=threads)
+        parities.append(_with_problems(parity, changed_files(out / name, entry["files"])))
+    write_report(out, parities, reference)
+    _record(out, parities)
+    return parities
+
+
+def _record(out: Path, parities: Iterable[Parity]) -> None:
+    """The manifest says what the last look said: what was spoilt is not good any more."""
+    artifacts = manifest.read(out).get("artifacts", {})
+    for parity in parities:
+        if parity.artifact in artifacts:
+            artifacts[parity.artifact]["parity"] = parity.as_dict()
+    manifest.update(out, artifacts=artifacts)
+
+
+def check(
+    target: Target,
+    precision: str,
+    folder: Path,
+    reference: Reference,
+    *,
+    artifact: str,
+    threads: int | None = None,
+) -> Parity:
+    """Load one artifact and measure it; one that cannot be run has failed."""
+    require_runtime(target)
+
+    def look() -> Parity:
+        session = target.open(folder, threads=threads)
+        return _measured(session, target, precision, reference, artifact)
+
+    return _or_failed(look, target, precision, artifact)
+
+
+def rehearse(
+    target: Target,
+    precision: str,
+    folder: Path,
+    reference: Reference,
+    checkpoint: Checkpoint,
+    absent: Sequence[str],
+    *,
+    artifact: str,
+    threads: int | None = None,
+) -> Parity:
+    """Say what can be said of an artifact whose device is `absent`: it may fail, never pass."""
+    require_runtime(target)
+
+    def look() -> Parity:
+        ask: Any = target  # of those that lack something, each has it: see Target
+        found: Rehearsal = ask.rehearse(
+            checkpoint, folder, precision, peak=reference.peak, threads=threads
+        )
+        parity = _measured(found.session, target, precision, reference, artifact)
+        reason = f"rehearsed {found.where}, not verified: it needs {'; '.join(absent)}"
+        return replace(_with_problems(parity, found.problems), unverified=reason)
+
+    return _or_failed(look, target, precision, artifact)
+
+
+def _measured(
+    session: Session, target: Target, precision: str, reference: Reference, artifact: str
+) -> Parity:
+    return measure(
+        session,
+        reference,
+        artifact=artifact,
+        target=target.name,
+        precision=precision,
+        exact_rounding=precision in target.exact_rounding,
+    )
+
+
+def _or_failed(look: Callable[[], Parity], target: Target, precision: str, artifact: str) -> Parity:
+    try:
+        return look()
+    except (RuntimeMissingError, MemoryError):
+        raise
+    except Exception as error:  # each runtime has its own; all of them mean "does not run"
+        logger.debug("%s cannot be run", artifact, exc_info=True)
+        problem = f"it cannot be run: {type(error).__name__}: {error}"
+        return Parity(artifact, target.name, precision, problems=(problem,))
+
+
+def require_runtime(target: Target) -> None:
+    """Refuse a target whose runtime is not installed."""
+    missing = target.missing()
+    if missing:
+        raise RuntimeMissingError(f"target {target.name} needs: {'; '.join(missing)}")
+
+
+def require_device(target: Target) -> None:
+    """Refuse a target that this machine cannot run."""
+    absent = lacking(target)
+    if absent:
+        raise RuntimeMissingError(
+            f"target {target.name} cannot be run here, so what is written for it cannot be "
+            f"verified: it needs {'; '.join(absent)}. `dotexport export --no-verify` writes it "
+            "all the same, marked as not verified; `dotexport verify` on a machine that has what "
+            "is missing here verifies it"
+        )
+
+
+class Verdict(Protocol):
+    """What verification of any artifact comes to."""
+
+    @property
+    def artifact(self) -> str: ...
+    @property
+    def passed(self) -> bool: ...
+    @property
+    def problems(self) -> Sequence[str]: ...
+
+
+def require(parities: Iterable[Verdict], *, note: str = "") -> None:
+    """Raise for those that failed, or else for those whose device was not here to ask.
+
+    Raises:
+        ParityError: with every problem of every failed artifact.
+        RuntimeMissingError: with what each of the others needs.
+    """
+    left = [parity for parity in parities if not parity.passed]
+    failed = [parity for parity in left if parity.problems or not _unverified(parity)]
+    if failed:
+        lines = [
+            f"  {parity.artifact}: {problem}" for parity in failed for problem in parity.problems
+        ]
+        names = ", ".join(parity.artifact for parity in failed)
+        raise ParityError(f"{names}: verification failed{note}\n" + "\n".join(lines))
+    if left:
+        lines = [f"  {parity.artifact}: {_unverified(parity)}" for parity in left]
+        raise RuntimeMissingError("not verified here\n" + "\n".join(lines))
+
+
+def _unverified(parity: Verdict) -> str | None:
+    return getattr(parity, "unverified", None)
+
+
+def changed_files(folder: Path, expected: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What differs from the bytes and hashes that the manifest recorded."""
+    problems = []
+    for name, entry in expected.items():
+        file = folder / name
+        if not file.is_file():
+            problems.append(f"{name} is missing; export it again")
+        elif file.stat().st_size != entry["bytes"] or manifest.sha256(file) != entry["sha256"]:
+            problems.append(f"{name} was changed after the export; export it again")
+    return problems
+
+
+def write_report(out: Path, parities: Iterable[Parity], reference: Reference) -> None:
+    """Add these figures to reports/verify.json, keeping those of other artifacts."""
+    file = out / REPORT
+    report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    artifacts = report.get("artifacts", {}) | {p.artifact: p.as_dict() for p in parities}
+    workload = {
+        "prompt_lengths": reference.prompt_lengths,
+        "sampled_from_model": reference.is_text,
+        "decode_steps": reference.num_steps,
+        "int4_rounding_kl": rounding_kl(reference) if reference.rounded else None,
+    }
+    sections = {"environment": manifest.environment(), "prompts": workload, "artifacts": artifacts}
+    write_json(file, report | sections)
+
+
+def _listed(out: Path) -> dict[str, dict[str, Any]]:
+    artifacts: dict[str, dict[str, Any]] = manifest.read(out).get("artifacts", {})
+    stock = {"target": STOCK, "precision": "as-stored", "files": {}}
+    return {STOCK: stock} | artifacts
+
+
+def _pick(
+    listed: Mapping[str, dict[str, Any]], targets: Sequence[str] | None
+) -> dict[str, dict[str, Any]]:
+    if targets is None:
+        return dict(listed)
+    picked: dict[str, dict[str, Any]] = {}
+    for spec in targets:
+        target, precision = resolve(spec)
+        any_precision = ":" not in spec
+        found = {
+            name: entry
+            for name, entry in listed.items()
+            if entry["target"] == target.name and (any_precision or entry["precision"] == precision)
+        }
+        if not found:
+            raise UsageError(f"no artifact of {spec} here; there are: {', '.join(listed)}")
+        picked |= found
+    return picked
+
+
+def _with_problems(parity: Parity, problems: Sequence[str]) -> Parity:
+    return replace(parity, problems=(*problems, *parity.problems))

@@ -1,0 +1,160 @@
+"""Carriers: the same model under another stock class, exactly.
+
+Runtimes honour some classes better than others, so a family may name classes that compute the same
+(its `carriers`). The re-badge reads the source tensor by tensor: fused matrices come apart, a bias
+that only the carrier has is zero, and the multipliers of Granite go into the weights. Torch then
+computes the same logits; only the multipliers cost a rounding, of the float32 in which weights are
+read here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from dotexport.errors import UnsupportedModelError
+from dotexport.models.checkpoint import Checkpoint, TensorSpec
+from dotexport.models.families import carried_biases
+from dotexport.models.family import Family
+from dotexport.models.rope import stock_config
+from dotexport.models.shapes import read_sizes, shapes
+from dotexport.sizes.budget import Plan
+
+# config.json key of Granite -> what it is where nothing is multiplied.
+MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a tensor of the carrier comes from.
+
+    Attributes:
+        source: tensor of the original; None: zeros.
+        start, stop: which of its rows.
+        scale: what they are multiplied with.
+    """
+
+    source: str | None
+    start: int = 0
+    stop: int | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Carried(Checkpoint):
+    """A checkpoint that is read as another class: nothing of it lies on disk.
+
+    Attributes:
+        original: what is on disk.
+        parts: tensor of the carrier -> where it comes from.
+        shapes: its shape.
+    """
+
+    original: Checkpoint
+    parts: Mapping[str, Part]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @cached_property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        stored = self.original.specs
+        table = next(iter(stored.values())).dtype
+        return {
+            name: TensorSpec(self.shapes[name], stored[p.source].dtype if p.source else table)
+            for name, p in self.parts.items()
+        }
+
+    def tensor(self, name: str) -> torch.Tensor:
+        part = self.parts[name]
+        if part.source is None:
+            return torch.zeros(self.shapes[name], dtype=self.specs[name].dtype)
+        rows = self.original.tensor(part.source)[part.start : part.stop]
+        return rows if part.scale == 1.0 else rows.float() * part.scale
+
+
+def carry(source: Checkpoint, decided: Plan) -> tuple[Checkpoint, Plan]:
+    """The source and its plan in the words of the class that is written.
+
+    Raises:
+        UnsupportedModelError: the carrier has no place for something in config.json.
+    """
+    config, carried = carry_config(source.config, decided)
+    if carried is decided:
+        return source, decided
+    parts = dict(_parts(decided, carried, source.config))
+    files = {name: source.files[part.source] for name, part in parts.items() if part.source}
+    expected = dict(shapes(carried.family, carried.before))
+    return Carried(source.folder, config, files, source, parts, expected), carried
+
+
+def carry_config(config: Mapping[str, Any], decided: Plan) -> tuple[Mapping[str, Any], Plan]:
+    """The same for a config.json alone.
+
+    Raises:
+        UnsupportedModelError: the carrier has no place for something in it.
+    """
+    family, carrier = decided.family, decided.carrier
+    if carrier is family and all(config.get(key, 1.0) == 1.0 for key in MULTIPLIERS):
+        return config, decided
+    carried = carried_config(config, family, carrier)
+    before = read_sizes(carrier, carried)
+    return carried, replace(decided, family=carrier, before=before, after=decided.carried_after)
+
+
+def carried_config(config: Mapping[str, Any], family: Family, carrier: Family) -> dict[str, Any]:
+    """config.json of the carrier at the same sizes: every key that both classes have.
+
+    Raises:
+        UnsupportedModelError: part of each head is not rotated, which no carrier does.
+    """
+    full = stock_config({**config, "model_type": family.model_type}).to_dict()
+    rope = full.get("rope_parameters") or full  # before transformers 5: at the top
+    rotated = rope.get("partial_rotary_factor", 1.0)
+    if carrier is not family and rotated != 1.0:
+        raise UnsupportedModelError(
+            f"partial_rotary_factor {rotated} is not supported: {carrier.architecture}, as which "
+            f"{family.architecture} is written, rotates whole heads"
+        )
+    known = set(stock_config({"model_type": carrier.model_type}).to_dict())
+    sizes = read_sizes(family, config)
+    same = {key: value for key, value in full.items() if key in known}
+    neutral: dict[str, Any] = dict.fromkeys(MULTIPLIERS, 1.0) if MULTIPLIERS[0] in known else {}
+    if "attention_multiplier" in known and carrier is not family:
+        neutral["attention_multiplier"] = sizes.head_dim**-0.5
+    flags = dict.fromkeys(sorted(carried_biases(family, carrier, sizes)), True)
+    return {
+        **same,
+        **neutral,
+        **flags,
+        "architectures": [carrier.architecture],
+        "model_type": carrier.model_type,
+        "head_dim": sizes.head_dim,
+    }
+
+
+def _parts(decided: Plan, carried: Plan, config: Mapping[str, Any]) -> Iterator[tuple[str, Part]]:
+    """Every tensor of the carrier, in the order of its shapes."""
+    family, carrier, sizes = decided.family, carried.family, decided.before
+    embedding, residual, logits = (float(config.get(key, 1.0)) for key in MULTIPLIERS)
+    scales = {f"{family.embedding}.weight": embedding}
+    # The head divides by its scaling, and a shared table has the embedding's multiplier in it.
+    scales[f"{family.final_norm}.weight"] = 1 / (logits * (embedding if sizes.tied else 1.0))
+    sources: dict[str, Part] = {}
+    for layer in range(sizes.num_layers):
+        apart = iter(carrier.linears)
+        for linear in family.linears:
+            start = 0
+            for rows in sizes.rows(linear):
+                name = carrier.layer_name(layer, next(apart).name)
+                found = family.layer_name(layer, linear.name)
+                scale = residual if linear.out == "residual" else 1.0
+                kept = (start, start + rows, scale)
+                sources[f"{name}.weight"] = Part(f"{found}.weight", *kept)
+                bias = f"{found}.bias" if sizes.has_bias(linear) else None
+                sources[f"{name}.bias"] = Part(bias, *kept)
+                start += rows
+    for name, _ in shapes(carrier, carried.before):
+        yield name, sources.get(name) or Part(name, scale=scales.get(name, 1.0))

@@ -1,0 +1,332 @@
+"""A model folder on disk: config and tensors, read lazily by name and written as they are made.
+
+The only reader and writer of weight files. The format is safetensors: eight bytes that hold the
+length of a JSON header, the header, then the tensors one after another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dotexport.errors import CheckpointError
+from dotexport.outputs.output import read_json
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLED = ("pytorch_model*.bin", "*.pth", "*.pt")
+
+# What travels with a model unchanged: tokenizer, chat template, generation defaults, licence.
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_elements(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with config.json and safetensors, sharded or not.
+
+    Attributes:
+        folder: where it lies.
+        config: config.json as it was written.
+        files: tensor name -> file that holds it.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    files: Mapping[str, Path]
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read config and tensor names; no weights.
+
+        Raises:
+            CheckpointError: not a model folder, a missing shard, or a broken weight file.
+        """
+        config = read_config(folder)
+        files = {name: file for file in _weight_files(folder) for name in _tensor_names(file)}
+        return cls(folder, config, files)
+
+    @cached_property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Shape and dtype of every tensor, from the headers alone."""
+        specs: dict[str, TensorSpec] = {}
+        for file in sorted(set(self.files.values())):
+            with _opened(file) as weights:
+                for name in weights.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
+                    piece = weights.get_slice(name)
+                    specs[name] = TensorSpec(tuple(piece.get_shape()), _dtype(piece, name, file))
+        return specs
+
+    @property
+    def num_parameters(self) -> int:
+        """Distinct weights; a tied table that is stored once counts once."""
+        return sum(spec.num_elements for spec in self.specs.values())
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(spec.num_bytes for spec in self.specs.values())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor, as stored.
+
+        Raises:
+            CheckpointError: no tensor of that name, or values that are not finite.
+        """
+        if name not in self.files:
+            raise CheckpointError(
+                f"{self.folder} has no tensor {name!r}, which its config.json calls for; "
+                "is the download complete?"
+            )
+        with _opened(self.files[name]) as weights:
+            tensor: torch.Tensor = weights.get_tensor(name)
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{name} in {self.files[name]} holds NaN or infinite values; "
+                "expected finite weights: take an undamaged copy of the model"
+            )
+        return tensor
+
+    def companions(self) -> list[Path]:
+        """Tokenizer, generation config and licence files, which travel unchanged."""
+        found = {file for glob in COMPANIONS for file in self.folder.glob(glob)}
+        return sorted(file for file in found if file.is_file())
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as it was written.
+
+    Raises:
+        CheckpointError: there is none, or it is no JSON object.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder} is not a model folder: it has no config.json; "
+            "expected a transformers checkpoint (config.json and *.safetensors) or a diffusers "
+            "pipeline (model_index.json)"
+        )
+    return read_json(file, advice="take a fresh copy")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    files = _shard_files(index) if index.is_file() else [folder / WEIGHTS]
+    missing = [file.name for file in files if not file.is_file()]
+    pickled = sorted(file.name for glob in PICKLED for file in folder.glob(glob))
+    if missing and pickled:
+        raise CheckpointError(
+            f"{folder} holds pickled weights ({pickled[0]}) and no safetensors; convert it first "
+            "with transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+        )
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {', '.join(missing)} ({len(missing)} of {len(files)} weight files); "
+            "download the model again or point to a complete folder"
+        )
+    return files
+
+
+def _shard_files(index: Path) -> list[Path]:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted(index.parent / name for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index} cannot be read ({type(error).__name__}: {error}); expected a weight_map from "
+            "tensor names to files: download it again"
+        ) from error
+
+
+def _tensor_names(file: Path) -> list[str]:
+    with _opened(file) as weights:
+        return list(weights.keys())
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors handle whose errors name the file and say what to do."""
+    try:
+        handle: Any = safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read as safetensors ({error}); it is truncated or damaged: "
+            "download it again"
+        ) from error
+    with handle:
+        yield handle
+
+
+def _dtype(piece: Any, name: str, file: Path) -> torch.dtype:
+    code = piece.get_dtype()
+    if code not in DTYPES:
+        raise CheckpointError(
+            f"{name} in {file} is stored as {code}; expected one of {', '.join(DTYPES)}: "
+            "take the unquantised model"
+        )
+    return DTYPES[code]
+
+
+class CheckpointWriter:
+    """Writes tensors into shards as they are made; memory holds one tensor at a time.
+
+    Every shape is known before the first value is, so the headers are written first and each
+    tensor goes straight to its place.
+    """
+
+    def __init__(
+        self, folder: Path, specs: Mapping[str, TensorSpec], *, max_shard_bytes: int = 4 << 30
+    ) -> None:
+        self.folder = folder
+        self.specs = dict(specs)
+        self._places: dict[str, tuple[Path, int]] = {}
+        self._missing = set(self.specs)
+        shards = list(_shards(self.specs, max_shard_bytes))
+        for number, names in enumerate(shards, start=1):
+            file = folder / _shard_name(number, len(shards))
+            self._places |= _write_header(file, {name: self.specs[name] for name in names})
+        if len(shards) > 1:
+            self._write_index()
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Store one tensor, rounded to the dtype that was announced for it.
+
+        Raises:
+            CheckpointError: a value that this dtype cannot hold.
+        """
+        spec = self.specs[name]
+        if tuple(tensor.shape) != spec.shape:
+            raise ValueError(f"{name}: got {tuple(tensor.shape)}, announced {spec.shape}")
+        file, offset = self._places[name]
+        values = tensor.detach().to("cpu", spec.dtype).contiguous()
+        if not bool(torch.isfinite(values).all()):
+            raise CheckpointError(
+                f"{name} would hold NaN or infinite values in {spec.dtype}; "
+                "convert the model to bfloat16 or float32 first"
+            )
+        with file.open("r+b") as stream:
+            stream.seek(offset)
+            stream.write(values.reshape(-1).view(torch.uint8).numpy().data)
+        self._missing.discard(name)
+
+    def finish(self) -> None:
+        """Check that every announced tensor was written, and flush to disk."""
+        if self._missing:
+            raise ValueError(f"never written: {sorted(self._missing)}")
+        for file in {file for file, _ in self._places.values()}:
+            with file.open("r+b") as stream:  # Windows flushes only what is open for writing
+                os.fsync(stream.fileno())
+
+    def _write_index(self) -> None:
+        weight_map = {name: file.name for name, (file, _) in self._places.items()}
+        total = sum(spec.num_bytes for spec in self.specs.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(specs: Mapping[str, TensorSpec], max_bytes: int) -> Iterable[list[str]]:
+    names: list[str] = []
+    filled = 0
+    for name, spec in specs.items():
+        if names and filled + spec.num_bytes > max_bytes:
+            yield names
+            names, filled = [], 0
+        names.append(name)
+        filled += spec.num_bytes
+    yield names
+
+
+def _shard_name(number: int, count: int) -> str:
+    return WEIGHTS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _write_header(file: Path, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[Path, int]]:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, spec in specs.items():
+        start, end = end, end + spec.num_bytes
+        code = DTYPE_CODES[spec.dtype]
+        header[name] = {"dtype": code, "shape": list(spec.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format asks for data aligned to eight bytes
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        # Not a sparse file: a full disk should show now, not after an hour of work.
+        reserve(stream.fileno(), 8 + len(text), end)
+    data = 8 + len(text)
+    return {name: (file, data + header[name]["data_offsets"][0]) for name in specs}
+
+
+def reserve(descriptor: int, offset: int, num_bytes: int) -> None:
+    """Take the space of a file now: with a sparse one, a full disk shows after hours of work."""
+    if hasattr(os, "posix_fallocate") and num_bytes:
+        os.posix_fallocate(descriptor, offset, num_bytes)
+    else:
+        os.truncate(descriptor, offset + num_bytes)
+
+
+def find_model(name: str, *, config_only: bool = False) -> Path:
+    """A local folder, or the snapshot of a hub id (downloaded once, weights as safetensors only).
+
+    Raises:
+        CheckpointError: neither a folder nor a hub id that can be reached.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        # An output of `dotexport shrink` is a model too: its checkpoint lies in hf/.
+        inner = folder / "hf"
+        return inner if (inner / "config.json").is_file() else folder
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise CheckpointError(
+            f"{name} is neither a folder nor a hub id (owner/name); "
+            "expected a folder with config.json and *.safetensors"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    weights = [] if config_only else ["*.safetensors", INDEX, *COMPANIONS]
+    try:
+        return Path(snapshot_download(name, allow_patterns=["config.json", "README.md", *weights]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise CheckpointError(
+            f"{name} is no folder here and cannot be fetched as a hub id "
+            f"({type(error).__name__}); check the spelling and the network, or give a local folder"
+        ) from error

@@ -1,0 +1,98 @@
+"""Model families: one table per architecture, and the class that each is written as."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dotexport.errors import CheckpointError, UnsupportedModelError
+from dotexport.models.families.gemma2 import GEMMA2
+from dotexport.models.families.gemma3 import GEMMA3
+from dotexport.models.families.granite import GRANITE
+from dotexport.models.families.llama import LLAMA
+from dotexport.models.families.mistral import MISTRAL
+from dotexport.models.families.olmo2 import OLMO2
+from dotexport.models.families.phi3 import PHI3
+from dotexport.models.families.qwen2 import QWEN2
+from dotexport.models.families.qwen3 import QWEN3
+from dotexport.models.family import Family
+from dotexport.models.shapes import Sizes
+
+TABLES = (LLAMA, MISTRAL, GRANITE, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, OLMO2)
+SUPPORTED: dict[str, Family] = {family.architecture: family for family in TABLES}
+"""Architecture -> family table."""
+
+
+def find_family(config: Mapping[str, Any]) -> Family:
+    """The table for the architecture that config.json names.
+
+    Raises:
+        UnsupportedModelError: no table describes it.
+        CheckpointError: model_type is not that of the architecture.
+    """
+    known = SUPPORTED
+    listed = config.get("architectures") or []
+    named = [listed] if isinstance(listed, str) else [str(name) for name in listed]
+    for architecture in named:
+        if architecture in known:
+            family = known[architecture]
+            if config.get("model_type") != family.model_type:
+                raise CheckpointError(
+                    f"config.json gives model_type = {config.get('model_type')!r} beside "
+                    f"{architecture}; expected {family.model_type!r}: take the config.json that "
+                    "belongs to these weights"
+                )
+            _check_flags(family, config)
+            return family
+    what = ", ".join(named) or f"model_type {config.get('model_type')}"
+    hint = "docs/adding-a-family.md shows how to add a table"
+    if "text_config" in config:
+        hint = (
+            "it holds more than a language model: save its language model alone, under its class "
+            "for causal language modelling, and narrow that"
+        )
+    raise UnsupportedModelError(
+        f"{what} is not supported; dotexport narrows {', '.join(sorted(known))}. {hint}"
+    )
+
+
+def _check_flags(family: Family, config: Mapping[str, Any]) -> None:
+    for flag, meaning in family.refused:
+        if config.get(flag):
+            raise UnsupportedModelError(
+                f"config.json sets {flag}, with which {family.architecture} {meaning}; dotexport "
+                "narrows decoders that see what came before"
+            )
+
+
+def find_carrier(family: Family, sizes: Sizes) -> Family:
+    """The class that these sizes are written as: the first of the carriers that can hold them."""
+    for carrier in (SUPPORTED[architecture] for architecture in family.carriers):
+        whole_heads = not carrier.divides or sizes.hidden_size % sizes.num_attention_heads == 0
+        if whole_heads and (carrier.windows or not sizes.windowed):
+            return carrier
+    return family
+
+
+def carried_biases(family: Family, carrier: Family, sizes: Sizes) -> frozenset[str]:
+    """The carrier's flags for biases: those that are on, and those of linears that have one."""
+    on: set[str | None] = set(sizes.biases)
+    apart = iter(carrier.linears)
+    for linear in family.linears:
+        flags = {next(apart).bias for _ in linear.outs}
+        if sizes.has_bias(linear):
+            on |= flags
+    return frozenset(flag for flag in carrier.bias_flags if flag in on)
+
+
+def check_quantised(config: Mapping[str, Any]) -> None:
+    """Refuse weights that are already quantised.
+
+    Raises:
+        UnsupportedModelError: config.json has a quantization_config.
+    """
+    if "quantization_config" in config:
+        raise UnsupportedModelError(
+            "the model is already quantised (config.json has quantization_config); "
+            "narrow the float model first, quantise what comes out"
+        )

@@ -1,0 +1,16 @@
+"""Mistral: Llama without biases; every layer attends to a window, where there is one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dotexport.models.families.llama import LLAMA, sublayers
+
+MISTRAL = replace(
+    LLAMA,
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    sublayers=sublayers(),
+    divides=False,
+    windows=True,
+)

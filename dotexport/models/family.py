@@ -1,0 +1,141 @@
+"""What a family table is made of: which axes of which tensors are the same neurons.
+
+Spaces, and the number of neurons in each (all from config.json):
+
+    residual  hidden_size                          what every norm reads and every writer adds to
+    mlp       intermediate_size                    between gate/up and down
+    query     num_attention_heads * head_dim       between q and o
+    kv        num_key_value_heads * head_dim       k and v
+    vocab     vocab_size
+
+Parameter counts, width checks, legal sizes and the narrowing itself follow from the table.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+ALWAYS = "always"
+"""In the place of a flag: a bias that the class has without asking config.json."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A torch.nn.Linear: weight (out, in).
+
+    Attributes:
+        out: the space of its rows; of several matrices fused into one, their spaces in that order
+            (`query+kv+kv`).
+        bias: the config flag that gives it one, or ALWAYS.
+    """
+
+    name: str
+    out: str
+    in_: str
+    bias: str | None = None
+
+    @property
+    def outs(self) -> tuple[str, ...]:
+        return tuple(self.out.split("+"))
+
+
+@dataclass(frozen=True)
+class InnerNorm:
+    """An RMSNorm of what a reader gives.
+
+    Attributes:
+        reader: name of that linear.
+        per_head: over the features of each head, which no narrowing touches; else over all of
+            them, whose number and mean change with the heads.
+    """
+
+    name: str
+    reader: str
+    per_head: bool = True
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """Norm, readers of the normalised stream, and one writer that adds back to it.
+
+    Attributes:
+        norm: in front of the readers; None: they read the stream as it is.
+        inner_norms: of queries and keys.
+        output_norm: of what the writer gives, before it is added to the stream.
+    """
+
+    module: str
+    norm: str | None
+    readers: tuple[Linear, ...]
+    writer: Linear
+    inner_norms: tuple[InnerNorm, ...] = ()
+    output_norm: str | None = None
+
+    def gain(self, scale: float) -> float:
+        """What all readers are multiplied with, where a narrower norm asks for `scale`."""
+        return 1.0 if self.norm is None else scale
+
+    def inner_gain(self, linear: Linear, scale: float) -> float:
+        """What one reader is multiplied with besides: a norm behind it has the same epsilon, times
+        scale^2, and then gives the same."""
+        return scale if any(norm.reader == linear.name for norm in self.inner_norms) else 1.0
+
+
+@dataclass(frozen=True)
+class Family:
+    """One stock class of transformers.
+
+    Attributes:
+        gated: the MLP's reader whose nonlinearity forbids a free sign or scale; None where it is
+            fused with another.
+        divides: whether the class insists on hidden_size % num_attention_heads == 0.
+        windows: whether layers of it can attend to a window (`sliding_window`) only.
+        carriers: architectures that compute the same and that more runtimes read, the best first;
+            what is written is the first that holds the sizes (carriers.py). Empty: itself.
+        head_dim: of a head, where config.json does not say; None: hidden_size / heads.
+        tied_by_default: what tie_word_embeddings is where config.json does not say.
+        unit_offset: whether its norms multiply by 1 + weight.
+        scaled_embedding: whether rows of the embedding are multiplied by sqrt(hidden_size).
+        refused: flags of config.json that make another model of it, and what they do.
+    """
+
+    model_type: str
+    architecture: str
+    embedding: str
+    layer: str
+    sublayers: tuple[Sublayer, ...]
+    final_norm: str
+    head: Linear
+    gated: str | None
+    divides: bool
+    windows: bool = False
+    carriers: tuple[str, ...] = ()
+    head_dim: int | None = None
+    tied_by_default: bool = False
+    unit_offset: bool = False
+    scaled_embedding: bool = False
+    refused: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def rotates(self) -> bool:
+        """Whether any basis of the residual stream gives the same model: not where what is added
+        to it is normalised axis by axis."""
+        return all(sublayer.output_norm is None for sublayer in self.sublayers)
+
+    def embedding_scale(self, hidden_size: int) -> float:
+        """What rows of the embedding are multiplied with on their way into the stream."""
+        return math.sqrt(hidden_size) if self.scaled_embedding else 1.0
+
+    @property
+    def bias_flags(self) -> frozenset[str]:
+        """Flags of config.json that give linears of the class biases."""
+        return frozenset(linear.bias for linear in self.linears if linear.bias) - {ALWAYS}
+
+    @property
+    def linears(self) -> list[Linear]:
+        """Those of one layer: readers, then the writer, sublayer by sublayer."""
+        return [linear for sub in self.sublayers for linear in (*sub.readers, sub.writer)]
+
+    def layer_name(self, layer: int, part: str) -> str:
+        return f"{self.layer.format(layer)}.{part}"

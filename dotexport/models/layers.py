@@ -1,0 +1,218 @@
+"""One decoder layer of a stock class, with weights of our choosing and nothing else in memory.
+
+The layer's code is that of transformers, so a narrowed layer computes here what it will compute
+wherever the class is known.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear as apply_linear
+
+from dotexport.models.family import Family, Sublayer
+from dotexport.models.rope import stock_config
+
+
+@dataclass(frozen=True)
+class Stock:
+    """The classes of one stock model: what a layer and its rotary embedding are made with.
+
+    Attributes:
+        rotary_local: of layers that attend to a window, where the class keeps two (Gemma 3 in
+            transformers 4; later one is asked by the kind of layer).
+    """
+
+    config: Any
+    layer_class: Callable[..., nn.Module]
+    norm_class: Callable[..., nn.Module]
+    rotary: nn.Module
+    rotary_local: nn.Module | None = None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], device: torch.device) -> Stock:
+        """Look the classes up from a config.json; builds one layer without memory."""
+        from transformers import AutoModelForCausalLM
+
+        stock = stock_config(config)
+        single = copy.deepcopy(stock)
+        single.num_hidden_layers = 1
+        if getattr(single, "layer_types", None):
+            single.layer_types = single.layer_types[:1]
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(single)
+        stock._attn_implementation = "sdpa" if _fused(model) else "eager"
+        decoder = model.get_decoder()
+        rotary = type(decoder.rotary_emb)(config=stock).to(device)
+        local: Any = getattr(decoder, "rotary_emb_local", None)
+        if local is not None:
+            local = type(local)(config=local.config).to(device)
+        return cls(stock, type(decoder.layers[0]), type(decoder.norm), rotary, local)
+
+    def layer(self, number: int) -> nn.Module:
+        """A layer without memory behind its weights; assign them before use."""
+        with torch.device("meta"):
+            return self.layer_class(self.config, number).eval()
+
+    def norm(self, device: torch.device) -> nn.Module:
+        """The final norm, with a gamma of ones."""
+        return self.norm_class(self.config.hidden_size, eps=self.config.rms_norm_eps).to(device)
+
+    def positions(self, example_BLD: Tensor, number: int = 0) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of a layer's rotary embedding for positions 0 .. L - 1."""
+        steps = torch.arange(example_BLD.shape[1], device=example_BLD.device)[None]
+        kinds: Any = getattr(self.config, "layer_types", None)
+        rotary, asked = self.rotary, {}
+        if self.rotary_local is not None and kinds[number] == "sliding_attention":
+            rotary = self.rotary_local
+        if "layer_type" in inspect.signature(rotary.forward).parameters:
+            asked["layer_type"] = kinds[number]
+        cos, sin = rotary(example_BLD, steps, **asked)
+        return cos, sin
+
+    def mask(self, number: int, length: int) -> Tensor | None:
+        """What positions of a text see, (1, 1, L, L), where a layer attends to a window.
+
+        None: all before them. Texts are never padded here, and without a mask sdpa is causal; an
+        attention that is not fused adds its mask to the scores, and always needs one.
+        """
+        fused = self.config._attn_implementation == "sdpa"
+        kinds = getattr(self.config, "layer_types", None)
+        window = getattr(self.config, "sliding_window", None)
+        if kinds and kinds[number] != "sliding_attention":
+            window = None
+        if fused and (window is None or window >= length):
+            return None
+        step_L = torch.arange(length)
+        distance_LL = step_L[:, None] - step_L
+        seen_LL: Tensor = (distance_LL >= 0) & (distance_LL < (window or length))
+        if fused:
+            return seen_LL[None, None]
+        added_LL = torch.zeros(length, length).masked_fill(~seen_LL, torch.finfo().min)
+        return added_LL[None, None]
+
+
+def _fused(model: Any) -> bool:
+    """Whether torch's own attention computes this class: it has no cap for the scores."""
+    capped = getattr(model.config, "attn_logit_softcapping", None) is not None
+    return bool(model._supports_sdpa) and not capped
+
+
+class Layer:
+    """A decoder layer run sublayer by sublayer, whose weights can be exchanged for narrower ones.
+
+    Writers stand outside the module (an identity takes their place), so that what goes into a
+    writer and what it adds are two separate questions.
+
+    Args:
+        tensors: every parameter of the layer, by its name below the layer.
+        dtypes: what each will be stored as. The layer computes with values rounded to it, so that
+            what is fitted later sees the rounding too. None: no rounding.
+    """
+
+    def __init__(
+        self,
+        stock: Stock,
+        family: Family,
+        number: int,
+        tensors: Mapping[str, Tensor],
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
+        self.stock = stock
+        self.family = family
+        self.number = number
+        self.module = stock.layer(number)
+        self._dtypes = dtypes or {}
+        self._tensors: dict[str, Tensor] = {}
+        for sublayer in family.sublayers:
+            owner, _, attribute = sublayer.writer.name.rpartition(".")
+            setattr(self.module.get_submodule(owner), attribute, nn.Identity())
+        for name, tensor in tensors.items():
+            self.assign(name, tensor)
+
+    def assign(self, name: str, tensor: Tensor) -> None:
+        """Give the parameter `name` (below the layer) these values, of whatever width."""
+        stored = tensor.to(self._dtypes.get(name, tensor.dtype)).float()
+        self._tensors[name] = stored
+        owner, _, attribute = name.rpartition(".")
+        module = self.module.get_submodule(owner)
+        if not isinstance(module, nn.Identity):
+            setattr(module, attribute, nn.Parameter(stored, requires_grad=False))
+
+    def leaves(self, names: list[str]) -> list[Tensor]:
+        """These parameters as leaves of a graph: an optimiser may move them in place."""
+        for name in names:
+            owner, _, attribute = name.rpartition(".")
+            module = self.module.get_submodule(owner)
+            if isinstance(module, nn.Identity):
+                self._tensors[name] = self._tensors[name].detach().clone().requires_grad_()
+            else:
+                self._tensors[name] = getattr(module, attribute).requires_grad_()
+        return [self._tensors[name] for name in names]
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(self._tensors)
+
+    def gamma(self, norm: str) -> Tensor:
+        """What a norm multiplies with."""
+        return self._tensors[f"{norm}.weight"] + float(self.family.unit_offset)
+
+    def assign_gamma(self, norm: str, gamma_D: Tensor) -> None:
+        self.assign(f"{norm}.weight", gamma_D - float(self.family.unit_offset))
+
+    def normalise(self, sublayer: Sublayer, stream_BLD: Tensor) -> Tensor:
+        """What the readers of this sublayer see."""
+        if sublayer.norm is None:
+            return stream_BLD
+        normed: Tensor = self.module.get_submodule(sublayer.norm)(stream_BLD)
+        return normed
+
+    def inside(self, sublayer: Sublayer, stream_BLD: Tensor) -> Tensor:
+        """What the writer of this sublayer sees: attention outputs, or MLP neurons."""
+        normed_BLD = self.normalise(sublayer, stream_BLD)
+        module = self.module.get_submodule(sublayer.module)
+        if sublayer.module != "self_attn":
+            neurons_BLI: Tensor = module(normed_BLD)
+            return neurons_BLI
+        mask = self.stock.mask(self.number, normed_BLD.shape[1])
+        heads_BLI: Tensor = module(
+            hidden_states=normed_BLD,
+            position_embeddings=self.stock.positions(normed_BLD, self.number),
+            attention_mask=None if mask is None else mask.to(normed_BLD.device),
+        )[0]
+        return heads_BLI
+
+    def write(self, sublayer: Sublayer, inside_BLI: Tensor) -> Tensor:
+        """What the writer gives."""
+        name = sublayer.writer.name
+        bias = self._tensors.get(f"{name}.bias")
+        return apply_linear(inside_BLI, self._tensors[f"{name}.weight"], bias)
+
+    def after(self, sublayer: Sublayer, stream_BLD: Tensor) -> Tensor:
+        """The stream behind this sublayer."""
+        written_BLD = self.write(sublayer, self.inside(sublayer, stream_BLD))
+        if sublayer.output_norm is not None:
+            written_BLD = self.module.get_submodule(sublayer.output_norm)(written_BLD)
+        return stream_BLD + written_BLD
+
+    def metric(self, sublayer: Sublayer) -> Tensor:
+        """G = sum of W^T W over the readers: how an error in their input is felt."""
+        weights = [self._tensors[f"{linear.name}.weight"].double() for linear in sublayer.readers]
+        return torch.stack([weight.T @ weight for weight in weights]).sum(0)
+
+
+def layer_tensors(
+    family: Family, layer: int, read: Callable[[str], Tensor], names: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """All tensors of one layer, by their name below the layer, as `read` gives them."""
+    prefix = family.layer_name(layer, "")
+    return {name.removeprefix(prefix): read(name) for name in names if name.startswith(prefix)}

@@ -1,0 +1,49 @@
+"""Where a model comes from: its name, its licence, and the hashes of its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dotexport import embedded
+from dotexport.models.checkpoint import Checkpoint
+from dotexport.outputs import manifest
+
+
+def describe_source(source: Checkpoint) -> dict[str, Any]:
+    """What the manifest says about the model that went in; no path of the user's machine."""
+    files = sorted({*source.files.values(), source.folder / "config.json"})
+    return {
+        "model": model_name(source.folder),
+        "licence": licence(source.folder),
+        "bytes": source.num_bytes,
+        "sha256": {file.name: manifest.sha256(file) for file in files},
+    }
+
+
+def model_name(folder: Path) -> str:
+    """What people call the model in this folder: a hub id, an output's name, or the folder's."""
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots":  # models--OWNER--NAME/snapshots/REVISION
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+    if folder == embedded.MODEL_DIR.resolve():
+        return "dotexport-embedded"
+    return folder.parent.name if folder.name == "hf" else folder.name
+
+
+def licence(folder: Path) -> str | None:
+    """The licence that a model card's front matter names, if there is one."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    text = card.read_text(encoding="utf-8", errors="replace")
+    if not text.startswith("---\n"):
+        return None
+    try:
+        front = yaml.safe_load(text[4:].partition("\n---")[0])
+    except yaml.YAMLError:
+        return None
+    named = front.get("license") if isinstance(front, dict) else None
+    return str(named) if named else None

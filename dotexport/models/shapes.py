@@ -1,0 +1,186 @@
+"""The numbers of config.json that decide every shape, and the shapes that follow from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+
+from dotexport.errors import CheckpointError
+from dotexport.models.family import ALWAYS, Family, Linear
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The numbers of config.json that decide every shape, and what a carrier must hold besides.
+
+    Attributes:
+        biases: flags that are on.
+        windowed: some layers, unlike others, attend to a window only.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    num_layers: int
+    vocab_size: int
+    tied: bool
+    biases: frozenset[str] = frozenset()
+    windowed: bool = False
+
+    def has_bias(self, linear: Linear) -> bool:
+        return linear.bias == ALWAYS or linear.bias in self.biases
+
+    def rows(self, linear: Linear) -> list[int]:
+        """Outputs of a linear, one number for each matrix that is fused into it."""
+        return [self.spaces[space] for space in linear.outs]
+
+    @cached_property
+    def spaces(self) -> dict[str, int]:
+        """Space -> number of neurons."""
+        return {
+            "residual": self.hidden_size,
+            "mlp": self.intermediate_size,
+            "query": self.num_attention_heads * self.head_dim,
+            "kv": self.num_key_value_heads * self.head_dim,
+            "vocab": self.vocab_size,
+        }
+
+    def narrowed(
+        self,
+        *,
+        hidden_size: int | None = None,
+        intermediate_size: int | None = None,
+        num_key_value_heads: int | None = None,
+        tied: bool | None = None,
+    ) -> Sizes:
+        """The sizes after narrowing; None keeps what is.
+
+        Query heads leave with their KV head.
+
+        Args:
+            tied: False gives a shared table a head of its own.
+        """
+        hidden = hidden_size or self.hidden_size
+        groups = num_key_value_heads or self.num_key_value_heads
+        return replace(
+            self,
+            hidden_size=hidden,
+            intermediate_size=intermediate_size or self.intermediate_size,
+            num_attention_heads=self.num_attention_heads // self.num_key_value_heads * groups,
+            num_key_value_heads=groups,
+            tied=self.tied if tied is None else self.tied and tied,
+        )
+
+
+def shapes(family: Family, sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every tensor of a model, by name, in the order in which narrowing makes them."""
+    width = sizes.spaces
+    yield f"{family.embedding}.weight", (sizes.vocab_size, sizes.hidden_size)
+    for layer in range(sizes.num_layers):
+        for sublayer in family.sublayers:
+            for outer in filter(None, (sublayer.norm, sublayer.output_norm)):
+                yield family.layer_name(layer, f"{outer}.weight"), (sizes.hidden_size,)
+            widths = {linear.name: sum(sizes.rows(linear)) for linear in sublayer.readers}
+            for norm in sublayer.inner_norms:
+                features = sizes.head_dim if norm.per_head else widths[norm.reader]
+                yield family.layer_name(layer, f"{norm.name}.weight"), (features,)
+            for linear in (*sublayer.readers, sublayer.writer):
+                name, rows = family.layer_name(layer, linear.name), sum(sizes.rows(linear))
+                yield f"{name}.weight", (rows, width[linear.in_])
+                if sizes.has_bias(linear):
+                    yield f"{name}.bias", (rows,)
+    yield f"{family.final_norm}.weight", (sizes.hidden_size,)
+    if not sizes.tied:
+        yield f"{family.head.name}.weight", (sizes.vocab_size, sizes.hidden_size)
+
+
+def num_parameters(family: Family, sizes: Sizes) -> int:
+    """Distinct weights; a tied embedding counts once."""
+    # All layers are alike, and a search over sizes asks this thousands of times.
+    repeated, once = 0, 0
+    for name, shape in shapes(family, replace(sizes, num_layers=1)):
+        if name.startswith(family.layer_name(0, "")):
+            repeated += math.prod(shape)
+        else:
+            once += math.prod(shape)
+    return once + sizes.num_layers * repeated
+
+
+def read_sizes(family: Family, config: Mapping[str, Any]) -> Sizes:
+    """The sizes a config.json declares; families name them differently, Optimum knows how.
+
+    Raises:
+        CheckpointError: a size is missing or not a positive integer.
+    """
+    from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
+
+    try:
+        normal = NormalizedConfigManager.get_normalized_config_class(family.model_type)
+    except KeyError:  # it knows no names of this class, which then are the usual ones
+        normal = NormalizedTextConfig
+    named = normal(SimpleNamespace(**config))
+    heads, hidden = _size(named, "num_attention_heads"), _size(named, "hidden_size")
+    return Sizes(
+        hidden_size=hidden,
+        intermediate_size=_size(named, "intermediate_size"),
+        num_attention_heads=heads,
+        num_key_value_heads=_size(named, "num_key_value_heads", default=heads),
+        head_dim=_size(named, "head_dim", default=family.head_dim or hidden // heads),
+        num_layers=_size(named, "num_layers"),
+        vocab_size=_size(named, "vocab_size"),
+        tied=bool(config.get("tie_word_embeddings", family.tied_by_default)),
+        biases=frozenset(flag for flag in family.bias_flags if config.get(flag)),
+        windowed=_windowed(config),
+    )
+
+
+def _windowed(config: Mapping[str, Any]) -> bool:
+    """Whether the switch of the Qwen classes is on, and some layer behind it."""
+    kinds, layers = config.get("layer_types"), config.get("num_hidden_layers", 0)
+    if not config.get("use_sliding_window"):
+        return False
+    if kinds is not None:
+        return "sliding_attention" in kinds
+    return bool(layers > config.get("max_window_layers", 28))
+
+
+def _size(named: Any, key: str, *, default: int | None = None) -> int:
+    try:
+        value = getattr(named, key)
+    except AttributeError:  # absent, or null: the class has a default for it
+        value = default
+    if type(value) is not int or value <= 0:
+        raise CheckpointError(
+            f"config.json gives {key} = {value!r}; expected a positive integer: "
+            "is it the config of a decoder model?"
+        )
+    return value
+
+
+def check_shapes(
+    family: Family, sizes: Sizes, found: Mapping[str, tuple[int, ...]], folder: object
+) -> None:
+    """Refuse a checkpoint whose tensors are not those its config declares.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+    """
+    expected = dict(shapes(family, sizes))
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of the {len(expected)} tensors its config.json calls "
+            f"for, first {missing[0]}; take a complete copy of the model"
+        )
+    for name, shape in expected.items():
+        if tuple(found[name]) != shape:
+            raise CheckpointError(
+                f"{name} has shape {tuple(found[name])} where config.json says {shape}; "
+                "config and weights are not of the same model"
+            )

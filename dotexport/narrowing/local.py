@@ -1,0 +1,174 @@
+"""Local healing: a few optimiser steps on one narrowed sublayer, while it is in memory.
+
+The closed form cannot reach the gate and up rows of an MLP, because a nonlinearity lies between
+them and what is fitted. Gradients can: the sublayer's own weights move so that the stream behind
+it comes closer to the original's. No backward pass leaves the sublayer, so memory stays that of
+one.
+
+Shapes: T tokens, B windows of a batch, L tokens per window, K width of the narrowed stream.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dotexport.errors import UsageError
+from dotexport.narrowing.streams import Streams
+
+Step = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalOptions:
+    """How long and how fast.
+
+    Attributes:
+        passes: over the calibration tokens that are not held out.
+        least_steps: at least so many steps, however little text there is.
+        tokens: of one step.
+        learning_rate: of Adam, in units of each tensor's root mean square.
+        checks: how often held-out windows are looked at; the best state is kept.
+    """
+
+    passes: float = 2.0
+    least_steps: int = 64
+    tokens: int = 2048
+    learning_rate: float = 0.05
+    checks: int = 4
+
+    def __post_init__(self) -> None:
+        if min(self.passes, self.least_steps, self.tokens, self.learning_rate, self.checks) <= 0:
+            raise UsageError(f"healing options must be positive, not {self}")
+
+    def num_steps(self, tokens: int) -> int:
+        return max(self.least_steps, math.ceil(self.passes * tokens / self.tokens))
+
+
+@dataclass(frozen=True)
+class Healed:
+    """Held-out error before and after, as a share of the original stream's energy."""
+
+    before: float
+    after: float
+    steps: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"error_before": self.before, "error_after": self.after, "steps": self.steps}
+
+
+def heal(
+    parameters: list[Tensor],
+    step: Step,
+    streams: Streams,
+    E_DK: Tensor,
+    options: LocalOptions,
+    *,
+    tokenwise: bool,
+    seed: int,
+) -> Healed:
+    """Move `parameters` in place so that `step` turns the narrowed stream into E^T X+.
+
+    Args:
+        parameters: leaves that `step` reads.
+        step: the narrowed sublayer, stream (B, L, K) to stream (B, L, K).
+        streams: the original's behind the sublayer, the narrowed one before it.
+        tokenwise: whether `step` treats tokens alone, so that a batch may mix those of all windows.
+
+    Each token counts by one over the mean square of its X+, as in the writer's closed form.
+    """
+    batches = _Batches(streams, E_DK.float(), tokenwise)
+    best, before = [p.detach().clone() for p in parameters], batches.held_out_error(step)
+    least, steps = before, options.num_steps(batches.num_tokens)
+    optimiser = _adam(parameters, options)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: _cosine(k, steps))
+    checked = {round(steps * (n + 1) / options.checks) for n in range(options.checks)}
+    for number, (before_BLK, goal_BLK, weight_BL1) in enumerate(
+        batches.draw(options.tokens, steps, seed), start=1
+    ):
+        with torch.enable_grad():
+            loss = _error(step(before_BLK), goal_BLK, weight_BL1)
+            optimiser.zero_grad()
+            loss.backward()
+        optimiser.step()
+        schedule.step()
+        if number in checked and (error := batches.held_out_error(step)) < least:
+            best, least = [p.detach().clone() for p in parameters], error
+    for parameter, kept in zip(parameters, best, strict=True):
+        parameter.detach().copy_(kept)
+    return Healed(before, least, steps)
+
+
+def _adam(parameters: list[Tensor], options: LocalOptions) -> torch.optim.Optimizer:
+    """Adam moves every weight by about its learning rate: a share of what such weights are."""
+    groups = [
+        {"params": [p], "lr": options.learning_rate * float(p.detach().square().mean().sqrt())}
+        for p in parameters
+        if bool(p.any())  # a tensor of zeros has no size to go by
+    ]
+    return torch.optim.Adam(groups, betas=(0.9, 0.95))
+
+
+def _cosine(step: int, steps: int) -> float:
+    warm = min(1.0, (step + 1) / max(1, min(10, steps // 4)))
+    return warm * 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps))
+
+
+def _error(found_BLK: Tensor, goal_BLK: Tensor, weight_BL1: Tensor) -> Tensor:
+    error: Tensor = ((found_BLK - goal_BLK).square() * weight_BL1).mean()
+    return error
+
+
+@dataclass
+class _Batches:
+    """What healing reads: (narrowed stream before, E^T X+, weight), in float32 on the device."""
+
+    streams: Streams
+    E_DK: Tensor
+    tokenwise: bool
+
+    def __post_init__(self) -> None:
+        count, self.length = self.streams.windows_NL.shape
+        held = self.streams.held_out
+        self.train = torch.tensor([n for n in range(count) if n not in held])
+        self.held = torch.tensor(sorted(held)) if held else self.train
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.train) * self.length
+
+    def draw(self, tokens: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        random = torch.Generator().manual_seed(seed)
+        windows = max(1, tokens // self.length)
+        for _ in range(steps):
+            if self.tokenwise:
+                n_T = self.train[torch.randint(len(self.train), (tokens,), generator=random)]
+                l_T = torch.randint(self.length, (tokens,), generator=random)
+                yield self._read(n_T, l_T, batch=1)
+            else:
+                n_B = torch.randint(len(self.train), (windows,), generator=random)
+                yield self._read(self.train[n_B], slice(None), batch=windows)
+
+    def held_out_error(self, step: Step) -> float:
+        most = max(1, 8192 // self.length)
+        total = 0.0
+        for n_B in torch.split(self.held, most):
+            with torch.no_grad():
+                before_BLK, goal_BLK, weight_BL1 = self._read(n_B, slice(None), batch=len(n_B))
+                total += float(_error(step(before_BLK), goal_BLK, weight_BL1)) * len(n_B)
+        return total / len(self.held)
+
+    def _read(
+        self, windows: Tensor, positions: Tensor | slice, batch: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        device = self.streams.device
+        x = self.streams.original_NLD[windows, positions].to(device)
+        r = self.streams.narrowed_NLK[windows, positions].to(device)
+        weight = x.square().mean(-1, keepdim=True).clamp_min(1e-12).reciprocal()
+        goal = x @ self.E_DK
+        return tuple(part.reshape(batch, -1, part.shape[-1]) for part in (r, goal, weight))  # type: ignore[return-value]

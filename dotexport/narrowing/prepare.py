@@ -1,0 +1,166 @@
+"""What a run of narrowing is made of: streams, classes before and after, and a writer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dotexport.errors import RuntimeMissingError, UsageError
+from dotexport.models.carriers import carry
+from dotexport.models.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
+from dotexport.models.layers import Stock
+from dotexport.models.rope import in_all_words
+from dotexport.models.shapes import shapes
+from dotexport.narrowing.basis import check_basis
+from dotexport.narrowing.norm_statistics import Progress
+from dotexport.narrowing.original import Original
+from dotexport.narrowing.run import REHEARSAL, Narrowing, Nowhere, Writer
+from dotexport.narrowing.site import NarrowOptions
+from dotexport.narrowing.streams import Streams
+from dotexport.outputs.output import write_json
+from dotexport.sizes.budget import Plan
+
+MAX_SHARD_BYTES = 4 << 30
+
+
+def prepare(
+    source: Checkpoint,
+    decided: Plan,
+    folder: Path,
+    windows_NL: torch.Tensor,
+    options: NarrowOptions,
+    *,
+    device: torch.device | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress = lambda stage, done, total: None,
+) -> Narrowing:
+    """Everything a run needs, with config.json and empty weight files already in FOLDER/hf."""
+    source, decided = carry(source, decided)
+    family = decided.family
+    check_basis(options.basis, family.architecture, rotates=family.rotates)
+    write_json(folder / "hf" / "config.json", narrowed_config(source.config, decided))
+    writer = CheckpointWriter(
+        folder / "hf", tensor_specs(source, decided), max_shard_bytes=max_shard_bytes
+    )
+    streams = _streams(decided, windows_NL, options, device or torch.device("cpu"), folder)
+    return _assemble(source, decided, streams, writer, options, progress)
+
+
+def rehearsals(
+    source: Checkpoint, windows_NL: torch.Tensor, options: NarrowOptions, device: torch.device
+) -> Callable[[Plan], float]:
+    """A function from a plan to its held-out divergence, from a closed form that writes nothing.
+
+    It sees a part of the text, and takes the cheap way where there is one: PCA for a basis that
+    would be learned or searched, no transport, no healing.
+    """
+    cheap = replace(options, mlp="obs", heads="obs", local=None)
+
+    def measure(planned: Plan) -> float:
+        carried, decided = carry(source, planned)
+        rough = "pca" if decided.family.rotates else "select"
+        basis = options.basis if options.basis in ("dot", "select") else rough
+        streams = _streams(decided, windows_NL, options, device, None).some(REHEARSAL)
+        writer = Nowhere(tensor_specs(carried, decided))
+        quiet: Progress = lambda stage, done, total: None  # noqa: E731
+        run = _assemble(carried, decided, streams, writer, replace(cheap, basis=basis), quiet)
+        run.run()
+        return run.divergence
+
+    return measure
+
+
+def _streams(
+    decided: Plan,
+    windows_NL: torch.Tensor,
+    options: NarrowOptions,
+    device: torch.device,
+    scratch: Path | None,
+) -> Streams:
+    return Streams.allocate(
+        windows_NL,
+        decided.before.hidden_size,
+        decided.after.hidden_size,
+        seed=options.seed,
+        device=device,
+        scratch=scratch,
+    )
+
+
+def _assemble(
+    source: Checkpoint,
+    decided: Plan,
+    streams: Streams,
+    writer: Writer,
+    options: NarrowOptions,
+    progress: Progress,
+) -> Narrowing:
+    stock = Stock.of(source.config, streams.device)
+    return Narrowing(
+        Original(source, decided.family, decided.before, stock, streams.device),
+        decided.after,
+        Stock.of(narrowed_config(source.config, decided), streams.device),
+        streams,
+        writer,
+        options,
+        progress,
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of `--device`; auto is cuda where there is one.
+
+    Raises:
+        UsageError: no name of a device.
+        RuntimeMissingError: there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UsageError(f"--device {name} is not known; expected auto, cpu or cuda")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RuntimeMissingError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; use "
+            "--device cpu, or install a torch built for your GPU"
+        )
+    return device
+
+
+def narrowed_config(config: Mapping[str, Any], decided: Plan) -> dict[str, Any]:
+    """config.json of the narrower model: the same keys, other numbers.
+
+    head_dim is explicit because hidden_size / heads no longer gives it; rms_norm_eps is rescaled by
+    D / K, which together with sqrt(D / K) in the readers makes the narrower norm exact. The rotary
+    embedding is said in the words of all releases of transformers (rope.py).
+    """
+    before, after = decided.before, decided.after
+    changed = dict(config)
+    changed["hidden_size"] = after.hidden_size
+    changed["intermediate_size"] = after.intermediate_size
+    changed["num_attention_heads"] = after.num_attention_heads
+    changed["num_key_value_heads"] = after.num_key_value_heads
+    changed["head_dim"] = after.head_dim
+    changed |= dict.fromkeys(sorted(after.biases), True)
+    changed["tie_word_embeddings"] = after.tied
+    if after.hidden_size != before.hidden_size:
+        epsilon = config.get("rms_norm_eps", 1e-6)
+        changed["rms_norm_eps"] = epsilon * before.hidden_size / after.hidden_size
+    changed.pop("_name_or_path", None)
+    return in_all_words(changed)
+
+
+def tensor_specs(source: Checkpoint, decided: Plan) -> dict[str, TensorSpec]:
+    """Every tensor of the narrower model; what is new takes the type of the embedding."""
+    family = decided.family
+    stored = source.specs
+    table = stored[f"{family.embedding}.weight"].dtype
+    return {
+        name: TensorSpec(shape, stored[name].dtype if name in stored else table)
+        for name, shape in shapes(family, decided.after)
+    }

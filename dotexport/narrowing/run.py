@@ -1,0 +1,368 @@
+"""The narrowing itself: a basis, and one layer after another merged and refitted.
+
+Teacher (the original) and student (what becomes narrower) walk through the calibration text side
+by side, one layer of each in memory at a time.
+
+Shapes: N windows, L tokens per window, B windows of a batch, D width before, K width after,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+
+from dotexport.merging.heads import Groups
+from dotexport.merging.refit import Solver, fit, gain_solve, ridge_solve, symmetric_solve
+from dotexport.models.checkpoint import TensorSpec
+from dotexport.models.family import Sublayer
+from dotexport.models.layers import Layer, Stock
+from dotexport.models.shapes import Sizes
+from dotexport.narrowing.basis import (
+    AUTO,
+    Basis,
+    best_of,
+    check_basis,
+    find_basis,
+    methods_for,
+    whole,
+)
+from dotexport.narrowing.norm_statistics import Progress, Sight, look
+from dotexport.narrowing.original import ROWS, Original, embed, gram
+from dotexport.narrowing.output_norm import merged
+from dotexport.narrowing.site import NarrowOptions, Site
+from dotexport.narrowing.streams import Streams
+
+logger = logging.getLogger(__name__)
+
+REHEARSAL = 16  # windows to fit on where several sizes are measured before one is taken
+COMPARED = 64  # the same for several bases, which are closer together than sizes
+JUDGED = 8192  # held-out tokens that decide
+JUDGED_AT_ONCE = 256
+
+
+class Writer(Protocol):
+    """Takes every tensor as soon as it is final."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]: ...
+
+    def write(self, name: str, tensor: Tensor) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+@dataclass
+class Nowhere:
+    """A writer that keeps nothing: for what is only measured."""
+
+    specs: Mapping[str, TensorSpec]
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+@dataclass
+class Narrowing:
+    """One run over one model.
+
+    Attributes:
+        after: sizes of what is written.
+        stock: its classes.
+        writer: takes every tensor as soon as it is final.
+        progress: told what is being done, steps done, steps in all.
+        divergence: once run, held-out KL divergence from the original, nats per token.
+    """
+
+    original: Original
+    after: Sizes
+    stock: Stock
+    streams: Streams
+    writer: Writer
+    options: NarrowOptions
+    progress: Progress = lambda stage, done, total: None
+    records: list[dict[str, Any]] = field(default_factory=list)
+    divergence: float = math.nan
+
+    @torch.no_grad()
+    def run(self, basis: Basis | None = None) -> Basis:
+        """Narrow the whole model and write it; `basis` overrides the search for one."""
+        basis = basis or self._basis()
+        self.E_DK = torch.from_numpy(basis.matrix_DK).to(self.streams.device)
+        self._start()
+        for number in range(self.before.num_layers):
+            self._layer(number)
+            self.progress("narrowing", number + 1, self.before.num_layers)
+        self._finish()
+        return basis
+
+    @property
+    def before(self) -> Sizes:
+        return self.original.sizes
+
+    @cached_property
+    def scale(self) -> float:
+        """sqrt(D / K): stock RMSNorm divides by K where the original divided by D.
+
+        It goes into the readers; together with rms_norm_eps D / K the two then agree exactly.
+        """
+        return math.sqrt(self.before.hidden_size / self.after.hidden_size)
+
+    # The basis --------------------------------------------------------------------------------
+
+    def _basis(self) -> Basis:
+        width = self.after.hidden_size
+        if width == self.before.hidden_size:
+            return whole(width)
+        family = self.original.family
+        sight = look(self.original, self.streams, self.progress)
+        sight.tied = self.after.tied
+        asked = self.options.basis or self._default_basis
+        check_basis(asked, family.architecture, rotates=family.rotates)
+        methods = methods_for(family.rotates) if asked == AUTO else (asked,)
+        found = {name: self._oriented(name, sight) for name in methods}
+        if len(found) == 1:
+            return next(iter(found.values()))
+        measured = {}
+        for number, (name, basis) in enumerate(found.items()):
+            self.progress(f"measuring bases: {name}", number, len(found))
+            measured[name] = basis, self.rehearse(basis)
+        return best_of(measured)
+
+    @property
+    def _default_basis(self) -> str:
+        if not self.original.family.rotates:
+            return "dot"
+        return "pca" if self.after.tied else "learned"
+
+    def rehearse(self, basis: Basis) -> float:
+        """Held-out KL divergence of a run over a part of the text that writes nothing."""
+        run = replace(
+            self,
+            streams=self.streams.some(COMPARED),
+            writer=Nowhere(self.writer.specs),
+            options=replace(self.options, mlp="obs", heads="obs", local=None),
+            progress=lambda stage, done, total: None,
+            records=[],
+        )
+        run.run(basis)
+        return run.divergence
+
+    def _oriented(self, method: str, sight: Sight) -> Basis:
+        """A basis; within its span, the one in which a tied head does best.
+
+        A head that is the embedding's table can only be scaled axis by axis. In a basis turned by
+        R, scaling by g is R diag(g) R^T in the old one: any symmetric matrix can be had. So the
+        best symmetric one is solved for, and its eigenvectors are R.
+        """
+        rotates = self.original.family.rotates
+        width, transport = self.after.hidden_size, self.options.transport
+        basis = find_basis(method, sight, width, transport, rotates=rotates)
+        if not (self.after.tied and rotates):
+            return basis
+        matrix_DK = basis.matrix_DK @ self._turn_of_tied_head(basis, sight).cpu().numpy()
+        return replace(basis, matrix_DK=matrix_DK)
+
+    def _turn_of_tied_head(self, basis: Basis, sight: Sight) -> Tensor:
+        """R: eigenvectors of the best symmetric matrix in the place of the final norm's gamma."""
+        E_DK = torch.from_numpy(basis.matrix_DK).to(self.streams.device)
+        metric_DD, moment_DD = gram(self.original.table()), sight.final
+        assert moment_DD is not None
+        gamma_D = self.original.gamma().double()
+        ridge = 1e-9 * torch.eye(E_DK.shape[1], dtype=torch.float64, device=E_DK.device)
+        left_KK, right_KK = (E_DK.T @ m @ E_DK for m in (metric_DD, moment_DD))
+        wanted_KK = E_DK.T @ (metric_DD * gamma_D) @ moment_DD @ E_DK
+        symmetric_KK = symmetric_solve(
+            left_KK + ridge * left_KK.diagonal().mean(),
+            right_KK + ridge * right_KK.diagonal().mean(),
+            wanted_KK,
+        )
+        turn_KK: Tensor = torch.linalg.eigh(symmetric_KK).eigenvectors
+        return turn_KK
+
+    # Embedding, layers, head: teacher and student side by side --------------------------------
+
+    def _start(self) -> None:
+        embedding_VD = self.original.embedding()
+        name = f"{self.original.family.embedding}.weight"
+        narrow_VK = self._product(name, embedding_VD, self.E_DK / self._embedding_scale)
+        self.writer.write(name, narrow_VK)
+        self._table_VK = narrow_VK if self.after.tied else None
+        embed(embedding_VD, self.streams, self.streams.original_NLD)
+        scaled_VK = narrow_VK if self._embedding_scale == 1.0 else narrow_VK * self._embedding_scale
+        embed(scaled_VK, self.streams, self.streams.narrowed_NLK)
+
+    @property
+    def _embedding_scale(self) -> float:
+        """What the narrower class multiplies rows of its embedding with."""
+        return self.original.family.embedding_scale(self.after.hidden_size)
+
+    def _layer(self, number: int) -> None:
+        family = self.original.family
+        teacher = self.original.layer(number)
+        student = self._student(number, teacher)
+        for sublayer in family.sublayers:
+            site = Site(
+                sublayer,
+                teacher,
+                student,
+                self.streams,
+                self.E_DK,
+                self.scale,
+                self.after.spaces[sublayer.writer.in_],
+                family.gated,
+                self._groups if sublayer.writer.in_ == "query" else None,
+                self.options,
+            )
+            for record in site.narrow():
+                logger.info("layer %d, %s: %s", number, record["site"], record)
+                self.records.append({"layer": number, **record})
+        for name, tensor in student.tensors().items():
+            self.writer.write(family.layer_name(number, name), tensor)
+
+    @property
+    def _groups(self) -> Groups:
+        sizes = self.before
+        queries = sizes.num_attention_heads // sizes.num_key_value_heads
+        return Groups(sizes.num_key_value_heads, queries, sizes.head_dim)
+
+    def _student(self, number: int, teacher: Layer) -> Layer:
+        """The analytic student: readers W E s, writers E^T W, rounded as they will be stored."""
+        family, tensors = self.original.family, teacher.tensors()
+        neutral_K = torch.ones(self.after.hidden_size, device=self.streams.device)
+        for sublayer in family.sublayers:
+            if sublayer.norm:
+                tensors[f"{sublayer.norm}.weight"] = neutral_K - float(family.unit_offset)
+            for linear in (*sublayer.readers, sublayer.writer):
+                weight, bias = f"{linear.name}.weight", f"{linear.name}.bias"
+                if self.after.has_bias(linear) and bias not in tensors:
+                    tensors[bias] = torch.zeros(len(tensors[weight]), device=self.streams.device)
+            for linear in sublayer.readers:
+                weight, bias = f"{linear.name}.weight", f"{linear.name}.bias"
+                inner = sublayer.inner_gain(linear, self.scale)
+                outer = sublayer.gain(self.scale)
+                tensors[weight] = (tensors[weight].double() @ self.E_DK) * (outer * inner)
+                if bias in tensors:
+                    tensors[bias] = tensors[bias] * inner
+            tensors |= self._narrow_writer(sublayer, tensors)
+        dtypes = {n: self.writer.specs[family.layer_name(number, n)].dtype for n in tensors}
+        return Layer(self.stock, family, number, tensors, dtypes)
+
+    def _narrow_writer(
+        self, sublayer: Sublayer, tensors: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """E^T W; behind it lies a norm in some classes, whose gamma goes with it."""
+        weight, bias = (f"{sublayer.writer.name}.{part}" for part in ("weight", "bias"))
+        if sublayer.output_norm is None:
+            names = [name for name in (weight, bias) if name in tensors]
+            return {name: self.E_DK.T @ tensors[name].double() for name in names}
+        norm, offset = f"{sublayer.output_norm}.weight", float(self.original.family.unit_offset)
+        columns = [tensors[weight]] + ([tensors[bias][:, None]] if bias in tensors else [])
+        rows_KI, gamma_K = merged(torch.cat(columns, 1), tensors[norm] + offset, self.E_DK)
+        # Divided by K where the original divided by D, as every norm of the narrower model.
+        found = {weight: rows_KI, norm: gamma_K * self.scale - offset}
+        if bias in tensors:
+            found |= {weight: rows_KI[:, :-1], bias: rows_KI[:, -1]}
+        return found
+
+    # The head -----------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        family = self.original.family
+        norm, head = f"{family.final_norm}.weight", f"{family.head.name}.weight"
+        head_VD = self.original.folded_head()
+        if self._table_VK is None:
+            gamma_K = torch.ones(self.after.hidden_size, device=self.streams.device)
+            narrow_VK = self._product(head, head_VD, self._head_projection(head_VD))
+            self.writer.write(head, narrow_VK)
+        else:
+            gamma_K = self._shared_head_gamma()
+            narrow_VK = self._table_VK
+        self.writer.write(norm, gamma_K - float(family.unit_offset))
+        self.divergence = self._divergence(head_VD, narrow_VK.float() * gamma_K.float())
+
+    def _head_projection(self, head_VD: Tensor) -> Tensor:
+        """P of `W' = W P`, for a head that is free."""
+        analytic_DK = self.E_DK * self.scale
+        if not self.options.refit:
+            return analytic_DK
+        return self._fit_head(head_VD, analytic_DK, 1.0, ridge_solve)
+
+    def _shared_head_gamma(self) -> Tensor:
+        """A table shared with the embedding cannot change; the final norm's gamma still can.
+
+        Its prior is diag(E^T Gamma E) s, which is the original gamma where no axis is mixed. Where
+        the table was scaled for the embedding's sake, gamma takes it back.
+        """
+        family = self.original.family
+        scaled = family.embedding_scale(self.before.hidden_size) / self._embedding_scale
+        gamma_D = self.original.gamma().double()
+        prior_K = torch.einsum("dk,d,dk->k", self.E_DK, gamma_D, self.E_DK) * self.scale
+        if not self.options.refit:
+            return prior_K / scaled
+        table_VD, solve = self.original.table(), partial(gain_solve, map_OI=self.E_DK)
+        fitted_DK = self._fit_head(table_VD, self.E_DK * prior_K, gamma_D, solve)
+        return (self.E_DK * fitted_DK).sum(0) / scaled
+
+    def _fit_head(
+        self, head_VD: Tensor, analytic_DK: Tensor, gamma_D: Tensor | float, solve: Solver
+    ) -> Tensor:
+        after, before = self._final_norms
+        train, held = self.streams.moments(
+            lambda rows: (
+                after(self.streams.narrowed(rows)),
+                before(self.streams.original(rows)) * gamma_D,
+            ),
+            metric_OO=gram(head_VD),
+        )
+        fitted = fit(train, held, analytic_DK, ridge=self.options.ridge, solve=solve)
+        norm = self.original.family.final_norm
+        self.records.append({"layer": None, "site": norm, **fitted.as_dict()})
+        return fitted.weights_OI
+
+    @cached_property
+    def _final_norms(self) -> tuple[Any, Any]:
+        device = self.streams.device
+        return self.stock.norm(device), self.original.stock.norm(device)
+
+    def _divergence(self, head_VD: Tensor, narrow_VK: Tensor) -> float:
+        """Mean KL divergence of the narrowed model from the original on held-out windows."""
+        after, before = self._final_norms
+        total, count = 0.0, 0
+        for window in sorted(self.streams.held_out) or [0]:
+            rows = slice(window, window + 1)
+            x_LD, y_LK = (
+                before(self.streams.original(rows))[0],
+                after(self.streams.narrowed(rows))[0],
+            )
+            parts = (torch.split(z, JUDGED_AT_ONCE) for z in (x_LD, y_LK))
+            for x_TD, y_TK in zip(*parts, strict=True):
+                theirs_TV = log_softmax(self._capped(x_TD @ head_VD.T), -1)
+                ours_TV = log_softmax(self._capped(y_TK @ narrow_VK.T), -1)
+                total += float(kl_div(ours_TV, theirs_TV, reduction="sum", log_target=True))
+            count += len(x_LD)
+            if count >= JUDGED:
+                break
+        return total / count
+
+    def _capped(self, logits_TV: Tensor) -> Tensor:
+        """cap tanh(logits / cap), in classes that do so."""
+        cap = getattr(self.stock.config, "final_logit_softcapping", None)
+        return logits_TV if cap is None else cap * torch.tanh(logits_TV / cap)
+
+    def _product(self, name: str, table_VD: Tensor, map_DK: Tensor) -> Tensor:
+        """A table of the vocabulary times a map, in float64 block by block, rounded as stored."""
+        dtype = self.writer.specs[name].dtype
+        blocks = torch.split(table_VD, ROWS)
+        return torch.cat([(block_RD.double() @ map_DK).to(dtype) for block_RD in blocks])

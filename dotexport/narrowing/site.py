@@ -1,0 +1,429 @@
+"""One sublayer, narrowed: its readers refitted, its neurons merged, its writer refitted.
+
+Attention and MLP are the same to this file: a norm, readers, something in between, a writer. What
+leaves is a KV group in the one and a neuron in the other.
+
+Shapes: T tokens, D width of the stream before, K after, N neurons inside the sublayer, I = N, or
+N + 1 where a writer with a bias sees a last input of ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as apply_linear
+from torch.nn.functional import pad
+
+from dotexport.errors import UsageError
+from dotexport.merging import heads
+from dotexport.merging import neurons as merge
+from dotexport.merging.heads import Groups, HeadMerge
+from dotexport.merging.neurons import Merge
+from dotexport.merging.ot.coupling import Coupling, TransportOptions
+from dotexport.merging.refit import Fit, Moments, compensate, fit, gain_solve
+from dotexport.models.family import Linear, Sublayer
+from dotexport.models.layers import Layer
+from dotexport.narrowing import local
+from dotexport.narrowing.basis import AUTO, AXIS_METHODS, METHODS
+from dotexport.narrowing.local import LocalOptions
+from dotexport.narrowing.output_norm import Behind, FewerFeatures, size
+from dotexport.narrowing.streams import Rows, Streams, inverse_rms
+
+MERGE_METHODS = ("dot", "obs", "select")
+BASES = tuple(sorted({*METHODS, *AXIS_METHODS}))
+REWEIGHINGS = 3  # of a writer behind which a norm lies, at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class NarrowOptions:
+    """How neurons are merged.
+
+    Attributes:
+        basis: of the residual stream, one of `dot`, `learned`, `pca`, `select`; or `auto`, which
+            measures all on held-out windows and takes the best. None: `learned`, or `pca` for a
+            head that stays tied, which is a reader that no refit can change. Where the stream
+            cannot be rotated, one of `dot`, `obs`, `select`; None: `dot`.
+        mlp: `dot` (OBS chooses the targets, transport merges the rest into them), `obs` (the
+            choice alone), `select` (largest magnitude). Without refit nothing can judge a merge,
+            and `dot` is `obs`.
+        heads: the same for KV groups and their query heads.
+        refit: closed-form least squares against the original's activations, layer after layer.
+        feedback: writers answer for what earlier sublayers got wrong, too; else only for their own.
+        ridge: of every solve, in units of the mean diagonal of its Gram matrix; None: per solve the
+            one that is best on held-out windows.
+        transport: how plans are found.
+        local: steps on each narrowed sublayer's own weights after its refit; None takes none.
+        seed: which calibration windows are held out to choose ridges and accept merges.
+    """
+
+    basis: str | None = None
+    mlp: str = "obs"
+    heads: str = "obs"
+    refit: bool = True
+    feedback: bool = True
+    ridge: float | None = None
+    transport: TransportOptions = field(default_factory=TransportOptions)
+    local: LocalOptions | None = field(default_factory=LocalOptions)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for axis in ("mlp", "heads"):
+            if (method := getattr(self, axis)) not in MERGE_METHODS:
+                known = ", ".join(MERGE_METHODS)
+                raise UsageError(f"{axis} must be one of {known}, not {method!r}")
+        if self.basis not in (None, *BASES, AUTO):
+            known = ", ".join((*BASES, AUTO))
+            raise UsageError(f"basis must be one of {known}, not {self.basis!r}")
+        if self.ridge is not None and not 0 <= self.ridge < math.inf:
+            raise UsageError(f"ridge must be at least 0, not {self.ridge}")
+        if self.seed < 0:
+            raise UsageError(f"seed must be at least 0, not {self.seed}")
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A writer, and the gamma of the norm behind it as the diagonal of a fit."""
+
+    weights_KI: Tensor
+    gamma: Fit
+
+
+@dataclass
+class Site:
+    """A sublayer of teacher and student, and the streams that enter both.
+
+    Attributes:
+        E_DK: basis of the residual stream.
+        scale: sqrt(D / K), which the readers carry for the narrower norm.
+        width: neurons inside the sublayer after narrowing.
+        gated: the reader behind a nonlinearity, which takes no signs.
+        groups: how an attention sublayer's features are arranged; None for an MLP.
+    """
+
+    sublayer: Sublayer
+    teacher: Layer
+    student: Layer
+    streams: Streams
+    E_DK: Tensor
+    scale: float
+    width: int
+    gated: str | None
+    groups: Groups | None
+    options: NarrowOptions
+
+    def narrow(self) -> Iterator[dict[str, Any]]:
+        """Refit, merge, refit, heal, and move both streams behind this sublayer; yields reports."""
+        if self.options.refit:
+            seen = self.sublayer.norm or f"{self.sublayer.module}, as it is"
+            yield {"site": seen, **self._refit_readers().as_dict()}
+        self.streams.advance_original(lambda x: self.teacher.after(self.sublayer, x))
+        fitted, prior_KI, report = self._narrow_inside()
+        self._assign_writer(fitted.weights_OI)
+        yield {"site": self.sublayer.writer.name, **fitted.as_dict(), **report}
+        if self.sublayer.output_norm and self.options.refit and self.options.feedback:
+            settled = self._reweigh([prior_KI, fitted.weights_OI])
+            yield {"site": self.sublayer.output_norm, **settled.gamma.as_dict()}
+        if self.options.local and self.options.refit and self._worth_healing:
+            yield {"site": self.sublayer.module, **self._heal(self.options.local).as_dict()}
+        self.streams.advance_narrowed(lambda r: self.student.after(self.sublayer, r))
+
+    # Readers ----------------------------------------------------------------------------------
+
+    def _refit_readers(self) -> Fit:
+        """x ~ P y + c: what the original's readers saw, from what the narrow stream still says."""
+        ones = self._readers_have_biases
+
+        def read(rows: Rows) -> tuple[Tensor, Tensor]:
+            y_BLK = self.student.normalise(self.sublayer, self.streams.narrowed(rows))
+            x_BLD = self.teacher.normalise(self.sublayer, self.streams.original(rows))
+            y_BLI = pad(y_BLK, (0, 1), value=1.0) if ones else y_BLK
+            if self.sublayer.norm is None:  # tokens count alike, whatever their size
+                weight_BL1 = inverse_rms(x_BLD)
+                return y_BLI * weight_BL1, x_BLD * weight_BL1
+            return y_BLI, x_BLD
+
+        train, held = self.streams.moments(read, metric_OO=self.teacher.metric(self.sublayer))
+        prior_DI = pad(self.E_DK * self.sublayer.gain(self.scale), (0, int(ones)))
+        projection = fit(train, held, prior_DI, ridge=self.options.ridge)
+        for linear in self.sublayer.readers:
+            name, bias = f"{linear.name}.weight", f"{linear.name}.bias"
+            map_DI = projection.weights_OI * self.sublayer.inner_gain(linear, self.scale)
+            seen_OI = self.teacher.tensor(name).double() @ map_DI
+            self.student.assign(name, seen_OI[:, : self.E_DK.shape[1]])
+            if ones:
+                self.student.assign(bias, self.student.tensor(bias) + seen_OI[:, -1])
+        return projection
+
+    @property
+    def _readers_have_biases(self) -> bool:
+        held = self.student.tensors()
+        return all(f"{linear.name}.bias" in held for linear in self.sublayer.readers)
+
+    # Neurons and writer -----------------------------------------------------------------------
+
+    @property
+    def _bias(self) -> Tensor | None:
+        return self.student.tensors().get(f"{self.sublayer.writer.name}.bias")
+
+    @property
+    def _behind(self) -> Behind | None:
+        """The norm behind the writer, whose gamma is then folded into all that is fitted."""
+        if self.sublayer.output_norm is None:
+            return None
+        gamma_K = self.student.gamma(self.sublayer.output_norm)
+        return Behind(gamma_K, self.student.stock.config.rms_norm_eps)
+
+    def _analytic_writer(self) -> Tensor:
+        """E^T W, and E^T b as the last column where there is a bias."""
+        weight_KN = self.student.tensor(f"{self.sublayer.writer.name}.weight").double()
+        if self._bias is not None:
+            weight_KN = torch.column_stack([weight_KN, self._bias])
+        return self._behind.folded(weight_KN) if self._behind else weight_KN
+
+    def _unfolded(self, weights_KI: Tensor) -> Tensor:
+        return self._behind.unfolded(weights_KI) if self._behind else weights_KI
+
+    def _assign_writer(self, weights_KI: Tensor) -> None:
+        self._assign_unfolded(self._unfolded(weights_KI))
+
+    def _assign_unfolded(self, weights_KI: Tensor) -> None:
+        name = self.sublayer.writer.name
+        if self._bias is not None:
+            self.student.assign(f"{name}.bias", weights_KI[:, -1])
+            weights_KI = weights_KI[:, :-1]
+        self.student.assign(f"{name}.weight", weights_KI)
+
+    def _narrow_inside(self) -> tuple[Fit, Tensor, dict[str, Any]]:
+        """The fitted writer, the weights it would fall back on, and a report."""
+        analytic_KI = self._analytic_writer()
+        train, held = self._writer_moments(analytic_KI)
+        width = analytic_KI.shape[1] - (self._bias is not None)
+        if self.width == width:
+            return self._fit(train, held, analytic_KI), analytic_KI, {}
+        choice, coupling, candidates = self._choose(train + held, analytic_KI[:, :width])
+        kept = choice.kept if self._bias is None else pad(choice.kept, (0, 1), value=width)
+        # Weights to fall back on; a choice by magnitude knows nothing of the neurons that leave.
+        by_magnitude = self._method == "select"
+        prior_KI = analytic_KI[:, kept] if by_magnitude else compensate(train, analytic_KI, kept)
+        fitted = self._fit(train.of(kept), held.of(kept), prior_KI)
+        rows = {name: self.student.tensor(name) for _, name in self._reader_rows()}
+        self._shorten_inner_norms(choice)
+        self._apply(choice, rows)
+        if self.options.refit:
+            fitted, choice = self._best_merge(candidates, choice, fitted, prior_KI, rows)
+        report = {"kept": self._count(choice), "moved_mass": choice.moved}
+        return fitted, prior_KI, report | (coupling.as_dict() if coupling else {})
+
+    @property
+    def _method(self) -> str:
+        return self.options.heads if self.groups else self.options.mlp
+
+    def _choose(
+        self, moments: Moments, writer_KN: Tensor
+    ) -> tuple[Merge | HeadMerge, Coupling | None, Iterable[Merge | HeadMerge]]:
+        """The units that stay, and merges of the others into them from strict to loose."""
+        if self._bias is not None:
+            moments = moments.given_last()
+        transported = self._method == "dot" and self.options.refit
+        plan = self.options.transport
+        if self.groups is None:
+            kept = merge.choose(self.options.mlp, moments, writer_KN, self.width)
+            if not transported:
+                return Merge(kept), None, ()
+            return Merge(kept), *merge.merges(moments, writer_KN, kept, plan)
+        count = self.width // self.groups.width
+        kept = heads.choose_groups(self.options.heads, moments, writer_KN, self.groups, count)
+        alone = heads.whole(self.groups, kept)
+        if not transported:
+            return alone, None, ()
+        keys_NN = self._key_moment()
+        return alone, *heads.merges(moments, writer_KN, keys_NN, self.groups, kept, plan)
+
+    def _key_moment(self) -> Tensor:
+        """Second moment of the narrowed model's keys before rotation."""
+        name = next(linear.name for linear in self.sublayer.readers if linear.out == "kv")
+        weight_NK = self.student.tensor(f"{name}.weight").double()
+        total_KK = torch.zeros((), device=weight_NK.device)
+        for rows in self.streams.batches():
+            normed_BLK = self.student.normalise(self.sublayer, self.streams.narrowed(rows))
+            y_TK = normed_BLK.flatten(0, 1).double()
+            total_KK = total_KK + y_TK.T @ y_TK
+        return weight_NK @ total_KK @ weight_NK.T
+
+    def _count(self, choice: Merge | HeadMerge) -> int:
+        return len(choice.kept) // (self.groups.width if self.groups else 1)
+
+    def _writer_moments(self, analytic_KI: Tensor) -> tuple[Moments, Moments]:
+        """With error feedback the target is E^T X+ - r: the writer also repairs earlier drift.
+
+        Without, it is what the analytic writer would have added. Each token counts by one over the
+        mean square of X+, because the next norm will divide by it: else the few positions with
+        massive activations would decide the fit. Behind a norm, inputs are divided by what that
+        divides by, with the analytic weights in front of it.
+        """
+
+        def read(rows: Rows) -> tuple[Tensor, Tensor]:
+            inside_BLI, target_BLK, weight_BL1 = self._asked_of_writer(rows)
+            if self._behind:
+                inside_BLI = self._behind.spread(inside_BLI, analytic_KI)
+            if not (self.options.refit and self.options.feedback):
+                target_BLK = inside_BLI @ analytic_KI.T
+            return inside_BLI * weight_BL1, target_BLK * weight_BL1
+
+        return self.streams.moments(read)
+
+    def _asked_of_writer(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """What it sees, what is missing behind it, and how much each token counts."""
+        after_BLD, before_BLK = self.streams.original(rows).double(), self.streams.narrowed(rows)
+        inside_BLI = self.student.inside(self.sublayer, before_BLK).double()
+        if self._bias is not None:
+            inside_BLI = pad(inside_BLI, (0, 1), value=1.0)
+        return inside_BLI, after_BLD @ self.E_DK - before_BLK, inverse_rms(after_BLD)
+
+    def _fit(self, train: Moments, held: Moments, prior_KI: Tensor) -> Fit:
+        if not self.options.refit:
+            return Fit.unchanged(prior_KI, held)
+        fitted = fit(train, held, prior_KI, ridge=self.options.ridge)
+        if self._behind is None:
+            return fitted
+        weights_KI = self._behind.where_it_matters(fitted.weights_OI, prior_KI.double())
+        return replace(fitted, weights_OI=weights_KI)
+
+    # A norm behind the writer -----------------------------------------------------------------
+
+    def _reweigh(self, folded: Sequence[Tensor]) -> Settled:
+        """Fit gamma for each of these writers, then writers again from the best of them.
+
+        A writer is fitted for sizes that it then changes. The error of gamma's fit is that of what
+        the sublayer really gives: by it the best is taken.
+        """
+        behind = self._behind
+        assert behind is not None
+        found = [self._settle(behind.unfolded(weights_KI)) for weights_KI in folded]
+        unsettled = found[0].gamma.analytic_error
+        best = min(found, key=lambda settled: settled.gamma.error)
+        for _ in range(REWEIGHINGS):
+            self._assign_settled(best)
+            folded_KI = self._analytic_writer()
+            fitted = self._fit(*self._writer_moments(folded_KI), folded_KI)
+            again = self._settle(self._unfolded(fitted.weights_OI))
+            if not again.gamma.error < best.gamma.error:
+                break
+            best = again
+        self._assign_settled(best)
+        return replace(best, gamma=replace(best.gamma, analytic_error=unsettled))
+
+    def _settle(self, weights_KI: Tensor) -> Settled:
+        """The gamma that is best behind these weights, starting at the one that is there."""
+        name, behind = self.sublayer.output_norm, self._behind
+        assert name is not None
+        assert behind is not None
+
+        def read(rows: Rows) -> tuple[Tensor, Tensor]:
+            inside_BLI, target_BLK, weight_BL1 = self._asked_of_writer(rows)
+            written_BLK = inside_BLI @ weights_KI.T
+            normed_BLK = written_BLK / size(written_BLK, behind.epsilon)
+            return normed_BLK * weight_BL1, target_BLK * weight_BL1
+
+        gamma_KK = behind.gamma_K.double().diag()
+        solve = partial(gain_solve, map_OI=torch.eye(len(gamma_KK)).to(gamma_KK))
+        fitted = fit(*self.streams.moments(read), gamma_KK, ridge=self.options.ridge, solve=solve)
+        return Settled(weights_KI, fitted)
+
+    def _assign_settled(self, settled: Settled) -> None:
+        assert self.sublayer.output_norm is not None
+        self._assign_unfolded(settled.weights_KI)
+        self.student.assign_gamma(self.sublayer.output_norm, settled.gamma.weights_OI.diagonal())
+
+    def _shorten_inner_norms(self, choice: Merge | HeadMerge) -> None:
+        """Norms over all queries or keys, for those that stay."""
+        for norm in self.sublayer.inner_norms:
+            if norm.per_head:
+                continue
+            assert isinstance(choice, HeadMerge)
+            linear = next(x for x in self.sublayer.readers if x.name == norm.reader)
+            weight = self.student.tensor(f"{linear.name}.weight")
+            bias = self.student.tensors().get(f"{linear.name}.bias")
+            shorter = FewerFeatures(
+                self.student.gamma(norm.name),
+                choice.stays(linear.out),
+                self.student.stock.config.rms_norm_eps,
+            )
+            for rows in self.streams.batches():
+                normed_BLK = self.student.normalise(self.sublayer, self.streams.narrowed(rows))
+                shorter.add(apply_linear(normed_BLK, weight, bias).flatten(0, 1))
+            self.student.assign_gamma(norm.name, shorter.fitted())
+
+    # Merging ----------------------------------------------------------------------------------
+
+    def _best_merge(
+        self,
+        candidates: Iterable[Merge | HeadMerge],
+        accepted: Merge | HeadMerge,
+        best: Fit,
+        prior_KI: Tensor,
+        rows: dict[str, Tensor],
+    ) -> tuple[Fit, Merge | HeadMerge]:
+        """Move removed units into kept ones as far as held-out reconstruction improves.
+
+        Every candidate starts from the prior of the choice alone, which has not seen the held-out
+        windows: from the fitted writer, any candidate would look better than it is.
+        """
+        for candidate in candidates:
+            self._apply(candidate, rows)
+            train, held = self._writer_moments(prior_KI)
+            fitted = self._fit(train, held, prior_KI)
+            if fitted.error < best.error:
+                best, accepted = fitted, candidate
+        self._apply(accepted, rows)
+        return best, accepted
+
+    def _reader_rows(self) -> Iterator[tuple[Linear, str]]:
+        held = self.student.tensors()
+        for linear in self.sublayer.readers:
+            for name in (f"{linear.name}.weight", f"{linear.name}.bias"):
+                if name in held:
+                    yield linear, name
+
+    def _apply(self, choice: Merge | HeadMerge, rows: dict[str, Tensor]) -> None:
+        for linear, name in self._reader_rows():
+            space = "gate" if linear.name == self.gated else linear.out
+            self.student.assign(name, choice.rows(space, rows[name]))
+
+    # Healing ----------------------------------------------------------------------------------
+
+    @property
+    def _worth_healing(self) -> bool:
+        """An attention sublayer that lost no group gains next to nothing (docs/log.md)."""
+        return self.groups is None or self.width < self.groups.count * self.groups.width
+
+    @property
+    def _healed_norms(self) -> Iterator[str]:
+        """Those that no reader takes over, and that change with the widths."""
+        yield from (norm.name for norm in self.sublayer.inner_norms if not norm.per_head)
+        yield from filter(None, [self.sublayer.output_norm])
+
+    def _heal(self, options: LocalOptions) -> local.Healed:
+        names = [name for _, name in self._reader_rows()]
+        writer = self.sublayer.writer.name
+        names += [f"{writer}.{part}" for part in ("weight", "bias")][: 1 + (self._bias is not None)]
+        names += [f"{norm}.weight" for norm in self._healed_norms]
+        leaves = self.student.leaves(names)
+        healed = local.heal(
+            leaves,
+            lambda r: self.student.after(self.sublayer, r),
+            self.streams,
+            self.E_DK,
+            options,
+            tokenwise=self.groups is None,
+            seed=self.options.seed,
+        )
+        for name, leaf in zip(names, leaves, strict=True):
+            self.student.assign(name, leaf.detach())
+        return healed

@@ -1,0 +1,162 @@
+"""The residual streams of original and narrowed model over the calibration text.
+
+They are all that stays in memory between two layers; past a share of free memory they live in a
+memory-mapped scratch file instead.
+
+Shapes: N windows, L tokens per window, T tokens, D width before, K width after.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from dotexport.errors import CheckpointError
+from dotexport.merging.refit import Moments
+from dotexport.models.checkpoint import reserve
+
+TOKENS_PER_BATCH = 4096
+MEMORY_SHARE = 0.25
+Rows = slice
+Read = Callable[[Rows], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Streams:
+    """Two streams (N, L, width) in float32, walked through in batches of whole windows.
+
+    Attributes:
+        held_out: windows that choose ridges and accept merges; the others are fitted on.
+        device: where batches are computed.
+    """
+
+    windows_NL: Tensor
+    original_NLD: Tensor
+    narrowed_NLK: Tensor
+    held_out: frozenset[int]
+    device: torch.device
+
+    @classmethod
+    def allocate(
+        cls,
+        windows_NL: Tensor,
+        width_before: int,
+        width_after: int,
+        *,
+        seed: int,
+        device: torch.device,
+        scratch: Path | None = None,
+    ) -> Streams:
+        shape = tuple(windows_NL.shape)
+        return cls(
+            windows_NL,
+            _allocate((*shape, width_before), scratch),
+            _allocate((*shape, width_after), scratch),
+            held_out_windows(len(windows_NL), seed),
+            device,
+        )
+
+    def some(self, count: int) -> Streams:
+        """Streams of their own over `count` windows to fit on, and half as many held-out ones."""
+        fitted = [n for n in range(len(self.windows_NL)) if n not in self.held_out]
+        chosen = sorted({*fitted[:count], *sorted(self.held_out)[: max(1, count // 2)]})
+        windows_NL = self.windows_NL[chosen]
+        return Streams(
+            windows_NL,
+            torch.empty((*windows_NL.shape, self.original_NLD.shape[-1])),
+            torch.empty((*windows_NL.shape, self.narrowed_NLK.shape[-1])),
+            frozenset(n for n, window in enumerate(chosen) if window in self.held_out),
+            self.device,
+        )
+
+    def batches(self) -> Iterator[Rows]:
+        """Consecutive windows, a few thousand tokens at a time, held-out ones apart."""
+        count, length = self.windows_NL.shape
+        most = max(1, TOKENS_PER_BATCH // length)
+        start = 0
+        for end in range(1, count + 1):
+            full = end - start == most
+            if end == count or full or (end in self.held_out) != (start in self.held_out):
+                yield slice(start, end)
+                start = end
+
+    def original(self, rows: Rows) -> Tensor:
+        return self.original_NLD[rows].to(self.device)
+
+    def narrowed(self, rows: Rows) -> Tensor:
+        return self.narrowed_NLK[rows].to(self.device)
+
+    def advance_original(self, step: Callable[[Tensor], Tensor]) -> None:
+        """Replace the original's stream by what lies behind its next sublayer."""
+        for rows in self.batches():
+            self.original_NLD[rows] = step(self.original(rows)).to(self.original_NLD.device)
+
+    def advance_narrowed(self, step: Callable[[Tensor], Tensor]) -> None:
+        """The same for the narrowed model."""
+        for rows in self.batches():
+            self.narrowed_NLK[rows] = step(self.narrowed(rows)).to(self.narrowed_NLK.device)
+
+    def moments(self, read: Read, *, metric_OO: Tensor | None = None) -> tuple[Moments, Moments]:
+        """Moments of the inputs and targets (B, L, features) that `read` gives for some windows.
+
+        Returns those of the windows to fit on, and those of the held-out ones.
+        """
+        sums: dict[bool, Moments] = {}
+        for rows in self.batches():
+            z_TI, t_TO = (part.flatten(0, 1) for part in read(rows))
+            held = rows.start in self.held_out
+            if held not in sums:
+                sums[held] = Moments.zeros(
+                    z_TI.shape[1], t_TO.shape[1], metric_OO=metric_OO, device=self.device
+                )
+            sums[held].add(z_TI, t_TO)
+        for moments in sums.values():
+            check_finite(moments.inputs_II.diagonal().sum() + moments.targets)
+        # A single window is both: nothing can be held out of it.
+        return sums[False], sums.get(True, sums[False])
+
+
+def inverse_rms(stream_BLD: Tensor) -> Tensor:
+    """One over the root mean square of each token, (B, L, 1)."""
+    inverse_BL1: Tensor = stream_BLD.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+    return inverse_BL1
+
+
+def check_finite(energy: Tensor) -> None:
+    """Refuse sums over activations that overflowed, which no solve survives.
+
+    Raises:
+        CheckpointError: NaN or infinity.
+    """
+    if not bool(torch.isfinite(energy)):
+        raise CheckpointError(
+            "activations on the calibration text are NaN or infinite; expected a model that works "
+            "in transformers: take an undamaged copy of it, and if it is stored in float16, "
+            "convert it to bfloat16 first"
+        )
+
+
+def held_out_windows(count: int, seed: int) -> frozenset[int]:
+    """One window in eight, drawn by seed; none of a single one."""
+    if count < 2:
+        return frozenset()
+    drawn = np.random.default_rng(seed).permutation(count)[: max(1, count // 8)]
+    return frozenset(int(window) for window in drawn)
+
+
+def _allocate(shape: tuple[int, ...], scratch: Path | None) -> Tensor:
+    num_bytes = 4 * int(np.prod(shape))
+    if scratch is None or num_bytes < MEMORY_SHARE * psutil.virtual_memory().available:
+        return torch.empty(shape, dtype=torch.float32)
+    with tempfile.NamedTemporaryFile(dir=scratch, delete=False) as file:
+        reserve(file.fileno(), 0, num_bytes)
+    mapped = torch.from_file(file.name, shared=True, size=num_bytes // 4, dtype=torch.float32)
+    Path(file.name).unlink()  # the mapping keeps it alive, and nothing is left behind
+    return mapped.view(shape)

@@ -1,0 +1,123 @@
+"""The manifest OUT/dotexport.json: where an output comes from, what is in it, what was measured."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from dotexport import __version__
+from dotexport.errors import CheckpointError
+from dotexport.outputs.output import MANIFEST, read_json, write_json
+
+LIBRARIES = (
+    "dotexport",
+    "torch",
+    "transformers",
+    "diffusers",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "POT",
+    "optimum",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "openvino",
+    "executorch",
+    "torchao",
+    "gguf",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-genai",
+    "onnxruntime-genai-cuda",
+    "vllm",
+)
+
+
+def is_output(folder: Path) -> bool:
+    """Whether this folder was written by dotexport."""
+    return (folder / MANIFEST).is_file()
+
+
+def read(out: Path) -> dict[str, Any]:
+    """The manifest of an output folder.
+
+    Raises:
+        CheckpointError: not an output of dotexport, or a damaged manifest.
+    """
+    file = out / MANIFEST
+    if not file.is_file():
+        raise CheckpointError(
+            f"{out} is not an output of dotexport: it has no {MANIFEST}; "
+            "give the folder that `dotexport shrink -o` or `dotexport export -o` wrote"
+        )
+    return read_json(file, advice="export again")
+
+
+def update(out: Path, **sections: Any) -> None:
+    """Replace these top-level sections in one step and keep the others; starts a new manifest."""
+    manifest = read(out) if is_output(out) else _fresh()
+    write_json(out / MANIFEST, manifest | sections)
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_files(folder: Path, files: Iterable[Path] | None = None) -> dict[str, dict[str, Any]]:
+    """Bytes and SHA-256 of every file below `folder` (or of those given), by relative name."""
+    found = folder.rglob("*") if files is None else files
+    return {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        for file in sorted(found)
+        if file.is_file()
+    }
+
+
+def environment() -> dict[str, Any]:
+    """What figures depend on: interpreter, machine, library versions. Imports no library."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": {"physical": psutil.cpu_count(logical=False), "usable": _usable_cores()},
+        "memory_bytes": psutil.virtual_memory().total,
+        "libraries": {name: v for name in LIBRARIES if (v := _version(name)) is not None},
+    }
+
+
+def _fresh() -> dict[str, Any]:
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"dotexport": __version__, "created": created}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return __version__ if name == "dotexport" else None
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith(("model name", "Hardware")):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,138 @@
+"""What was made and what it costs and gains: rows for the closing table and the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dotexport.outputs import manifest
+
+
+class Row(NamedTuple):
+    """One line: a figure of the original, of the narrowed model, and how they compare."""
+
+    label: str
+    original: str
+    narrowed: str
+    change: str
+
+
+def rows(record: Mapping[str, Any]) -> Iterator[Row]:
+    """All rows that a manifest holds figures for: size, then quality, then speed."""
+    yield from _size(record)
+    if quality := record.get("quality"):
+        yield from _quality(quality)
+    if latency := record.get("latency"):
+        yield _promise(latency)
+    for name, measured in record.get("bench", {}).items():
+        yield from _speed(name, measured)
+    for kind, measured in record.get("served", {}).items():
+        yield from _served(kind, measured)
+
+
+def _size(record: Mapping[str, Any]) -> Iterator[Row]:
+    labels = ("hidden_size", "intermediate_size", "num_key_value_heads", "parameters")
+    for label in labels:
+        if label in record.get("sizes", {}):
+            before, after = record["sizes"][label]
+            yield Row(label, f"{before:,}", f"{after:,}", _ratio(after, before))
+    source, stock = record.get("source"), record.get("artifacts", {}).get("hf")
+    if source and stock:
+        files = stock["files"].items()
+        after = sum(entry["bytes"] for name, entry in files if name.endswith(".safetensors"))
+        before = source["bytes"]
+        yield Row("weights in hf/, MB", *_megabytes(before, after), _ratio(after, before))
+
+
+def _quality(quality: Mapping[str, Any]) -> Iterator[Row]:
+    before, after = quality["baseline_perplexity"], quality["perplexity"]
+    change = _ratio(after, before)
+    if error := quality.get("log_ratio_error"):  # paired over windows; small, so also relative
+        change += f" ± {error * after / before:.3f}"
+    yield Row("perplexity, held-out text", f"{before:.3f}", f"{after:.3f}", change)
+    yield Row("KL to the original, nats/token", "0", f"{quality['kl']:.4f}", "")
+    yield Row("top-1 agreement", "100 %", f"{100 * quality['top1_agreement']:.1f} %", "")
+
+
+def _speed(name: str, measured: Mapping[str, Any]) -> Iterator[Row]:
+    before, after = measured["baseline"], measured["candidate"]
+    for metric, label in (("prefill_tok_s", "prefill tok/s"), ("decode_tok_s", "decode tok/s")):
+        times = measured["comparisons"]["ttft" if metric == "prefill_tok_s" else "tpot"]
+        yield Row(
+            f"{name} {label}",
+            f"{before[metric]:,.0f}",
+            f"{after[metric]:,.0f}",
+            _faster(times),
+        )
+    for metric, label in (("artifact_bytes", "file, MB"), ("peak_rss_bytes", "peak memory, MB")):
+        pair = (before[metric], after[metric])
+        yield Row(f"{name} {label}", *_megabytes(*pair), _ratio(pair[1], pair[0]))
+
+
+def _promise(latency: Mapping[str, Any]) -> Row:
+    """A budget of time: what was promised, and what was measured again if it was already."""
+    what = "prompt" if latency["metric"] == "prefill" else "token"
+    batch = f", batch {latency['batch']}" if latency["batch"] > 1 else ""
+    label = f"time per {what}, {latency['target']}-{latency['precision']}{batch}, "
+    limit, predicted = latency["limit"], latency["predicted"]
+    label += f"budget {limit:.2f}x"
+    if predicted is not None:
+        label += f", promised {predicted:.2f}x"
+    if "measured" not in latency:
+        return Row(label, "", "", "")
+    found = latency["measured"]
+    change = f"{found['ratio']:.2f}x ({found['low']:.2f} to {found['high']:.2f}), "
+    before, after = (f"{latency[key]:.2f} ms" for key in ("original_ms", "narrowed_ms"))
+    return Row(label, before, after, change + latency["verdict"])
+
+
+def _served(kind: str, measured: Mapping[str, Any]) -> Iterator[Row]:
+    """vLLM's own figures: medians of times, with the interval of their ratio over rounds."""
+    for metric, found in measured["comparisons"].items():
+        before, after = (measured[m][f"p50_{metric}_ms"] for m in ("baseline", "candidate"))
+        interval = f"{found['ratio']:.3f}x ({found['low']:.3f} to {found['high']:.3f})"
+        label = f"vllm bench {kind} {metric.upper()}, ms"
+        yield Row(label, f"{before:.2f}", f"{after:.2f}", interval)
+
+
+def _faster(times: Mapping[str, Any]) -> str:
+    """A ratio of times as a ratio of rates, with its interval; no gain is said in words."""
+    low, high = 1 / times["high"], 1 / times["low"]
+    figures = f"{1 / times['ratio']:.2f}x ({low:.2f} to {high:.2f})"
+    return f"{figures}, no measurable gain" if low <= 1 <= high else figures
+
+
+def _megabytes(*sizes: int) -> tuple[str, str]:
+    before, after = (f"{size / 1e6:.2f}" for size in sizes)
+    return before, after
+
+
+def _ratio(after: float, before: float) -> str:
+    return f"{after / before:.3f}x" if before else ""
+
+
+def _standing(parity: Mapping[str, Any] | None) -> str:
+    if parity is None or (parity.get("unverified") and not parity["problems"]):
+        return " NOT VERIFIED"
+    return "" if parity["passed"] else " FAILED PARITY"
+
+
+def unverified(record: Mapping[str, Any]) -> list[str]:
+    """Artifacts in a manifest that nobody has held against torch where they are meant to run."""
+    artifacts = record.get("artifacts", {})
+    return [name for name, entry in artifacts.items() if "NOT" in _standing(entry["parity"])]
+
+
+def paths(out: Path) -> Iterator[tuple[str, Path]]:
+    """What lies in an output folder, for the closing lines."""
+    for name, artifact in manifest.read(out).get("artifacts", {}).items():
+        yield f"artifact {name}{_standing(artifact['parity'])}", out / name
+    for label, name in (
+        ("report", "reports/report.html"),
+        ("figures of every step", "reports"),
+        ("model card", "README.md"),
+        ("recipe", "recipe.yaml"),
+    ):
+        if (out / name).exists():
+            yield label, out / name

@@ -1,0 +1,179 @@
+"""Allocation: one budget shared between the axes by what cuts were measured to cost.
+
+Each axis is cut alone to a few sizes, and the divergence from the original is measured on held-out
+windows. Costs of axes add up to first order, which ranks the legal sizes within the budget; the
+best few are then measured together, because cuts do interact, and the best of these is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from scipy.interpolate import PchipInterpolator
+
+from dotexport.models.shapes import Sizes
+from dotexport.sizes.budget import Plan, SizeOptions, is_hidden, strain, within_budget
+
+AXES = ("hidden_size", "intermediate_size", "num_key_value_heads")
+POINTS = 3  # of each curve besides the original
+CHECKED = 3  # predicted best ones that are measured together, besides the rule's
+
+Measure = Callable[[Plan], float]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Divergence by size of one axis, all others as in the original.
+
+    Attributes:
+        sizes: ascending; the last is the original's, with divergence 0.
+        divergences: held-out KL, nats per token.
+        parameters: of the whole model at each size.
+    """
+
+    axis: str
+    sizes: tuple[int, ...]
+    divergences: tuple[float, ...]
+    parameters: tuple[int, ...]
+
+    def at(self, size: int) -> float:
+        """Between the measured sizes, in the square root of the divergence: that is close to linear
+        in the share cut, because the divergence starts as a quadratic."""
+        if len(self.sizes) == 1:
+            return 0.0
+        roots = np.sqrt(np.maximum(self.divergences, 0.0))
+        curve = PchipInterpolator(self.sizes, roots, extrapolate=True)
+        return float(max(curve(size), 0.0) ** 2)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "axis": self.axis,
+            "sizes": list(self.sizes),
+            "held_out_kl": list(self.divergences),
+            "parameters": list(self.parameters),
+        }
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The sizes that were taken, and why.
+
+    Attributes:
+        curves: one per axis that could be cut.
+        checked: plans that were measured whole: sizes, predicted and measured divergence.
+    """
+
+    plan: Plan
+    curves: tuple[Curve, ...]
+    checked: tuple[dict[str, Any], ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"curves": [curve.as_dict() for curve in self.curves], "checked": list(self.checked)}
+
+
+def allocate(
+    config: Mapping[str, Any],
+    asked: SizeOptions,
+    measure: Measure,
+    progress: Progress = lambda stage, done, total: None,
+) -> Allocation:
+    """Choose sizes within a budget.
+
+    Args:
+        asked: has a budget; axes with an explicit size are not searched.
+        measure: held-out divergence of a plan from the original.
+
+    Raises:
+        SizeError, UsageError: as `dotexport.sizes.budget.plan`.
+    """
+    plans = within_budget(config, asked)
+    before = plans[0].before
+    points = [point for axis in AXES for point in _points(axis, plans, before)]
+    measured: dict[tuple[str, int], float] = {}
+    for number, (axis, size, plan) in enumerate(points):
+        progress(f"measuring cuts: {axis} {size}", number, len(points) + CHECKED + 1)
+        measured[axis, size] = measure(plan)
+    curves = tuple(_curve(axis, points, measured, before) for axis in AXES)
+    flat = [curve.axis for curve in curves if len(curve.sizes) == 1]  # no cut could be measured
+    plans = [p for p in plans if all(_same(p, axis) for axis in flat)] or plans
+    predicted = {p.after: sum(c.at(getattr(p.after, c.axis)) for c in curves) for p in plans}
+    plans.sort(key=lambda p: (predicted[p.after], -p.parameters_after))
+    rule = min(plans, key=lambda p: (strain(before, p.after), -p.parameters_after))
+    finalists = list({p.after: p for p in (*_apart(plans), rule)}.values())
+    checked = []
+    for number, plan in enumerate(finalists):
+        progress("checking sizes", len(points) + number, len(points) + len(finalists))
+        checked.append((plan, measure(plan)))
+    best, _ = min(checked, key=lambda pair: pair[1])
+    rows = tuple(_row(p, predicted[p.after], found) for p, found in checked)
+    return Allocation(best, tuple(c for c in curves if len(c.sizes) > 1), rows)
+
+
+def _same(plan: Plan, axis: str) -> bool:
+    return bool(getattr(plan.after, axis) == getattr(plan.before, axis))
+
+
+def _points(axis: str, plans: Iterable[Plan], before: Sizes) -> list[tuple[str, int, Plan]]:
+    """A few sizes of this axis alone, from the largest cut that plans make to a small one."""
+    plans = list(plans)
+    whole = getattr(before, axis)
+    sizes = sorted({getattr(p.after, axis) for p in plans} - {whole})
+    # No plan worth the name empties one axis: 2.5 times the share that the budget takes is enough.
+    share = 1 - max(p.ratio for p in plans)
+    sizes = [s for s in sizes if s >= whole * max(1 - 2.5 * share, 0.2)] or sizes[-1:]
+    alone = {s: replace(plans[0], after=_alone(axis, s, plans[0].after, before)) for s in sizes}
+    legal = [
+        s for s in sizes if is_hidden(plans[0].family, alone[s].after, alone[s].after.hidden_size)
+    ]
+    spread = sorted({legal[round(n)] for n in np.linspace(0, len(legal) - 1, POINTS) if legal})
+    return [(axis, size, alone[size]) for size in spread]
+
+
+def _alone(axis: str, size: int, like: Sizes, before: Sizes) -> Sizes:
+    changes: dict[str, Any] = {axis: size}
+    if axis == "num_key_value_heads":
+        per_group = before.num_attention_heads // before.num_key_value_heads
+        changes["num_attention_heads"] = per_group * size
+    return replace(before, tied=like.tied, biases=like.biases, **changes)
+
+
+def _curve(
+    axis: str,
+    points: list[tuple[str, int, Plan]],
+    measured: Mapping[tuple[str, int], float],
+    before: Sizes,
+) -> Curve:
+    mine = [(size, measured[axis, size], p.parameters_after) for a, size, p in points if a == axis]
+    whole = getattr(before, axis)
+    parameters = points[0][2].parameters_before if points else 0
+    sizes, divergences, counts = zip(*mine, (whole, 0.0, parameters), strict=True)
+    return Curve(axis, sizes, divergences, counts)
+
+
+def _apart(plans: list[Plan]) -> list[Plan]:
+    """The first few that are not next door to one another."""
+    taken: list[Plan] = []
+    for plan in plans:
+        if all(_distance(plan.after, other.after) > 0.05 for other in taken):
+            taken.append(plan)
+        if len(taken) == CHECKED:
+            break
+    return taken
+
+
+def _distance(one: Sizes, two: Sizes) -> float:
+    return max(abs(math.log(getattr(one, axis) / getattr(two, axis))) for axis in AXES)
+
+
+def _row(plan: Plan, predicted: float, measured: float) -> dict[str, Any]:
+    sizes = {axis: getattr(plan.after, axis) for axis in AXES}
+    return sizes | {
+        "parameters": plan.parameters_after,
+        "predicted_kl": predicted,
+        "held_out_kl": measured,
+    }

@@ -1,0 +1,225 @@
+"""How long narrowing takes: its operations over the rates of this machine.
+
+Operations are counted for shrink's defaults, from the passes over the text (float32) and the sums
+and solves over it (float64) as sight.py, site.py, refit.py, obs.py and local.py make them; what a
+pass moves through memory besides is counted by a rule of thumb. Rates are measured in a fraction
+of a second, on matrices as wide as the model is, up to 1024.
+
+Shapes: T tokens, L tokens of a window, D width of the stream before, K after, R rows of a
+sublayer's readers, N inputs of its writer before, J after.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from functools import cache
+
+import torch
+
+from dotexport.merging.refit import RIDGES
+from dotexport.models.family import Family, Sublayer
+from dotexport.models.shapes import Sizes
+from dotexport.narrowing.basis import LEARNING_STEPS
+from dotexport.narrowing.local import LocalOptions
+from dotexport.narrowing.norm_statistics import MOST_SITES
+from dotexport.narrowing.run import JUDGED
+from dotexport.sizes.budget import Plan
+
+HELD_OUT = 1 / 8  # of the windows
+BACKWARD = 3  # a forward and a backward pass cost three forward ones
+# Times that activations pass through memory: norms, nonlinearities and conversions to float64.
+TOUCHED = 10
+MEASURED_SECONDS = 0.05  # per rate, at least
+LEAST_WIDTH, MOST_WIDTH = 128, 1024  # of matrices that are timed
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations by kind.
+
+    Attributes:
+        passes: multiplications and additions of matrix products in float32.
+        sums: the same in float64.
+        factors: of Cholesky factors and triangular solves, in float64.
+        eigen: n^3 of every symmetric eigenproblem, in float64.
+        moved: bytes through memory.
+    """
+
+    passes: float = 0.0
+    sums: float = 0.0
+    factors: float = 0.0
+    eigen: float = 0.0
+    moved: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __mul__(self, times: float) -> Work:
+        return Work(*(times * a for a in astuple(self)))
+
+    def seconds(self, rates: Work) -> float:
+        """At so many operations of each kind per second."""
+        pairs = zip(astuple(self), astuple(rates), strict=True)
+        return float(sum(count / rate for count, rate in pairs))
+
+
+def shrink_seconds(decided: Plan, *, samples: int = 128, seqlen: int = 2048) -> float:
+    """Estimated time of narrowing on this machine, with calibration text of so many windows.
+
+    Without distillation, and without reading and writing files.
+    """
+    widths = (decided.before.hidden_size, decided.after.hidden_size)
+    return work_of(decided, samples, seqlen).seconds(rates(max(widths)))
+
+
+def work_of(decided: Plan, samples: int, seqlen: int) -> Work:
+    """What narrowing with shrink's defaults computes."""
+    family, before, after = decided.family, decided.before, decided.after
+    layer = sum(
+        (_Site(family, s, before, after, samples, seqlen).work for s in family.sublayers), Work()
+    )
+    return layer * before.num_layers + _ends(before, after, samples * seqlen)
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A sublayer of the original and of what becomes of it."""
+
+    family: Family
+    sublayer: Sublayer
+    before: Sizes
+    after: Sizes
+    samples: int
+    seqlen: int
+
+    @property
+    def work(self) -> Work:
+        D, K = self.before.hidden_size, self.after.hidden_size
+        rows, N, J = self._rows(self.before), self._inside(self.before), self._inside(self.after)
+        T = self.samples * self.seqlen
+        seen = self._pass(D, rows, N) * T + Work(sums=2 * T * D**2 + 2 * rows * D**2)
+        readers = _moments(T, K, D, metric=True) + _fit(K, D, metric=True)
+        readers += Work(sums=2 * rows * D**2 + 4 * rows * D * K)
+        # The readers of the student run at full width for the choice, its writer not at all.
+        writer = _moments(T, N, K) + Work(passes=T * (2 * K * rows + self._mixing(N)))
+        writer += Work(sums=2 * T * D * K + 2 * N * D * K) + _fit(J, K)
+        if J < N:
+            writer += _choice(N, J, K)
+        walks = self._pass(D, rows, N) + self._pass(K, self._rows(self.after), J)
+        total = readers + writer + walks * T + self._healing(J < N)
+        return total + seen if K < D else total
+
+    def _rows(self, sizes: Sizes) -> int:
+        return sum(sum(sizes.rows(linear)) for linear in self.sublayer.readers)
+
+    def _inside(self, sizes: Sizes) -> int:
+        return sizes.spaces[self.sublayer.writer.in_]
+
+    @property
+    def _attends(self) -> bool:
+        return self.sublayer.writer.in_ == "query"
+
+    def _mixing(self, inside: int) -> int:
+        """Scores and sums over half of a window, the past, per token."""
+        return 2 * inside * self.seqlen if self._attends else 0
+
+    def _pass(self, width: int, rows: int, inside: int) -> Work:
+        """One token through the sublayer."""
+        products = 2 * width * rows + 2 * inside * width + self._mixing(inside)
+        return Work(passes=products, moved=4 * TOUCHED * (width + rows))
+
+    def _healing(self, narrower: bool) -> Work:
+        if self._attends and not narrower:
+            return Work()
+        K, rows, J = self.after.hidden_size, self._rows(self.after), self._inside(self.after)
+        options, T = LocalOptions(), self.samples * self.seqlen
+        steps = options.num_steps(round(T * (1 - HELD_OUT)))
+        each = max(options.tokens, self.seqlen) if self._attends else options.tokens
+        looks = (options.checks + 1) * T * HELD_OUT
+        return self._pass(K, rows, J) * (BACKWARD * steps * each + looks)
+
+
+def _moments(T: int, inputs: int, outputs: int, *, metric: bool = False) -> Work:
+    products = 2 * inputs**2 + 2 * inputs * outputs + (2 * outputs**2 if metric else 0)
+    return Work(sums=T * products, moved=T * 8 * TOUCHED * (inputs + outputs) / 2)
+
+
+def _fit(inputs: int, outputs: int, *, metric: bool = False) -> Work:
+    """A solve for every ridge and a last one; all but that are judged, and so is the prior."""
+    solve = Work(factors=inputs**3 / 3 + 2 * outputs * inputs**2, sums=2 * outputs * inputs**2)
+    weigh = 2 * outputs**2 * inputs if metric else 0
+    judge = Work(sums=2 * outputs * inputs**2 + weigh)
+    return solve * (len(RIDGES) + 1) + judge * (len(RIDGES) + 1)
+
+
+def _choice(N: int, J: int, K: int) -> Work:
+    """An inverse, downdated for every input that leaves, and the others' compensation."""
+    solve = Work(factors=J**3 / 3 + 2 * K * J**2, sums=2 * K * (N**2 + J**2))
+    return Work(factors=2 * N**3, sums=(N - J) * (2 * N**2 + 4 * K * N)) + solve
+
+
+def _ends(before: Sizes, after: Sizes, T: int) -> Work:
+    """Tables, the basis, and the divergence at the end."""
+    D, K, V = before.hidden_size, after.hidden_size, before.vocab_size
+    table = Work(sums=4 * V * D * K + 4 * V * D**2, moved=16 * V * (D + K))
+    head = _moments(T, K, D, metric=True) + _fit(K, D, metric=True)
+    judged = Work(passes=2 * min(JUDGED, T * HELD_OUT) * V * (D + K))
+    return table + head + judged + (_basis(before, after) if K < D else Work())
+
+
+def _basis(before: Sizes, after: Sizes) -> Work:
+    D, K = before.hidden_size, after.hidden_size
+    start = Work(eigen=D**3)
+    if after.tied:
+        return start + Work(eigen=K**3, sums=6 * D**2 * K)
+    sites = min(MOST_SITES, 2 * before.num_layers + 1)
+    loss = Work(sums=4 * D**2 * K + 2 * D * K**2, factors=2 * K**3 / 3 + 2 * D * K**2)
+    turn = Work(factors=4 * D * K**2)  # QR
+    return start + (loss * sites + turn) * (BACKWARD * LEARNING_STEPS)
+
+
+# Rates ------------------------------------------------------------------------------------------
+
+
+def rates(width: int) -> Work:
+    """Operations of each kind per second here, on matrices about so wide."""
+    return _measured(min(max(width, LEAST_WIDTH), MOST_WIDTH))
+
+
+@cache
+def _measured(n: int) -> Work:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    random = torch.Generator().manual_seed(0)
+    x_TN = torch.randn(2048, n, generator=random).to(device)
+    w_NN = torch.randn(n, n, generator=random).to(device)
+    x64_TN, gram_NN = x_TN.double(), w_NN.double() @ w_NN.double().T
+    gram_NN.diagonal().add_(n)
+    product = 2 * 2048 * n**2
+    here, there = torch.zeros(2, 1 << 22, device=device)
+    return Work(
+        passes=product / _time(lambda: x_TN @ w_NN),
+        sums=product / _time(lambda: x64_TN.T @ x64_TN),
+        factors=n**3 / 3 / _time(lambda: torch.linalg.cholesky(gram_NN)),
+        eigen=LEAST_WIDTH**3
+        / _time(lambda: torch.linalg.eigh(gram_NN[:LEAST_WIDTH, :LEAST_WIDTH])),
+        moved=2 * 4 * len(here) / _time(lambda: there.copy_(here)),
+    )
+
+
+def _time(step: Callable[[], object]) -> float:
+    """Seconds of one call on an idle machine: on a CPU, what it is at work for, over the threads
+    that share it, because waiting for other processes says nothing of the machine."""
+    on_gpu = torch.cuda.is_available()
+    clock, threads = (
+        (time.perf_counter, 1) if on_gpu else (time.process_time, torch.get_num_threads())
+    )
+    step()
+    started, calls = clock(), 0
+    while (elapsed := clock() - started) < MEASURED_SECONDS * threads:
+        step()
+        if on_gpu:
+            torch.cuda.synchronize()
+        calls += 1
+    return elapsed / threads / calls

@@ -1,0 +1,89 @@
+"""A plan in a file: what `plan --json` prints is what `shrink --plan` takes.
+
+A plan belongs to one model: it carries a fingerprint of the config.json that it was made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dotexport.errors import UsageError
+from dotexport.outputs.output import read_json
+from dotexport.sizes.budget import Plan, SizeOptions, plan
+
+KEY = "shrink"
+"""Of the plan: flags of shrink that give its sizes, spelled as the keys of a recipe."""
+
+SIZES = {
+    "hidden": "hidden_size",
+    "intermediate": "intermediate_size",
+    "kv_heads": "num_key_value_heads",
+}
+SWITCHES = ("tied", "bias", "square")
+EXPECTED = "expected what `dotexport plan MODEL ... --json` prints for this model"
+
+
+def fingerprint(config: Mapping[str, Any]) -> str:
+    """SHA-256 of what a config.json says, however it is laid out."""
+    text = json.dumps(config, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def as_flags(decided: Plan, asked: SizeOptions) -> dict[str, Any]:
+    """Flags of shrink that give the sizes of a plan."""
+    flags: dict[str, Any] = {name: getattr(decided.after, size) for name, size in SIZES.items()}
+    if decided.before.tied and not decided.after.tied:
+        flags["tied"] = False
+    return flags | {name: True for name in ("bias", "square") if getattr(asked, name)}
+
+
+def on_a_command_line(flags: Mapping[str, Any]) -> str:
+    """The same as people type them."""
+    words = []
+    for name, value in flags.items():
+        flag = "--" + name.replace("_", "-")
+        words.append(f"{flag} {value}" if type(value) is int else flag if value else "--untied")
+    return " ".join(words)
+
+
+def read_plan(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags of shrink, as keys of a recipe, from the plan of this very model.
+
+    Raises:
+        UsageError: not a plan, a plan of another model, or one whose sizes no longer come to what
+            it says of them.
+        CheckpointError: not a JSON object.
+        SizeError: sizes that were edited into impossible ones.
+    """
+    if not file.is_file():
+        raise UsageError(f"--plan {file}: no such file; {EXPECTED}")
+    content = read_json(file, advice=EXPECTED)
+    flags = content.get(KEY)
+    if not isinstance(flags, dict) or not _is_plan(flags):
+        raise UsageError(f"{file} is no plan; {EXPECTED}")
+    if content.get("config_sha256") != fingerprint(config):
+        raise UsageError(
+            f"{file} was made for another model: its config.json is not the one here; {EXPECTED}"
+        )
+    told, found = content.get("parameters"), plan(config, _sizes(flags)).as_dict()["parameters"]
+    if told != found:
+        raise UsageError(
+            f"{file} says {told} for parameters before and after, and its sizes give {found}: it "
+            f"was edited, or another version made it; {EXPECTED}"
+        )
+    return flags
+
+
+def _is_plan(flags: Mapping[str, Any]) -> bool:
+    sizes = all(type(flags.get(name)) is int for name in SIZES)
+    switches = set(flags) - set(SIZES)
+    return sizes and switches <= set(SWITCHES) and all(type(flags[s]) is bool for s in switches)
+
+
+def _sizes(flags: Mapping[str, Any]) -> SizeOptions:
+    sizes = {option: flags[name] for name, option in SIZES.items()}
+    return SizeOptions(**sizes, **{name: flags[name] for name in SWITCHES if name in flags})

@@ -1,0 +1,363 @@
+"""The plan verb: sizes that every named runtime takes, and what they cost. Reads config.json only.
+
+Of the sizes within the budget, the best that every rule accepts are taken: rules are what a target
+says of a config, rows that fill its quantisation groups, and an even split over devices. A rule
+binds if better sizes would be taken without it.
+
+Shapes: N windows, L tokens of a window, D width before, K after, V vocabulary, I inputs of the
+widest refit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from typing import Any
+
+from dotexport.errors import SizeError, UnsupportedModelError, UsageError
+from dotexport.exports.target import Target, resolve_for_plan
+from dotexport.models.carriers import carry_config
+from dotexport.models.family import Family
+from dotexport.models.shapes import Sizes, shapes
+from dotexport.sizes.budget import (
+    Plan,
+    SizeOptions,
+    bytes_per_parameter,
+    check_sizes,
+    hidden_step,
+    hidden_steps,
+    plan,
+    preference,
+    read_model,
+    strain,
+    within_budget,
+)
+from dotexport.sizes.effort import shrink_seconds
+from dotexport.sizes.plan_file import KEY, as_flags, fingerprint
+
+BUDGET = "the budget"
+FINER = 0.9  # sizes off the best grid must be expected to cost this much less
+WINDOW = 2048  # tokens, or the model's context
+CACHE_BYTES = 4  # of a number in the KV cache, where a target does not say
+LOADED = 700_000_000  # an interpreter with torch and transformers, before any model
+# (I, I) matrices of float64 at once: moments twice, their sum, factors, inverses and products.
+SOLVED = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """Where a model is to run.
+
+    Attributes:
+        targets: NAME or NAME:PRECISION.
+        tensor_parallel: devices that share every matrix.
+        group: weights of a row that share one scale, in whatever quantises later.
+    """
+
+    targets: tuple[str, ...] = ()
+    tensor_parallel: int = 1
+    group: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel", "group"):
+            if (value := getattr(self, name)) < 1:
+                raise UsageError(f"{name.replace('_', '-')} must be at least 1, not {value}")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Something the sizes must satisfy; `problems` says all that is wrong with some."""
+
+    name: str
+    problems: Callable[[Plan], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a model takes, before and after narrowing; bytes.
+
+    Attributes:
+        artifacts: NAME-PRECISION -> of the weights it stores.
+        cache_per_token: NAME-PRECISION -> of keys and values of one token of one sequence.
+        shrink_memory: peak of narrowing it, estimated.
+        shrink_seconds: of narrowing it on this machine, estimated (effort.py).
+        disk: weights in hf/ and all artifacts after narrowing.
+    """
+
+    artifacts: Mapping[str, tuple[int, int]]
+    cache_per_token: Mapping[str, tuple[int, int]]
+    shrink_memory: int
+    shrink_seconds: float
+    disk: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan, what decided it, and what it costs.
+
+    Attributes:
+        flags: of shrink, for the sizes of the plan (planned.py).
+        config_sha256: which model it is a plan of.
+    """
+
+    plan: Plan
+    binding: Sequence[str]
+    costs: Costs = field(repr=False)
+    flags: Mapping[str, Any]
+    config_sha256: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            **self.plan.as_dict(),
+            "config_sha256": self.config_sha256,
+            KEY: dict(self.flags),
+            "architecture": self.plan.architectures,
+            "binding": list(self.binding),
+            "artifact_bytes": {k: list(v) for k, v in self.costs.artifacts.items()},
+            "kv_cache_bytes_per_token": {k: list(v) for k, v in self.costs.cache_per_token.items()},
+            "shrink_memory_bytes": self.costs.shrink_memory,
+            "shrink_seconds": round(self.costs.shrink_seconds, 1),
+            "disk_bytes": self.costs.disk,
+        }
+
+
+def choose(config: Mapping[str, Any], asked: SizeOptions, where: Deployment) -> Choice:
+    """The best sizes that every rule accepts.
+
+    Raises:
+        SizeError: there are none, with every reason.
+        UsageError, UnsupportedModelError, RuntimeMissingError.
+    """
+    targets = [resolve_for_plan(spec) for spec in where.targets]
+    rules = [*_splitting(where), *(rule for pair in targets for rule in _of_target(config, *pair))]
+    decided, plans = _decide(_candidates(config, asked), rules)
+    if decided is not None:
+        binding = [
+            rule.name
+            for rule in rules
+            if _first(plans, [other for other in rules if other is not rule]) != decided
+        ]
+        if asked.square and _others_without_square(config, asked, where, decided):
+            binding.append("square")
+        if asked.budgeted:
+            binding.append(BUDGET)
+        planned_config(config, decided)  # refuses what shrink would refuse
+        costs = _costs(config, decided, targets)
+        return Choice(decided, binding, costs, as_flags(decided, asked), fingerprint(config))
+    # The finest grid has none either: say what is wrong with the sizes that come nearest.
+    wrong = [f"  {rule.name}: {text}" for rule in rules for text in rule.problems(plans[0])]
+    after = plans[0].after
+    raise SizeError(
+        f"no sizes satisfy all of what was asked for; hidden {after.hidden_size}, intermediate "
+        f"{after.intermediate_size}, KV heads {after.num_key_value_heads} fail in:\n"
+        + "\n".join(wrong)
+    )
+
+
+def _decide(grids: Iterable[list[Plan]], rules: Sequence[Rule]) -> tuple[Plan | None, list[Plan]]:
+    """The best accepted plan of the coarsest grid that has one, and that grid.
+
+    Where rules cost sizes there, the next finer grid is looked at too: of 28 heads, Llama form
+    leaves every seventh size on a grid of 128, and a grid of 64 has one between.
+    """
+    decided, on = None, list[Plan]()
+    for plans in grids:
+        found = _first(plans, rules)
+        if decided is not None:
+            better = found is not None and _strain(found) < FINER * _strain(decided)
+            return (found, plans) if better else (decided, on)
+        decided, on = found, plans
+        if found == plans[0]:
+            break
+    return decided, on
+
+
+def _strain(decided: Plan) -> float:
+    return strain(decided.before, decided.after)
+
+
+def _others_without_square(
+    config: Mapping[str, Any], asked: SizeOptions, where: Deployment, decided: Plan
+) -> bool:
+    free = choose(config, replace(asked, square=False), where).plan
+    return free.after != decided.after
+
+
+def _candidates(config: Mapping[str, Any], asked: SizeOptions) -> Iterable[list[Plan]]:
+    """Plans, the best first, on finer and finer grids."""
+    if not asked.budgeted:
+        yield [plan(config, asked)]
+        return
+    family, before = read_model(config)
+    asked = check_sizes(family, before, asked)
+    coarsest = hidden_step(family, before)
+    for step in (step for step in hidden_steps(before) if step <= coarsest):
+        yield sorted(within_budget(config, asked, step=step), key=preference)
+
+
+def _first(plans: Iterable[Plan], rules: Sequence[Rule]) -> Plan | None:
+    return next((p for p in plans if not any(rule.problems(p) for rule in rules)), None)
+
+
+# Rules ------------------------------------------------------------------------------------------
+
+
+def _splitting(where: Deployment) -> list[Rule]:
+    rules = []
+    if (devices := where.tensor_parallel) > 1:
+        rules.append(Rule(f"tensor-parallel {devices}", partial(_uneven, devices)))
+    if where.group > 1:
+        grouped = where.group * where.tensor_parallel
+        rules.append(Rule(f"group {where.group}", partial(_torn, where.group, grouped)))
+    return rules
+
+
+def _uneven(devices: int, decided: Plan) -> list[str]:
+    """What does not split evenly: heads, KV heads (or devices over them), MLP neurons."""
+    after = decided.after
+    groups = after.num_key_value_heads
+    split = {
+        "num_attention_heads": after.num_attention_heads % devices,
+        "num_key_value_heads": min(groups % devices, devices % groups),
+        "intermediate_size": after.intermediate_size % devices,
+    }
+    return [
+        f"{name} {getattr(after, name)} does not divide over {devices} devices"
+        for name, rest in split.items()
+        if rest
+    ]
+
+
+def _torn(group: int, of_mlp: int, decided: Plan) -> list[str]:
+    """Rows that end inside a group of weights; the MLP's are cut between devices first."""
+    after = decided.after
+    rows = {
+        "hidden_size": (after.hidden_size, group),
+        "intermediate_size": (after.intermediate_size, of_mlp),
+        "heads x head_dim": (after.spaces["query"], group),
+    }
+    return [
+        f"{name} {width} is no multiple of {grain}"
+        for name, (width, grain) in rows.items()
+        if width % grain
+    ]
+
+
+def _of_target(config: Mapping[str, Any], target: Target, precision: str) -> list[Rule]:
+    name = _name(target, precision)
+    rules = []
+    ask = getattr(target, "config_problems", None)  # of a third party's, the exporter asks more
+
+    @cache
+    def problems(decided: Plan) -> Sequence[str]:
+        try:
+            written: list[str] = ask(planned_config(config, decided), precision) if ask else []
+        except UnsupportedModelError as error:
+            written = [str(error)]
+        return written
+
+    rules.append(Rule(name, problems))
+    if group := getattr(target, "row_groups", {}).get(precision):
+        rules.append(Rule(f"{name}, rows of {group}", partial(_torn, group, group)))
+    return rules
+
+
+def planned_config(config: Mapping[str, Any], decided: Plan) -> dict[str, Any]:
+    """config.json as shrink will write it."""
+    from dotexport.narrowing.prepare import narrowed_config
+
+    return narrowed_config(*carry_config(config, decided))
+
+
+def _name(target: Target, precision: str) -> str:
+    return target.name if precision == "as-stored" else f"{target.name}-{precision}"
+
+
+# Costs ------------------------------------------------------------------------------------------
+
+
+def _costs(
+    config: Mapping[str, Any], decided: Plan, targets: Sequence[tuple[Target, str]]
+) -> Costs:
+    stored = bytes_per_parameter(config)
+    before, after = decided.before, decided.carried_after
+    written = stored * decided.parameters_after
+    artifacts = {"hf": (stored * decided.parameters_before, written)}
+    cache_bytes = {"hf": stored}
+    for target, precision in targets:
+        if count := _counter(target, precision):
+            one, two = count(decided.family, before), count(decided.carrier, after)
+            artifacts[_name(target, precision)] = one, two
+            cache_bytes[_name(target, precision)] = bytes_of_cached_number(target, precision)
+    return Costs(
+        artifacts,
+        {
+            name: (kv_numbers(before) * each, kv_numbers(after) * each)
+            for name, each in cache_bytes.items()
+        },
+        shrink_memory(config, decided),
+        shrink_seconds(decided, seqlen=_window(config)),
+        sum(pair[1] for pair in artifacts.values()),
+    )
+
+
+def bytes_of_cached_number(target: Target, precision: str) -> int:
+    """Of a number in the cache: one for all precisions of a target, or by precision."""
+    said: int | Mapping[str, int] = getattr(target, "cache_bytes", CACHE_BYTES)
+    return said[precision] if isinstance(said, Mapping) else said
+
+
+def _counter(target: Target, precision: str) -> Callable[[Family, Sizes], int] | None:
+    """How a target counts what it stores: by itself, or by bits of a weight."""
+    if own := getattr(target, "stored_bytes", None):
+        return partial(own, precision=precision)
+    bits = getattr(target, "weight_bits", {}).get(precision)
+    return partial(weight_bytes, matrix_bits=bits[0], table_bits=bits[1]) if bits else None
+
+
+def weight_bytes(family: Family, sizes: Sizes, matrix_bits: float, table_bits: float) -> int:
+    """Of weights with so many bits each in matrix products and in the embedding's table; norms and
+    biases in float32. A shared head is the table."""
+    table = f"{family.embedding}.weight"
+    bits = 0.0
+    for name, shape in shapes(family, sizes):
+        each = table_bits if name == table else matrix_bits if len(shape) > 1 else 32
+        bits += each * math.prod(shape)
+    return round(bits / 8)
+
+
+def kv_numbers(sizes: Sizes) -> int:
+    """Keys and values of one token in all layers."""
+    return 2 * sizes.num_layers * sizes.spaces["kv"]
+
+
+def shrink_memory(
+    config: Mapping[str, Any], decided: Plan, *, samples: int = 128, seqlen: int = WINDOW
+) -> int:
+    """Estimated peak of narrowing, with calibration text of shrink's defaults.
+
+    Both streams over the text and one layer of each model in float32, beside it either a table in
+    both widths (the original's twice) or the sums and solves of the widest refit in float64.
+    Streams beyond a quarter of the free memory lie on disk instead (streams.py).
+    """
+    before, after = decided.before, decided.carried_after
+    tokens = samples * min(seqlen, _window(config))
+    streams = 4 * tokens * (before.hidden_size + after.hidden_size)
+    table = 4 * before.vocab_size * (2 * before.hidden_size + after.hidden_size)
+    widest = max(before.hidden_size, before.intermediate_size, before.spaces["query"])
+    solves = 8 * SOLVED * widest**2
+    layer = 4 * (_layer(decided.family, before) + _layer(decided.carrier, after))
+    return LOADED + streams + layer + max(table, solves)
+
+
+def _window(config: Mapping[str, Any]) -> int:
+    """Tokens of a window where nothing else is asked for."""
+    return min(WINDOW, int(config.get("max_position_embeddings") or WINDOW))
+
+
+def _layer(family: Family, sizes: Sizes) -> int:
+    """Parameters of one layer."""
+    prefix = family.layer_name(0, "")
+    return sum(math.prod(shape) for name, shape in shapes(family, sizes) if name.startswith(prefix))

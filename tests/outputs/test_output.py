@@ -1,0 +1,180 @@
+"""Outputs appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dotexport.errors import CheckpointError, DotexportError, UsageError
+from dotexport.outputs import manifest
+from dotexport.outputs.output import new_folder, write_json, write_text
+
+
+def fill(path: Path, text: str, *, overwrite: bool = False) -> None:
+    with new_folder(path, overwrite=overwrite) as partial:
+        write_text(partial / "content.txt", text)
+        write_json(partial / manifest.MANIFEST, {})
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_a_folder_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "deep" / "out") as partial:
+        assert not (tmp_path / "deep" / "out").exists()
+        (partial / "file").touch()
+    assert names(tmp_path / "deep") == ["out"]
+    assert names(tmp_path / "deep" / "out") == ["file"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_nothing_is_left_of_a_folder_that_failed(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    def interrupted() -> None:
+        with new_folder(tmp_path / "out") as partial:
+            (partial / "half").touch()
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
+    assert names(tmp_path) == []
+
+
+def test_what_a_killed_run_left_is_cleared_by_the_next(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from dotexport.outputs.output import new_folder\n"
+        "with new_folder(Path(sys.argv[1])) as partial:\n"
+        "    (partial / 'half').touch(); time.sleep(60)\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")])
+    while not list(tmp_path.glob(".out.partial-*/half")):
+        assert run.poll() is None
+        time.sleep(0.05)
+    fill(tmp_path / "other", "")
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert len(names(tmp_path)) == 2
+    fill(tmp_path / "out", "whole")
+    assert names(tmp_path) == ["other", "out"]
+
+
+def test_the_partial_folder_of_a_living_run_is_left_alone(tmp_path: Path) -> None:
+    theirs = tmp_path / f".out.partial-{os.getppid()}"
+    theirs.mkdir()
+    fill(tmp_path / "out", "")
+    assert theirs.is_dir()
+
+
+def test_an_old_output_set_aside_by_a_killed_run_comes_back(tmp_path: Path) -> None:
+    fill(tmp_path / "out", "old")
+    (tmp_path / "out").rename(tmp_path / ".out.old-999999999")
+    with pytest.raises(ValueError, match="no"), new_folder(tmp_path / "out", overwrite=True):
+        raise ValueError("no")
+    assert (tmp_path / "out" / "content.txt").read_text() == "old"
+
+
+def test_overwriting_replaces_only_at_the_end(tmp_path: Path) -> None:
+    fill(tmp_path / "out", "old")
+    with new_folder(tmp_path / "out", overwrite=True) as partial:
+        write_text(partial / "content.txt", "new")
+        assert (tmp_path / "out" / "content.txt").read_text() == "old"
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "content.txt").read_text() == "new"
+    assert not (tmp_path / "out" / manifest.MANIFEST).exists()
+
+
+def test_a_failed_overwrite_keeps_the_old_content(tmp_path: Path) -> None:
+    fill(tmp_path / "out", "old")
+    with pytest.raises(OSError, match="boom"), new_folder(tmp_path / "out", overwrite=True):
+        raise OSError("boom")
+    assert (tmp_path / "out" / "content.txt").read_text() == "old"
+    assert names(tmp_path) == ["out"]
+
+
+def test_an_empty_folder_may_be_taken(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    fill(tmp_path / "out", "new")
+    assert (tmp_path / "out" / "content.txt").read_text() == "new"
+
+
+def test_content_is_refused_without_overwrite(tmp_path: Path) -> None:
+    fill(tmp_path / "out", "old")
+    with pytest.raises(UsageError, match="--overwrite"):
+        fill(tmp_path / "out", "new")
+
+
+def test_foreign_content_is_never_overwritten(tmp_path: Path) -> None:
+    write_text(tmp_path / "home" / "letter.txt", "dear")
+    with pytest.raises(UsageError, match="not written by dotexport"):
+        fill(tmp_path / "home", "new", overwrite=True)
+    assert (tmp_path / "home" / "letter.txt").read_text() == "dear"
+
+
+def test_an_artifact_inside_an_output_may_be_overwritten(tmp_path: Path) -> None:
+    fill(tmp_path / "out", "")
+    write_text(tmp_path / "out" / "ort-cpu-fp32" / "model.onnx", "old")
+    fill(tmp_path / "out" / "ort-cpu-fp32", "new", overwrite=True)
+    assert names(tmp_path / "out" / "ort-cpu-fp32") == ["content.txt", manifest.MANIFEST]
+
+
+def test_a_file_is_refused_as_output(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(UsageError, match="is a file"):
+        fill(tmp_path / "out", "")
+    with pytest.raises(UsageError, match="cannot be made"):
+        fill(tmp_path / "out" / "below", "")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "full"), RuntimeError("IoError: No space left on device (os error 28)")],
+)
+def test_a_full_disk_is_named_with_what_is_free(tmp_path: Path, error: Exception) -> None:
+    with (
+        pytest.raises(DotexportError, match=r"is full: .* GB are free now"),
+        new_folder(tmp_path / "out"),
+    ):
+        raise error
+    assert names(tmp_path) == []
+
+
+def test_a_file_is_replaced_whole_or_kept(tmp_path: Path) -> None:
+    write_json(tmp_path / "report.json", {"figure": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "report.json", {"figure": float("nan")})
+    assert json.loads((tmp_path / "report.json").read_text()) == {"figure": 1}
+    assert names(tmp_path) == ["report.json"]
+
+
+def test_the_manifest_keeps_the_sections_that_are_not_updated(tmp_path: Path) -> None:
+    manifest.update(tmp_path, recipe={"hidden": 48}, artifacts={})
+    manifest.update(tmp_path, artifacts={"hf": {}})
+    read = manifest.read(tmp_path)
+    assert read["recipe"] == {"hidden": 48}
+    assert read["artifacts"] == {"hf": {}}
+    assert read["dotexport"]
+
+
+def test_a_folder_without_manifest_is_no_output(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not an output of dotexport"):
+        manifest.read(tmp_path)
+
+
+def test_the_environment_is_told_without_importing_libraries() -> None:
+    code = (
+        "import sys; from dotexport import manifest; e = manifest.environment()\n"
+        "assert e['libraries']['torch'] and e['cores']['usable'] >= 1, e\n"
+        "assert not {'torch', 'transformers', 'onnxruntime'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,89 @@
+"""Sharing a budget between the axes by measured curves."""
+
+from __future__ import annotations
+
+import pytest
+
+from dotexport.app.shrinking import ShrinkOptions
+from dotexport.errors import SizeError, UsageError
+from dotexport.models.text_windows import TextOptions
+from dotexport.sizes.allocation import Curve, allocate
+from dotexport.sizes.budget import Plan, SizeOptions, within_budget
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "vocab_size": 4096,
+}
+ASKED = SizeOptions(params="0.7x")
+
+
+def shares(plan: Plan) -> tuple[float, float, float]:
+    before, after = plan.before, plan.after
+    return (
+        1 - after.hidden_size / before.hidden_size,
+        1 - after.intermediate_size / before.intermediate_size,
+        1 - after.num_key_value_heads / before.num_key_value_heads,
+    )
+
+
+@pytest.mark.parametrize("weights", [(9.0, 1.0, 5.0), (1.0, 9.0, 5.0), (4.0, 1.0, 0.1)])
+def test_the_best_plan_of_all_is_found_where_costs_add_up(weights: tuple[float, ...]) -> None:
+    def cost(plan: Plan) -> float:
+        return sum(w * s**2 for w, s in zip(weights, shares(plan), strict=True))
+
+    found = allocate(CONFIG, ASKED, cost)
+    best = min(cost(plan) for plan in within_budget(CONFIG, ASKED))
+    assert cost(found.plan) == pytest.approx(best)
+    assert found.plan.ratio <= 0.7
+    for row in found.checked:
+        assert row["predicted_kl"] == pytest.approx(row["held_out_kl"], abs=1e-3)
+
+
+def test_what_is_measured_together_decides_over_what_was_predicted() -> None:
+    """Cutting both widths is worse than their sum says; a plan that spares one is taken."""
+
+    def cost(plan: Plan) -> float:
+        hidden, mlp, heads = shares(plan)
+        return 4 * hidden**2 + mlp**2 + 5 * heads**2 + (10.0 if hidden and mlp > 0.2 else 0.0)
+
+    found = allocate(CONFIG, ASKED, cost)
+    measured = [row["held_out_kl"] for row in found.checked]
+    assert cost(found.plan) == min(measured)
+    assert any(row["held_out_kl"] > row["predicted_kl"] + 1 for row in found.checked)
+
+
+def test_an_axis_with_an_explicit_size_is_not_searched() -> None:
+    asked = SizeOptions(params="0.7x", hidden_size=192, num_key_value_heads=4)
+    found = allocate(CONFIG, asked, lambda plan: sum(shares(plan)))
+    assert found.plan.after.hidden_size == 192
+    assert found.plan.after.num_key_value_heads == 4
+
+
+def test_a_budget_that_no_sizes_meet_is_refused_before_anything_is_measured() -> None:
+    def never(plan: Plan) -> float:
+        raise AssertionError("measured first")
+
+    with pytest.raises(SizeError, match="ask for at least that"):
+        allocate(CONFIG, SizeOptions(params="0.01x"), never)
+
+
+def test_a_curve_runs_through_what_was_measured_and_falls_with_size() -> None:
+    curve = Curve("hidden_size", (128, 192, 256), (0.4, 0.1, 0.0), (1, 2, 3))
+    for size, divergence in zip(curve.sizes, curve.divergences, strict=True):
+        assert curve.at(size) == pytest.approx(divergence, abs=1e-12)
+    values = [curve.at(size) for size in range(96, 257, 16)]
+    assert values == sorted(values, reverse=True)
+    # Quadratic in the share cut: its root is straight, and lies exactly on the line here.
+    assert curve.at(224) == pytest.approx(0.025, rel=0.05)
+
+
+def test_unknown_ways_to_allocate_are_refused() -> None:
+    with pytest.raises(UsageError, match="rule, measured"):
+        ShrinkOptions(text=TextOptions(source="text.txt"), sizes=ASKED, allocate="guess")
