@@ -96,8 +96,8 @@ def find_cost(
     """
     # Imported late, for torch comes with them.
     from dotexport.models.families import find_family
-    from dotexport.models.shapes import num_parameters, read_sizes, shapes
-    from dotexport.sizes.planning import bytes_of_cached_number, kv_numbers, weight_bytes
+    from dotexport.models.shapes import cached_numbers, num_parameters, read_sizes, shapes
+    from dotexport.sizes.planning import bytes_of_cached_number, weight_bytes
 
     try:
         family = find_family(config)
@@ -120,7 +120,7 @@ def find_cost(
     assert products <= num_parameters(family, sizes)
     return Cost(
         weight_bytes=read,
-        cache_bytes=kv_numbers(sizes) * each,
+        cache_bytes=cached_numbers(sizes) * each,
         layer_parameters=products - table - looked_up,
         head_parameters=table,
         attention_width=sizes.spaces["query"] * sizes.num_layers,

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from dotexport.outputs import manifest
+from dotexport.storage import manifest
 
 from .workload import Workload
 

@@ -21,8 +21,8 @@ import torch
 from dotexport.diffusion import graphs, onnx_folder, pipeline_card, saving
 from dotexport.diffusion.calibration import Progress
 from dotexport.diffusion.sampling import component_of, load, sample
-from dotexport.outputs import manifest
-from dotexport.outputs.output import folder_bytes, write_json
+from dotexport.storage import manifest
+from dotexport.storage.output import folder_bytes, write_json
 
 from .statistics import compare
 
@@ -38,7 +38,7 @@ class Subject:
     num_bytes: int
 
 
-def bench_into(
+def bench_pipeline(
     candidate: Path,
     baseline: Path,
     target: str,

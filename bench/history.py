@@ -53,7 +53,7 @@ class Entry:
         return hashlib.sha256(told.encode()).hexdigest()[:8]
 
 
-def append(file: Path, comparisons: Iterable[Compared], lines: Sequence[Line] = ()) -> None:
+def append_history(file: Path, comparisons: Iterable[Compared], lines: Sequence[Line] = ()) -> None:
     """Add one line for each comparison, with the verdict of its gate."""
     now, commit = datetime.now(UTC).isoformat(timespec="seconds"), _commit()
     text = "".join(

@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from dotexport.axes.carrying import planned_config
+from dotexport.axes.plan import Plan, read_model
 from dotexport.errors import SizeError, UnsupportedModelError, UsageError
 from dotexport.exports.target import Target, find_target
 from dotexport.exports.verifying import require_runtime
 from dotexport.models.checkpoint import COMPANIONS, read_config
-from dotexport.outputs import manifest
-from dotexport.sizes.budget import Plan, read_model
+from dotexport.sizes.latency_options import LatencyOptions
 from dotexport.sizes.latency_table import (
     METRICS,
     SCHEMA,
@@ -36,17 +37,17 @@ from dotexport.sizes.latency_table import (
     runtime_versions,
     times_of,
 )
-from dotexport.sizes.planning import planned_config
+from dotexport.storage import manifest
 
 from .device import one_cpu_per_core
 from .latency_sizes import (
     Depth,
-    LatencyOptions,
     depth_of,
-    only_hidden,
+    otherwise_uncut,
     shallow_config,
     strangers_of,
     table_sizes,
+    workload_of,
 )
 from .process import Worker
 from .result import Sample
@@ -94,21 +95,21 @@ def measure_table(
             f"no legal size of {model} but its own is above {options.least:g} of it; give "
             "a smaller --least"
         )
+    uncut = [p for p in sizes if otherwise_uncut(p)]
     strangers = strangers_of(whole, sizes, options)
-    total = len(sizes) + len({p.after.hidden_size for p in sizes} if depth.shallow else ())
+    total = len(sizes) + (len(uncut) if depth.shallow else 0)
     steps = _Steps(progress, total + 2 + len(strangers))
     with measuring.beside(whole, depth.measured, steps) as beside:
         rows = [row for p in sizes if key_of(p.after) != key_of(before) for row in beside.rows(p)]
         if depth.shallow:
-            uncut = {p.after.hidden_size: p for p in sizes if only_hidden(p)}
-            rows += [row for p in uncut.values() for row in beside.rows(p, depth.shallow)]
+            rows += [row for p in uncut for row in beside.rows(p, depth.shallow)]
         original = beside.milliseconds()
     content = {
         "schema": SCHEMA,
         "model": describe(family.architecture, before),
         "target": target.name,
         "precision": precision,
-        "threads": options.workload(1).threads,
+        "threads": workload_of(options, 1).threads,
         "device": device() | {"libraries": runtime_versions(target.name)},
         "workload": {"prompt": options.prompt, "generate": options.generate},
         "options": asdict(options) | {"batches": list(options.batches)},
@@ -197,7 +198,7 @@ class _Measuring:
         return sorted({f for glob in COMPANIONS for f in self.model.glob(glob) if f.is_file()})
 
     def _loaded(self, name: str, folder: Path, batch: int, stack: ExitStack) -> _Loaded:
-        workload = self.options.workload(batch)
+        workload = workload_of(self.options, batch)
         worker = stack.enter_context(Worker(name, threads=workload.threads))
         loaded = worker.ask(
             "load", target=self.target.name, folder=str(folder), workload=workload.as_dict()
@@ -223,10 +224,8 @@ class _Beside:
 
     def rows(self, plan: Plan, layers: int | None = None) -> list[dict[str, Any]]:
         """One row for each batch; none where the target cannot hold these sizes."""
-        hidden, mlp, heads = key_of(plan.after)
-        self.steps.next(f"hidden {hidden}, MLP {mlp}, KV heads {heads}")
-        row = {"hidden_size": hidden, "intermediate_size": mlp, "num_key_value_heads": heads}
-        row["layers"] = layers or self.layers
+        self.steps.next(plan.in_words())
+        row = plan.sizes() | {"layers": layers or self.layers}
         with self.measuring._artifact(plan, row["layers"]) as folder:
             if isinstance(folder, list):
                 self.measuring.skipped.append(row | {"problems": folder})
@@ -234,7 +233,7 @@ class _Beside:
             return [row | self._row(folder, batch) for batch in self.measuring.options.batches]
 
     def _row(self, folder: Path, batch: int) -> dict[str, Any]:
-        threads = self.measuring.options.workload(batch).threads or 0
+        threads = workload_of(self.measuring.options, batch).threads or 0
         mine, theirs, iterations = list[list[Sample]](), list[list[Sample]](), 0
         for number in range(self.measuring.options.rounds):
             with ExitStack() as stack:

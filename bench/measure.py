@@ -11,8 +11,8 @@ from typing import Any
 
 from dotexport.errors import RuntimeMissingError, UsageError
 from dotexport.exports.target import Target, find_target, lacking
-from dotexport.outputs import manifest
-from dotexport.outputs.output import write_json
+from dotexport.storage import manifest
+from dotexport.storage.output import write_json
 
 from .device import environment
 from .result import BenchResult

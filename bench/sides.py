@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from dotexport.errors import CheckpointError, UsageError
-from dotexport.outputs import manifest
-from dotexport.outputs.output import read_json
+from dotexport.storage import manifest
+from dotexport.storage.output import read_json
 
 from .intervals import STATISTICS
 from .result import METRICS, SCHEMA, BenchResult, Measurement, options_in_words

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dotexport.errors import DotexportError, UnsupportedModelError, UsageError
 from dotexport.exports.target import Target
-from dotexport.outputs.output import folder_bytes
+from dotexport.storage.output import folder_bytes
 
 if TYPE_CHECKING:
     from dotexport.models.checkpoint import Checkpoint

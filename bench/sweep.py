@@ -12,7 +12,7 @@ from dotexport.errors import UsageError
 from .result import BenchResult
 
 if TYPE_CHECKING:  # a measuring process imports this package, and recipes need torch
-    from dotexport.app.recipe import BenchStep
+    from dotexport.app.steps import BenchStep
 
 SCHEMA = "dotexport.sweep/1"
 NOISE_SHARE = 0.9  # of A-against-A runs whose interval has to hold 1

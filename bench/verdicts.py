@@ -94,7 +94,7 @@ def judge_results(results: Sequence[BenchResult], limits: Sequence[Limit], file:
     return Judgement(found, tuple(hold(limits, found)))
 
 
-def render(judgement: Judgement) -> Group:
+def render_verdict(judgement: Judgement) -> Group:
     """Tables of the figures and of the gate, and what to keep in mind."""
     tables = [_figures(compared) for compared in judgement.comparisons]
     if judgement.lines:

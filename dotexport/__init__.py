@@ -7,7 +7,8 @@ from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 if _TYPE_CHECKING:
-    from dotexport.app.shrinking import ShrinkOptions, shrink
+    from dotexport.app.shrink_options import ShrinkOptions
+    from dotexport.app.shrinking import shrink
     from dotexport.exports.exporting import export
     from dotexport.exports.quality import evaluate
     from dotexport.exports.verifying import verify
@@ -22,7 +23,7 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "targets/__init__.p
 
 # Public names and where they live. They are imported when first asked for: torch takes seconds.
 _HOMES = {
-    "ShrinkOptions": "app.shrinking",
+    "ShrinkOptions": "app.shrink_options",
     "SizeOptions": "axes.plan",
     "evaluate": "exports.quality",
     "export": "exports.exporting",

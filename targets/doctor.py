@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from dotexport.exports.target import TargetRow, list_targets
-from dotexport.outputs import manifest
+from dotexport.storage import manifest
 
 from . import cuda
 

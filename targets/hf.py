@@ -23,7 +23,7 @@ from dotexport.exports.reference import capped_attention
 from dotexport.exports.target import Logits, Tokens
 from dotexport.models.checkpoint import INDEX, Checkpoint, read_config
 from dotexport.models.rope import in_all_words, stock_config
-from dotexport.outputs.output import write_json
+from dotexport.storage.output import write_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

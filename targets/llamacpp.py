@@ -27,7 +27,7 @@ from dotexport.exports.reference import Reference, compute_reference
 from dotexport.exports.target import Logits, Tokens
 from dotexport.exports.verifying import STOCK, changed_files, write_report
 from dotexport.models.checkpoint import Checkpoint
-from dotexport.outputs import manifest
+from dotexport.storage import manifest
 
 from .llama_session import find_library, own_threads, side_by_side, unusable
 

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from dotexport.errors import UsageError
-from dotexport.outputs import manifest
-from dotexport.outputs.output import read_json
+from dotexport.storage import manifest
+from dotexport.storage.output import read_json
 
 from ..result import SCHEMA, BenchResult, options_in_words
 from ..sweep import SCHEMA as SWEEP

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dotexport import __version__
-from dotexport.outputs.output import write_text
+from dotexport.storage.output import write_text
 
 from . import figures, tradeoff, words
 from .collected import Output, collect

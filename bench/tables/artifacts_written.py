@@ -17,16 +17,17 @@ from typing import Annotated, Any
 import typer
 
 from dotexport import embedded
-from dotexport.app.shrinking import ShrinkOptions, shrink
+from dotexport.app.shrink_options import ShrinkOptions
+from dotexport.app.shrinking import shrink
+from dotexport.axes.plan import SizeOptions
 from dotexport.errors import RuntimeMissingError
 from dotexport.exports.reference import Reference, compute_reference
 from dotexport.exports.target import Target, find_target, lacking, target_names
 from dotexport.exports.verifying import check
 from dotexport.models.checkpoint import Checkpoint
-from dotexport.models.text_windows import TextOptions
-from dotexport.outputs import manifest
-from dotexport.outputs.output import folder_bytes, write_json, write_text
-from dotexport.sizes.budget import SizeOptions
+from dotexport.models.text_options import TextOptions
+from dotexport.storage import manifest
+from dotexport.storage.output import folder_bytes, write_json, write_text
 
 Row = dict[str, Any]
 RESULTS = Path("docs/results")

@@ -21,14 +21,15 @@ import torch
 import typer
 
 from dotexport import embedded
-from dotexport.app.shrinking import ShrinkOptions, shrink
+from dotexport.app.shrink_options import ShrinkOptions
+from dotexport.app.shrinking import shrink
+from dotexport.axes.plan import SizeOptions, read_model
 from dotexport.exports.quality import evaluate
-from dotexport.healing.heal import HealOptions
+from dotexport.healing.heal_options import HealOptions
 from dotexport.models.checkpoint import Checkpoint
-from dotexport.models.text_windows import TextOptions, token_windows
-from dotexport.narrowing.local import LocalOptions
-from dotexport.narrowing.site import NarrowOptions
-from dotexport.sizes.budget import SizeOptions, read_model
+from dotexport.models.text_options import TextOptions
+from dotexport.models.text_windows import token_windows
+from dotexport.narrowing.narrow_options import LocalOptions, NarrowOptions
 
 from ..tables.results import CALIBRATION, EVALUATION, RESULTS, save, stories
 

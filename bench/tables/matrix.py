@@ -23,14 +23,15 @@ import typer
 from torch import Tensor
 
 from dotexport import embedded
-from dotexport.app.shrinking import ShrinkOptions, shrink
+from dotexport.app.shrink_options import ShrinkOptions
+from dotexport.app.shrinking import shrink
+from dotexport.axes.plan import SizeOptions
 from dotexport.errors import ParityError, RuntimeMissingError, SizeError, UnsupportedModelError
 from dotexport.exports.exporting import export
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.rope import stock_config
-from dotexport.models.text_windows import TextOptions
-from dotexport.narrowing.site import NarrowOptions
-from dotexport.sizes.budget import SizeOptions
+from dotexport.models.text_options import TextOptions
+from dotexport.narrowing.narrow_options import NarrowOptions
 
 from ..measure import bench
 from ..tables.fidelity import Notes

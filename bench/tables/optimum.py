@@ -22,11 +22,12 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from dotexport.axes.carrying import planned_config
+from dotexport.axes.plan import SizeOptions
 from dotexport.errors import DotexportError, ParityError, UsageError
 from dotexport.exports.target import Session, find_target
-from dotexport.outputs.output import folder_bytes
-from dotexport.sizes.budget import SizeOptions, plan
-from dotexport.sizes.planning import planned_config
+from dotexport.sizes.budget import plan
+from dotexport.storage.output import folder_bytes
 
 from ..process import Worker
 from ..stand_in import SMOLLM2_135M, TOKENIZER, write_stand_in

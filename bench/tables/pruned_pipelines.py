@@ -29,10 +29,10 @@ from dotexport.diffusion.pipeline_shrinking import ShrinkOptions, decide, shrink
 from dotexport.diffusion.pruning import PruneOptions, prune
 from dotexport.diffusion.sampling import SampleOptions, load
 from dotexport.diffusion.tables import find_sites
-from dotexport.outputs import manifest
-from dotexport.outputs.output import write_json, write_text
+from dotexport.storage import manifest
+from dotexport.storage.output import write_json, write_text
 
-from ..diffusion import bench_into
+from ..diffusion import bench_pipeline
 from ..tables import digits
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -183,7 +183,7 @@ def speed(
                 prune=PruneOptions(method="random"),
             )
             made = shrink(folder, target, options)
-            found = bench_into(target, folder, "onnx", seconds=seconds)
+            found = bench_pipeline(target, folder, "onnx", seconds=seconds)
             for what in ("step", "whole"):
                 rows.append(
                     {

@@ -32,18 +32,22 @@ import typer
 
 from dotexport import embedded
 from dotexport.app.pipeline import bench_into
-from dotexport.app.recipe import BenchStep
-from dotexport.app.shrinking import ShrinkOptions, open_source, shrink
+from dotexport.app.shrink_options import ShrinkOptions
+from dotexport.app.shrinking import open_source, shrink
+from dotexport.app.steps import BenchStep
+from dotexport.axes.plan import Plan, SizeOptions
 from dotexport.exports.quality import evaluate
 from dotexport.exports.reference import load_float32
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter
-from dotexport.models.text_windows import TextOptions, token_windows
+from dotexport.models.text_options import TextOptions
+from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.basis import Basis
+from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.prepare import prepare
-from dotexport.narrowing.site import NarrowOptions
-from dotexport.outputs import manifest, summary
-from dotexport.outputs.output import write_json, write_text
-from dotexport.sizes.budget import Plan, SizeOptions, plan
+from dotexport.outputs import summary
+from dotexport.sizes.budget import plan
+from dotexport.storage import manifest
+from dotexport.storage.output import write_json, write_text
 
 from ..stand_in import write_stand_in
 

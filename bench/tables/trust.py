@@ -23,14 +23,17 @@ import typer
 
 from dotexport import embedded
 from dotexport.app.pipeline import keep_promise, measure_latency
-from dotexport.app.shrinking import ShrinkOptions, shrink
+from dotexport.app.shrink_options import ShrinkOptions
+from dotexport.app.shrinking import shrink
+from dotexport.axes.carrying import planned_config
+from dotexport.axes.plan import SizeOptions
 from dotexport.errors import RuntimeMissingError, SizeError
 from dotexport.exports.target import find_target
 from dotexport.models.checkpoint import Checkpoint
-from dotexport.models.text_windows import TextOptions
-from dotexport.narrowing.site import NarrowOptions
-from dotexport.sizes.budget import SizeOptions, plan
-from dotexport.sizes.planning import planned_config
+from dotexport.models.text_options import TextOptions
+from dotexport.narrowing.narrow_options import NarrowOptions
+from dotexport.sizes.budget import plan
+from dotexport.sizes.latency_options import LatencyOptions
 
 from ..measure import bench, noise_check
 from ..outside import genai
@@ -222,14 +225,8 @@ def promise(
         for precision in ("fp32", "int4"):
             table, file = measure_latency(
                 embedded.MODEL_DIR,
-                target="ort-cpu",
-                precision=precision,
-                batch="1",
+                LatencyOptions(precision=precision, points=points, rounds=rounds, threads=threads),
                 out=Path(scratch) / f"{precision}.json",
-                progress=lambda stage, done, total: None,
-                points=points,
-                rounds=rounds,
-                threads=threads,
             )
             for asked in budget or ["0.9x", "0.8x", "0.7x"]:
                 folder = Path(scratch) / f"{precision}-{asked}"

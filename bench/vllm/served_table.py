@@ -11,7 +11,7 @@ from rich.text import Text
 from ..vllm.served_reports import ServedResult
 
 
-def render(result: ServedResult) -> Group:
+def render_served(result: ServedResult) -> Group:
     """The table, the comparisons in words, and what they depend on."""
     table = Table(title=f"vllm bench {result.options.kind}: candidate against baseline")
     table.add_column("")

@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 from dotexport import __version__
 from dotexport.app.commands import artifacts, chains, comparing, machine, measuring
 from dotexport.app.commands import deciding as sizes
+from dotexport.app.flags import with_options
 from dotexport.app.terminal import show_error, stderr
 from dotexport.errors import DotexportError
 
@@ -28,14 +29,14 @@ from dotexport.errors import DotexportError
 class Verbs(TyperGroup):
     """Ends an interrupted verb with a word and exit code 130, whatever the release of typer.
 
-    A verb that is given a diffusers pipeline is the one of dotexport/diffusion/cli.py instead.
+    A verb that is given a diffusers pipeline is the one of app/commands/pipelines.py instead.
     """
 
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
         # What an output holds so far says nothing of the model that is to replace it.
         given = (arg for before, arg in pairwise(args) if before not in ("-o", "--out"))
         if any(map(_holds_pipeline, given)):
-            from dotexport.diffusion.verbs import app as pipelines
+            from dotexport.app.commands.pipelines import app as pipelines
 
             known = typer.main.get_command(pipelines)
             if args[0] in getattr(known, "commands", {}):
@@ -90,7 +91,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "doctor": machine.doctor,
 }
 for name, verb in VERBS.items():
-    app.command(name)(verb)
+    app.command(name)(with_options(verb))
 
 
 def _version(value: bool) -> None:

@@ -9,28 +9,29 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dotexport import embedded
-from dotexport.app.recipe import BenchStep, EvalStep, Recipe
+from dotexport.app.door import benches
+from dotexport.app.recipe import Recipe
 from dotexport.app.shrinking import shrink
+from dotexport.app.steps import BenchStep, EvalStep, ServedStep
+from dotexport.axes import AXES
+from dotexport.axes.plan import Plan, SizeOptions, read_model, resized
 from dotexport.errors import CalibrationError, UsageError
 from dotexport.exports.target import parse_spec
 from dotexport.models.checkpoint import find_model, read_config
 from dotexport.models.text_windows import documents, token_windows, window_length
 from dotexport.narrowing.norm_statistics import Progress
 from dotexport.narrowing.prepare import pick_device
-from dotexport.outputs import card, manifest
-from dotexport.outputs.output import read_json, write_json
-from dotexport.sizes.budget import Plan, SizeOptions, read_model
+from dotexport.outputs import card
 from dotexport.sizes.latency import check_runtime, promise
+from dotexport.sizes.latency_options import LatencyOptions
 from dotexport.sizes.latency_table import cache_file
-
-if TYPE_CHECKING:
-    from dotexport.bench import Workload
-    from dotexport.bench.verdicts import Judgement
+from dotexport.storage import manifest
+from dotexport.storage.output import read_json, write_json
 
 
 def run(
@@ -83,7 +84,6 @@ def source_folder(model: str, *, config_only: bool = False) -> Path:
 
 def _check_later_steps(recipe: Recipe, model: Path) -> None:
     """Refuse now what a step would refuse after an hour of narrowing."""
-    from dotexport.bench.measure import check_options
     from dotexport.exports.target import resolve
     from dotexport.exports.verifying import require_device
 
@@ -92,7 +92,7 @@ def _check_later_steps(recipe: Recipe, model: Path) -> None:
     for step in recipe.bench:
         _workload(step)
         _check_gate(step)
-        check_options(resolve(_spec(step))[0], step.runtime())
+        benches().check_options(resolve(_spec(step))[0], step.runtime())
     names = [bench_name(step) for step in recipe.bench]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UsageError(
@@ -100,9 +100,10 @@ def _check_later_steps(recipe: Recipe, model: Path) -> None:
             "precision: put the other workload into a recipe of its own"
         )
     if recipe.eval:
-        window_length(model, recipe.eval.options())
-        if next(documents(recipe.eval.text), None) is None:
-            raise CalibrationError(f"{recipe.eval.text} holds no text; expected UTF-8 documents")
+        text = recipe.eval.text
+        window_length(model, text)
+        if next(documents(text.source), None) is None:
+            raise CalibrationError(f"{text.source} holds no text; expected UTF-8 documents")
 
 
 def _resumable(out: Path, recipe: Recipe) -> bool:
@@ -147,9 +148,9 @@ def evaluate_into(
 
     manifest.read(out)  # refuses what is no output
     where = str(pick_device(device))
-    windows_NL = token_windows(baseline, step.options())
+    windows_NL = token_windows(baseline, step.text)
     quality = evaluate(out / "hf", baseline, windows_NL, device=where, progress=progress)
-    record = {**quality.as_dict(), "text": step.text, "seqlen": windows_NL.shape[1]}
+    record = {**quality.as_dict(), "text": step.text.source, "seqlen": windows_NL.shape[1]}
     manifest.update(out, quality=record)
     card.write(out)
     return record
@@ -167,15 +168,13 @@ def bench_into(
 
     An output of dotexport keeps the report in OUT/reports and the headline in its manifest.
     """
-    from dotexport.bench import bench, noise_check
-
     asked = _asked(step, progress) | {"workload": _workload(step)}
     if baseline is None:
-        return noise_check(candidate, step.target, out=report, **asked)
+        return benches().noise_check(candidate, step.target, out=report, **asked)
     if report is None and manifest.is_output(candidate):
         report = candidate / _bench_report(step)
     _check_gate(step)
-    result = bench(candidate, baseline, step.target, out=report, **asked)
+    result = benches().bench(candidate, baseline, step.target, out=report, **asked)
     if manifest.is_output(candidate):
         measured = manifest.read(candidate).get("bench", {})
         manifest.update(candidate, bench={**measured, bench_name(step): result.headline()})
@@ -185,37 +184,27 @@ def bench_into(
 
 def write_report(out: Path) -> Path:
     """OUT/reports/report.html from what lies in OUT by now."""
-    from dotexport.bench.report import write_report as write
-
-    file: Path = write([out])
+    file: Path = benches().write_report([out])
     return file
 
 
-def judge_bench(step: BenchStep, result: Any, candidate: Path) -> Judgement:
+def judge_bench(step: BenchStep, result: Any, candidate: Path) -> Any:
     """Hold the gate of a step against what it measured, and the quality that `candidate` has."""
-    from dotexport.bench.gate import read_gate
-    from dotexport.bench.verdicts import judge_results
-
-    limits = read_gate(Path(step.gate)) if step.gate else []
+    limits = benches().read_gate(Path(step.gate)) if step.gate else []
     results = getattr(result, "results", (result,))  # of a sweep, or the one
-    return judge_results(results, limits, candidate / _bench_report(step))
+    return benches().judge_results(results, limits, candidate / _bench_report(step))
 
 
 def _require_gates(recipe: Recipe, out: Path) -> None:
-    from dotexport.bench.gate import require
-    from dotexport.bench.verdicts import judge
-
     gated = ((step.gate, out / _bench_report(step)) for step in recipe.bench)
-    found = (judge([report], gate=Path(gate)).lines for gate, report in gated if gate)
-    require([line for lines in found for line in lines])
+    found = (benches().judge([report], gate=Path(gate)).lines for gate, report in gated if gate)
+    benches().require([line for lines in found for line in lines])
 
 
 def _check_gate(step: BenchStep) -> None:
     """Refuse a gate that cannot be read before anything is measured."""
     if step.gate is not None:
-        from dotexport.bench.gate import read_gate
-
-        read_gate(Path(step.gate))
+        benches().read_gate(Path(step.gate))
 
 
 def _bench_report(step: BenchStep) -> Path:
@@ -231,15 +220,15 @@ def sweep_into(
     progress: Progress = lambda stage, done, total: None,
 ) -> Any:
     """`bench_into` for steps that differ in their workload alone; one report, no manifest entry."""
-    from dotexport.bench import sweep
-
     first = steps[0]
     _check_gate(first)
     if report is None and baseline is not None and manifest.is_output(candidate):
         report = candidate / "reports" / f"bench-{bench_name(first)}-sweep.json"
     workloads = [_workload(step) for step in steps]
     asked = _asked(first, progress)
-    return sweep(candidate, baseline, first.target, workloads=workloads, out=report, **asked)
+    return benches().sweep(
+        candidate, baseline, first.target, workloads=workloads, out=report, **asked
+    )
 
 
 def _asked(step: BenchStep, progress: Progress) -> dict[str, Any]:
@@ -253,30 +242,33 @@ def _asked(step: BenchStep, progress: Progress) -> dict[str, Any]:
 
 def measure_latency(
     model: Path,
+    options: LatencyOptions,
     *,
-    target: str,
-    precision: str | None,
-    batch: str,
-    out: Path | None,
-    progress: Progress,
-    **options: Any,
+    batch: str = "1",
+    out: Path | None = None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> tuple[dict[str, Any], Path]:
     """Measure a latency table and store it: in `out`, or where plan and shrink look by themselves.
+
+    Args:
+        options: the target may have its precision behind it, NAME:PRECISION.
+        batch: sequences at once, as flags say it: 1, or several as 1,4.
 
     Raises:
         UsageError, SizeError, UnsupportedModelError, RuntimeMissingError, DotexportError: as
             `measure_table`.
     """
-    from dotexport.bench.latency_measuring import LatencyOptions, measure_table
-
-    name, said = parse_spec(target)
+    name, said = parse_spec(options.target)
     if not re.fullmatch(r"\d+(,\d+)*", batch):
         raise UsageError(f"--batch {batch!r} must be numbers such as 1 or 1,4")
+    if options.precision and said and options.precision != said:
+        raise UsageError(
+            f"--target {options.target} and --precision {options.precision} contradict each other"
+        )
     batches = tuple(map(int, batch.split(",")))
-    if precision and said and precision != said:
-        raise UsageError(f"--target {target} and --precision {precision} contradict each other")
-    asked = LatencyOptions(target=name, precision=precision or said, batches=batches, **options)
-    table = measure_table(model, asked, progress=progress)
+    precision = options.precision or said
+    asked = replace(options, target=name, precision=precision, batches=batches)
+    table = benches().measure_table(model, asked, progress=progress)
     file = out or cache_file(table)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, table)
@@ -313,15 +305,12 @@ def keep_promise(
     """
     if asked.latency is None:
         return {}
-    from dotexport.bench.promise import measure_again
-
     family, before = read_model(read_config(model))
     made = manifest.read(out)["sizes"]
-    axes = ("hidden_size", "intermediate_size", "num_key_value_heads")
-    after = before.narrowed(**{axis: made[axis][1] for axis in axes})
+    after = resized(before, {axis.name: made[axis.name][1] for axis in AXES})
     promised = promise(Plan(family, before, after), asked)
     assert promised is not None
-    section = {"latency": measure_again(out, model, promised, progress)}
+    section = {"latency": benches().measure_again(out, model, promised, progress)}
     manifest.update(out, **section)
     report = out / "reports" / "shrink.json"
     write_json(report, read_json(report, advice="shrink again") | section)
@@ -332,28 +321,39 @@ def keep_promise(
 def bench_vllm_into(
     candidate: Path,
     baseline: Path,
-    python: Path,
+    served: ServedStep,
+    step: BenchStep,
+    shape: Mapping[str, str | None],
     *,
     report: Path | None = None,
     progress: Progress = lambda stage, done, total: None,
-    arguments: str = "",
-    **asked: Any,
 ) -> Any:
     """Run one of vLLM's benchmarks beside the original; an output keeps report and headline.
+
+    Args:
+        shape: of the requests, as flags say it: vLLM's benchmarks take one number and no sweep.
 
     Raises:
         UsageError, RuntimeMissingError, DotexportError: as `bench_served`.
     """
-    from dotexport.bench.vllm.served_reports import ServedOptions, parse_arguments
-    from dotexport.bench.vllm.served_run import bench_served
-
-    shape = {name: _one(name, value) for name, value in asked.items()}
-    options = ServedOptions(
-        arguments=parse_arguments(arguments), **{k: v for k, v in shape.items() if v is not None}
+    numbers = {name: _one(name, text) for name, text in shape.items() if text is not None}
+    options = benches().ServedOptions(
+        kind=served.kind,
+        iterations=step.min_iterations,
+        requests=served.requests,
+        warmups=step.warmups,
+        rounds=served.rounds,
+        request_rate=served.request_rate,
+        precision=step.precision,
+        arguments=benches().parse_arguments(served.arguments),
+        seed=step.seed,
+        **numbers,
     )
     if report is None and manifest.is_output(candidate):
         report = candidate / "reports" / f"bench-vllm-{options.kind}.json"
-    result = bench_served(candidate, baseline, python, options, out=report, progress=progress)
+    result = benches().bench_served(
+        candidate, baseline, served.python, options, out=report, progress=progress
+    )
     if manifest.is_output(candidate):
         measured = manifest.read(candidate).get("served", {})
         manifest.update(candidate, served={**measured, options.kind: result.headline()})
@@ -361,20 +361,13 @@ def bench_vllm_into(
     return result
 
 
-def _one(name: str, value: Any) -> Any:
-    """A number that may have been given as text; vLLM's benchmarks take one and no sweep."""
-    numbers = ("prompt", "generate", "batch", "threads", "concurrency")
-    if name not in numbers or not isinstance(value, str):
-        return value
-    if not value.isdigit():
-        raise UsageError(f"--target vllm takes one {name} at a time, not {value!r}")
-    return int(value)
+def _one(name: str, text: str) -> int:
+    if not text.isdigit():
+        raise UsageError(f"--target vllm takes one {name} at a time, not {text!r}")
+    return int(text)
 
 
-def _workload(step: BenchStep) -> Workload:
-    from dotexport.bench import Workload
-    from dotexport.bench.presets import find_preset
-
+def _workload(step: BenchStep) -> Any:
     shape = {
         "prompt_length": step.prompt,
         "generation_length": step.generate,
@@ -382,8 +375,8 @@ def _workload(step: BenchStep) -> Workload:
         "threads": step.threads,
         "concurrency": step.concurrency,
     }
-    return Workload(
-        **(find_preset(step.preset) if step.preset else {})
+    return benches().Workload(
+        **(benches().find_preset(step.preset) if step.preset else {})
         | {name: value for name, value in shape.items() if value is not None},
         rounds=step.rounds,
         min_iterations=step.min_iterations,
@@ -395,9 +388,7 @@ def _workload(step: BenchStep) -> Workload:
 
 def bench_name(step: BenchStep) -> str:
     """Key of a bench in the manifest: target, precision and what else it ran as."""
-    from dotexport.bench.result import options_in_words
-
-    words = [_spec(step).replace(":", "-"), *options_in_words(step.runtime())]
+    words = [_spec(step).replace(":", "-"), *benches().options_in_words(step.runtime())]
     return "-".join(words).replace(":", "")
 
 

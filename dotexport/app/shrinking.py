@@ -7,73 +7,42 @@ import json
 import logging
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dotexport.app.shrink_options import ShrinkOptions
+from dotexport.axes.carrying import carry
+from dotexport.axes.plan import Plan, read_model
 from dotexport.errors import (
     CheckpointError,
     UnsupportedModelError,
     UsageError,
 )
-from dotexport.healing.heal import HealOptions, heal_into, healing_text, workspace_of
+from dotexport.healing.heal import heal_into, workspace_of
+from dotexport.healing.healing_text import healing_text
 from dotexport.healing.resume import ClosedForm, Workspace, settle_others
-from dotexport.models.carriers import carry
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter, find_model
 from dotexport.models.families import check_quantised
 from dotexport.models.family import Family
 from dotexport.models.origin import describe_source
 from dotexport.models.shapes import Sizes, check_shapes, shapes
-from dotexport.models.text_windows import TextOptions, token_windows
+from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.norm_statistics import Progress
-from dotexport.narrowing.prepare import (
-    MAX_SHARD_BYTES,
-    pick_device,
-    prepare,
-    rehearsals,
-    tensor_specs,
-)
-from dotexport.narrowing.site import NarrowOptions
-from dotexport.outputs import card, manifest
-from dotexport.outputs.output import new_folder, write_json, write_text
+from dotexport.narrowing.prepare import pick_device, prepare, rehearsals, tensor_specs
+from dotexport.outputs import card
 from dotexport.sizes.allocation import Allocation, allocate
-from dotexport.sizes.budget import Plan, SizeOptions, plan, read_model
+from dotexport.sizes.budget import plan
+from dotexport.storage import manifest
+from dotexport.storage.output import new_folder, write_json, write_text
 
 RECIPE = "recipe.yaml"
-ALLOCATIONS = ("rule", "measured")
 
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShrinkOptions:
-    """How narrow, and how.
-
-    Attributes:
-        sizes: explicit sizes, or a budget.
-        text: calibration text.
-        narrow: methods.
-        allocate: how a budget is shared between the axes: `rule` reads config.json only, `measured`
-            cuts each axis alone and looks (allocate.py).
-        heal: distillation after the closed form; None: none.
-        max_shard_bytes: largest weight file.
-    """
-
-    sizes: SizeOptions = field(default_factory=SizeOptions)
-    text: TextOptions
-    narrow: NarrowOptions = field(default_factory=NarrowOptions)
-    allocate: str = "rule"
-    heal: HealOptions | None = None
-    max_shard_bytes: int = MAX_SHARD_BYTES
-
-    def __post_init__(self) -> None:
-        if self.allocate not in ALLOCATIONS:
-            known = ", ".join(ALLOCATIONS)
-            raise UsageError(f"allocate must be one of {known}, not {self.allocate!r}")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dotexport.axes import AXES
+
 if TYPE_CHECKING:
+    from dotexport.axes.plan import Plan
     from dotexport.exports.parity import Parity
     from dotexport.exports.target import TargetRow
     from dotexport.narrowing.norm_statistics import Progress
@@ -60,7 +63,8 @@ def _finish(shown: Any, current: list[tuple[str, Any]]) -> None:
 
 def show_summary(out: Path, title: str) -> None:
     """The closing table of an output, and where everything lies."""
-    from dotexport.outputs import manifest, summary
+    from dotexport.outputs import summary
+    from dotexport.storage import manifest
 
     show_rows(title, manifest.read(out), summary.paths(out))
 
@@ -92,15 +96,24 @@ def show_allocation(allocation: Allocation) -> None:
             bar = "█" * round(12 * kl / (largest or 1.0))
             curves.add_row(curve.axis, f"{size:,}", f"{parameters:,}", f"{kl:.4f}", bar)
     stderr.print(curves)
-    checked = Table("hidden", "MLP", "KV heads", "parameters", "predicted KL", "held-out KL")
+    labels = (axis.label for axis in AXES)
+    checked = Table(*labels, "parameters", "predicted KL", "held-out KL")
     checked.title = "together; the least was taken"
     for row in allocation.checked:
-        sizes = (
-            f"{row[key]:,}"
-            for key in ("hidden_size", "intermediate_size", "num_key_value_heads", "parameters")
-        )
+        sizes = (f"{row[key]:,}" for key in (*(axis.name for axis in AXES), "parameters"))
         checked.add_row(*sizes, f"{row['predicted_kl']:.4f}", f"{row['held_out_kl']:.4f}")
     stderr.print(checked)
+
+
+def show_shares(decided: Plan) -> None:
+    """What each axis is a part of, and what a cut of it leaves exact."""
+    table = Table("axis", "of parameters", "of KV cache", "of time per token", "what stays exact")
+    table.title = "share of the original that has this axis"
+    for axis in AXES:
+        shares = axis.shares(decided.family, decided.before)
+        parts = (shares.parameters, shares.cache, shares.time)
+        table.add_row(axis.name, *(f"{100 * part:.0f} %" for part in parts), axis.exact)
+    Console().print(table)
 
 
 def show_costs(chosen: Choice) -> None:
@@ -133,7 +146,8 @@ def show_latency(content: Mapping[str, Any], file: Path) -> None:
     original = content["original"]
     depth = content["layers"]
     title = f"time over the original's, {content['target']}:{content['precision']}"
-    table = Table("hidden", "MLP", "KV heads", "batch", "decode", "prefill", title=title)
+    labels = (axis.label for axis in AXES)
+    table = Table(*labels, "batch", "decode", "prefill", title=title)
     for row in content["rows"]:
         if row["layers"] == depth["measured"]:
             table.add_row(*_latency_cells(row))
@@ -156,7 +170,7 @@ def show_latency(content: Mapping[str, Any], file: Path) -> None:
 
 def _latency_cells(row: Mapping[str, Any]) -> Iterator[str]:
     """Sizes and ratios; of a held-out size, what the table says beside it."""
-    for name in ("hidden_size", "intermediate_size", "num_key_value_heads", "batch"):
+    for name in (*(axis.name for axis in AXES), "batch"):
         yield f"{row[name]:,}"
     for metric in ("decode", "prefill"):
         found = row[metric]

@@ -27,8 +27,8 @@ from dotexport.diffusion.sampling import (
     sample,
 )
 from dotexport.errors import CalibrationError
-from dotexport.outputs import manifest
-from dotexport.outputs.output import write_json
+from dotexport.storage import manifest
+from dotexport.storage.output import write_json
 
 logger = logging.getLogger(__name__)
 

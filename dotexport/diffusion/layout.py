@@ -16,7 +16,7 @@ from torch import nn
 
 from dotexport.diffusion.tables import Kind, Site
 from dotexport.errors import SizeError, UsageError
-from dotexport.outputs.output import read_json
+from dotexport.storage.output import read_json
 
 ALLOCATIONS = ("uniform", "loss")
 STEP = 8

@@ -24,7 +24,8 @@ from dotexport.diffusion.sampling import replaced
 from dotexport.diffusion.tables import Site, linear
 from dotexport.merging.neurons import MERGE_LEVELS, barycentres
 from dotexport.merging.ot.cost import Array, Cost, Indices, cosine
-from dotexport.merging.ot.coupling import TransportOptions, couple
+from dotexport.merging.ot.coupling import couple
+from dotexport.merging.transport_options import TransportOptions
 
 HELD_OUT = 4
 """One picture in so many judges, and is not fitted."""

@@ -24,8 +24,8 @@ from dotexport.diffusion.calibration import Progress
 from dotexport.diffusion.sampling import INDEX, SampleOptions, component_of, load, sample
 from dotexport.errors import RuntimeMissingError, UsageError
 from dotexport.exports.verifying import changed_files, require
-from dotexport.outputs import manifest
-from dotexport.outputs.output import check_free, new_folder, read_json, write_json
+from dotexport.storage import manifest
+from dotexport.storage.output import check_free, new_folder, read_json, write_json
 
 TARGET = "onnx"
 PRECISIONS = ("fp32", "fp16")

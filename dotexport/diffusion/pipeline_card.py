@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dotexport.outputs import manifest
-from dotexport.outputs.output import write_text
+from dotexport.storage import manifest
+from dotexport.storage.output import write_text
 
 Row = tuple[str, str, str, str]
 

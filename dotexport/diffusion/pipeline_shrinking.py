@@ -34,8 +34,8 @@ from dotexport.diffusion.sparse import Pattern
 from dotexport.diffusion.surgery import Widths, layout_of, widths
 from dotexport.diffusion.tables import Site, find_sites
 from dotexport.errors import UsageError
-from dotexport.outputs import manifest
-from dotexport.outputs.output import check_free, new_folder, write_json
+from dotexport.storage import manifest
+from dotexport.storage.output import check_free, new_folder, write_json
 
 logger = logging.getLogger(__name__)
 

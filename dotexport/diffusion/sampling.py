@@ -25,7 +25,7 @@ from dotexport.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from dotexport.outputs.output import read_json
+from dotexport.storage.output import read_json
 
 INDEX = "model_index.json"
 COMPONENTS = ("transformer", "unet")

@@ -19,8 +19,8 @@ from dotexport.diffusion.sampling import INDEX, quiet
 from dotexport.diffusion.tables import find_sites, find_table
 from dotexport.errors import UsageError
 from dotexport.models.origin import licence, model_name
-from dotexport.outputs import manifest
-from dotexport.outputs.output import read_json, write_json
+from dotexport.storage import manifest
+from dotexport.storage.output import read_json, write_json
 
 FOLDER = "pipeline"
 STANDALONE = "pruned.py"

@@ -26,8 +26,8 @@ from dotexport.exports.verifying import (
 )
 from dotexport.models.checkpoint import Checkpoint, read_config
 from dotexport.models.origin import describe_source
-from dotexport.outputs import manifest
-from dotexport.outputs.output import check_free, new_folder
+from dotexport.storage import manifest
+from dotexport.storage.output import check_free, new_folder
 
 logger = logging.getLogger(__name__)
 

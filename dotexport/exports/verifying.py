@@ -14,8 +14,8 @@ from dotexport.exports.parity import Parity, measure, rounding_kl
 from dotexport.exports.reference import Reference, compute_reference
 from dotexport.exports.target import Rehearsal, Session, Target, find_target, lacking, resolve
 from dotexport.models.checkpoint import Checkpoint
-from dotexport.outputs import manifest
-from dotexport.outputs.output import write_json
+from dotexport.storage import manifest
+from dotexport.storage.output import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,8 @@ from dotexport.exports.reference import load_float32
 from dotexport.healing.distil_judge import Judgement, assign, judge, rounded_as_stored
 from dotexport.healing.distil_loss import distillation_loss
 from dotexport.healing.distil_memory import needs_recomputing, recompute_layers, windows_at_once
-from dotexport.healing.heal import HealingText, HealOptions
+from dotexport.healing.heal_options import HealOptions
+from dotexport.healing.healing_text import HealingText
 from dotexport.models.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)

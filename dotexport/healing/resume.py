@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dotexport.errors import CheckpointError, UsageError
-from dotexport.outputs.output import read_json, write_json
+from dotexport.storage.output import read_json, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,10 @@ H query heads, J kept ones, P = F / 2 rotary planes, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -22,15 +23,16 @@ from torch import Tensor
 from dotexport.merging import obs
 from dotexport.merging.neurons import MERGE_LEVELS
 from dotexport.merging.ot.cost import Cost
-from dotexport.merging.ot.coupling import Coupling, TransportOptions, couple
+from dotexport.merging.ot.coupling import Coupling, couple
 from dotexport.merging.refit import Moments, ridge_solve
+from dotexport.merging.transport_options import TransportOptions
 
 DAMPING = 1e-9  # in units of the mean diagonal
 
 
 @dataclass(frozen=True)
 class Groups:
-    """How the features of an attention sublayer are arranged.
+    """How the features of an attention sublayer are arranged, and what can leave of it (units.py).
 
     Attributes:
         count: KV groups.
@@ -41,6 +43,7 @@ class Groups:
     count: int
     queries: int
     head_dim: int
+    tokenwise: ClassVar[bool] = False
 
     @property
     def width(self) -> int:
@@ -54,6 +57,22 @@ class Groups:
     def heads(self, kept: Tensor) -> Tensor:
         """Query heads of these groups."""
         return _blocks(kept, self.queries)
+
+    def choose(self, method: str, moments: Moments, writer_ON: Tensor, count: int) -> Tensor:
+        return choose_groups(method, moments, writer_ON, self, count)
+
+    def alone(self, kept: Tensor) -> HeadMerge:
+        return whole(self, kept)
+
+    def merges(
+        self,
+        moments: Moments,
+        writer_ON: Tensor,
+        kept: Tensor,
+        options: TransportOptions,
+        keys: Callable[[], Tensor],
+    ) -> tuple[Coupling, Iterator[HeadMerge]]:
+        return merges(moments, writer_ON, keys(), self, kept, options)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ Shapes: N neurons before, K neurons after, O outputs of the writer, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from dotexport.merging import obs
 from dotexport.merging.ot.cost import activation_distance, cosine
-from dotexport.merging.ot.coupling import Coupling, TransportOptions, couple
+from dotexport.merging.ot.coupling import Coupling, couple
 from dotexport.merging.refit import Moments, ridge_solve
+from dotexport.merging.transport_options import TransportOptions
 
 # Smallest |cosine| at which a removed neuron may move into a kept one, strictest first.
 MERGE_LEVELS = (0.9, 0.7, 0.5)
@@ -45,6 +47,34 @@ class Merge:
         """New rows of a reader: `gate` behind the nonlinearity takes no signs, the rest does."""
         mix_KN = self.gate_KN if space == "gate" else self.up_KN
         return rows_NX[self.kept] if mix_KN is None else mix_KN @ rows_NX.double()
+
+    def stays(self, space: str) -> Tensor:
+        return self.kept
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """The neurons of an MLP (units.py)."""
+
+    count: int
+    width: ClassVar[int] = 1
+    tokenwise: ClassVar[bool] = True
+
+    def choose(self, method: str, moments: Moments, writer_ON: Tensor, count: int) -> Tensor:
+        return choose(method, moments, writer_ON, count)
+
+    def alone(self, kept: Tensor) -> Merge:
+        return Merge(kept)
+
+    def merges(
+        self,
+        moments: Moments,
+        writer_ON: Tensor,
+        kept: Tensor,
+        options: TransportOptions,
+        keys: Callable[[], Tensor],
+    ) -> tuple[Coupling, Iterator[Merge]]:
+        return merges(moments, writer_ON, kept, options)
 
 
 def choose(method: str, moments: Moments, writer_ON: Tensor, width: int) -> Tensor:

@@ -9,8 +9,8 @@ read here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,6 @@ from dotexport.models.families import carried_biases
 from dotexport.models.family import Family
 from dotexport.models.rope import stock_config
 from dotexport.models.shapes import read_sizes, shapes
-from dotexport.sizes.budget import Plan
 
 # config.json key of Granite -> what it is where nothing is multiplied.
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
@@ -75,33 +74,22 @@ class Carried(Checkpoint):
         return rows if part.scale == 1.0 else rows.float() * part.scale
 
 
-def carry(source: Checkpoint, decided: Plan) -> tuple[Checkpoint, Plan]:
-    """The source and its plan in the words of the class that is written.
+def recast(
+    source: Checkpoint, config: Mapping[str, Any], family: Family, carrier: Family
+) -> Checkpoint:
+    """The source under the carrier's class, whose config.json is `config`.
 
-    Raises:
-        UnsupportedModelError: the carrier has no place for something in config.json.
+    Every tensor is read from the source's files when it is asked for.
     """
-    config, carried = carry_config(source.config, decided)
-    if carried is decided:
-        return source, decided
-    parts = dict(_parts(decided, carried, source.config))
+    expected = dict(shapes(carrier, read_sizes(carrier, config)))
+    parts = dict(_parts(source.config, family, carrier, expected))
     files = {name: source.files[part.source] for name, part in parts.items() if part.source}
-    expected = dict(shapes(carried.family, carried.before))
-    return Carried(source.folder, config, files, source, parts, expected), carried
+    return Carried(source.folder, config, files, source, parts, expected)
 
 
-def carry_config(config: Mapping[str, Any], decided: Plan) -> tuple[Mapping[str, Any], Plan]:
-    """The same for a config.json alone.
-
-    Raises:
-        UnsupportedModelError: the carrier has no place for something in it.
-    """
-    family, carrier = decided.family, decided.carrier
-    if carrier is family and all(config.get(key, 1.0) == 1.0 for key in MULTIPLIERS):
-        return config, decided
-    carried = carried_config(config, family, carrier)
-    before = read_sizes(carrier, carried)
-    return carried, replace(decided, family=carrier, before=before, after=decided.carried_after)
+def is_carried(config: Mapping[str, Any], family: Family, carrier: Family) -> bool:
+    """Whether anything is read otherwise than it lies on disk."""
+    return carrier is not family or any(config.get(key, 1.0) != 1.0 for key in MULTIPLIERS)
 
 
 def carried_config(config: Mapping[str, Any], family: Family, carrier: Family) -> dict[str, Any]:
@@ -135,9 +123,11 @@ def carried_config(config: Mapping[str, Any], family: Family, carrier: Family) -
     }
 
 
-def _parts(decided: Plan, carried: Plan, config: Mapping[str, Any]) -> Iterator[tuple[str, Part]]:
+def _parts(
+    config: Mapping[str, Any], family: Family, carrier: Family, expected: Iterable[str]
+) -> Iterator[tuple[str, Part]]:
     """Every tensor of the carrier, in the order of its shapes."""
-    family, carrier, sizes = decided.family, carried.family, decided.before
+    sizes = read_sizes(family, config)
     embedding, residual, logits = (float(config.get(key, 1.0)) for key in MULTIPLIERS)
     scales = {f"{family.embedding}.weight": embedding}
     # The head divides by its scaling, and a shared table has the embedding's multiplier in it.
@@ -156,5 +146,5 @@ def _parts(decided: Plan, carried: Plan, config: Mapping[str, Any]) -> Iterator[
                 bias = f"{found}.bias" if sizes.has_bias(linear) else None
                 sources[f"{name}.bias"] = Part(bias, *kept)
                 start += rows
-    for name, _ in shapes(carrier, carried.before):
+    for name in expected:
         yield name, sources.get(name) or Part(name, scale=scales.get(name, 1.0))

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dotexport.errors import CheckpointError
-from dotexport.outputs.output import read_json
+from dotexport.storage.output import read_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}

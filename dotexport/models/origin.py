@@ -9,7 +9,7 @@ import yaml
 
 from dotexport import embedded
 from dotexport.models.checkpoint import Checkpoint
-from dotexport.outputs import manifest
+from dotexport.storage import manifest
 
 
 def describe_source(source: Checkpoint) -> dict[str, Any]:

@@ -51,32 +51,6 @@ class Sizes:
             "vocab": self.vocab_size,
         }
 
-    def narrowed(
-        self,
-        *,
-        hidden_size: int | None = None,
-        intermediate_size: int | None = None,
-        num_key_value_heads: int | None = None,
-        tied: bool | None = None,
-    ) -> Sizes:
-        """The sizes after narrowing; None keeps what is.
-
-        Query heads leave with their KV head.
-
-        Args:
-            tied: False gives a shared table a head of its own.
-        """
-        hidden = hidden_size or self.hidden_size
-        groups = num_key_value_heads or self.num_key_value_heads
-        return replace(
-            self,
-            hidden_size=hidden,
-            intermediate_size=intermediate_size or self.intermediate_size,
-            num_attention_heads=self.num_attention_heads // self.num_key_value_heads * groups,
-            num_key_value_heads=groups,
-            tied=self.tied if tied is None else self.tied and tied,
-        )
-
 
 def shapes(family: Family, sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every tensor of a model, by name, in the order in which narrowing makes them."""
@@ -110,6 +84,17 @@ def num_parameters(family: Family, sizes: Sizes) -> int:
         else:
             once += math.prod(shape)
     return once + sizes.num_layers * repeated
+
+
+def num_multiplications(family: Family, sizes: Sizes) -> int:
+    """Of the matrices of one decoded token: every linear of every layer, and the head."""
+    layer = sum(sum(sizes.rows(linear)) * sizes.spaces[linear.in_] for linear in family.linears)
+    return sizes.num_layers * layer + sizes.vocab_size * sizes.hidden_size
+
+
+def cached_numbers(sizes: Sizes) -> int:
+    """Keys and values of one token in all layers."""
+    return 2 * sizes.num_layers * sizes.spaces["kv"]
 
 
 def read_sizes(family: Family, config: Mapping[str, Any]) -> Sizes:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +14,11 @@ import numpy as np
 import torch
 
 from dotexport.errors import CalibrationError, CheckpointError, RuntimeMissingError, UsageError
+from dotexport.models.text_options import TextOptions
 
 EMBEDDED = "embedded:"
 DOCUMENT_END = "<|endoftext|>"
 RENAMED = "TokenizersBackend"  # transformers 5 for PreTrainedTokenizerFast
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextOptions:
-    """Which tokens are read.
-
-    Attributes:
-        source: a .txt file (documents end in <|endoftext|>, if it has that mark), a .jsonl file
-            (one object per line, its field "text"), a folder of .txt files, a dataset id of the
-            hub, or `embedded:calibration` and `embedded:evaluation` (installed Python sources).
-        samples: how many windows, at most.
-        seqlen: tokens per window; None is 2048, or the model's context if that is shorter.
-        skip: windows left out at the start, so that one file can serve two disjoint purposes.
-    """
-
-    source: str
-    samples: int = 128
-    seqlen: int | None = None
-    skip: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.source:
-            raise UsageError("the text has an empty name; expected a file, a folder or a dataset")
-        for name, least in (("samples", 1), ("seqlen", 2), ("skip", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UsageError(f"{name} must be at least {least}, not {value}")
 
 
 def token_windows(model: Path, options: TextOptions) -> torch.Tensor:

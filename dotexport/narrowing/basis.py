@@ -21,10 +21,11 @@ from torch import Tensor
 from dotexport.errors import UsageError
 from dotexport.merging import obs
 from dotexport.merging.ot.cost import Array, Indices, activation_distance, cosine
-from dotexport.merging.ot.coupling import Coupling, TransportOptions, couple
+from dotexport.merging.ot.coupling import Coupling, couple
+from dotexport.merging.transport_options import TransportOptions
+from dotexport.narrowing.narrow_options import AUTO
 from dotexport.narrowing.norm_statistics import Sight
 
-AUTO = "auto"  # all of METHODS are measured
 LEAST_ALIKE = 0.5  # |cosine| of two axes that may become one
 OBS_DAMPING = 1e-9
 LEARNING_STEPS = 60

@@ -18,36 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dotexport.errors import UsageError
+from dotexport.narrowing.narrow_options import LocalOptions
 from dotexport.narrowing.streams import Streams
 
 Step = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LocalOptions:
-    """How long and how fast.
-
-    Attributes:
-        passes: over the calibration tokens that are not held out.
-        least_steps: at least so many steps, however little text there is.
-        tokens: of one step.
-        learning_rate: of Adam, in units of each tensor's root mean square.
-        checks: how often held-out windows are looked at; the best state is kept.
-    """
-
-    passes: float = 2.0
-    least_steps: int = 64
-    tokens: int = 2048
-    learning_rate: float = 0.05
-    checks: int = 4
-
-    def __post_init__(self) -> None:
-        if min(self.passes, self.least_steps, self.tokens, self.learning_rate, self.checks) <= 0:
-            raise UsageError(f"healing options must be positive, not {self}")
-
-    def num_steps(self, tokens: int) -> int:
-        return max(self.least_steps, math.ceil(self.passes * tokens / self.tokens))
 
 
 @dataclass(frozen=True)

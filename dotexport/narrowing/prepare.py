@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from dotexport.axes.carrying import carry
+from dotexport.axes.plan import Plan
 from dotexport.errors import RuntimeMissingError, UsageError
-from dotexport.models.carriers import carry
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
 from dotexport.models.layers import Stock
-from dotexport.models.rope import in_all_words
 from dotexport.models.shapes import shapes
 from dotexport.narrowing.basis import check_basis
+from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.norm_statistics import Progress
 from dotexport.narrowing.original import Original
 from dotexport.narrowing.run import REHEARSAL, Narrowing, Nowhere, Writer
-from dotexport.narrowing.site import NarrowOptions
 from dotexport.narrowing.streams import Streams
-from dotexport.outputs.output import write_json
-from dotexport.sizes.budget import Plan
-
-MAX_SHARD_BYTES = 4 << 30
+from dotexport.storage.output import write_json
 
 
 def prepare(
@@ -36,14 +32,14 @@ def prepare(
     options: NarrowOptions,
     *,
     device: torch.device | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int = 4 << 30,
     progress: Progress = lambda stage, done, total: None,
 ) -> Narrowing:
     """Everything a run needs, with config.json and empty weight files already in FOLDER/hf."""
     source, decided = carry(source, decided)
     family = decided.family
     check_basis(options.basis, family.architecture, rotates=family.rotates)
-    write_json(folder / "hf" / "config.json", narrowed_config(source.config, decided))
+    write_json(folder / "hf" / "config.json", decided.config(source.config))
     writer = CheckpointWriter(
         folder / "hf", tensor_specs(source, decided), max_shard_bytes=max_shard_bytes
     )
@@ -103,8 +99,8 @@ def _assemble(
     stock = Stock.of(source.config, streams.device)
     return Narrowing(
         Original(source, decided.family, decided.before, stock, streams.device),
-        decided.after,
-        Stock.of(narrowed_config(source.config, decided), streams.device),
+        decided,
+        Stock.of(decided.config(source.config), streams.device),
         streams,
         writer,
         options,
@@ -130,29 +126,6 @@ def pick_device(name: str) -> torch.device:
             "--device cpu, or install a torch built for your GPU"
         )
     return device
-
-
-def narrowed_config(config: Mapping[str, Any], decided: Plan) -> dict[str, Any]:
-    """config.json of the narrower model: the same keys, other numbers.
-
-    head_dim is explicit because hidden_size / heads no longer gives it; rms_norm_eps is rescaled by
-    D / K, which together with sqrt(D / K) in the readers makes the narrower norm exact. The rotary
-    embedding is said in the words of all releases of transformers (rope.py).
-    """
-    before, after = decided.before, decided.after
-    changed = dict(config)
-    changed["hidden_size"] = after.hidden_size
-    changed["intermediate_size"] = after.intermediate_size
-    changed["num_attention_heads"] = after.num_attention_heads
-    changed["num_key_value_heads"] = after.num_key_value_heads
-    changed["head_dim"] = after.head_dim
-    changed |= dict.fromkeys(sorted(after.biases), True)
-    changed["tie_word_embeddings"] = after.tied
-    if after.hidden_size != before.hidden_size:
-        epsilon = config.get("rms_norm_eps", 1e-6)
-        changed["rms_norm_eps"] = epsilon * before.hidden_size / after.hidden_size
-    changed.pop("_name_or_path", None)
-    return in_all_words(changed)
 
 
 def tensor_specs(source: Checkpoint, decided: Plan) -> dict[str, TensorSpec]:

@@ -20,25 +20,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from dotexport.merging.heads import Groups
+from dotexport.axes import AXES
+from dotexport.axes.axis import Axis
+from dotexport.axes.plan import Plan
 from dotexport.merging.refit import Solver, fit, gain_solve, ridge_solve, symmetric_solve
 from dotexport.models.checkpoint import TensorSpec
+from dotexport.models.exact_norm import exact_norm
 from dotexport.models.family import Sublayer
 from dotexport.models.layers import Layer, Stock
 from dotexport.models.shapes import Sizes
-from dotexport.narrowing.basis import (
-    AUTO,
-    Basis,
-    best_of,
-    check_basis,
-    find_basis,
-    methods_for,
-    whole,
-)
+from dotexport.narrowing.basis import Basis, best_of, check_basis, find_basis, methods_for, whole
+from dotexport.narrowing.narrow_options import AUTO, NarrowOptions
 from dotexport.narrowing.norm_statistics import Progress, Sight, look
 from dotexport.narrowing.original import ROWS, Original, embed, gram
 from dotexport.narrowing.output_norm import merged
-from dotexport.narrowing.site import NarrowOptions, Site
+from dotexport.narrowing.site import Site
 from dotexport.narrowing.streams import Streams
 
 logger = logging.getLogger(__name__)
@@ -78,15 +74,15 @@ class Narrowing:
     """One run over one model.
 
     Attributes:
-        after: sizes of what is written.
-        stock: its classes.
+        plan: sizes before and after, in the words of the class that is written.
+        stock: classes of what is written.
         writer: takes every tensor as soon as it is final.
         progress: told what is being done, steps done, steps in all.
         divergence: once run, held-out KL divergence from the original, nats per token.
     """
 
     original: Original
-    after: Sizes
+    plan: Plan
     stock: Stock
     streams: Streams
     writer: Writer
@@ -101,8 +97,12 @@ class Narrowing:
         basis = basis or self._basis()
         self.E_DK = torch.from_numpy(basis.matrix_DK).to(self.streams.device)
         self._start()
+        kept = self.plan.kept_layers
         for number in range(self.before.num_layers):
-            self._layer(number)
+            if number in kept:
+                self._layer(number, kept.index(number))
+            else:
+                self._pass_over(number)
             self.progress("narrowing", number + 1, self.before.num_layers)
         self._finish()
         return basis
@@ -111,13 +111,15 @@ class Narrowing:
     def before(self) -> Sizes:
         return self.original.sizes
 
+    @property
+    def after(self) -> Sizes:
+        return self.plan.after
+
     @cached_property
     def scale(self) -> float:
-        """sqrt(D / K): stock RMSNorm divides by K where the original divided by D.
-
-        It goes into the readers; together with rms_norm_eps D / K the two then agree exactly.
-        """
-        return math.sqrt(self.before.hidden_size / self.after.hidden_size)
+        """What readers carry for the narrower norm (models/exact_norm.py)."""
+        before, after = self.before.hidden_size, self.after.hidden_size
+        return exact_norm(before, after, self.stock.config.rms_norm_eps).gain
 
     # The basis --------------------------------------------------------------------------------
 
@@ -208,11 +210,14 @@ class Narrowing:
         """What the narrower class multiplies rows of its embedding with."""
         return self.original.family.embedding_scale(self.after.hidden_size)
 
-    def _layer(self, number: int) -> None:
+    def _layer(self, number: int, place: int) -> None:
+        """Narrow a layer of the original; it is number `place` of what is written."""
         family = self.original.family
         teacher = self.original.layer(number)
-        student = self._student(number, teacher)
+        student = self._student(place, teacher)
         for sublayer in family.sublayers:
+            space = sublayer.writer.in_
+            axis = self._inside[space]
             site = Site(
                 sublayer,
                 teacher,
@@ -220,22 +225,28 @@ class Narrowing:
                 self.streams,
                 self.E_DK,
                 self.scale,
-                self.after.spaces[sublayer.writer.in_],
+                self.after.spaces[space],
                 family.gated,
-                self._groups if sublayer.writer.in_ == "query" else None,
+                axis.units(self.before),
+                axis.method(self.options),
                 self.options,
             )
             for record in site.narrow():
                 logger.info("layer %d, %s: %s", number, record["site"], record)
                 self.records.append({"layer": number, **record})
         for name, tensor in student.tensors().items():
-            self.writer.write(family.layer_name(number, name), tensor)
+            self.writer.write(family.layer_name(place, name), tensor)
 
-    @property
-    def _groups(self) -> Groups:
-        sizes = self.before
-        queries = sizes.num_attention_heads // sizes.num_key_value_heads
-        return Groups(sizes.num_key_value_heads, queries, sizes.head_dim)
+    @cached_property
+    def _inside(self) -> dict[str, Axis]:
+        """The axis that narrows a sublayer, by the space of its writer's inputs."""
+        return {axis.space: axis for axis in AXES if axis.space is not None}
+
+    def _pass_over(self, number: int) -> None:
+        """A layer that is not written: the original's stream alone moves behind it."""
+        teacher = self.original.layer(number)
+        for sublayer in self.original.family.sublayers:
+            self.streams.advance_original(partial(teacher.after, sublayer))
 
     def _student(self, number: int, teacher: Layer) -> Layer:
         """The analytic student: readers W E s, writers E^T W, rounded as they will be stored."""

@@ -9,9 +9,8 @@ N + 1 where a writer with a bias sees a last input of ones.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,70 +19,17 @@ from torch import Tensor
 from torch.nn.functional import linear as apply_linear
 from torch.nn.functional import pad
 
-from dotexport.errors import UsageError
-from dotexport.merging import heads
-from dotexport.merging import neurons as merge
-from dotexport.merging.heads import Groups, HeadMerge
-from dotexport.merging.neurons import Merge
-from dotexport.merging.ot.coupling import Coupling, TransportOptions
+from dotexport.merging.ot.coupling import Coupling
 from dotexport.merging.refit import Fit, Moments, compensate, fit, gain_solve
+from dotexport.merging.units import Choice, Units
 from dotexport.models.family import Linear, Sublayer
 from dotexport.models.layers import Layer
 from dotexport.narrowing import local
-from dotexport.narrowing.basis import AUTO, AXIS_METHODS, METHODS
-from dotexport.narrowing.local import LocalOptions
+from dotexport.narrowing.narrow_options import LocalOptions, NarrowOptions
 from dotexport.narrowing.output_norm import Behind, FewerFeatures, size
 from dotexport.narrowing.streams import Rows, Streams, inverse_rms
 
-MERGE_METHODS = ("dot", "obs", "select")
-BASES = tuple(sorted({*METHODS, *AXIS_METHODS}))
 REWEIGHINGS = 3  # of a writer behind which a norm lies, at most
-
-
-@dataclass(frozen=True, kw_only=True)
-class NarrowOptions:
-    """How neurons are merged.
-
-    Attributes:
-        basis: of the residual stream, one of `dot`, `learned`, `pca`, `select`; or `auto`, which
-            measures all on held-out windows and takes the best. None: `learned`, or `pca` for a
-            head that stays tied, which is a reader that no refit can change. Where the stream
-            cannot be rotated, one of `dot`, `obs`, `select`; None: `dot`.
-        mlp: `dot` (OBS chooses the targets, transport merges the rest into them), `obs` (the
-            choice alone), `select` (largest magnitude). Without refit nothing can judge a merge,
-            and `dot` is `obs`.
-        heads: the same for KV groups and their query heads.
-        refit: closed-form least squares against the original's activations, layer after layer.
-        feedback: writers answer for what earlier sublayers got wrong, too; else only for their own.
-        ridge: of every solve, in units of the mean diagonal of its Gram matrix; None: per solve the
-            one that is best on held-out windows.
-        transport: how plans are found.
-        local: steps on each narrowed sublayer's own weights after its refit; None takes none.
-        seed: which calibration windows are held out to choose ridges and accept merges.
-    """
-
-    basis: str | None = None
-    mlp: str = "obs"
-    heads: str = "obs"
-    refit: bool = True
-    feedback: bool = True
-    ridge: float | None = None
-    transport: TransportOptions = field(default_factory=TransportOptions)
-    local: LocalOptions | None = field(default_factory=LocalOptions)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for axis in ("mlp", "heads"):
-            if (method := getattr(self, axis)) not in MERGE_METHODS:
-                known = ", ".join(MERGE_METHODS)
-                raise UsageError(f"{axis} must be one of {known}, not {method!r}")
-        if self.basis not in (None, *BASES, AUTO):
-            known = ", ".join((*BASES, AUTO))
-            raise UsageError(f"basis must be one of {known}, not {self.basis!r}")
-        if self.ridge is not None and not 0 <= self.ridge < math.inf:
-            raise UsageError(f"ridge must be at least 0, not {self.ridge}")
-        if self.seed < 0:
-            raise UsageError(f"seed must be at least 0, not {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -103,7 +49,8 @@ class Site:
         scale: sqrt(D / K), which the readers carry for the narrower norm.
         width: neurons inside the sublayer after narrowing.
         gated: the reader behind a nonlinearity, which takes no signs.
-        groups: how an attention sublayer's features are arranged; None for an MLP.
+        units: how what leaves is arranged inside the sublayer.
+        method: which of them stay, and whether the others are merged into them.
     """
 
     sublayer: Sublayer
@@ -114,7 +61,8 @@ class Site:
     scale: float
     width: int
     gated: str | None
-    groups: Groups | None
+    units: Units
+    method: str
     options: NarrowOptions
 
     def narrow(self) -> Iterator[dict[str, Any]]:
@@ -209,7 +157,7 @@ class Site:
         choice, coupling, candidates = self._choose(train + held, analytic_KI[:, :width])
         kept = choice.kept if self._bias is None else pad(choice.kept, (0, 1), value=width)
         # Weights to fall back on; a choice by magnitude knows nothing of the neurons that leave.
-        by_magnitude = self._method == "select"
+        by_magnitude = self.method == "select"
         prior_KI = analytic_KI[:, kept] if by_magnitude else compensate(train, analytic_KI, kept)
         fitted = self._fit(train.of(kept), held.of(kept), prior_KI)
         rows = {name: self.student.tensor(name) for _, name in self._reader_rows()}
@@ -220,30 +168,19 @@ class Site:
         report = {"kept": self._count(choice), "moved_mass": choice.moved}
         return fitted, prior_KI, report | (coupling.as_dict() if coupling else {})
 
-    @property
-    def _method(self) -> str:
-        return self.options.heads if self.groups else self.options.mlp
-
     def _choose(
         self, moments: Moments, writer_KN: Tensor
-    ) -> tuple[Merge | HeadMerge, Coupling | None, Iterable[Merge | HeadMerge]]:
+    ) -> tuple[Choice, Coupling | None, Iterable[Choice]]:
         """The units that stay, and merges of the others into them from strict to loose."""
         if self._bias is not None:
             moments = moments.given_last()
-        transported = self._method == "dot" and self.options.refit
-        plan = self.options.transport
-        if self.groups is None:
-            kept = merge.choose(self.options.mlp, moments, writer_KN, self.width)
-            if not transported:
-                return Merge(kept), None, ()
-            return Merge(kept), *merge.merges(moments, writer_KN, kept, plan)
-        count = self.width // self.groups.width
-        kept = heads.choose_groups(self.options.heads, moments, writer_KN, self.groups, count)
-        alone = heads.whole(self.groups, kept)
-        if not transported:
+        count = self.width // self.units.width
+        kept = self.units.choose(self.method, moments, writer_KN, count)
+        alone = self.units.alone(kept)
+        if not (self.method == "dot" and self.options.refit):
             return alone, None, ()
-        keys_NN = self._key_moment()
-        return alone, *heads.merges(moments, writer_KN, keys_NN, self.groups, kept, plan)
+        transport = self.options.transport
+        return alone, *self.units.merges(moments, writer_KN, kept, transport, self._key_moment)
 
     def _key_moment(self) -> Tensor:
         """Second moment of the narrowed model's keys before rotation."""
@@ -256,8 +193,8 @@ class Site:
             total_KK = total_KK + y_TK.T @ y_TK
         return weight_NK @ total_KK @ weight_NK.T
 
-    def _count(self, choice: Merge | HeadMerge) -> int:
-        return len(choice.kept) // (self.groups.width if self.groups else 1)
+    def _count(self, choice: Choice) -> int:
+        return len(choice.kept) // self.units.width
 
     def _writer_moments(self, analytic_KI: Tensor) -> tuple[Moments, Moments]:
         """With error feedback the target is E^T X+ - r: the writer also repairs earlier drift.
@@ -341,12 +278,11 @@ class Site:
         self._assign_unfolded(settled.weights_KI)
         self.student.assign_gamma(self.sublayer.output_norm, settled.gamma.weights_OI.diagonal())
 
-    def _shorten_inner_norms(self, choice: Merge | HeadMerge) -> None:
+    def _shorten_inner_norms(self, choice: Choice) -> None:
         """Norms over all queries or keys, for those that stay."""
         for norm in self.sublayer.inner_norms:
             if norm.per_head:
                 continue
-            assert isinstance(choice, HeadMerge)
             linear = next(x for x in self.sublayer.readers if x.name == norm.reader)
             weight = self.student.tensor(f"{linear.name}.weight")
             bias = self.student.tensors().get(f"{linear.name}.bias")
@@ -364,12 +300,12 @@ class Site:
 
     def _best_merge(
         self,
-        candidates: Iterable[Merge | HeadMerge],
-        accepted: Merge | HeadMerge,
+        candidates: Iterable[Choice],
+        accepted: Choice,
         best: Fit,
         prior_KI: Tensor,
         rows: dict[str, Tensor],
-    ) -> tuple[Fit, Merge | HeadMerge]:
+    ) -> tuple[Fit, Choice]:
         """Move removed units into kept ones as far as held-out reconstruction improves.
 
         Every candidate starts from the prior of the choice alone, which has not seen the held-out
@@ -391,7 +327,7 @@ class Site:
                 if name in held:
                     yield linear, name
 
-    def _apply(self, choice: Merge | HeadMerge, rows: dict[str, Tensor]) -> None:
+    def _apply(self, choice: Choice, rows: dict[str, Tensor]) -> None:
         for linear, name in self._reader_rows():
             space = "gate" if linear.name == self.gated else linear.out
             self.student.assign(name, choice.rows(space, rows[name]))
@@ -400,8 +336,8 @@ class Site:
 
     @property
     def _worth_healing(self) -> bool:
-        """An attention sublayer that lost no group gains next to nothing (docs/log.md)."""
-        return self.groups is None or self.width < self.groups.count * self.groups.width
+        """Attention that lost no group gains next to nothing (docs/log.md)."""
+        return self.units.tokenwise or self.width < self.units.count * self.units.width
 
     @property
     def _healed_norms(self) -> Iterator[str]:
@@ -421,7 +357,7 @@ class Site:
             self.streams,
             self.E_DK,
             options,
-            tokenwise=self.groups is None,
+            tokenwise=self.units.tokenwise,
             seed=self.options.seed,
         )
         for name, leaf in zip(names, leaves, strict=True):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dotexport.outputs import manifest, summary
-from dotexport.outputs.output import write_text
+from dotexport.axes import AXES
+from dotexport.axes.axis import Axis
+from dotexport.outputs import summary
+from dotexport.storage import manifest
+from dotexport.storage.output import write_text
 
 
 def write(out: Path) -> None:
@@ -27,10 +31,17 @@ def write(out: Path) -> None:
     text = environment.get_template("card.md.j2").render(
         record=record,
         rows=list(summary.rows(record)),
+        stories=[(axis.name, axis.story(record)) for axis in AXES if cut(axis, record)],
         unverified=summary.unverified(record),
         licences=_licences(out),
     )
     write_text(out / "README.md", text)
+
+
+def cut(axis: Axis, record: Mapping[str, Any]) -> bool:
+    """Whether anything of an axis left, by the manifest."""
+    before, after = record["sizes"].get(axis.name, (0, 0))
+    return bool(after < before)
 
 
 def _licences(out: Path) -> list[str]:

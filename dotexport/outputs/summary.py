@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dotexport.outputs import manifest
+from dotexport.axes import AXES
+from dotexport.storage import manifest
 
 
 class Row(NamedTuple):
@@ -32,8 +33,7 @@ def rows(record: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def _size(record: Mapping[str, Any]) -> Iterator[Row]:
-    labels = ("hidden_size", "intermediate_size", "num_key_value_heads", "parameters")
-    for label in labels:
+    for label in (*(axis.name for axis in AXES), "parameters"):
         if label in record.get("sizes", {}):
             before, after = record["sizes"][label]
             yield Row(label, f"{before:,}", f"{after:,}", _ratio(after, before))

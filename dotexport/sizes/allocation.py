@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
+from dotexport.axes import AXES
+from dotexport.axes.axis import Axis
+from dotexport.axes.plan import Plan, SizeOptions
 from dotexport.models.shapes import Sizes
-from dotexport.sizes.budget import Plan, SizeOptions, is_hidden, strain, within_budget
+from dotexport.sizes.budget import is_legal, preference, within_budget
 
-AXES = ("hidden_size", "intermediate_size", "num_key_value_heads")
 POINTS = 3  # of each curve besides the original
 CHECKED = 3  # predicted best ones that are measured together, besides the rule's
 
@@ -98,12 +100,15 @@ def allocate(
     for number, (axis, size, plan) in enumerate(points):
         progress(f"measuring cuts: {axis} {size}", number, len(points) + CHECKED + 1)
         measured[axis, size] = measure(plan)
-    curves = tuple(_curve(axis, points, measured, before) for axis in AXES)
-    flat = [curve.axis for curve in curves if len(curve.sizes) == 1]  # no cut could be measured
+    curves = {axis.name: _curve(axis, points, measured, before) for axis in AXES}
+    # No cut of these could be measured.
+    flat = [axis for axis in AXES if len(curves[axis.name].sizes) == 1]
     plans = [p for p in plans if all(_same(p, axis) for axis in flat)] or plans
-    predicted = {p.after: sum(c.at(getattr(p.after, c.axis)) for c in curves) for p in plans}
+    predicted = {
+        p.after: sum(curves[axis.name].at(axis.size(p.after)) for axis in AXES) for p in plans
+    }
     plans.sort(key=lambda p: (predicted[p.after], -p.parameters_after))
-    rule = min(plans, key=lambda p: (strain(before, p.after), -p.parameters_after))
+    rule = min(plans, key=preference)
     finalists = list({p.after: p for p in (*_apart(plans), rule)}.values())
     checked = []
     for number, plan in enumerate(finalists):
@@ -111,48 +116,43 @@ def allocate(
         checked.append((plan, measure(plan)))
     best, _ = min(checked, key=lambda pair: pair[1])
     rows = tuple(_row(p, predicted[p.after], found) for p, found in checked)
-    return Allocation(best, tuple(c for c in curves if len(c.sizes) > 1), rows)
+    return Allocation(best, tuple(c for c in curves.values() if len(c.sizes) > 1), rows)
 
 
-def _same(plan: Plan, axis: str) -> bool:
-    return bool(getattr(plan.after, axis) == getattr(plan.before, axis))
+def _same(plan: Plan, axis: Axis) -> bool:
+    return axis.size(plan.after) == axis.size(plan.before)
 
 
-def _points(axis: str, plans: Iterable[Plan], before: Sizes) -> list[tuple[str, int, Plan]]:
+def _points(axis: Axis, plans: Iterable[Plan], before: Sizes) -> list[tuple[str, int, Plan]]:
     """A few sizes of this axis alone, from the largest cut that plans make to a small one."""
     plans = list(plans)
-    whole = getattr(before, axis)
-    sizes = sorted({getattr(p.after, axis) for p in plans} - {whole})
+    whole = axis.size(before)
+    sizes = sorted({axis.size(p.after) for p in plans} - {whole})
     # No plan worth the name empties one axis: 2.5 times the share that the budget takes is enough.
     share = 1 - max(p.ratio for p in plans)
     sizes = [s for s in sizes if s >= whole * max(1 - 2.5 * share, 0.2)] or sizes[-1:]
-    alone = {s: replace(plans[0], after=_alone(axis, s, plans[0].after, before)) for s in sizes}
-    legal = [
-        s for s in sizes if is_hidden(plans[0].family, alone[s].after, alone[s].after.hidden_size)
-    ]
+    like = plans[0]
+    uncut = replace(before, tied=like.after.tied, biases=like.after.biases)
+    alone = {s: replace(like, after=axis.resized(uncut, s)) for s in sizes}
+    legal = [s for s in sizes if is_legal(like.family, before, alone[s].after)]
     spread = sorted({legal[round(n)] for n in np.linspace(0, len(legal) - 1, POINTS) if legal})
-    return [(axis, size, alone[size]) for size in spread]
-
-
-def _alone(axis: str, size: int, like: Sizes, before: Sizes) -> Sizes:
-    changes: dict[str, Any] = {axis: size}
-    if axis == "num_key_value_heads":
-        per_group = before.num_attention_heads // before.num_key_value_heads
-        changes["num_attention_heads"] = per_group * size
-    return replace(before, tied=like.tied, biases=like.biases, **changes)
+    return [(axis.name, size, alone[size]) for size in spread]
 
 
 def _curve(
-    axis: str,
+    axis: Axis,
     points: list[tuple[str, int, Plan]],
     measured: Mapping[tuple[str, int], float],
     before: Sizes,
 ) -> Curve:
-    mine = [(size, measured[axis, size], p.parameters_after) for a, size, p in points if a == axis]
-    whole = getattr(before, axis)
+    mine = [
+        (size, measured[name, size], p.parameters_after)
+        for name, size, p in points
+        if name == axis.name
+    ]
     parameters = points[0][2].parameters_before if points else 0
-    sizes, divergences, counts = zip(*mine, (whole, 0.0, parameters), strict=True)
-    return Curve(axis, sizes, divergences, counts)
+    sizes, divergences, counts = zip(*mine, (axis.size(before), 0.0, parameters), strict=True)
+    return Curve(axis.name, sizes, divergences, counts)
 
 
 def _apart(plans: list[Plan]) -> list[Plan]:
@@ -167,12 +167,11 @@ def _apart(plans: list[Plan]) -> list[Plan]:
 
 
 def _distance(one: Sizes, two: Sizes) -> float:
-    return max(abs(math.log(getattr(one, axis) / getattr(two, axis))) for axis in AXES)
+    return max(abs(math.log(axis.size(one) / axis.size(two))) for axis in AXES)
 
 
 def _row(plan: Plan, predicted: float, measured: float) -> dict[str, Any]:
-    sizes = {axis: getattr(plan.after, axis) for axis in AXES}
-    return sizes | {
+    return plan.sizes() | {
         "parameters": plan.parameters_after,
         "predicted_kl": predicted,
         "held_out_kl": measured,

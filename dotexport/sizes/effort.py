@@ -18,14 +18,14 @@ from functools import cache
 
 import torch
 
+from dotexport.axes.plan import Plan
 from dotexport.merging.refit import RIDGES
 from dotexport.models.family import Family, Sublayer
 from dotexport.models.shapes import Sizes
 from dotexport.narrowing.basis import LEARNING_STEPS
-from dotexport.narrowing.local import LocalOptions
+from dotexport.narrowing.narrow_options import LocalOptions
 from dotexport.narrowing.norm_statistics import MOST_SITES
 from dotexport.narrowing.run import JUDGED
-from dotexport.sizes.budget import Plan
 
 HELD_OUT = 1 / 8  # of the windows
 BACKWARD = 3  # a forward and a backward pass cost three forward ones
@@ -70,7 +70,7 @@ def shrink_seconds(decided: Plan, *, samples: int = 128, seqlen: int = 2048) -> 
 
     Without distillation, and without reading and writing files.
     """
-    widths = (decided.before.hidden_size, decided.after.hidden_size)
+    widths = (decided.before.spaces["residual"], decided.after.spaces["residual"])
     return work_of(decided, samples, seqlen).seconds(rates(max(widths)))
 
 
@@ -81,6 +81,11 @@ def work_of(decided: Plan, samples: int, seqlen: int) -> Work:
         (_Site(family, s, before, after, samples, seqlen).work for s in family.sublayers), Work()
     )
     return layer * before.num_layers + _ends(before, after, samples * seqlen)
+
+
+def _stream(sizes: Sizes) -> int:
+    """Width of the residual stream."""
+    return sizes.spaces["residual"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ class _Site:
 
     @property
     def work(self) -> Work:
-        D, K = self.before.hidden_size, self.after.hidden_size
+        D, K = _stream(self.before), _stream(self.after)
         rows, N, J = self._rows(self.before), self._inside(self.before), self._inside(self.after)
         T = self.samples * self.seqlen
         seen = self._pass(D, rows, N) * T + Work(sums=2 * T * D**2 + 2 * rows * D**2)
@@ -133,7 +138,7 @@ class _Site:
     def _healing(self, narrower: bool) -> Work:
         if self._attends and not narrower:
             return Work()
-        K, rows, J = self.after.hidden_size, self._rows(self.after), self._inside(self.after)
+        K, rows, J = _stream(self.after), self._rows(self.after), self._inside(self.after)
         options, T = LocalOptions(), self.samples * self.seqlen
         steps = options.num_steps(round(T * (1 - HELD_OUT)))
         each = max(options.tokens, self.seqlen) if self._attends else options.tokens
@@ -162,7 +167,7 @@ def _choice(N: int, J: int, K: int) -> Work:
 
 def _ends(before: Sizes, after: Sizes, T: int) -> Work:
     """Tables, the basis, and the divergence at the end."""
-    D, K, V = before.hidden_size, after.hidden_size, before.vocab_size
+    D, K, V = _stream(before), _stream(after), before.vocab_size
     table = Work(sums=4 * V * D * K + 4 * V * D**2, moved=16 * V * (D + K))
     head = _moments(T, K, D, metric=True) + _fit(K, D, metric=True)
     judged = Work(passes=2 * min(JUDGED, T * HELD_OUT) * V * (D + K))
@@ -170,7 +175,7 @@ def _ends(before: Sizes, after: Sizes, T: int) -> Work:
 
 
 def _basis(before: Sizes, after: Sizes) -> Work:
-    D, K = before.hidden_size, after.hidden_size
+    D, K = _stream(before), _stream(after)
     start = Work(eigen=D**3)
     if after.tied:
         return start + Work(eigen=K**3, sums=6 * D**2 * K)

@@ -16,20 +16,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.optimize import nnls
 from torch import nn
 
+from dotexport.axes.plan import Plan, SizeOptions
 from dotexport.errors import UsageError
+from dotexport.models.family import Family, Linear, Sublayer
 from dotexport.models.layers import Stock
 from dotexport.models.shapes import Sizes
 from dotexport.sizes.latency_table import LatencyTable, cached_tables
-
-if TYPE_CHECKING:
-    from dotexport.sizes.budget import Plan, SizeOptions
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +40,7 @@ TIMED = 12  # plans; a sum of parts is fitted to them and answers for the others
 
 @dataclass(frozen=True)
 class Clock:
-    """Time of a token as a sum of parts: attention, MLP and head by their parameters, and a rest.
+    """Time of a token as a sum of parts: sublayers and head by their parameters, and a rest.
 
     Attributes:
         seconds: per parameter of each part, and for the rest; in units of the original's token.
@@ -62,7 +61,7 @@ class Clock:
         for plan in (by_size[n] for n in sorted(chosen)):
             if plan.after not in measured:
                 measured[plan.after] = _ratio(_token(config, plan, device), original)
-        parts = np.array([_parts(sizes) for sizes in measured])
+        parts = np.array([_parts(whole.family, sizes) for sizes in measured])
         scale = parts.max(0)
         seconds, _ = nnls(parts / scale, np.array(list(measured.values())))
         return cls(tuple(seconds / scale), measured)
@@ -71,14 +70,21 @@ class Clock:
         """Time of a token at these sizes over the original's."""
         if plan.after in self.measured:
             return self.measured[plan.after]
-        return float(np.dot(self.seconds, _parts(plan.after)))
+        return float(np.dot(self.seconds, _parts(plan.family, plan.after)))
 
 
-def _parts(sizes: Sizes) -> tuple[float, ...]:
-    width, spaces = sizes.hidden_size, sizes.spaces
-    attention = 2 * width * (spaces["query"] + spaces["kv"]) * sizes.num_layers
-    mlp = 3 * width * sizes.intermediate_size * sizes.num_layers
-    return float(attention), float(mlp), float(width * sizes.vocab_size), 1.0
+def _parts(family: Family, sizes: Sizes) -> tuple[float, ...]:
+    """Weights of the matrices of each kind of sublayer, of the head, and 1 for the rest."""
+    products = [
+        sum(sum(sizes.rows(linear)) * sizes.spaces[linear.in_] for linear in _matrices(sublayer))
+        for sublayer in family.sublayers
+    ]
+    layers = [float(sizes.num_layers * product) for product in products]
+    return *layers, float(sizes.spaces["residual"] * sizes.vocab_size), 1.0
+
+
+def _matrices(sublayer: Sublayer) -> tuple[Linear, ...]:
+    return *sublayer.readers, sublayer.writer
 
 
 def _ratio(ours: Callable[[], None], theirs: Callable[[], None]) -> float:
@@ -89,15 +95,14 @@ def _ratio(ours: Callable[[], None], theirs: Callable[[], None]) -> float:
 
 def _token(config: Mapping[str, Any], plan: Plan, device: torch.device) -> Callable[[], None]:
     """One decoder layer as often as there are layers, all with the same weights, and the head."""
-    from dotexport.narrowing.prepare import narrowed_config
-
-    stock = Stock.of(narrowed_config(config, plan), device)
+    stock = Stock.of(plan.config(config), device)
     layer = stock.layer(0).to_empty(device=device)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.02)
     sizes = plan.after
-    head = nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=False, device=device)
-    x_11D = torch.randn(1, 1, sizes.hidden_size, device=device)
+    width = sizes.spaces["residual"]
+    head = nn.Linear(width, sizes.vocab_size, bias=False, device=device)
+    x_11D = torch.randn(1, 1, width, device=device)
     positions = stock.positions(x_11D)
 
     @torch.no_grad()

@@ -3,8 +3,9 @@
 `dotexport latency` writes one (bench/latency_table.py). All times in it are ratios to the original,
 which took turns with every size, so what else the machine did falls out.
 
-A decoder's layers are alike and each adds attention to MLP. At one hidden size, time is therefore
-what the MLP width makes of it, plus what the KV heads make of it, minus what both share. Between
+A decoder's layers are alike and add their sublayers. At one size of the axis that every matrix
+has, time is therefore what each other axis alone makes of it, added up, less what they share.
+Between
 measured sizes kernels may step, so nothing is drawn through them: such a size costs as much as the
 dearer of its two neighbours, which is never less than the truth where time grows with size.
 """
@@ -17,7 +18,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,10 +26,12 @@ from typing import Any
 
 import psutil
 
+from dotexport.axes import AXES
+from dotexport.axes.axis import Axis
 from dotexport.errors import UsageError
 from dotexport.models.shapes import Sizes
-from dotexport.outputs import manifest
-from dotexport.outputs.output import read_json
+from dotexport.storage import manifest
+from dotexport.storage.output import read_json
 
 SCHEMA = "dotexport.sizes.latency/1"
 METRICS = ("decode", "prefill")
@@ -43,8 +46,8 @@ RUNTIMES = {
     "torch": ("torch", "transformers"),
 }
 
-Key = tuple[int, int, int]
-"""hidden_size, intermediate_size, num_key_value_heads."""
+Key = tuple[int, ...]
+"""Sizes on the axes of a table: first the one that every matrix has, then the others."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ class Times:
 
     Attributes:
         measured: at `layers` layers, over the original with as many.
-        shallow: hidden size -> the same with `shallow_layers` layers and nothing else cut, over
-            the same original; empty where all layers were measured.
+        shallow: size of the first axis -> the same with `shallow_layers` layers and nothing else
+            cut, over the same original; empty where all layers were measured.
     """
 
     whole: Key
@@ -68,30 +71,37 @@ class Times:
         """Time at these sizes over the original's, all layers of both."""
         if key == self.whole:
             return 1.0
-        hidden, mlp, heads = key
-        uncut = {h for h, m, g in self.measured if (m, g) == self.whole[1:]}
-        near = _neighbours(uncut & set(self.shallow or uncut), hidden)
-        return max(self._at(h, mlp, heads) for h in near) / self.deepened()
+        width, *others = key
+        uncut = {k[0] for k in self.measured if k[1:] == self.whole[1:]}
+        near = _neighbours(uncut & set(self.shallow or uncut), width)
+        return max(self._at(w, others) for w in near) / self.deepened()
 
     def deepened(self) -> float:
         """The original's time with all its layers over that with the measured ones."""
         return self._deep(self.whole[0], 1.0)
 
-    def _at(self, hidden: int, mlp: int, heads: int) -> float:
-        _, all_mlp, all_heads = self.whole
-        by_mlp = {m: t for (h, m, g), t in self.measured.items() if (h, g) == (hidden, all_heads)}
-        by_heads = {g: t for (h, m, g), t in self.measured.items() if (h, m) == (hidden, all_mlp)}
-        shared = self.measured[hidden, all_mlp, all_heads]
-        return self._deep(hidden, _stairs(by_mlp, mlp) + (_stairs(by_heads, heads) - shared))
+    def _at(self, width: int, others: Sequence[int]) -> float:
+        uncut = (width, *self.whole[1:])
+        shared = self.measured[uncut]
+        alone = [_stairs(self._along(uncut, n), size) for n, size in enumerate(others, start=1)]
+        return self._deep(width, alone[0] + sum(time - shared for time in alone[1:]))
 
-    def _deep(self, hidden: int, time: float) -> float:
+    def _along(self, uncut: Key, axis: int) -> dict[int, float]:
+        """Size of one axis -> time where no other is cut."""
+        return {
+            key[axis]: time
+            for key, time in self.measured.items()
+            if (*key[:axis], *key[axis + 1 :]) == (*uncut[:axis], *uncut[axis + 1 :])
+        }
+
+    def _deep(self, width: int, time: float) -> float:
         """From the measured depth to the whole one: time is a line in the number of layers."""
         if not self.shallow:
             return time
         few, many = self.shallow_layers, self.layers
-        whole = self.measured[hidden, self.whole[1], self.whole[2]]
-        line = (many * self.shallow[hidden] - few * whole) / (many - few)
-        fixed = min(max(line, 0.0), self.shallow[hidden], time)  # embedding, head, and overhead
+        whole = self.measured[(width, *self.whole[1:])]
+        line = (many * self.shallow[width] - few * whole) / (many - few)
+        fixed = min(max(line, 0.0), self.shallow[width], time)  # embedding, head, and overhead
         return fixed + self.num_layers / many * (time - fixed)
 
 
@@ -256,12 +266,22 @@ def times_of(content: Mapping[str, Any], metric: str, batch: int) -> Times:
     )
 
 
+def table_axes() -> list[Axis]:
+    """All axes, the one that every matrix has first."""
+    return sorted(AXES, key=lambda axis: not axis.everywhere)
+
+
 def key_of(sizes: Sizes) -> Key:
-    return sizes.hidden_size, sizes.intermediate_size, sizes.num_key_value_heads
+    return tuple(axis.size(sizes) for axis in table_axes())
 
 
 def key_of_row(row: Mapping[str, int]) -> Key:
-    return row["hidden_size"], row["intermediate_size"], row["num_key_value_heads"]
+    return tuple(row[axis.name] for axis in table_axes())
+
+
+def sizes_in_row(key: Key) -> dict[str, int]:
+    """What `key_of_row` reads."""
+    return {axis.name: size for axis, size in zip(table_axes(), key, strict=True)}
 
 
 def _whole(content: Mapping[str, Any]) -> Key:
@@ -270,16 +290,12 @@ def _whole(content: Mapping[str, Any]) -> Key:
 
 def describe(architecture: str, sizes: Sizes) -> dict[str, Any]:
     """What a table must have been measured for."""
-    names = (
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "num_layers",
-        "vocab_size",
-    )
-    return {"architecture": architecture} | {name: getattr(sizes, name) for name in names}
+    others = ("num_attention_heads", "head_dim", "num_layers", "vocab_size")
+    return {
+        "architecture": architecture,
+        **{axis.name: axis.size(sizes) for axis in AXES},
+        **{name: getattr(sizes, name) for name in others},
+    }
 
 
 # Devices ----------------------------------------------------------------------------------------

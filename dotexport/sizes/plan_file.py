@@ -11,18 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dotexport.axes import AXES
+from dotexport.axes.plan import Plan, SizeOptions
 from dotexport.errors import UsageError
-from dotexport.outputs.output import read_json
-from dotexport.sizes.budget import Plan, SizeOptions, plan
+from dotexport.options import build
+from dotexport.sizes.budget import plan
+from dotexport.storage.output import read_json
 
 KEY = "shrink"
 """Of the plan: flags of shrink that give its sizes, spelled as the keys of a recipe."""
 
-SIZES = {
-    "hidden": "hidden_size",
-    "intermediate": "intermediate_size",
-    "kv_heads": "num_key_value_heads",
-}
 SWITCHES = ("tied", "bias", "square")
 EXPECTED = "expected what `dotexport plan MODEL ... --json` prints for this model"
 
@@ -35,7 +33,7 @@ def fingerprint(config: Mapping[str, Any]) -> str:
 
 def as_flags(decided: Plan, asked: SizeOptions) -> dict[str, Any]:
     """Flags of shrink that give the sizes of a plan."""
-    flags: dict[str, Any] = {name: getattr(decided.after, size) for name, size in SIZES.items()}
+    flags: dict[str, Any] = {axis.flag: axis.size(decided.after) for axis in AXES}
     if decided.before.tied and not decided.after.tied:
         flags["tied"] = False
     return flags | {name: True for name in ("bias", "square") if getattr(asked, name)}
@@ -69,7 +67,10 @@ def read_plan(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(
             f"{file} was made for another model: its config.json is not the one here; {EXPECTED}"
         )
-    told, found = content.get("parameters"), plan(config, _sizes(flags)).as_dict()["parameters"]
+    told, found = (
+        content.get("parameters"),
+        plan(config, build(SizeOptions, **flags)).as_dict()["parameters"],
+    )
     if told != found:
         raise UsageError(
             f"{file} says {told} for parameters before and after, and its sizes give {found}: it "
@@ -79,11 +80,7 @@ def read_plan(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_plan(flags: Mapping[str, Any]) -> bool:
-    sizes = all(type(flags.get(name)) is int for name in SIZES)
-    switches = set(flags) - set(SIZES)
+    axes = {axis.flag for axis in AXES}
+    sizes = all(type(flags.get(name)) is int for name in axes)
+    switches = set(flags) - axes
     return sizes and switches <= set(SWITCHES) and all(type(flags[s]) is bool for s in switches)
-
-
-def _sizes(flags: Mapping[str, Any]) -> SizeOptions:
-    sizes = {option: flags[name] for name, option in SIZES.items()}
-    return SizeOptions(**sizes, **{name: flags[name] for name in SWITCHES if name in flags})

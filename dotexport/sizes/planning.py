@@ -16,24 +16,23 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
-from dotexport.errors import SizeError, UnsupportedModelError, UsageError
+from dotexport.axes import AXES
+from dotexport.axes.carrying import planned_config
+from dotexport.axes.plan import Plan, SizeOptions, read_model
+from dotexport.errors import SizeError, UnsupportedModelError
 from dotexport.exports.target import Target, resolve_for_plan
-from dotexport.models.carriers import carry_config
 from dotexport.models.family import Family
-from dotexport.models.shapes import Sizes, shapes
+from dotexport.models.shapes import Sizes, cached_numbers, shapes
 from dotexport.sizes.budget import (
-    Plan,
-    SizeOptions,
     bytes_per_parameter,
     check_sizes,
-    hidden_step,
-    hidden_steps,
+    num_rungs,
     plan,
     preference,
-    read_model,
     strain,
     within_budget,
 )
+from dotexport.sizes.deployment import Deployment
 from dotexport.sizes.effort import shrink_seconds
 from dotexport.sizes.plan_file import KEY, as_flags, fingerprint
 
@@ -44,26 +43,6 @@ CACHE_BYTES = 4  # of a number in the KV cache, where a target does not say
 LOADED = 700_000_000  # an interpreter with torch and transformers, before any model
 # (I, I) matrices of float64 at once: moments twice, their sum, factors, inverses and products.
 SOLVED = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class Deployment:
-    """Where a model is to run.
-
-    Attributes:
-        targets: NAME or NAME:PRECISION.
-        tensor_parallel: devices that share every matrix.
-        group: weights of a row that share one scale, in whatever quantises later.
-    """
-
-    targets: tuple[str, ...] = ()
-    tensor_parallel: int = 1
-    group: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("tensor_parallel", "group"):
-            if (value := getattr(self, name)) < 1:
-                raise UsageError(f"{name.replace('_', '-')} must be at least 1, not {value}")
 
 
 @dataclass(frozen=True)
@@ -148,10 +127,8 @@ def choose(config: Mapping[str, Any], asked: SizeOptions, where: Deployment) -> 
         return Choice(decided, binding, costs, as_flags(decided, asked), fingerprint(config))
     # The finest grid has none either: say what is wrong with the sizes that come nearest.
     wrong = [f"  {rule.name}: {text}" for rule in rules for text in rule.problems(plans[0])]
-    after = plans[0].after
     raise SizeError(
-        f"no sizes satisfy all of what was asked for; hidden {after.hidden_size}, intermediate "
-        f"{after.intermediate_size}, KV heads {after.num_key_value_heads} fail in:\n"
+        f"no sizes satisfy all of what was asked for; {plans[0].in_words()} fail in:\n"
         + "\n".join(wrong)
     )
 
@@ -166,16 +143,12 @@ def _decide(grids: Iterable[list[Plan]], rules: Sequence[Rule]) -> tuple[Plan | 
     for plans in grids:
         found = _first(plans, rules)
         if decided is not None:
-            better = found is not None and _strain(found) < FINER * _strain(decided)
+            better = found is not None and strain(found) < FINER * strain(decided)
             return (found, plans) if better else (decided, on)
         decided, on = found, plans
         if found == plans[0]:
             break
     return decided, on
-
-
-def _strain(decided: Plan) -> float:
-    return strain(decided.before, decided.after)
 
 
 def _others_without_square(
@@ -190,11 +163,9 @@ def _candidates(config: Mapping[str, Any], asked: SizeOptions) -> Iterable[list[
     if not asked.budgeted:
         yield [plan(config, asked)]
         return
-    family, before = read_model(config)
-    asked = check_sizes(family, before, asked)
-    coarsest = hidden_step(family, before)
-    for step in (step for step in hidden_steps(before) if step <= coarsest):
-        yield sorted(within_budget(config, asked, step=step), key=preference)
+    asked = check_sizes(*read_model(config), asked)
+    for rung in range(num_rungs(config)):
+        yield sorted(within_budget(config, asked, rung=rung), key=preference)
 
 
 def _first(plans: Iterable[Plan], rules: Sequence[Rule]) -> Plan | None:
@@ -209,40 +180,18 @@ def _splitting(where: Deployment) -> list[Rule]:
     if (devices := where.tensor_parallel) > 1:
         rules.append(Rule(f"tensor-parallel {devices}", partial(_uneven, devices)))
     if where.group > 1:
-        grouped = where.group * where.tensor_parallel
-        rules.append(Rule(f"group {where.group}", partial(_torn, where.group, grouped)))
+        rules.append(Rule(f"group {where.group}", partial(_torn, where.group, devices)))
     return rules
 
 
 def _uneven(devices: int, decided: Plan) -> list[str]:
-    """What does not split evenly: heads, KV heads (or devices over them), MLP neurons."""
-    after = decided.after
-    groups = after.num_key_value_heads
-    split = {
-        "num_attention_heads": after.num_attention_heads % devices,
-        "num_key_value_heads": min(groups % devices, devices % groups),
-        "intermediate_size": after.intermediate_size % devices,
-    }
-    return [
-        f"{name} {getattr(after, name)} does not divide over {devices} devices"
-        for name, rest in split.items()
-        if rest
-    ]
+    """What does not split evenly over devices."""
+    return [text for axis in AXES for text in axis.uneven(decided.after, devices)]
 
 
-def _torn(group: int, of_mlp: int, decided: Plan) -> list[str]:
-    """Rows that end inside a group of weights; the MLP's are cut between devices first."""
-    after = decided.after
-    rows = {
-        "hidden_size": (after.hidden_size, group),
-        "intermediate_size": (after.intermediate_size, of_mlp),
-        "heads x head_dim": (after.spaces["query"], group),
-    }
-    return [
-        f"{name} {width} is no multiple of {grain}"
-        for name, (width, grain) in rows.items()
-        if width % grain
-    ]
+def _torn(group: int, devices: int, decided: Plan) -> list[str]:
+    """Rows that end inside a group of weights."""
+    return [text for axis in AXES for text in axis.torn(decided.after, group, devices)]
 
 
 def _of_target(config: Mapping[str, Any], target: Target, precision: str) -> list[Rule]:
@@ -260,15 +209,8 @@ def _of_target(config: Mapping[str, Any], target: Target, precision: str) -> lis
 
     rules.append(Rule(name, problems))
     if group := getattr(target, "row_groups", {}).get(precision):
-        rules.append(Rule(f"{name}, rows of {group}", partial(_torn, group, group)))
+        rules.append(Rule(f"{name}, rows of {group}", partial(_torn, group, 1)))
     return rules
-
-
-def planned_config(config: Mapping[str, Any], decided: Plan) -> dict[str, Any]:
-    """config.json as shrink will write it."""
-    from dotexport.narrowing.prepare import narrowed_config
-
-    return narrowed_config(*carry_config(config, decided))
 
 
 def _name(target: Target, precision: str) -> str:
@@ -294,7 +236,7 @@ def _costs(
     return Costs(
         artifacts,
         {
-            name: (kv_numbers(before) * each, kv_numbers(after) * each)
+            name: (cached_numbers(before) * each, cached_numbers(after) * each)
             for name, each in cache_bytes.items()
         },
         shrink_memory(config, decided),
@@ -328,11 +270,6 @@ def weight_bytes(family: Family, sizes: Sizes, matrix_bits: float, table_bits: f
     return round(bits / 8)
 
 
-def kv_numbers(sizes: Sizes) -> int:
-    """Keys and values of one token in all layers."""
-    return 2 * sizes.num_layers * sizes.spaces["kv"]
-
-
 def shrink_memory(
     config: Mapping[str, Any], decided: Plan, *, samples: int = 128, seqlen: int = WINDOW
 ) -> int:
@@ -344,9 +281,10 @@ def shrink_memory(
     """
     before, after = decided.before, decided.carried_after
     tokens = samples * min(seqlen, _window(config))
-    streams = 4 * tokens * (before.hidden_size + after.hidden_size)
-    table = 4 * before.vocab_size * (2 * before.hidden_size + after.hidden_size)
-    widest = max(before.hidden_size, before.intermediate_size, before.spaces["query"])
+    stream, narrower = before.spaces["residual"], after.spaces["residual"]
+    streams = 4 * tokens * (stream + narrower)
+    table = 4 * before.vocab_size * (2 * stream + narrower)
+    widest = max(size for space, size in before.spaces.items() if space != "vocab")
     solves = 8 * SOLVED * widest**2
     layer = 4 * (_layer(decided.family, before) + _layer(decided.carrier, after))
     return LOADED + streams + layer + max(table, solves)

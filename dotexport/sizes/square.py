@@ -7,8 +7,15 @@ hidden_size goes in steps of what the query heads of one KV head are wide.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from dotexport.axes.axis import FLOOR
+from dotexport.axes.plan import resized
 from dotexport.errors import SizeError
 from dotexport.models.shapes import Sizes
+
+COUPLED = ("hidden_size", "num_key_value_heads")
+"""The two axes of a pair."""
 
 Pair = tuple[int, int]
 """A hidden size and the number of KV heads that makes it square."""
@@ -56,6 +63,34 @@ def pairs_with(
         f"--square {asked}: hidden_size must be heads x head_dim, {_step(before)} for every KV "
         f"head; the nearest legal: {legal}"
     )
+
+
+def settled(before: Sizes, asked: Mapping[str, int], *, free: bool) -> dict[str, int]:
+    """What was asked for, and of the pair what the sizes that are given leave no choice of.
+
+    Args:
+        free: whether a budget chooses where there is one; else the widest pair is taken.
+
+    Raises:
+        SizeError: there is none; names the nearest.
+    """
+    pairs = _meant(before, asked)
+    if free and len(pairs) > 1:
+        return dict(asked)
+    return {**asked, **dict(zip(COUPLED, pairs[-1], strict=True))}
+
+
+def starts(before: Sizes, asked: Mapping[str, int], *, least: float) -> list[Sizes]:
+    """The sizes with every pair that is searched, from a share `least` of the width on."""
+    pairs = _meant(before, asked)
+    # What was asked for by number is taken however narrow.
+    wide = [pair for pair in pairs if pair[0] >= least * before.hidden_size] or pairs
+    return [resized(before, dict(zip(COUPLED, pair, strict=True))) for pair in wide]
+
+
+def _meant(before: Sizes, asked: Mapping[str, int]) -> list[Pair]:
+    hidden, count = (asked.get(name) for name in COUPLED)
+    return pairs_with(before, hidden, count, multiple=FLOOR)
 
 
 def _step(before: Sizes) -> int:

@@ -28,7 +28,7 @@ from dotexport.app import cli, pipeline, shrinking
 from dotexport.errors import CheckpointError
 from dotexport.exports import exporting
 from dotexport.models import checkpoint
-from dotexport.outputs import manifest
+from dotexport.storage import manifest
 from dotexport.targets import BUILT_IN
 from dotexport.targets.hf import HuggingFace
 

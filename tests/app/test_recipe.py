@@ -15,7 +15,8 @@ import yaml
 from dotexport.app import recipe
 from dotexport.app.commands import artifacts, measuring
 from dotexport.app.commands import deciding as sizes
-from dotexport.app.recipe import BenchStep, EvalStep, Recipe, ShrinkStep
+from dotexport.app.recipe import Recipe
+from dotexport.app.steps import BenchStep, EvalStep, ShrinkStep
 from dotexport.errors import UsageError
 
 LEAST = {"model": "m", "shrink": {"calib": "c"}}

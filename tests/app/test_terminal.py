@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dotexport.app.terminal import show_allocation
+from dotexport.axes.plan import SizeOptions
 from dotexport.sizes.allocation import allocate
-from dotexport.sizes.budget import SizeOptions
 
 
 def test_an_allocation_is_shown_as_curves_and_candidates(

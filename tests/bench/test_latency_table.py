@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 
 from dotexport.app.cli import main
+from dotexport.axes.plan import Plan, SizeOptions, read_model
 from dotexport.bench.latency_measuring import measure_table
-from dotexport.bench.latency_sizes import LatencyOptions, depth_of, shallow_config
+from dotexport.bench.latency_sizes import depth_of, shallow_config
 from dotexport.bench.promise import verdict
 from dotexport.bench.statistics import Comparison
 from dotexport.errors import SizeError, UnsupportedModelError, UsageError
-from dotexport.sizes.budget import Plan, SizeOptions, plan, read_model
+from dotexport.sizes.budget import plan
+from dotexport.sizes.latency_options import LatencyOptions
 from dotexport.sizes.latency_table import times_of
 
 PLANTED = Path(__file__).parent / "planted"

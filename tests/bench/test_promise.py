@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from dotexport.app.cli import main
+from dotexport.axes.plan import read_model
 from dotexport.models.checkpoint import read_config
-from dotexport.outputs import manifest
-from dotexport.sizes.budget import read_model
 from dotexport.sizes.latency_table import SCHEMA, describe, device, runtime_versions
+from dotexport.storage import manifest
 
 TILE = 32
 PACE = 3  # so that waking up late, as on a busy machine, is a small part of each wait

@@ -20,7 +20,7 @@ from dotexport.bench.statistics import summarize
 from dotexport.bench.vllm.served_reports import ServedOptions, parse_arguments, read_times
 from dotexport.bench.vllm.served_run import bench_served
 from dotexport.errors import DotexportError, RuntimeMissingError, UsageError
-from dotexport.outputs import manifest
+from dotexport.storage import manifest
 
 HERE = Path(__file__).parent
 RECORDED = HERE / "recorded"

@@ -13,7 +13,7 @@ import pytest
 
 from dotexport.app.cli import main
 from dotexport.app.pipeline import _workload, bench_name
-from dotexport.app.recipe import BenchStep
+from dotexport.app.steps import BenchStep
 from dotexport.bench import BenchResult, Sweep, Workload, bench, noise_check, sweep
 from dotexport.bench.presets import PRESETS, find_preset
 from dotexport.bench.sweep import parse_values, steps_of

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from dotexport.app.cli import app
 from dotexport.diffusion.sampling import parse_extra
 from dotexport.errors import DotexportError, SizeError, UsageError
-from dotexport.outputs import manifest
+from dotexport.storage import manifest
 
 Tiny = Callable[[str], Path]
 run = CliRunner().invoke

@@ -16,8 +16,8 @@ from dotexport.diffusion import graphs, onnx_folder
 from dotexport.diffusion.sampling import SampleOptions, component_of, load, sample
 from dotexport.errors import ParityError, UnsupportedModelError, UsageError
 from dotexport.exports.verifying import require
-from dotexport.outputs import manifest
-from dotexport.outputs.output import read_json, write_json
+from dotexport.storage import manifest
+from dotexport.storage.output import read_json, write_json
 
 pytest.importorskip("onnxscript", reason="needs the extra [diffusion]")
 Tiny = Callable[[str], Path]

@@ -30,7 +30,7 @@ from dotexport.errors import (
     UsageError,
 )
 from dotexport.merging import obs
-from dotexport.outputs import manifest
+from dotexport.storage import manifest
 
 Tiny = Callable[[str], Path]
 NAMES = ("sd3", "flux", "dit", "unet", "pixart", "sdxl")

@@ -31,7 +31,7 @@ from dotexport.exports.reference import (
 from dotexport.exports.target import find_target
 from dotexport.exports.verifying import check, require, verify
 from dotexport.models.checkpoint import Checkpoint
-from dotexport.outputs import manifest
+from dotexport.storage import manifest
 
 pytest.importorskip("onnxruntime_genai")
 ir: Any = pytest.importorskip("onnx_ir")

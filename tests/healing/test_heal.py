@@ -14,26 +14,22 @@ import torch
 
 from dotexport import embedded
 from dotexport.app import cli, shrinking
-from dotexport.app.shrinking import ShrinkOptions, shrink
+from dotexport.app.shrink_options import ShrinkOptions
+from dotexport.app.shrinking import shrink
+from dotexport.axes.plan import SizeOptions
 from dotexport.errors import UsageError
 from dotexport.exports.quality import evaluate
 from dotexport.exports.reference import load_float32
 from dotexport.healing import distil, distil_loss, distil_memory, heal
 from dotexport.healing.distil_loss import distillation_loss, divergence, predict
-from dotexport.healing.heal import (
-    HealingText,
-    HealOptions,
-    healing_text,
-    native_precision,
-    parse_heal,
-)
+from dotexport.healing.heal_options import HealOptions, native_precision, parse_heal
+from dotexport.healing.healing_text import HealingText, healing_text
 from dotexport.models.checkpoint import Checkpoint
-from dotexport.models.text_windows import TextOptions, token_windows
-from dotexport.narrowing.local import LocalOptions
-from dotexport.narrowing.site import NarrowOptions
+from dotexport.models.text_options import TextOptions
+from dotexport.models.text_windows import token_windows
+from dotexport.narrowing.narrow_options import LocalOptions, NarrowOptions
 from dotexport.narrowing.streams import held_out_windows
-from dotexport.outputs import manifest
-from dotexport.sizes.budget import SizeOptions
+from dotexport.storage import manifest
 
 TEXT = TextOptions(source="embedded:calibration", samples=10, seqlen=64)
 STEPS = HealOptions(steps=6, batch=4, every=2, rate=2e-4, precision="fp32")

@@ -13,8 +13,8 @@ import pytest
 
 from dotexport.bench import BenchResult, Measurement, Sample, Workload
 from dotexport.bench.report import write_report
-from dotexport.outputs import manifest
-from dotexport.outputs.output import write_json
+from dotexport.storage import manifest
+from dotexport.storage.output import write_json
 
 MACHINE = {
     "python": "3.11.7",

@@ -21,8 +21,8 @@ from dotexport.bench.report import write_report
 from dotexport.bench.report.collected import collect
 from dotexport.bench.report.page import draw, render, write_figures
 from dotexport.errors import CheckpointError, UsageError
-from dotexport.outputs import manifest
-from dotexport.outputs.output import write_json
+from dotexport.storage import manifest
+from dotexport.storage.output import write_json
 
 Fill = Callable[..., Path]
 VOID = {"meta", "link", "br", "img", "input", "hr"}

@@ -7,8 +7,8 @@ import itertools
 import torch
 
 from dotexport.merging.heads import Groups, _realign, choose_groups, merges, whole
-from dotexport.merging.ot.coupling import TransportOptions
 from dotexport.merging.refit import Moments, ridge_solve
+from dotexport.merging.transport_options import TransportOptions
 
 GROUPS = Groups(count=4, queries=2, head_dim=4)
 RANDOM = torch.Generator().manual_seed(0)

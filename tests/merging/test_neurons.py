@@ -15,8 +15,8 @@ from dotexport.merging.neurons import (
     importance,
     transport,
 )
-from dotexport.merging.ot.coupling import TransportOptions
 from dotexport.merging.refit import Moments, ridge_solve
+from dotexport.merging.transport_options import TransportOptions
 
 torch.manual_seed(0)
 MIX_NN = torch.randn(8, 8, dtype=torch.float64) + 2 * torch.eye(8, dtype=torch.float64)

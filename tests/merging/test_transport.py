@@ -8,7 +8,8 @@ from scipy.optimize import linear_sum_assignment
 
 from dotexport.errors import UsageError
 from dotexport.merging.ot.cost import activation_distance
-from dotexport.merging.ot.coupling import TransportOptions, couple, nearest_targets
+from dotexport.merging.ot.coupling import couple, nearest_targets
+from dotexport.merging.transport_options import TransportOptions
 
 RNG = np.random.default_rng(0)
 ACTIVATIONS_TN = RNG.normal(size=(50, 9))

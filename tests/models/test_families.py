@@ -14,19 +14,22 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from dotexport.app.shrinking import ShrinkOptions, open_source, shrink
+from dotexport.app.shrink_options import ShrinkOptions
+from dotexport.app.shrinking import open_source, shrink
+from dotexport.axes.carrying import carry
+from dotexport.axes.plan import SizeOptions
 from dotexport.errors import UnsupportedModelError
 from dotexport.exports.reference import capped_attention
-from dotexport.healing.heal import HealOptions
-from dotexport.models.carriers import carry
+from dotexport.healing.heal_options import HealOptions
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter, read_config
 from dotexport.models.families import SUPPORTED, find_family
 from dotexport.models.shapes import num_parameters, read_sizes
-from dotexport.models.text_windows import TextOptions, token_windows
+from dotexport.models.text_options import TextOptions
+from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.basis import Basis
+from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.prepare import prepare
-from dotexport.narrowing.site import NarrowOptions
-from dotexport.sizes.budget import SizeOptions, plan
+from dotexport.sizes.budget import plan
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -18,13 +18,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dotexport.app.shrinking import ShrinkOptions, shrink
+from dotexport.app.shrink_options import ShrinkOptions
+from dotexport.app.shrinking import shrink
+from dotexport.axes.plan import SizeOptions
 from dotexport.errors import CheckpointError
 from dotexport.exports.target import find_target
 from dotexport.models.rope import in_all_words, stock_config
-from dotexport.models.text_windows import TextOptions, token_windows
-from dotexport.narrowing.site import NarrowOptions
-from dotexport.sizes.budget import SizeOptions
+from dotexport.models.text_options import TextOptions
+from dotexport.models.text_windows import token_windows
+from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.targets import genai_builder
 
 ROOT = Path(__file__).resolve().parents[2]

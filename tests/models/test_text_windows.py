@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dotexport.errors import CalibrationError, UsageError
-from dotexport.models.text_windows import TextOptions, documents, token_windows, window_length
+from dotexport.models.text_options import TextOptions
+from dotexport.models.text_windows import documents, token_windows, window_length
 
 
 @pytest.fixture

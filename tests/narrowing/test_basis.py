@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dotexport.errors import UsageError
-from dotexport.merging.ot.coupling import TransportOptions
+from dotexport.merging.transport_options import TransportOptions
 from dotexport.narrowing.basis import METHODS, find_basis, reader_loss, whole
 from dotexport.narrowing.norm_statistics import Sight
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dotexport.errors import UsageError
-from dotexport.narrowing.local import Healed, LocalOptions, heal
+from dotexport.narrowing.local import Healed, heal
+from dotexport.narrowing.narrow_options import LocalOptions
 from dotexport.narrowing.streams import Streams
 
 WIDTH = 6

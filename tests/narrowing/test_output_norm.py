@@ -13,16 +13,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dotexport.app.shrinking import ShrinkOptions, Shrunk, open_source, shrink
+from dotexport.app.shrink_options import ShrinkOptions
+from dotexport.app.shrinking import Shrunk, open_source, shrink
+from dotexport.axes.plan import SizeOptions, read_model
 from dotexport.errors import UsageError
 from dotexport.models.family import Family
-from dotexport.models.text_windows import TextOptions, token_windows
+from dotexport.models.text_options import TextOptions
+from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.basis import Basis
-from dotexport.narrowing.local import LocalOptions
+from dotexport.narrowing.narrow_options import LocalOptions, NarrowOptions
 from dotexport.narrowing.output_norm import Behind, FewerFeatures, merged, size
 from dotexport.narrowing.prepare import prepare
-from dotexport.narrowing.site import NarrowOptions
-from dotexport.sizes.budget import SizeOptions, plan, read_model
+from dotexport.sizes.budget import plan
 
 TOKENS_BL = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(1))
 EPSILON = 1e-2  # so large that a wrong one shows

@@ -15,14 +15,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dotexport.app.shrinking import ShrinkOptions, open_source, shrink
+from dotexport.app.shrink_options import ShrinkOptions
+from dotexport.app.shrinking import open_source, shrink
+from dotexport.axes.plan import SizeOptions
 from dotexport.embedded import MODEL_DIR
 from dotexport.models.origin import licence, model_name
-from dotexport.models.text_windows import TextOptions, token_windows
+from dotexport.models.text_options import TextOptions
+from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.basis import Basis
+from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.prepare import prepare
-from dotexport.narrowing.site import NarrowOptions
-from dotexport.sizes.budget import SizeOptions, plan
+from dotexport.sizes.budget import plan
 
 TinyLlama = Callable[[str], Path]
 MODELS = ["wide-heads", "tied-bf16", "heads-of-8", "biased"]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from dotexport.app.shrinking import ShrinkOptions
+from dotexport.app.shrink_options import ShrinkOptions
+from dotexport.axes.plan import Plan, SizeOptions
 from dotexport.errors import SizeError, UsageError
-from dotexport.models.text_windows import TextOptions
+from dotexport.models.text_options import TextOptions
 from dotexport.sizes.allocation import Curve, allocate
-from dotexport.sizes.budget import Plan, SizeOptions, within_budget
+from dotexport.sizes.budget import within_budget
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

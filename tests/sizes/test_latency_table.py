@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from dotexport.axes.plan import Plan, SizeOptions, read_model
 from dotexport.errors import UsageError
 from dotexport.models.shapes import Sizes
-from dotexport.sizes.budget import Plan, SizeOptions, plan, read_model
+from dotexport.sizes.budget import plan
+from dotexport.sizes.deployment import Deployment
 from dotexport.sizes.latency import Budget, find_table, parse_latency, promise
 from dotexport.sizes.latency_table import (
     SCHEMA,
@@ -23,7 +25,7 @@ from dotexport.sizes.latency_table import (
     device,
     runtime_versions,
 )
-from dotexport.sizes.planning import Deployment, choose
+from dotexport.sizes.planning import choose
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -16,16 +16,19 @@ from typer.testing import CliRunner
 
 from dotexport.app.cli import app
 from dotexport.app.recipe import Recipe
-from dotexport.app.shrinking import ShrinkOptions, shrink
+from dotexport.app.shrink_options import ShrinkOptions
+from dotexport.app.shrinking import shrink
+from dotexport.axes.plan import SizeOptions
 from dotexport.embedded import MODEL_DIR
 from dotexport.errors import SizeError, UnsupportedModelError, UsageError
 from dotexport.exports.exporting import export
 from dotexport.models.checkpoint import read_config
-from dotexport.models.text_windows import TextOptions
-from dotexport.sizes.budget import SizeOptions, plan
+from dotexport.models.text_options import TextOptions
+from dotexport.sizes.budget import plan
+from dotexport.sizes.deployment import Deployment
 from dotexport.sizes.effort import shrink_seconds, work_of
 from dotexport.sizes.plan_file import read_plan
-from dotexport.sizes.planning import BUDGET, Deployment, choose, shrink_memory
+from dotexport.sizes.planning import BUDGET, choose, shrink_memory
 
 
 def config(

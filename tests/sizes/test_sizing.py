@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
+from dotexport.axes.axis import FLOOR
+from dotexport.axes.plan import SizeOptions
 from dotexport.errors import SizeError, UnsupportedModelError, UsageError
 from dotexport.models.families import find_family
 from dotexport.models.shapes import num_parameters, read_sizes
-from dotexport.sizes.budget import FLOOR, SizeOptions, check_hidden, parse_budget, plan
+from dotexport.sizes.budget import check_hidden, parse_budget, plan
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 TINY = LLAMA | {

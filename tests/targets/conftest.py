@@ -25,8 +25,8 @@ from dotexport.exports.exporting import export
 from dotexport.exports.reference import Reference, compute_reference
 from dotexport.exports.target import Target, find_target, lacking, target_names
 from dotexport.models.checkpoint import Checkpoint
-from dotexport.models.text_windows import TextOptions
-from dotexport.narrowing.site import NarrowOptions
+from dotexport.models.text_options import TextOptions
+from dotexport.narrowing.narrow_options import NarrowOptions
 
 LLAMA_CPP = "DOTEXPORT_LLAMA_CPP"
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from dotexport.app.cli import app
+from dotexport.axes.plan import SizeOptions
 from dotexport.errors import RuntimeMissingError
 from dotexport.exports.exporting import export
 from dotexport.exports.parity import Parity
@@ -26,9 +27,10 @@ from dotexport.exports.reference import Reference, compute_reference
 from dotexport.exports.target import find_target, list_targets
 from dotexport.exports.verifying import rehearse, require, verify
 from dotexport.models.checkpoint import Checkpoint
-from dotexport.outputs import card, manifest, summary
-from dotexport.sizes.budget import SizeOptions
-from dotexport.sizes.planning import Deployment, choose
+from dotexport.outputs import card, summary
+from dotexport.sizes.deployment import Deployment
+from dotexport.sizes.planning import choose
+from dotexport.storage import manifest
 from dotexport.targets import cuda, doctor
 
 pytest.importorskip("onnxruntime_genai")

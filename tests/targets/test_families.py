@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dotexport.app.shrinking import ShrinkOptions, shrink
+from dotexport.app.shrink_options import ShrinkOptions
+from dotexport.app.shrinking import shrink
+from dotexport.axes.plan import SizeOptions
 from dotexport.errors import RuntimeMissingError, SizeError
 from dotexport.exports.exporting import export
-from dotexport.models.text_windows import TextOptions
-from dotexport.narrowing.site import NarrowOptions
-from dotexport.sizes.budget import SizeOptions
+from dotexport.models.text_options import TextOptions
+from dotexport.narrowing.narrow_options import NarrowOptions
 
 SQUARE = {"head_dim": None, "hidden_size": 64}
 YARN = {

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dotexport import embedded
+from dotexport.axes.plan import SizeOptions
 from dotexport.errors import SizeError
 from dotexport.exports.exporting import export
 from dotexport.exports.reference import Reference, compute_reference
@@ -18,8 +19,8 @@ from dotexport.exports.verifying import check
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.families import find_family
 from dotexport.models.shapes import read_sizes
-from dotexport.sizes.budget import SizeOptions
-from dotexport.sizes.planning import Deployment, choose
+from dotexport.sizes.deployment import Deployment
+from dotexport.sizes.planning import choose
 
 gguf: Any = pytest.importorskip("gguf")
 from dotexport.targets.kquants import SUPERBLOCK, quantize  # noqa: E402

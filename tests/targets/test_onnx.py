@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dotexport.app.shrinking import ShrinkOptions, shrink
+from dotexport.app.shrink_options import ShrinkOptions
+from dotexport.app.shrinking import shrink
+from dotexport.axes.plan import SizeOptions
 from dotexport.embedded import MODEL_DIR
 from dotexport.exports.reference import compute_reference
 from dotexport.exports.target import find_target
 from dotexport.exports.verifying import check
 from dotexport.models.checkpoint import Checkpoint
-from dotexport.models.text_windows import TextOptions
-from dotexport.narrowing.site import NarrowOptions
-from dotexport.sizes.budget import SizeOptions
+from dotexport.models.text_options import TextOptions
+from dotexport.narrowing.narrow_options import NarrowOptions
 
 pytest.importorskip("onnxscript")
 onnx: Any = pytest.importorskip("onnx")

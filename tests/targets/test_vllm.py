@@ -138,10 +138,11 @@ def test_vllm_says_the_greedy_tokens_of_torch_for_classes_that_are_not_rotated(
 
 def own_axes(family: str, folder: Path) -> Path:
     """The embedded model's sizes in a family whose norms allow no rotation, narrowed."""
-    from dotexport.app.shrinking import ShrinkOptions, shrink
+    from dotexport.app.shrink_options import ShrinkOptions
+    from dotexport.app.shrinking import shrink
+    from dotexport.axes.plan import SizeOptions
     from dotexport.bench.tables.matrix import CALIBRATION, FAMILIES, write_original
-    from dotexport.narrowing.site import NarrowOptions
-    from dotexport.sizes.budget import SizeOptions
+    from dotexport.narrowing.narrow_options import NarrowOptions
 
     write_original(FAMILIES[family], folder / "original")
     options = ShrinkOptions(

@@ -8,15 +8,12 @@ from typing import Annotated
 import typer
 
 from dotexport.app.commands.shared_options import (
-    TEXT_HELP,
     Device,
     Json,
     Output,
     Overwrite,
-    Samples,
-    Seqlen,
-    Skip,
 )
+from dotexport.app.steps import EvalStep
 from dotexport.app.terminal import progress, show_json, show_parities, show_rows, stderr
 from dotexport.errors import UsageError
 
@@ -36,7 +33,8 @@ def export(
     Example: dotexport export OUT --target ort-cpu --target ort-cpu:int4
     """
     from dotexport.exports.exporting import export as write
-    from dotexport.outputs import card, manifest
+    from dotexport.outputs import card
+    from dotexport.storage import manifest
 
     with stderr.status(f"exporting {', '.join(target)}"):
         artifacts = write(model, target, out=out, verify=verify, overwrite=overwrite)
@@ -99,18 +97,13 @@ def verify(
 def evaluate(
     out: Output,
     baseline: Annotated[str, typer.Option(help="The original: folder or hub id.")],
-    text: Annotated[str, typer.Option(help=f"Held-out text. {TEXT_HELP}")],
-    samples: Samples = 64,
-    seqlen: Seqlen = None,
-    skip: Skip = 0,
+    step: EvalStep,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Perplexity, KL and top-1 agreement on held-out text, the original beside it."""
     from dotexport.app.pipeline import evaluate_into, source_folder
-    from dotexport.app.recipe import EvalStep
 
-    step = EvalStep(text=text, samples=samples, seqlen=seqlen, skip=skip)
     with progress() as report:
         record = evaluate_into(out, source_folder(baseline), step, device=device, progress=report)
     if as_json:

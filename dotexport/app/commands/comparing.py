@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from dotexport.app.commands.shared_options import Json
+from dotexport.app.door import benches
 from dotexport.app.terminal import show_json, stderr
 from dotexport.errors import UsageError
 
@@ -61,29 +62,26 @@ def compare(
 
     Example: dotexport compare last/bench.json OUT/reports/bench-ort-cpu.json --gate gate.yaml
     """
-    from dotexport.bench import ci, verdicts
-    from dotexport.bench import gate as gates
-    from dotexport.bench import history as histories
-
+    bench = benches()
     if trend is not None and history is None:
         raise UsageError("--trend draws what --history keeps; give both")
     files = [report, *([newer] if newer else [])]
-    found = verdicts.judge(files, gate=gate, rule=rule, quality=quality or (), force=force)
-    Console(stderr=as_json).print(verdicts.render(found))
+    found = bench.judge(files, gate=gate, rule=rule, quality=quality or (), force=force)
+    Console(stderr=as_json).print(bench.render_verdict(found))
     if junit is not None:
-        ci.write_junit(junit, found.lines, found.properties)
+        bench.write_junit(junit, found.lines, found.properties)
     if github:
         # The runner reads both streams, and with --json stdout holds the document alone.
-        for line in ci.annotated(found.lines):
+        for line in bench.annotated(found.lines):
             typer.echo(line, err=as_json)
-        ci.write_step_summary(found.lines, found.notes)
+        bench.write_step_summary(found.lines, found.notes)
     if history is not None:
-        histories.append(history, found.comparisons, found.lines)
+        bench.append_history(history, found.comparisons, found.lines)
         if trend is not None:
             _draw(history, trend, gate, None)
     if as_json:
         show_json(found.as_dict())
-    gates.require(found.lines)
+    bench.require(found.lines)
 
 
 def show_history(
@@ -118,15 +116,11 @@ def report(
 
     Example: dotexport report OUT
     """
-    from dotexport.bench.report import write_report
-
-    written = write_report(outputs, out, figures=figures)
+    written = benches().write_report(outputs, out, figures=figures)
     stderr.print(f"report {written}", soft_wrap=True, highlight=False)
 
 
 def _draw(file: Path, out: Path, gate: Path | None, metrics: list[str] | None) -> None:
-    from dotexport.bench.gate import read_gate
-    from dotexport.bench.report.trend import write_trend
-
-    write_trend(file, out, limits=read_gate(gate) if gate else (), metrics=metrics or ())
+    limits = benches().read_gate(gate) if gate else ()
+    benches().write_trend(file, out, limits=limits, metrics=metrics or ())
     stderr.print(f"trend {out}", soft_wrap=True, highlight=False)

@@ -12,35 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import ot
 
-from dotexport.errors import UsageError
 from dotexport.merging.ot.cost import Array, Cost
+from dotexport.merging.transport_options import TransportOptions
 
 logger = logging.getLogger(__name__)
 
-PLANS = ("semi-relaxed", "balanced")
 LOOSE = 1e-3  # a marginal error worth a word
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransportOptions:
-    """How a plan is found.
-
-    Attributes:
-        plan: `semi-relaxed` fixes the mass of the sources only; `balanced` asks for uniform mass
-            on the targets too, which forces N/K - 1 units of foreign mass into every target.
-        epsilon: entropic regularisation, in units of the largest cost; 0 solves exactly.
-        max_steps: Sinkhorn iterations.
-    """
-
-    plan: str = "semi-relaxed"
-    epsilon: float = 0.05
-    max_steps: int = 2000
-
-    def __post_init__(self) -> None:
-        if self.plan not in PLANS:
-            raise UsageError(f"transport must be one of {', '.join(PLANS)}, not {self.plan!r}")
-        if not 0 <= self.epsilon <= 10:
-            raise UsageError(f"epsilon must lie between 0 and 10, not {self.epsilon}")
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def export(
     Example: dotexport export OUT --target onnx
     """
     from dotexport.diffusion import onnx_folder
-    from dotexport.outputs import manifest
+    from dotexport.storage import manifest
 
     with progress() as report:
         names = onnx_folder.export(
@@ -300,10 +300,10 @@ def bench(
 
     Example: dotexport bench OUT --baseline ./sd3 --threads 1
     """
-    from dotexport.bench.diffusion import bench_into
+    from dotexport.app.door import benches
 
     with progress() as report:
-        record = bench_into(
+        record = benches().bench_pipeline(
             candidate,
             baseline,
             target,
@@ -346,7 +346,7 @@ def show(out: Path, title: str) -> None:
     from rich.table import Table
 
     from dotexport.diffusion import pipeline_card
-    from dotexport.outputs import manifest
+    from dotexport.storage import manifest
 
     table = Table("", "original", "pruned", "change", title=title)
     for row in pipeline_card.rows(manifest.read(out)):

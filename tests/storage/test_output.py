@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from dotexport.errors import CheckpointError, DotexportError, UsageError
-from dotexport.outputs import manifest
-from dotexport.outputs.output import new_folder, write_json, write_text
+from dotexport.storage import manifest
+from dotexport.storage.output import new_folder, write_json, write_text
 
 
 def fill(path: Path, text: str, *, overwrite: bool = False) -> None:
@@ -53,7 +53,7 @@ def test_nothing_is_left_of_a_folder_that_failed(
 def test_what_a_killed_run_left_is_cleared_by_the_next(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path\n"
-        "from dotexport.outputs.output import new_folder\n"
+        "from dotexport.storage.output import new_folder\n"
         "with new_folder(Path(sys.argv[1])) as partial:\n"
         "    (partial / 'half').touch(); time.sleep(60)\n"
     )

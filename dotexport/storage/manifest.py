@@ -15,7 +15,7 @@ import psutil
 
 from dotexport import __version__
 from dotexport.errors import CheckpointError
-from dotexport.outputs.output import MANIFEST, read_json, write_json
+from dotexport.storage.output import MANIFEST, read_json, write_json
 
 LIBRARIES = (
     "dotexport",

@@ -1,0 +1,41 @@
+"""What the shrink verb can be asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dotexport.axes.plan import SizeOptions
+from dotexport.errors import UsageError
+from dotexport.healing.heal_options import HealOptions
+from dotexport.models.text_options import TextOptions
+from dotexport.narrowing.narrow_options import NarrowOptions
+
+ALLOCATIONS = ("rule", "measured")
+MAX_SHARD_BYTES = 4 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinkOptions:
+    """How narrow, and how.
+
+    Attributes:
+        sizes: explicit sizes, or a budget.
+        text: calibration text.
+        narrow: methods.
+        allocate: how a budget is shared between the axes: `rule` reads config.json only, `measured`
+            cuts each axis alone and looks (sizes/allocation.py).
+        heal: distillation after the closed form; None: none.
+        max_shard_bytes: largest weight file.
+    """
+
+    sizes: SizeOptions = field(default_factory=SizeOptions)
+    text: TextOptions
+    narrow: NarrowOptions = field(default_factory=NarrowOptions)
+    allocate: str = "rule"
+    heal: HealOptions | None = None
+    max_shard_bytes: int = MAX_SHARD_BYTES
+
+    def __post_init__(self) -> None:
+        if self.allocate not in ALLOCATIONS:
+            known = ", ".join(ALLOCATIONS)
+            raise UsageError(f"allocate must be one of {known}, not {self.allocate!r}")

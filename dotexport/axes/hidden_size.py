@@ -1,0 +1,60 @@
+"""hidden_size: the width of the residual stream, which all norms read and all writers add to.
+
+It is cut by one basis for the whole model (narrowing/basis.py), so there are no adapters, and a
+narrower stock norm is exact by the rule of models/exact_norm.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from dotexport.axes.axis import CHOICE, FLOOR, Axis, multiples, off_grid, off_group, steps
+from dotexport.models.exact_norm import exact_norm
+from dotexport.models.family import Family
+from dotexport.models.shapes import Sizes
+
+
+class HiddenSize(Axis):
+    """Residual width; Llama's class asks for a multiple of its heads."""
+
+    depends: ClassVar[tuple[str, ...]] = ("num_key_value_heads",)
+    everywhere: ClassVar[bool] = True
+
+    def grids(self, family: Family, before: Sizes) -> list[list[int]]:
+        width = before.hidden_size
+        found = [(step, multiples(step, width)) for step in steps(width)]
+        heads = before.num_attention_heads if family.divides else 1
+        coarse = (n for n, (step, _) in enumerate(found) if _leaves_a_choice(step, heads, width))
+        first = next(coarse, len(found) - 1)
+        return [sorted({*sizes, width}) for _, sizes in found[first:]]
+
+    def problem(self, family: Family, before: Sizes, after: Sizes) -> str | None:
+        heads = after.num_attention_heads
+        grain = 1 if after.hidden_size == before.hidden_size else FLOOR
+        if not family.divides:
+            return off_grid(after.hidden_size, grain)
+        if after.hidden_size % math.lcm(grain, heads) == 0 < after.hidden_size:
+            return None
+        class_ = f" and of the {heads} attention heads ({family.architecture})"
+        return f"is not a positive multiple of {FLOOR}{class_}"
+
+    def torn(self, after: Sizes, group: int, devices: int) -> list[str]:
+        return off_group(self.name, after.hidden_size, group)
+
+    def config(self, config: Mapping[str, Any], before: Sizes, after: Sizes) -> dict[str, Any]:
+        changed: dict[str, Any] = {self.name: after.hidden_size}
+        if after.hidden_size != before.hidden_size:
+            norm = exact_norm(
+                before.hidden_size, after.hidden_size, config.get("rms_norm_eps", 1e-6)
+            )
+            changed["rms_norm_eps"] = norm.epsilon
+        return changed
+
+    def story(self, record: Mapping[str, Any]) -> str:
+        return f"basis `{record['basis']['method']}`"
+
+
+def _leaves_a_choice(step: int, heads: int, width: int) -> bool:
+    return len(multiples(math.lcm(step, heads), width)) >= CHOICE

@@ -1,0 +1,231 @@
+"""A plan, what can be asked of one, and config.json as it will be written. Reads no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from dotexport.axes import AXES
+from dotexport.errors import UsageError
+from dotexport.models.families import carried_biases, check_quantised, find_carrier, find_family
+from dotexport.models.family import Family
+from dotexport.models.rope import in_all_words
+from dotexport.models.shapes import Sizes, num_parameters, read_sizes
+from dotexport.options import Flag, each, option
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes before and after, and what they cost."""
+
+    family: Family
+    before: Sizes
+    after: Sizes
+
+    @property
+    def carrier(self) -> Family:
+        """The class that is written: of those that compute the same, the first that can hold it."""
+        return find_carrier(self.family, self.after)
+
+    @property
+    def carried_after(self) -> Sizes:
+        """The sizes after narrowing in the carrier's words: biases go by other names there."""
+        if self.carrier is self.family:
+            return self.after
+        biases = carried_biases(self.family, self.carrier, self.after)
+        return replace(self.after, biases=biases)
+
+    @property
+    def architectures(self) -> list[str]:
+        """Of the original, and of what is written."""
+        return [self.family.architecture, self.carrier.architecture]
+
+    @property
+    def parameters_before(self) -> int:
+        return num_parameters(self.family, self.before)
+
+    @cached_property
+    def parameters_after(self) -> int:
+        return num_parameters(self.carrier, self.carried_after)
+
+    @property
+    def ratio(self) -> float:
+        return self.parameters_after / self.parameters_before
+
+    @cached_property
+    def kept_layers(self) -> list[int]:
+        """The original's layers that every axis keeps, ascending."""
+        kept = [set(axis.layers(self.before, self.after)) for axis in AXES]
+        return sorted(set(range(self.before.num_layers)).intersection(*kept))
+
+    def sizes(self) -> dict[str, int]:
+        """What is left on every axis."""
+        return {axis.name: axis.size(self.after) for axis in AXES}
+
+    def in_words(self) -> str:
+        """The same as people read it."""
+        return ", ".join(f"{axis.label} {axis.size(self.after)}" for axis in AXES)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Name of every number -> before and after."""
+        rows = {axis.name: [axis.size(self.before), axis.size(self.after)] for axis in AXES}
+        for key in (*(key for axis in AXES for key in axis.keys), "head_dim"):
+            rows[key] = [getattr(self.before, key), getattr(self.after, key)]
+        rows["tie_word_embeddings"] = [self.before.tied, self.after.tied]
+        rows["parameters"] = [self.parameters_before, self.parameters_after]
+        return rows
+
+    def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """config.json of the narrower model: the same keys, other numbers.
+
+        head_dim is explicit because hidden_size / heads no longer gives it. The rotary embedding
+        is said in the words of all releases of transformers (models/rope.py).
+        """
+        changed = dict(config)
+        for axis in AXES:
+            changed |= axis.config(config, self.before, self.after)
+        changed["head_dim"] = self.after.head_dim
+        changed |= dict.fromkeys(sorted(self.after.biases), True)
+        changed["tie_word_embeddings"] = self.after.tied
+        changed.pop("_name_or_path", None)
+        return in_all_words(changed)
+
+
+def read_model(config: Mapping[str, Any]) -> tuple[Family, Sizes]:
+    """Family table and sizes of a config.json.
+
+    Raises:
+        UnsupportedModelError: no family table, or weights that are quantised already.
+        CheckpointError: sizes are missing.
+    """
+    check_quantised(config)
+    family = find_family(config)
+    return family, read_sizes(family, config)
+
+
+def resized(sizes: Sizes, asked: Mapping[str, int]) -> Sizes:
+    """With another size on every axis that is named."""
+    for axis in AXES:
+        if axis.name in asked:
+            sizes = axis.resized(sizes, asked[axis.name])
+    return sizes
+
+
+def axis_flags() -> Iterator[Flag]:
+    """One for each axis."""
+    return (Flag(axis.flag, axis.name, int | None, axis.help, None) for axis in AXES)
+
+
+@dataclass(frozen=True, kw_only=True, init=False)
+class SizeOptions:
+    """How narrow.
+
+    Explicit sizes may be given by the name of their axis: `SizeOptions(hidden_size=384)`.
+
+    Attributes:
+        params: budget of parameters, `0.7x` of the original or a number such as `5.2M` or `6e9`.
+        size: budget of bytes as stored, `0.7x`, `300MB` or `1.5GB`.
+        latency: budget of time on this device, such as `0.8x` of the original's per decoded token
+            (sizes/latency.py).
+        latency_table: what was measured for it: a file, or a runtime whose table is in the cache.
+        force_latency_table: take a table of another device, release or runtime.
+        sizes: explicit ones by the name of their axis; the others are left to the budget, or as
+            they are.
+        tied: False gives a shared embedding and head tables of their own; None keeps what is.
+        bias: whether linears get biases where the class has them and the original does not.
+        square: whether heads leave along with the width, so that hidden_size is heads x head_dim,
+            for consumers that take head_dim to be hidden_size / heads (sizes/square.py).
+    """
+
+    params: str | None = option(
+        None, help="Parameter budget: 0.7x, 5.2M, 6e9. Sizes are then chosen."
+    )
+    size: str | None = option(None, help="Budget of bytes as stored: 0.7x, 300MB, 1.5GB.")
+    latency: str | None = option(
+        None,
+        help="Budget of time per decoded token: 0.8x of the original's, or 12ms; prefill:0.8x for "
+        "prompts, 0.8x@4 for batches of 4.",
+    )
+    latency_table: str | None = option(
+        None,
+        help="What dotexport latency measured: its file, or the runtime (ort-cpu:int4) whose table "
+        "is in the cache; default: the one in the cache, or torch timed on the spot.",
+    )
+    force_latency_table: bool = option(
+        False,
+        help="Take a table of another device, release or runtime.",
+        words=("--force-latency-table",),
+    )
+    sizes: Mapping[str, int] = each(axis_flags)
+    tied: bool | None = option(
+        None,
+        help="Whether a shared embedding and head stay shared when the residual width is cut.",
+        words=("--tied/--untied",),
+    )
+    bias: bool = option(
+        False,
+        help="Give linears biases where the class has them.",
+        words=("--bias/--no-bias",),
+    )
+    square: bool = option(
+        False,
+        help="Drop heads along with the width, so that hidden_size == heads x head_dim, for "
+        "consumers that take head_dim to be hidden_size / heads.",
+        words=("--square",),
+    )
+
+    def __init__(
+        self,
+        *,
+        params: str | None = None,
+        size: str | None = None,
+        latency: str | None = None,
+        latency_table: str | None = None,
+        force_latency_table: bool = False,
+        sizes: Mapping[str, int] | None = None,
+        tied: bool | None = None,
+        bias: bool = False,
+        square: bool = False,
+        **by_axis: int | None,
+    ) -> None:
+        known = {axis.name for axis in AXES}
+        if strange := sorted(set(by_axis) - known):
+            raise TypeError(f"{strange[0]!r} is no axis; known: {', '.join(sorted(known))}")
+        named = {name: number for name, number in by_axis.items() if number is not None}
+        given = {
+            "params": params,
+            "size": size,
+            "latency": latency,
+            "latency_table": latency_table,
+            "force_latency_table": force_latency_table,
+            "sizes": {**(sizes or {}), **named},
+            "tied": tied,
+            "bias": bias,
+            "square": square,
+        }
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
+        if sum(budget is not None for budget in (self.params, self.size, self.latency)) > 1:
+            raise UsageError("give one budget: --params, --size or --latency")
+        if self.latency is None and (self.latency_table or self.force_latency_table):
+            raise UsageError("--latency-table serves a budget of time; give --latency 0.8x as well")
+
+    @property
+    def budgeted(self) -> bool:
+        return any(budget is not None for budget in (self.params, self.size, self.latency))
+
+    @property
+    def explicit(self) -> bool:
+        return bool(self.sizes)
+
+    def finished(self, family: Family, sizes: Sizes) -> Sizes:
+        """Sizes that were found, with what is asked of tables and biases besides."""
+        after = sizes if self.tied is None else replace(sizes, tied=sizes.tied and self.tied)
+        if not self.bias:
+            return after
+        return replace(after, biases=after.biases | find_carrier(family, after).bias_flags)
