@@ -117,7 +117,7 @@ class Axis:
         """
         asked = self.size(after)
         if asked > self.size(before):
-            wrong: str | None = f"is wider than the original's {self.size(before)}"
+            wrong: str | None = f"is more than the original's {self.size(before)}"
         else:
             wrong = self.problem(family, before, after)
         if wrong is None:
