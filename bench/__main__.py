@@ -1,17 +1,33 @@
-"""`python -m dotexport.bench`: the bench verb of the command line, and the tables of fidelity."""
+"""`python -m dotexport.bench`: the bench verb, and behind a name the tables of docs/results."""
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
 from dotexport.app.cli import main
+from dotexport.app.terminal import show_error
+from dotexport.errors import DotexportError
+
+TABLES = {
+    "core": "core_tables",
+    "diffusion": "pruned_pipelines",
+    "fidelity": "fidelity",
+    "matrix": "matrix",
+    "optimum": "optimum",
+    "targets": "artifacts_written",
+    "trust": "trust",
+}
+"""What a table is called -> its file in tables/, whose `app` takes the rest of the line."""
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["fidelity"]:
-        from .tables.fidelity import app
-
-        del sys.argv[1]
-        app(prog_name="python -m dotexport.bench fidelity")
+    if (name := next(iter(sys.argv[1:]), "")) in TABLES:
+        app = import_module(f"dotexport.bench.tables.{TABLES[name]}").app
+        try:
+            app(sys.argv[2:], prog_name=f"python -m dotexport.bench {name}")
+        except DotexportError as error:
+            show_error(str(error))
+            raise SystemExit(error.exit_code) from error
     else:
         sys.argv.insert(1, "bench")
         main()

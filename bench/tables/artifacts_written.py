@@ -1,6 +1,6 @@
 """The table of docs/results/targets.md: every target and precision on the embedded model.
 
-    python -m dotexport.bench.tables.artifacts_written
+    python -m dotexport.bench targets
 
 Narrows the embedded model to 0.7x, writes each artifact, holds it against torch, and says what it
 takes and how far it is off. Targets whose runtime is missing here are left out, and named.
@@ -26,15 +26,18 @@ from dotexport.exports.target import Target, find_target, lacking, target_names
 from dotexport.exports.verifying import check
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.text_options import TextOptions
-from dotexport.storage import manifest
-from dotexport.storage.output import folder_bytes, write_json, write_text
+from dotexport.storage.output import folder_bytes
+
+from .saving import RESULTS, save
 
 Row = dict[str, Any]
-RESULTS = Path("docs/results")
 CALIBRATION = TextOptions(source="embedded:calibration", samples=16, seqlen=256)
 PARAMS = "0.7x"
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
+
+@app.command()
 def main(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the table.")] = RESULTS,
     target: Annotated[list[str] | None, typer.Option(help="Only these; default: all.")] = None,
@@ -106,8 +109,6 @@ def _row(
 
 
 def _save(file: Path, rows: list[Row], missing: list[str], checkpoint: Checkpoint) -> None:
-    machine = manifest.environment()
-    command = "python -m dotexport.bench.tables.artifacts_written"
     protocol = (
         f"The embedded model narrowed to {PARAMS} ({checkpoint.num_parameters:,} parameters, "
         f"hidden_size {checkpoint.config['hidden_size']}), each artifact held against the narrowed "
@@ -117,27 +118,4 @@ def _save(file: Path, rows: list[Row], missing: list[str], checkpoint: Checkpoin
     )
     if missing:
         protocol += f" Cannot run here: {', '.join(missing)}."
-    libraries = ", ".join(f"{name} {number}" for name, number in machine["libraries"].items())
-    text = f"# Targets and precisions\n\n{protocol}\n\n    {command}\n\n{_markdown(rows)}\n"
-    text += f"Machine: {machine['cpu']}, {machine['cores']['usable']} cores, "
-    text += f"{machine['platform']}, Python {machine['python']}; {libraries}.\n"
-    write_text(file.with_suffix(".md"), text)
-    document = {"title": "Targets and precisions", "command": command, "rows": rows}
-    write_json(file.with_suffix(".json"), document | {"environment": machine})
-    typer.echo(text)
-
-
-def _markdown(rows: list[Row]) -> str:
-    columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns), *([_cell(v) for v in row.values()] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def _cell(value: Any) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.1e}" if 0 < abs(value) < 1e-2 else f"{value:.2f}"
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    save(file, "Targets and precisions", protocol, rows)

@@ -31,7 +31,7 @@ from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.narrow_options import LocalOptions, NarrowOptions
 
-from ..tables.results import CALIBRATION, EVALUATION, RESULTS, save, stories
+from .saving import CALIBRATION, EVALUATION, RESULTS, save, stories
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

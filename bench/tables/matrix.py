@@ -1,6 +1,6 @@
 """The table of docs/results/matrix.md: every family in every target, original against narrowed.
 
-    python -m dotexport.bench.tables.matrix --llama-cpp PATH
+    python -m dotexport.bench matrix --llama-cpp PATH
 
 Each family stands in the embedded model's sizes, with its weights wherever names and shapes agree
 and the class's own beginning elsewhere: speed, bytes and parity do not ask what a text means. It is
@@ -34,12 +34,11 @@ from dotexport.models.text_options import TextOptions
 from dotexport.narrowing.narrow_options import NarrowOptions
 
 from ..measure import bench
-from ..tables.fidelity import Notes
-from ..tables.results import save
 from ..workload import Workload
+from .fidelity import Notes
+from .saving import RESULTS, save
 
 Row = dict[str, Any]
-RESULTS = Path("docs/results")
 PARAMS = "0.7x"
 CALIBRATION = TextOptions(source="embedded:calibration", samples=16, seqlen=256)
 GGUF = "gguf"  # timed in llama.cpp alone: read back into torch, its files say nothing of it
@@ -86,7 +85,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "OLMo 2": {"model_type": "olmo2"},
 }
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
+
+@app.command()
 def main(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the table.")] = RESULTS,
     family: Annotated[list[str] | None, typer.Option(help="Only these; default: all.")] = None,
@@ -140,7 +142,7 @@ def _command(families: list[str], targets: list[str], llama_cpp: Path | None) ->
         *(f"--target {name}" for name in targets if targets != list(TARGETS)),
         *(["--llama-cpp PATH"] if llama_cpp else []),
     ]
-    return " ".join(["python -m dotexport.bench.tables.matrix", *asked])
+    return " ".join(["python -m dotexport.bench matrix", *asked])
 
 
 def _matrix(rows: list[Row]) -> Iterator[Row]:
@@ -250,7 +252,3 @@ def _same(taken: Checkpoint, name: str, parameter: Tensor) -> Tensor | None:
         return None
     values = torch.cat([taken.tensor(part).float() for part in names])
     return values if values.shape == parameter.shape else None
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,6 +1,6 @@
 """The table of docs/results/optimum.md: decode rate of our ONNX graph beside that of optimum-onnx.
 
-    python -m dotexport.bench.tables.optimum --optimum-python PATH
+    python -m dotexport.bench optimum --optimum-python PATH
 
 PATH is the Python of an environment with optimum-onnx, which cannot live beside a current
 transformers; it writes its graph, and runs its own `generate`. Both graphs are run by the one
@@ -32,8 +32,8 @@ from dotexport.storage.output import folder_bytes
 from ..process import Worker
 from ..stand_in import SMOLLM2_135M, TOKENIZER, write_stand_in
 from ..statistics import Comparison, compare
-from ..tables.results import RESULTS, save
 from ..workload import Workload
+from .saving import RESULTS, save
 
 OURS, THEIRS, GENERATE, NARROWED = "ort-cpu", "optimum-onnx", "optimum-onnx generate", "narrowed"
 GOAL = 1.6
@@ -72,7 +72,10 @@ for line in sys.stdin:
     print(json.dumps([seconds(1), seconds(steps + 1)]), flush=True)
 """
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
+
+@app.command()
 def main(
     optimum_python: Annotated[Path, typer.Option(help="Python of an environment with Optimum.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the table.")] = RESULTS,
@@ -111,7 +114,7 @@ def main(
 def _command(*options: object) -> str:
     names = ("params", "threads", "prompt", "generate", "groups", "rounds", "layers", "vocab")
     pairs = " ".join(f"--{name} {value}" for name, value in zip(names, options, strict=True))
-    return f"python -m dotexport.bench.tables.optimum --optimum-python PATH {pairs}"
+    return f"python -m dotexport.bench optimum --optimum-python PATH {pairs}"
 
 
 def _protocol(
@@ -313,11 +316,3 @@ def _rows(
             "to": 1 / times.low,
             "bytes, inverse ratio": sizes[base] / sizes[name],
         }
-
-
-if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except DotexportError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(error.exit_code) from None

@@ -1,7 +1,7 @@
 """The measured tables of diffusion in docs/results/, each from one command.
 
-    python -m dotexport.bench.tables.pruned_pipelines quality
-    python -m dotexport.bench.tables.pruned_pipelines speed
+    python -m dotexport.bench diffusion quality
+    python -m dotexport.bench diffusion speed
 
 `quality` prunes the two trained pipelines of tests/diffusion/digits (see digits.py) with every
 method; `speed` times an untrained MMDiT of width 512 in ONNX Runtime.
@@ -29,16 +29,14 @@ from dotexport.diffusion.pipeline_shrinking import ShrinkOptions, decide, shrink
 from dotexport.diffusion.pruning import PruneOptions, prune
 from dotexport.diffusion.sampling import SampleOptions, load
 from dotexport.diffusion.tables import find_sites
-from dotexport.storage import manifest
-from dotexport.storage.output import write_json, write_text
 
 from ..diffusion import bench_pipeline
 from ..tables import digits
+from .saving import RESULTS, save
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the tables.")]
 Row = dict[str, Any]
-RESULTS = Path("docs/results")
 BEDS = Path("tests/diffusion/digits")
 PROMPTS = 40
 STEPS = 25
@@ -68,10 +66,10 @@ def quality(
         for row in _rows(name, beds / name):
             rows.append(row)
             typer.echo(str(row), err=True)
-    _save(
+    save(
         out / "diffusion",
         "Diffusion: methods on two trained pipelines",
-        "`python -m dotexport.bench diffusion quality`. Heads and feed-forward neurons of "
+        "Heads and feed-forward neurons of "
         "the pipelines in tests/diffusion/digits (4 blocks, 4 heads of 16; MMDiT with rectified "
         "flow, DiT with DDIM), trained on 1,400 of scikit-learn's digits. `loss`: denoising loss "
         "on the 397 others, 8 noises and times each, `ratio` over the dense one. `deviation`: "
@@ -198,10 +196,10 @@ def speed(
                     }
                 )
                 typer.echo(str(rows[-1]), err=True)
-    _save(
+    save(
         out / "diffusion-speed",
         "Diffusion: an MMDiT of width 512 in ONNX Runtime",
-        "`python -m dotexport.bench diffusion speed`. SD3Transformer2DModel, 4 blocks, 8 "
+        "SD3Transformer2DModel, 4 blocks, 8 "
         "heads of 64, 32x32 latents (256 picture tokens), batch 1, float32, one CPU thread, "
         "untrained, the same share of heads and neurons removed from every block; dense and pruned "
         "in turns (A B B A) with a 95 % bootstrap interval. MB are "
@@ -231,25 +229,3 @@ def _wide() -> Any:
         )
     )
     return pipe
-
-
-def _save(path: Path, title: str, conditions: str, rows: list[Row]) -> None:
-    environment = manifest.environment()
-    write_json(
-        path.with_suffix(".json"),
-        {"title": title, "conditions": conditions, "environment": environment, "rows": rows},
-    )
-    columns = list(rows[0])
-    lines = [f"# {title}", "", conditions, ""]
-    lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    lines += [f"| {' | '.join(str(row[c]) for c in columns)} |" for row in rows]
-    versions = environment["libraries"]
-    named = ", ".join(
-        f"{n} {versions[n]}" for n in ("torch", "diffusers", "onnxruntime-gpu") if n in versions
-    )
-    lines += ["", f"{environment['cpu']}, one thread; {named}."]
-    write_text(path.with_suffix(".md"), "\n".join(lines) + "\n")
-
-
-if __name__ == "__main__":
-    app()

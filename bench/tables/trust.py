@@ -1,10 +1,10 @@
 """Whether the bench itself can be trusted: the tables docs/results/trust-*.
 
-    python -m dotexport.bench.tables.trust noise      # A against A holds 1
-    python -m dotexport.bench.tables.trust slowdown   # a planted slowdown is found
-    python -m dotexport.bench.tables.trust smollm     # speed-up against the ratio of bytes
-    python -m dotexport.bench.tables.trust judge      # onnxruntime-genai, timed by itself, agrees
-    python -m dotexport.bench.tables.trust promise    # budgets of time are kept
+    python -m dotexport.bench trust noise      # A against A holds 1
+    python -m dotexport.bench trust slowdown   # a planted slowdown is found
+    python -m dotexport.bench trust smollm     # speed-up against the ratio of bytes
+    python -m dotexport.bench trust judge      # onnxruntime-genai, timed by itself, agrees
+    python -m dotexport.bench trust promise    # budgets of time are kept
 
 Take them on a machine that does nothing else.
 """
@@ -40,8 +40,8 @@ from ..outside import genai
 from ..result import BenchResult
 from ..stand_in import SMOLLM2_135M, TOKENIZER, write_stand_in
 from ..sweep import NOISE_SHARE
-from ..tables.results import RESULTS, Out, Table, save
 from ..workload import Workload, usable_cores
+from .saving import RESULTS, Out, Table, save
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
@@ -333,8 +333,4 @@ def _protocol(workload: Workload) -> str:
 
 
 def _command() -> str:
-    return f"python -m dotexport.bench.tables.trust {' '.join(sys.argv[1:])}"
-
-
-if __name__ == "__main__":
-    app()
+    return f"python -m dotexport.bench trust {' '.join(sys.argv[1:])}"

@@ -1,13 +1,8 @@
-"""The measured tables of docs/results/, each from one command.
+"""Tables of the core: what must change nothing, memory by depth, the demo.
 
-    python -m dotexport.bench.tables.results exactness
-    python -m dotexport.bench.tables.results stories260k
-    python -m dotexport.bench.tables.results embedded
-    python -m dotexport.bench.tables.results allocation
-    python -m dotexport.bench.tables.results memory
-    python -m dotexport.bench.tables.results demo
-
-Every table is written as Markdown and as JSON, with the machine and versions it was taken on.
+python -m dotexport.bench core exactness
+python -m dotexport.bench core memory
+python -m dotexport.bench core demo
 """
 
 from __future__ import annotations
@@ -31,12 +26,9 @@ import torch
 import typer
 
 from dotexport import embedded
-from dotexport.app.pipeline import bench_into
 from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.app.shrinking import open_source, shrink
-from dotexport.app.steps import BenchStep
 from dotexport.axes.plan import Plan, SizeOptions
-from dotexport.exports.quality import evaluate
 from dotexport.exports.reference import load_float32
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter
 from dotexport.models.text_options import TextOptions
@@ -46,18 +38,11 @@ from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.prepare import prepare
 from dotexport.outputs import summary
 from dotexport.sizes.budget import plan
-from dotexport.storage import manifest
-from dotexport.storage.output import write_json, write_text
 
 from ..stand_in import write_stand_in
+from .saving import CALIBRATION, RESULTS, Out, save, stories
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
-Table = list[dict[str, Any]]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the tables.")]
-RESULTS = Path("docs/results")
-
-CALIBRATION = TextOptions(source="embedded:calibration", samples=128, seqlen=512)
-EVALUATION = TextOptions(source="embedded:evaluation", samples=128, seqlen=512)
 
 
 @app.command()
@@ -74,81 +59,8 @@ def exactness(out: Out = RESULTS) -> None:
         "Largest absolute difference of logits in float32 on 4 windows, without refit. `random "
         "rotation`: the model in a random orthonormal basis of full width. `copies merged`: "
         "a quarter of the MLP neurons of every layer made copies of others, half of them with the "
-        "sign of up turned, then merged away; against the model with the copies.",
-        rows,
-    )
-
-
-@app.command()
-def stories260k(out: Out = RESULTS) -> None:
-    """Methods and refit on a real trained Llama of 260,032 parameters; needs DOTEXPORT_ASSETS."""
-    model, text = stories()
-    options = TextOptions(source=text, samples=400, seqlen=256, skip=100)
-    judged_NL = token_windows(model, replace(options, samples=100, skip=0))
-    rows = [_quality_row(model, asked, judged_NL) for asked in _ladder(options)]
-    save(
-        out / "stories260k",
-        "stories260k: quality by axis, method and refit",
-        "TinyStories windows of 256 tokens; perplexity on the first 100, calibration on the next "
-        "400. Parameters count distinct weights: a cut residual stream unties the embedding.",
-        rows,
-    )
-
-
-@app.command("embedded")
-def embedded_model(
-    out: Out = RESULTS,
-    params: Annotated[str, typer.Option(help="Budget.")] = "0.7x",
-    speed: Annotated[bool, typer.Option(help="Also bench on ORT CPU.")] = True,
-) -> None:
-    """The model that ships inside: dense, narrowed without and with refit; and its speed."""
-    judged_NL = token_windows(embedded.MODEL_DIR, EVALUATION)
-    methods = (
-        NarrowOptions(refit=False),
-        NarrowOptions(basis="select"),
-        NarrowOptions(basis="dot"),
-        NarrowOptions(mlp="select"),
-        NarrowOptions(mlp="obs"),
-        NarrowOptions(),
-    )
-    rows = []
-    for narrow in methods:
-        asked = ShrinkOptions(sizes=SizeOptions(params=params), text=CALIBRATION, narrow=narrow)
-        rows.append(_quality_row(embedded.MODEL_DIR, asked, judged_NL))
-    if speed:
-        asked = ShrinkOptions(sizes=SizeOptions(params=params), text=CALIBRATION)
-        rows += _speed_rows(embedded.MODEL_DIR, asked)
-    save(
-        out / "embedded",
-        f"The embedded model at {params} parameters",
-        "Calibration: 128 windows of 512 tokens of embedded:calibration. Quality: 128 windows of "
-        "512 tokens of embedded:evaluation. Speed: candidate and baseline in fresh processes, "
-        "A B B A, rates as narrowed / original with a 95 % bootstrap interval.",
-        rows,
-    )
-
-
-@app.command()
-def allocation(
-    out: Out = RESULTS, params: Annotated[str, typer.Option(help="Budget.")] = "0.7x"
-) -> None:
-    """One budget shared between the axes in several ways, on the embedded model."""
-    judged_NL = token_windows(embedded.MODEL_DIR, EVALUATION)
-    config = Checkpoint.open(embedded.MODEL_DIR).config
-    rows = []
-    for hidden in (240, 224, 208, 192, 176):
-        decided = plan(config, SizeOptions(hidden_size=hidden, params=params))
-        asked = ShrinkOptions(
-            sizes=SizeOptions(
-                hidden_size=hidden, intermediate_size=decided.after.intermediate_size
-            ),
-            text=CALIBRATION,
-        )
-        rows.append(_quality_row(embedded.MODEL_DIR, asked, judged_NL))
-    save(
-        out / "allocation",
-        f"Sharing a budget of {params} between the axes",
-        "The embedded model, refit on; for each residual width the widest MLP within the budget.",
+        "sign of up turned, then left out by OBS, which gives their twins their share; against "
+        "the model with the copies.",
         rows,
     )
 
@@ -193,26 +105,6 @@ def _models() -> Iterator[tuple[str, Path, str]]:
     yield "embedded", embedded.MODEL_DIR, "embedded:calibration"
     if "DOTEXPORT_ASSETS" in os.environ:
         yield "stories260k", *stories()
-
-
-def stories() -> tuple[Path, str]:
-    if "DOTEXPORT_ASSETS" not in os.environ:
-        raise SystemExit("set DOTEXPORT_ASSETS to the folder of stories260k and tinystories")
-    assets = Path(os.environ["DOTEXPORT_ASSETS"]).resolve()
-    return assets / "stories260k", str(assets / "tinystories" / "train-2MiB.txt")
-
-
-def _ladder(text: TextOptions) -> Iterator[ShrinkOptions]:
-    for refit in (False, True):
-        for basis in ("select", "dot", "pca"):
-            methods = NarrowOptions(basis=basis, refit=refit)
-            yield ShrinkOptions(sizes=SizeOptions(hidden_size=48), text=text, narrow=methods)
-        for width in (128, 96):
-            for mlp in ("select", "obs", "dot"):
-                methods = NarrowOptions(mlp=mlp, refit=refit)
-                yield ShrinkOptions(
-                    sizes=SizeOptions(intermediate_size=width), text=text, narrow=methods
-                )
 
 
 def _rotated(folder: Path, text: TextOptions) -> dict[str, float]:
@@ -282,48 +174,6 @@ def _difference(one: Path, two: Path, windows_NL: torch.Tensor) -> dict[str, flo
     return {"largest logit": largest, "difference": float((original - other).abs().max())}
 
 
-def _quality_row(model: Path, asked: ShrinkOptions, judged_NL: torch.Tensor) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as scratch:
-        shrunk = shrink(model, Path(scratch) / "out", asked)
-        quality = evaluate(Path(scratch) / "out" / "hf", model, judged_NL)
-    decided = shrunk.plan
-    row = {
-        "hidden": decided.after.hidden_size,
-        "MLP": decided.after.intermediate_size,
-        "parameters": f"{decided.ratio:.3f}x",
-        "basis": shrunk.basis["method"],
-        "MLP method": asked.narrow.mlp,
-        "refit": "yes" if asked.narrow.refit else "no",
-        "dense perplexity": quality.baseline_perplexity,
-        "perplexity": quality.perplexity,
-        "ratio": quality.ratio,
-        "KL": quality.kl,
-        "top-1": quality.top1_agreement,
-        "seconds": shrunk.seconds,
-    }
-    typer.echo(json.dumps(row), err=True)
-    return row
-
-
-def _speed_rows(model: Path, asked: ShrinkOptions) -> Iterator[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "out"
-        shrink(model, out, asked)
-        for precision in ("fp32", "int4"):
-            step = BenchStep(target="ort-cpu", precision=precision)
-            result = bench_into(out, model, step)
-            for metric, label in (("ttft", "prefill"), ("tpot", "decode")):
-                times = result.comparisons[metric]
-                yield {
-                    "speed": f"ort-cpu {precision} {label}",
-                    "rate ratio": 1 / times.ratio,
-                    "from": 1 / times.high,
-                    "to": 1 / times.low,
-                    "bytes": result.candidate.artifact_bytes / result.baseline.artifact_bytes,
-                    "load before": (result.environment["load_average"] or [0.0])[0],
-                }
-
-
 def _mlp(hidden: int) -> int:
     return hidden * 5 // 2
 
@@ -375,44 +225,3 @@ def _shrink_and_measure(model: Path, out: Path) -> tuple[int, int, float]:
     shrink(model, out, ShrinkOptions(sizes=SizeOptions(params="0.7x"), text=text))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return before, peak, time.perf_counter() - started
-
-
-# Writing ----------------------------------------------------------------------------------------
-
-
-def save(file: Path, title: str, protocol: str, rows: Table, *, command: str = "") -> None:
-    """FILE.md and FILE.json: the table, how it was taken, and on what."""
-    machine = manifest.environment()
-    command = command or f"python -m dotexport.bench.tables.results {' '.join(sys.argv[1:])}"
-    libraries = ", ".join(f"{name} {v}" for name, v in machine["libraries"].items())
-    text = f"# {title}\n\n{protocol}\n\n    {command}\n\n{_markdown(rows)}\n"
-    text += f"Machine: {machine['cpu']}, {machine['cores']['usable']} cores, "
-    text += f"{machine['platform']}, Python {machine['python']}; {libraries}.\n"
-    write_text(file.with_suffix(".md"), text)
-    write_json(
-        file.with_suffix(".json"),
-        {"title": title, "command": command, "rows": rows, "environment": machine},
-    )
-    typer.echo(text)
-
-
-def _markdown(rows: Table) -> str:
-    """One table per kind of row: rows with the same columns stand together."""
-    parts: dict[tuple[str, ...], list[str]] = {}
-    for row in rows:
-        columns = tuple(row)
-        if columns not in parts:
-            rule = "|".join("---" for _ in columns)
-            parts[columns] = [f"| {' | '.join(columns)} |", f"|{rule}|"]
-        parts[columns].append(f"| {' | '.join(_cell(value) for value in row.values())} |")
-    return "\n\n".join("\n".join(lines) for lines in parts.values()) + "\n"
-
-
-def _cell(value: Any) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:.3f}"
-
-
-if __name__ == "__main__":
-    app()
