@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dotexport import __version__
 from dotexport.errors import UsageError
+from dotexport.version import __version__
 
 from .comparison import Compared, as_dict, headline
 from .gate import Line

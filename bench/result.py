@@ -229,7 +229,8 @@ class BenchResult:
     @cached_property
     def roofline(self) -> Roofline | None:
         """How far from the device's limits; None without rates or shapes."""
-        return Roofline.of(self)
+        models = (self.candidate, self.baseline)
+        return Roofline.of(models, self.rates, self.workload, self.comparisons)
 
     @property
     def noise_verdict(self) -> str | None:

@@ -7,17 +7,15 @@ whether a narrower model can be faster here at all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from .counts import Cost, Work
+from .statistics import Comparison, Summary
 from .workload import Workload
-
-if TYPE_CHECKING:
-    from .result import BenchResult, Measurement
 
 TIMES = {"decode": "tpot", "prefill": "ttft"}
 MOSTLY = 0.5  # share of the time from which on a limit is what binds
@@ -152,7 +150,23 @@ class Gain:
         )
 
 
-def limit(phase: str, model: Measurement, cost: Cost, rates: Rates, asked: Workload) -> Limit:
+class Timed(Protocol):
+    """What a limit asks of a measured model."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def cost(self) -> Cost | None: ...
+
+    @property
+    def answered_positions(self) -> int | None: ...
+
+    @property
+    def summaries(self) -> Mapping[str, Summary]: ...
+
+
+def limit(phase: str, model: Timed, cost: Cost, rates: Rates, asked: Workload) -> Limit:
     """One phase of TIMES."""
     answered = model.answered_positions or asked.prompt_length
     work = cost.decode(asked) if phase == "decode" else cost.prefill(asked, answered)
@@ -176,15 +190,23 @@ class Roofline:
     gains: dict[str, Gain]
 
     @classmethod
-    def of(cls, result: BenchResult) -> Roofline | None:
-        """None where the device was not measured, or a model's shapes are not known."""
-        models = (result.candidate, result.baseline)
-        rates = result.rates
+    def of(
+        cls,
+        models: Sequence[Timed],
+        rates: Rates | None,
+        asked: Workload,
+        comparisons: Mapping[str, Comparison],
+    ) -> Roofline | None:
+        """None where the device was not measured, or a model's shapes are not known.
+
+        Args:
+            models: candidate and baseline.
+        """
         if rates is None or any(model.cost is None for model in models):
             return None
         limits = {
             model.name: {
-                phase: limit(phase, model, model.cost, rates, result.workload)
+                phase: limit(phase, model, model.cost, rates, asked)
                 for phase in TIMES
                 if model.cost
             }
@@ -194,7 +216,7 @@ class Roofline:
             phase: Gain.of(
                 limits["candidate"][phase],
                 limits["baseline"][phase],
-                1 / result.comparisons[metric].ratio,
+                1 / comparisons[metric].ratio,
             )
             for phase, metric in TIMES.items()
         }

@@ -6,6 +6,8 @@ from importlib import import_module as _import_module
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from dotexport.version import __version__
+
 if _TYPE_CHECKING:
     from dotexport.app.shrink_options import ShrinkOptions
     from dotexport.app.shrinking import shrink
@@ -13,8 +15,6 @@ if _TYPE_CHECKING:
     from dotexport.exports.quality import evaluate
     from dotexport.exports.verifying import verify
     from dotexport.sizes.budget import plan
-
-__version__ = "0.1.0"
 
 # In a wheel, targets/ and bench/ lie inside this folder. In a checkout they lie beside it.
 _checkout = _Path(__file__).resolve().parent.parent

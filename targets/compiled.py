@@ -15,7 +15,7 @@ from transformers import StaticCache
 
 from dotexport.errors import RuntimeMissingError, UsageError
 
-from .hf import TorchSession
+from .torch_session import TorchSession
 
 HEADROOM = 256
 

@@ -148,7 +148,7 @@ class Gguf:
         import torch
 
         from .ggml_reading import read_model
-        from .hf import TorchSession
+        from .torch_session import TorchSession
 
         if threads is not None:
             torch.set_num_threads(threads)

@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dotexport import __version__
 from dotexport.storage.output import write_text
+from dotexport.version import __version__
 
 from . import figures, tradeoff, words
 from .collected import Output, collect

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dotexport import __version__
 from dotexport.outputs import summary
+from dotexport.version import __version__
 
 from ..result import METRICS
 from ..table import conditions, verdicts

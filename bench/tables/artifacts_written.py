@@ -28,7 +28,7 @@ from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.text_options import TextOptions
 from dotexport.storage.output import folder_bytes
 
-from .saving import RESULTS, save
+from .result_files import RESULTS, save
 
 Row = dict[str, Any]
 CALIBRATION = TextOptions(source="embedded:calibration", samples=16, seqlen=256)

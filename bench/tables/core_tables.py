@@ -40,7 +40,7 @@ from dotexport.outputs import summary
 from dotexport.sizes.budget import plan
 
 from ..stand_in import write_stand_in
-from .saving import CALIBRATION, RESULTS, Out, save, stories
+from .result_files import CALIBRATION, RESULTS, Out, save, stories
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
@@ -83,7 +83,7 @@ def memory(
 @app.command()
 def demo(out: Out = RESULTS) -> None:
     """`dotexport demo` from a warm environment: how long it takes, and its closing table."""
-    command = [sys.executable, "-m", "dotexport.app.cli", "demo", "--json", "-o"]
+    command = [sys.executable, "-m", "dotexport", "demo", "--json", "-o"]
     with tempfile.TemporaryDirectory() as scratch:
         started = time.perf_counter()
         done = subprocess.run([*command, f"{scratch}/out"], check=True, capture_output=True)

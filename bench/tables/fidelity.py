@@ -31,7 +31,7 @@ from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.narrow_options import LocalOptions, NarrowOptions
 
-from .saving import CALIBRATION, EVALUATION, RESULTS, save, stories
+from .result_files import CALIBRATION, EVALUATION, RESULTS, save, stories
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -36,7 +36,7 @@ from dotexport.narrowing.narrow_options import NarrowOptions
 from ..measure import bench
 from ..workload import Workload
 from .fidelity import Notes
-from .saving import RESULTS, save
+from .result_files import RESULTS, save
 
 Row = dict[str, Any]
 PARAMS = "0.7x"

@@ -33,7 +33,7 @@ from ..process import Worker
 from ..stand_in import SMOLLM2_135M, TOKENIZER, write_stand_in
 from ..statistics import Comparison, compare
 from ..workload import Workload
-from .saving import RESULTS, save
+from .result_files import RESULTS, save
 
 OURS, THEIRS, GENERATE, NARROWED = "ort-cpu", "optimum-onnx", "optimum-onnx generate", "narrowed"
 GOAL = 1.6

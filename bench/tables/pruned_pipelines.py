@@ -32,7 +32,7 @@ from dotexport.diffusion.tables import find_sites
 
 from ..diffusion import bench_pipeline
 from ..tables import digits
-from .saving import RESULTS, save
+from .result_files import RESULTS, save
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the tables.")]

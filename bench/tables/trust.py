@@ -41,7 +41,7 @@ from ..result import BenchResult
 from ..stand_in import SMOLLM2_135M, TOKENIZER, write_stand_in
 from ..sweep import NOISE_SHARE
 from ..workload import Workload, usable_cores
-from .saving import RESULTS, Out, Table, save
+from .result_files import RESULTS, Out, Table, save
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 

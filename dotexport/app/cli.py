@@ -18,12 +18,12 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from dotexport import __version__
 from dotexport.app.commands import artifacts, chains, comparing, machine, measuring
 from dotexport.app.commands import deciding as sizes
 from dotexport.app.flags import with_options
 from dotexport.app.terminal import show_error, stderr
 from dotexport.errors import DotexportError
+from dotexport.version import __version__
 
 
 class Verbs(TyperGroup):

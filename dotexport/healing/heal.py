@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from dotexport import __version__
 from dotexport.healing.distil import heal
 from dotexport.healing.heal_options import HealOptions
 from dotexport.healing.healing_text import HealingText
 from dotexport.healing.resume import ClosedForm, Workspace
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter
 from dotexport.models.origin import describe_source
+from dotexport.version import __version__
 
 Progress = Callable[[str, int, int], None]
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import psutil
 
-from dotexport import __version__
 from dotexport.errors import CheckpointError
 from dotexport.storage.output import MANIFEST, read_json, write_json
+from dotexport.version import __version__
 
 LIBRARIES = (
     "dotexport",

@@ -116,14 +116,3 @@ def test_gates_take_no_signs() -> None:
 def test_importance_is_rms_activation_times_outgoing_norm() -> None:
     expected_N = NEURONS_TN.square().mean(0).sqrt() * WRITER_ON.norm(dim=0)
     torch.testing.assert_close(importance(moments(), WRITER_ON), expected_N)
-
-
-def test_twins_never_leave_together_even_where_several_neurons_leave_at_once() -> None:
-    """600 neurons leave in blocks of two; 150 of them are copies, and only copies should go."""
-    distinct_TN = torch.randn(2000, 450, dtype=torch.float64)
-    neurons_TN = torch.cat([distinct_TN, distinct_TN[:, :150]], dim=1)
-    writer_ON = torch.randn(20, 600, dtype=torch.float64)
-    kept = choose_by_obs(moments(neurons_TN, writer_ON), writer_ON, 450)
-    # Each of the 450 things that are said is still said by someone.
-    said = torch.where(kept < 450, kept, kept - 450)
-    assert sorted(said.tolist()) == list(range(450))

@@ -321,12 +321,3 @@ def test_a_decoder_that_sees_later_tokens_is_refused(tiny: Tiny) -> None:
     with pytest.raises(UnsupportedModelError, match="use_bidirectional_attention") as caught:
         find_family(config)
     assert caught.value.exit_code == 5
-
-
-def test_heads_that_are_rotated_in_part_are_refused(tiny: Tiny) -> None:
-    source = open_source(tiny("phi3"))
-    rope = source.config.get("rope_parameters", {}) | {"partial_rotary_factor": 0.75}
-    config = {**source.config, "rope_parameters": rope}
-    decided = plan(config, SizeOptions(intermediate_size=64))
-    with pytest.raises(UnsupportedModelError, match=r"partial_rotary_factor 0\.75"):
-        carry(replace(source, config=config), decided)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dotexport.axes.plan import Plan, SizeOptions, read_model
+from dotexport.axes.plan import Plan, SizeOptions, read_model, resized
 from dotexport.errors import UsageError
 from dotexport.models.shapes import Sizes
 from dotexport.sizes.budget import plan
@@ -154,9 +154,8 @@ def written(folder: Path, **changes: Any) -> str:
 
 
 def sizes_of(hidden: int, mlp: int, heads: int) -> Sizes:
-    return read_model(CONFIG)[1].narrowed(
-        hidden_size=hidden, intermediate_size=mlp, num_key_value_heads=heads
-    )
+    asked = {"hidden_size": hidden, "intermediate_size": mlp, "num_key_value_heads": heads}
+    return resized(read_model(CONFIG)[1], asked)
 
 
 def test_promises_are_raised_by_the_worst_held_out_size(tmp_path: Path) -> None:

@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from dotexport.app.cli import app
-from dotexport.app.recipe import Recipe
 from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.app.shrinking import shrink
 from dotexport.axes.plan import SizeOptions
@@ -26,8 +24,7 @@ from dotexport.models.checkpoint import read_config
 from dotexport.models.text_options import TextOptions
 from dotexport.sizes.budget import plan
 from dotexport.sizes.deployment import Deployment
-from dotexport.sizes.effort import shrink_seconds, work_of
-from dotexport.sizes.plan_file import read_plan
+from dotexport.sizes.effort import shrink_seconds
 from dotexport.sizes.planning import BUDGET, choose, shrink_memory
 
 
@@ -209,52 +206,6 @@ def test_square_sizes_meet_the_budget_with_heads_that_leave(name: str) -> None:
     assert 0.66 < decided.ratio <= 0.7
 
 
-def test_square_sizes_follow_from_one_of_the_two() -> None:
-    published = PUBLISHED["Llama-3.1-8B"][0]
-    by_width = plan(published, SizeOptions(hidden_size=3072, square=True)).after
-    by_heads = plan(published, SizeOptions(num_key_value_heads=6, square=True)).after
-    assert by_width == by_heads
-    assert (by_width.hidden_size, by_width.num_attention_heads) == (3072, 24)
-    nearest = "--hidden 2560 --kv-heads 5 and --hidden 3072 --kv-heads 6"
-    for asked in (
-        SizeOptions(hidden_size=2816, square=True),
-        SizeOptions(params="0.7x", hidden_size=2816, square=True),
-    ):
-        with pytest.raises(SizeError, match=nearest):
-            plan(published, asked)
-    with pytest.raises(SizeError, match=r"--hidden 3072 --kv-heads 8: hidden_size must be"):
-        plan(published, SizeOptions(hidden_size=3072, num_key_value_heads=8, square=True))
-
-
-def test_a_model_that_is_not_square_becomes_so_or_is_refused() -> None:
-    wide = config("qwen3", 1024, 3072, 28, 16, 8, 151936, head_dim=128, **TIED)  # heads of 2048
-    after = plan(wide, SizeOptions(intermediate_size=2048, square=True)).after
-    assert (after.hidden_size, after.num_attention_heads, after.num_key_value_heads) == (1024, 8, 4)
-    one = {**wide, "num_key_value_heads": 1}
-    with pytest.raises(SizeError, match="without --square"):
-        plan(one, SizeOptions(params="0.7x", square=True))
-
-
-def test_shrink_takes_the_plan_that_the_verb_prints(tmp_path: Path) -> None:
-    model = {**PUBLISHED["SmolLM2-135M"][0], "bos_token_id": 0}
-    (tmp_path / "config.json").write_text(json.dumps(model))
-    arguments = ["plan", str(tmp_path), "--params", "0.7x", "--square", "--untied", "--json"]
-    file = tmp_path / "plan.json"
-    file.write_text(CliRunner().invoke(app, arguments).stdout)
-    planned = json.loads(file.read_text())
-    shrink = ["shrink", str(tmp_path), "-o", "out", "--calib", "c", "--plan", str(file)]
-    recipe = CliRunner().invoke(app, [*shrink, "--print-recipe"])
-    step = Recipe.parse(yaml.safe_load(recipe.stdout), "recipe").shrink
-    after = plan(model, step.options().sizes).after
-    assert after.hidden_size == planned["hidden_size"][1] == after.spaces["query"]
-    assert after.intermediate_size == planned["intermediate_size"][1]
-    assert not after.tied
-
-    twice = CliRunner().invoke(app, [*shrink, "--params", "0.6x"])
-    assert isinstance(twice.exception, UsageError)
-    assert "not both" in str(twice.exception)
-
-
 def test_a_plan_in_a_file_becomes_the_model_that_it_describes(tmp_path: Path) -> None:
     """Printed, written to a file, shrunk from: what lies in hf/ has the planned sizes."""
     file, out = tmp_path / "plan.json", tmp_path / "out"
@@ -270,33 +221,6 @@ def test_a_plan_in_a_file_becomes_the_model_that_it_describes(tmp_path: Path) ->
         assert written[size] == planned[size][1] <= planned[size][0]
     model = LlamaForCausalLM.from_pretrained(out / "hf")
     assert model.num_parameters() == planned["parameters"][1] < planned["parameters"][0]
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda plan: plan.update(config_sha256="0"), "made for another model"),
-        (lambda plan: plan["shrink"].update(hidden=432), "was edited"),
-        (lambda plan: plan["shrink"].update(hidden="512"), "is no plan"),
-        (lambda plan: plan["shrink"].update(samples=3), "is no plan"),
-        (lambda plan: plan.pop("shrink"), "is no plan"),
-    ],
-)
-def test_a_plan_of_another_model_or_an_edited_one_is_refused(
-    change: Callable[[dict[str, Any]], Any], said: str, tmp_path: Path
-) -> None:
-    published = PUBLISHED["SmolLM2-135M"][0]
-    asked = SizeOptions(hidden_size=504, intermediate_size=1024)
-    document = choose(published, asked, Deployment()).as_dict()
-    file = tmp_path / "plan.json"
-    file.write_text(json.dumps(document))
-    assert read_plan(file, published)["hidden"] == 504
-    change(document)
-    file.write_text(json.dumps(document))
-    with pytest.raises(UsageError, match=said):
-        read_plan(file, published)
-    with pytest.raises(UsageError, match="no such file"):
-        read_plan(tmp_path / "none.json", published)
 
 
 @pytest.mark.parametrize("hidden", [256, 384])
@@ -323,14 +247,6 @@ def test_the_estimated_time_of_shrink_is_near_what_it_takes(hidden: int, tmp_pat
     spent = (time.process_time() - started) / torch.get_num_threads()
     # Twice is what the docs promise; fixed costs (files, imports) are a second of so short a run.
     assert estimate / 2 < spent < 2 * estimate + 2
-
-
-def test_time_grows_with_text_and_width_as_its_parts_do() -> None:
-    decided = plan(PUBLISHED["Llama-3.2-1B"][0], SizeOptions(params="0.7x"))
-    once, twice = (work_of(decided, samples, 2048) for samples in (64, 128))
-    assert twice.passes == pytest.approx(2 * once.passes, rel=0.01)
-    assert twice.moved == pytest.approx(2 * once.moved, rel=0.1)
-    assert twice.factors == once.factors
 
 
 def test_what_no_sizes_satisfy_is_refused_with_every_reason(only_llama: None) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dotexport.errors import CheckpointError, DotexportError, UsageError
+from dotexport.errors import DotexportError, UsageError
 from dotexport.storage import manifest
 from dotexport.storage.output import new_folder, write_json, write_text
 
@@ -155,26 +155,3 @@ def test_a_file_is_replaced_whole_or_kept(tmp_path: Path) -> None:
         write_json(tmp_path / "report.json", {"figure": float("nan")})
     assert json.loads((tmp_path / "report.json").read_text()) == {"figure": 1}
     assert names(tmp_path) == ["report.json"]
-
-
-def test_the_manifest_keeps_the_sections_that_are_not_updated(tmp_path: Path) -> None:
-    manifest.update(tmp_path, recipe={"hidden": 48}, artifacts={})
-    manifest.update(tmp_path, artifacts={"hf": {}})
-    read = manifest.read(tmp_path)
-    assert read["recipe"] == {"hidden": 48}
-    assert read["artifacts"] == {"hf": {}}
-    assert read["dotexport"]
-
-
-def test_a_folder_without_manifest_is_no_output(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="not an output of dotexport"):
-        manifest.read(tmp_path)
-
-
-def test_the_environment_is_told_without_importing_libraries() -> None:
-    code = (
-        "import sys; from dotexport import manifest; e = manifest.environment()\n"
-        "assert e['libraries']['torch'] and e['cores']['usable'] >= 1, e\n"
-        "assert not {'torch', 'transformers', 'onnxruntime'} & set(sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -15,8 +15,8 @@ from dotexport.exports.reference import Reference, compute_reference
 from dotexport.exports.target import find_target
 from dotexport.exports.verifying import check
 from dotexport.models.checkpoint import Checkpoint
-from dotexport.targets.hf import TorchSession
 from dotexport.targets.llamacpp import run
+from dotexport.targets.torch_session import TorchSession
 
 gguf: Any = pytest.importorskip("gguf")
 pytest.importorskip("accelerate")

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
+from dotexport.axes import AXES
 from dotexport.axes.axis import FLOOR
-from dotexport.axes.plan import SizeOptions
+from dotexport.axes.plan import SizeOptions, resized
 from dotexport.errors import SizeError, UnsupportedModelError, UsageError
 from dotexport.models.families import find_family
 from dotexport.models.shapes import num_parameters, read_sizes
-from dotexport.sizes.budget import check_hidden, parse_budget, plan
+from dotexport.sizes.budget import parse_budget, plan
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 TINY = LLAMA | {
@@ -147,8 +148,10 @@ def test_query_heads_leave_with_their_group() -> None:
     assert (after.num_attention_heads, after.num_key_value_heads) == (48, 6)
     with pytest.raises(SizeError, match="48 attention heads"):  # 8192 is no multiple of 48
         plan(LLAMA_3_1_70B, SizeOptions(num_key_value_heads=6))
-    with pytest.raises(SizeError, match="between 1 and the original's 8"):
+    with pytest.raises(SizeError, match="9 is more than the original's 8; the nearest legal: 8"):
         plan(LLAMA_3_1_70B, SizeOptions(num_key_value_heads=9))
+    with pytest.raises(SizeError, match="0 is not between 1 and the original's 8"):
+        plan(LLAMA_3_1_70B, SizeOptions(num_key_value_heads=0))
 
 
 def test_a_budget_of_bytes_is_one_of_parameters_in_their_type() -> None:
@@ -204,10 +207,11 @@ def test_an_illegal_width_is_refused_with_the_nearest_legal_ones(
     config = TINY | {"hidden_size": hidden, "num_attention_heads": heads, "head_dim": 8}
     family = find_family(config)
     sizes = read_sizes(family, config)
+    width = next(axis for axis in AXES if axis.name == "hidden_size")
     with pytest.raises(SizeError, match=rf"the nearest legal: {nearest}$"):
-        check_hidden(family, sizes, asked)
+        width.check(family, sizes, resized(sizes, {"hidden_size": asked}))
     for size in map(int, nearest.split(" and ")):
-        check_hidden(family, sizes, size)
+        width.check(family, sizes, resized(sizes, {"hidden_size": size}))
 
 
 @pytest.mark.parametrize("hidden", range(1, 49))

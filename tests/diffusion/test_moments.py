@@ -36,58 +36,6 @@ def problem(x_TI: Tensor, weight_OI: Tensor, size: int = S, damping: float = 1e-
     return moments_of(x_TI).problem(weight_OI, groups_NS, damping=damping, centred=False)
 
 
-def true_loss(asked: obs.Problem, gone: list[int]) -> float:
-    """Loss of the best weights without these groups, by solving for them."""
-    stays_I = torch.ones(asked.weight_OI.shape[1], dtype=torch.bool)
-    stays_I[asked.groups_NS[gone].flatten()] = False
-    best_OI = torch.zeros_like(asked.weight_OI)
-    right_KO = (asked.hessian_II @ asked.weight_OI.T)[stays_I]
-    best_OI[:, stays_I] = torch.linalg.solve(asked.hessian_II[stays_I][:, stays_I], right_KO).T
-    return obs.loss(asked.weight_OI, best_OI, asked.hessian_II)
-
-
-def test_a_score_is_the_loss_of_refitting_without_the_group() -> None:
-    asked = problem(tokens(), weights())
-    expected = [true_loss(asked, [n]) for n in range(N)]
-    torch.testing.assert_close(
-        obs.scores([asked]), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0
-    )
-
-
-def test_losses_of_removals_one_by_one_add_up_to_the_loss_of_all() -> None:
-    asked = problem(tokens(), weights())
-    removal = obs.greedy([asked], N - 1)
-    for count in range(1, N):
-        expected = true_loss(asked, list(removal.order[:count]))
-        assert removal.losses[count - 1] == pytest.approx(expected, rel=1e-6)
-
-
-def test_groups_of_several_layers_leave_by_their_common_loss() -> None:
-    first, second = problem(tokens(), weights()), problem(tokens().flip(1), 2 * weights())
-    removal = obs.greedy([first, second], 2)
-    pairs = [[a, b] for a in range(N) for b in range(N) if a != b]
-    together = true_loss(first, list(removal.order)) + true_loss(second, list(removal.order))
-    assert removal.losses[-1] == pytest.approx(together, rel=1e-6)
-    best = min(true_loss(first, pair) + true_loss(second, pair) for pair in pairs)
-    assert together <= 1.3 * best  # greedy is not the best pair, and not far from it
-
-
-def test_blocks_choose_about_as_well_as_one_by_one() -> None:
-    x_TI = tokens(64)
-    asked = problem(x_TI, weights(64), size=1)
-    slow, fast = obs.greedy([asked], 32, block=1), obs.greedy([asked], 32, block=4)
-    assert fast.losses[-1] == pytest.approx(true_loss(asked, list(fast.order)), rel=1e-6)
-    assert fast.losses[-1] <= 1.2 * slow.losses[-1]
-
-
-def test_the_update_is_least_squares_on_what_is_kept() -> None:
-    x_TI, weight_OI = tokens(), weights()
-    kept = torch.tensor([n for n in range(N * S) if n not in (3, 4, 5)])
-    best_KO = torch.linalg.lstsq(x_TI[:, kept], x_TI @ weight_OI.T).solution
-    solved_OK = obs.refit(weight_OI, moments_of(x_TI).hessian(centred=False), kept)
-    torch.testing.assert_close(solved_OK, best_KO.T, rtol=1e-9, atol=1e-9)
-
-
 def test_a_bias_is_one_more_column_whose_feature_is_one() -> None:
     x_TI, weight_OI = tokens(), weights()
     kept = torch.arange(3, N * S)

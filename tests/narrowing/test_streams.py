@@ -1,0 +1,192 @@
+"""The two residual streams: every window is walked through once and in order, held-out ones never
+share a batch or a sum with the others, and what lies in a scratch file leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dotexport.errors import CheckpointError
+from dotexport.narrowing import streams
+from dotexport.narrowing.streams import Rows, Streams, held_out_windows, inverse_rms
+
+CPU = torch.device("cpu")
+L, D, K = 64, 6, 4
+
+
+def made(
+    count: int = 21, length: int = L, *, seed: int = 0, scratch: Path | None = None
+) -> Streams:
+    """Both streams filled with noise."""
+    tokens_NL = torch.arange(count * length).view(count, length)
+    found = Streams.allocate(tokens_NL, D, K, seed=seed, device=CPU, scratch=scratch)
+    random = torch.Generator().manual_seed(1)
+    found.original_NLD.normal_(generator=random)
+    found.narrowed_NLK.normal_(generator=random)
+    return found
+
+
+@pytest.mark.parametrize("length", [64, 300, 5000])
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 150])
+def test_batches_cover_all_windows_in_order_and_none_mixes_held_out_with_fitted(
+    count: int, length: int
+) -> None:
+    walked = Streams(torch.zeros(count, length), *[torch.empty(0)] * 2, frozenset(), CPU)
+    for seed in range(5):
+        walked.held_out = held_out_windows(count, seed)
+        batches = [range(rows.start, rows.stop) for rows in walked.batches()]
+        assert list(itertools.chain(*batches)) == list(range(count))
+        for batch in batches:
+            assert len({window in walked.held_out for window in batch}) == 1
+            assert len(batch) * length <= max(streams.TOKENS_PER_BATCH, length)
+
+
+def test_a_batch_ends_only_where_it_is_full_or_what_follows_is_of_the_other_kind() -> None:
+    """Windows of 64 tokens, 64 of them to a batch."""
+    walked = made(200)
+    for before, after in itertools.pairwise(walked.batches()):
+        changes = (before.start in walked.held_out) != (after.start in walked.held_out)
+        assert changes or before.stop - before.start == streams.TOKENS_PER_BATCH // L
+
+
+@pytest.mark.parametrize("metric", [False, True])
+def test_moments_of_both_parts_are_sums_over_their_own_windows(metric: bool) -> None:
+    """Directly: one product over all tokens of the windows of a part."""
+    walked = made()
+    root_DD = torch.randn(D, D, generator=torch.Generator().manual_seed(2)).double()
+    metric_DD = root_DD.T @ root_DD if metric else None
+
+    def read(rows: Rows) -> tuple[Tensor, Tensor]:
+        return walked.narrowed(rows), walked.original(rows)
+
+    parts = walked.moments(read, metric_OO=metric_DD)
+    held = sorted(walked.held_out)
+    fitted = [n for n in range(21) if n not in walked.held_out]
+    assert len(held) == 2
+    for sums, windows in zip(parts, (fitted, held), strict=True):
+        z_TK = walked.narrowed_NLK[windows].flatten(0, 1).double()
+        t_TD = walked.original_NLD[windows].flatten(0, 1).double()
+        weighed_TD = t_TD if metric_DD is None else t_TD @ metric_DD
+        # float64 sums in another order.
+        torch.testing.assert_close(sums.inputs_II, z_TK.T @ z_TK, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(sums.cross_OI, t_TD.T @ z_TK, rtol=1e-10, atol=1e-10)
+        assert sums.targets == pytest.approx(float((weighed_TD * t_TD).sum()), rel=1e-10)
+        assert sums.count == len(windows) * L
+
+
+def test_of_a_single_window_nothing_is_held_out_and_it_judges_itself() -> None:
+    alone = made(1)
+    train, held = alone.moments(lambda rows: (alone.narrowed(rows), alone.original(rows)))
+    assert not alone.held_out
+    assert held is train
+    assert train.count == L
+
+
+@pytest.mark.parametrize("stream", ["original", "narrowed"])
+def test_advancing_a_stream_steps_every_window_once_and_leaves_the_other_stream(
+    stream: str,
+) -> None:
+    """The step also shows where a window begins, so a batch must hold whole ones."""
+    walked, untouched = made(150), made(150)
+
+    def step(x_BLX: Tensor) -> Tensor:
+        return 2 * x_BLX + x_BLX[:, :1]
+
+    advance: Callable[[Callable[[Tensor], Tensor]], None] = getattr(walked, f"advance_{stream}")
+    advance(step)
+    # The same operations on the same float32 numbers.
+    for name, wanted in (
+        ("original", untouched.original_NLD),
+        ("narrowed", untouched.narrowed_NLK),
+    ):
+        found = getattr(walked, name)(slice(None))
+        assert torch.equal(found, step(wanted) if name == stream else wanted)
+
+
+@pytest.mark.parametrize("count", [2, 7, 8, 15, 16, 150])
+def test_one_window_in_eight_is_held_out_and_the_seed_says_which(count: int) -> None:
+    drawn = [held_out_windows(count, seed) for seed in range(20)]
+    assert drawn == [held_out_windows(count, seed) for seed in range(20)]
+    assert {len(held) for held in drawn} == {max(1, count // 8)}
+    assert all(held < set(range(count)) for held in drawn)
+    # Nineteen repetitions of one draw of two windows have a chance of 2^-19.
+    assert len(set(drawn)) > 1
+    assert made(count, seed=3).held_out == drawn[3]
+
+
+@pytest.mark.parametrize(
+    ("asked", "fitted", "judged"), [(1, 1, 1), (4, 4, 2), (7, 7, 3), (90, 42, 6)]
+)
+def test_some_windows_keep_held_out_ones_apart_and_share_no_memory(
+    asked: int, fitted: int, judged: int
+) -> None:
+    """48 windows, 6 of them held out: those asked for to fit on, and half as many to judge by."""
+    whole = made(48)
+    kept = whole.original_NLD.clone()
+    some = whole.some(asked)
+    assert len(some.windows_NL) == fitted + judged
+    assert len(some.held_out) == judged
+    origin = [int(first) // L for first in some.windows_NL[:, 0]]  # tokens are numbered through
+    assert origin == sorted(set(origin))
+    for window, source in enumerate(origin):
+        assert torch.equal(some.windows_NL[window], whole.windows_NL[source])
+        assert (window in some.held_out) == (source in whole.held_out)
+    some.original_NLD.fill_(1.0)
+    some.narrowed_NLK.fill_(1.0)
+    assert some.original_NLD.shape == (fitted + judged, L, D)
+    assert some.narrowed_NLK.shape == (fitted + judged, L, K)
+    assert torch.equal(whole.original_NLD, kept)
+
+
+def test_a_scratch_file_holds_what_memory_would_and_leaves_nothing_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "MEMORY_SHARE", 0.0)
+    mapped, plain = made(scratch=tmp_path), made()
+    assert list(tmp_path.iterdir()) == []
+    shape_DK = (mapped.original_NLD.shape, mapped.narrowed_NLK.shape)
+    assert shape_DK == ((21, L, D), (21, L, K))
+    maps = Path("/proc/self/maps")
+    if maps.exists():  # both streams are files that are gone, and pages go to them, not to memory
+        ours = [line for line in maps.read_text().splitlines() if f"{tmp_path}/" in line]
+        assert len(ours) == 2
+        assert all(line.split()[1] == "rw-s" for line in ours)
+    for found in (mapped, plain):
+        found.advance_original(torch.tanh)
+    assert torch.equal(mapped.original_NLD, plain.original_NLD)
+    assert torch.equal(mapped.narrowed_NLK, plain.narrowed_NLK)
+
+
+def test_what_fits_into_memory_touches_no_disk(tmp_path: Path) -> None:
+    assert made(scratch=tmp_path / "never made").original_NLD.shape == (21, L, D)
+
+
+@pytest.mark.parametrize("stream", ["original_NLD", "narrowed_NLK"])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("held_out", [False, True])
+def test_one_activation_that_overflowed_is_refused_wherever_it_is(
+    stream: str, value: float, held_out: bool
+) -> None:
+    walked = made()
+    window = next(n for n in range(21) if (n in walked.held_out) == held_out)
+    getattr(walked, stream)[window, 5, 2] = value
+    with pytest.raises(CheckpointError, match=r"NaN or infinite.*convert it to bfloat16 first"):
+        walked.moments(lambda rows: (walked.narrowed(rows), walked.original(rows)))
+
+
+def test_one_over_the_size_makes_tokens_one_size_and_keeps_empty_ones_finite() -> None:
+    x_BLD = made().original_NLD * 1e3
+    x_BLD[0, 0] = 0.0
+    scaled_BLD = x_BLD * inverse_rms(x_BLD)
+    size_BL = scaled_BLD.square().mean(-1)
+    assert size_BL[0, 0] == 0.0
+    size_BL[0, 0] = 1.0
+    # float32 rounds a square root and a product of six numbers.
+    torch.testing.assert_close(size_BL, torch.ones(21, L), rtol=1e-5, atol=0)
