@@ -206,10 +206,9 @@ def _closed_form(
 
 def _warn_if_thin(windows_NL: torch.Tensor, decided: Plan) -> None:
     """Say when there is less text than a least-squares problem of this size asks for."""
-    tokens, widest = (
-        windows_NL.numel(),
-        max(decided.before.hidden_size, decided.after.intermediate_size),
-    )
+    # Readers see the whole stream; a writer is fitted on the neurons that stay.
+    widest = max(decided.before.spaces["residual"], decided.after.spaces["mlp"])
+    tokens = windows_NL.numel()
     if len(windows_NL) < 2 or tokens < 4 * widest:
         logger.warning(
             "only %d windows with %d tokens of calibration text for layers up to %d wide; "

@@ -10,11 +10,11 @@ from importlib import import_module as _import_module
 
 # Public names and where they live; diffusers and torch take seconds to import.
 _HOMES = {
-    "ShrinkOptions": "shrinking",
+    "ShrinkOptions": "pipeline_shrinking",
     "evaluate": "evaluating",
-    "export": "exporting",
-    "shrink": "shrinking",
-    "verify": "exporting",
+    "export": "onnx_folder",
+    "shrink": "pipeline_shrinking",
+    "verify": "onnx_folder",
 }
 
 __all__ = ["ShrinkOptions", "evaluate", "export", "shrink", "verify"]

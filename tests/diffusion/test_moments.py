@@ -1,4 +1,4 @@
-"""Identities of group OBS: every score is a loss, and every update is least squares."""
+"""Sums over pictures: a bias as one more column, groups that never speak, sparse sweeps."""
 
 from __future__ import annotations
 

@@ -20,9 +20,14 @@ from dotexport.axes.plan import SizeOptions
 from dotexport.errors import UsageError
 from dotexport.exports.quality import evaluate
 from dotexport.exports.reference import load_float32
-from dotexport.healing import distil, distil_loss, distil_memory, heal
+from dotexport.healing import distil, distil_loss, distil_memory
 from dotexport.healing.distil_loss import distillation_loss, divergence, predict
-from dotexport.healing.heal_options import HealOptions, native_precision, parse_heal
+from dotexport.healing.heal_options import (
+    RATE_BY_WIDTH,
+    HealOptions,
+    native_precision,
+    parse_heal,
+)
 from dotexport.healing.healing_text import HealingText, healing_text
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.text_options import TextOptions
@@ -412,4 +417,4 @@ def test_the_rate_rises_and_falls() -> None:
     assert factors[4:] == sorted(factors[4:], reverse=True)
     assert 0 < factors[-1] < 0.01
     assert max(factors) == 1.0
-    assert HealOptions(steps=1).peak_rate(64) == heal.RATE_BY_WIDTH / 64
+    assert HealOptions(steps=1).peak_rate(64) == RATE_BY_WIDTH / 64

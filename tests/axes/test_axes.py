@@ -1,0 +1,264 @@
+"""Axes: what holds of each of them, and a toy one that is planned, narrowed and reported.
+
+The toy is all that a new axis takes: a class in one file, and one entry in AXES.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from dotexport.app.commands import deciding
+from dotexport.app.flags import with_options
+from dotexport.app.shrink_options import ShrinkOptions
+from dotexport.app.shrinking import shrink
+from dotexport.axes import AXES
+from dotexport.axes.axis import FLOOR, Axis
+from dotexport.axes.plan import Plan, SizeOptions, read_model, resized
+from dotexport.errors import SizeError
+from dotexport.models.checkpoint import read_config
+from dotexport.models.family import Family
+from dotexport.models.shapes import Sizes
+from dotexport.models.text_options import TextOptions
+from dotexport.narrowing.narrow_options import NarrowOptions
+from dotexport.sizes.budget import plan, within_budget
+from dotexport.sizes.latency_table import describe
+
+SMOLLM: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-5,
+}
+FAMILY, WHOLE = read_model(SMOLLM)
+
+
+class FirstLayers(Axis):
+    """A toy: the last layers leave, and nothing is repaired for it."""
+
+    def size(self, sizes: Sizes) -> int:
+        return sizes.num_layers
+
+    def resized(self, sizes: Sizes, size: int) -> Sizes:
+        return replace(sizes, num_layers=size)
+
+    def grids(self, family: Family, before: Sizes) -> list[list[int]]:
+        return [list(range(1, before.num_layers + 1))]
+
+    def problem(self, family: Family, before: Sizes, after: Sizes) -> str | None:
+        return None if after.num_layers >= 1 else "leaves no layer"
+
+    def config(self, config: Mapping[str, Any], before: Sizes, after: Sizes) -> dict[str, Any]:
+        return {self.name: after.num_layers}
+
+    def layers(self, before: Sizes, after: Sizes) -> Sequence[int]:
+        return range(after.num_layers)
+
+    def story(self, record: Mapping[str, Any]) -> str:
+        return "the first ones stay"
+
+
+TOY = FirstLayers(
+    name="num_hidden_layers",
+    flag="layers",
+    label="layers",
+    help="Layers (num_hidden_layers).",
+    weight=8.0,
+    exact="what the layers before it compute",
+)
+
+
+@pytest.fixture
+def toy() -> Iterator[Axis]:
+    AXES.append(TOY)
+    yield TOY
+    AXES.remove(TOY)
+
+
+@pytest.fixture
+def commands(toy: Axis) -> typer.Typer:
+    """The verbs as they are made where the toy is an axis."""
+    app = typer.Typer()
+    app.command("plan")(with_options(deciding.plan))
+    app.command("shrink")(with_options(deciding.shrink))
+    return app
+
+
+# Every axis -------------------------------------------------------------------------------------
+
+each_axis = pytest.mark.parametrize("axis", AXES, ids=lambda axis: axis.name)
+
+
+@each_axis
+def test_a_size_that_is_set_is_the_size_that_is_read(axis: Axis) -> None:
+    for size in axis.grids(FAMILY, WHOLE)[-1]:
+        assert axis.size(axis.resized(WHOLE, size)) == size
+    assert axis.resized(WHOLE, axis.size(WHOLE)) == WHOLE
+
+
+@each_axis
+def test_grids_get_finer_and_hold_the_original(axis: Axis) -> None:
+    grids = axis.grids(FAMILY, WHOLE)
+    for coarse, fine in itertools.pairwise(grids):
+        assert set(coarse) < set(fine)
+    assert all(sizes == sorted(sizes) and axis.size(WHOLE) == sizes[-1] for sizes in grids)
+
+
+@each_axis
+def test_the_original_is_legal_and_more_of_it_is_refused(axis: Axis) -> None:
+    assert axis.problem(FAMILY, WHOLE, WHOLE) is None
+    more = axis.resized(WHOLE, axis.size(WHOLE) + FLOOR)
+    with pytest.raises(SizeError, match="more than the original's"):
+        axis.check(FAMILY, WHOLE, more)
+
+
+@each_axis
+def test_a_refusal_names_the_nearest_legal_sizes(axis: Axis) -> None:
+    every = [axis.resized(WHOLE, size) for size in range(1, axis.size(WHOLE) + 1)]
+    legal = [axis.size(s) for s in every if axis.problem(FAMILY, WHOLE, s) is None]
+    for after in every[:: max(1, len(every) // 40)]:
+        size = axis.size(after)
+        if size in legal:
+            axis.check(FAMILY, WHOLE, after)
+            continue
+        below = [s for s in legal if s < size][-1:]
+        nearest = [*below, *[s for s in legal if s > size][:1]]
+        with pytest.raises(SizeError, match=" and ".join(map(str, nearest)) + "$"):
+            axis.check(FAMILY, WHOLE, after)
+
+
+@each_axis
+def test_a_cut_strains_more_the_deeper_it_is_and_nothing_where_nothing_is_cut(axis: Axis) -> None:
+    sizes = [axis.resized(WHOLE, size) for size in axis.grids(FAMILY, WHOLE)[-1]]
+    strains = [axis.strain(WHOLE, after) for after in sizes]
+    assert strains == sorted(strains, reverse=True)
+    assert strains[-1] == 0
+
+
+@each_axis
+def test_config_json_says_the_sizes_that_the_plan_says(axis: Axis) -> None:
+    size = axis.grids(FAMILY, WHOLE)[0][0]
+    after = axis.resized(WHOLE, size)
+    written = Plan(FAMILY, WHOLE, after).config(SMOLLM)
+    assert read_model({**written})[1] == after
+
+
+def test_shares_are_those_of_the_weights_that_are_counted_by_hand() -> None:
+    hidden, mlp, heads = (axis.shares(FAMILY, WHOLE) for axis in AXES)
+    layer = 576 * (2 * 576 + 2 * 192 + 3 * 1536)
+    parameters = 30 * (layer + 2 * 576) + 49152 * 576 + 576
+    assert hidden.parameters == 1  # every weight has it
+    assert mlp.parameters == pytest.approx(30 * 3 * 576 * 1536 / parameters)
+    assert heads.parameters == pytest.approx(30 * 576 * (2 * 576 + 2 * 192) / parameters)
+    assert (hidden.cache, mlp.cache, heads.cache) == (0, 0, 1)
+    products = 30 * layer + 49152 * 576
+    assert mlp.time == pytest.approx(30 * 3 * 576 * 1536 / products)
+    assert hidden.time == 1
+
+
+# The toy ----------------------------------------------------------------------------------------
+
+
+def letters(folder: Path) -> Path:
+    text = folder / "text.txt"
+    words = " ".join(f"w{n * n % 87}" for n in range(6000))
+    text.write_text(words, encoding="utf-8")
+    return text
+
+
+def test_a_toy_axis_is_planned(toy: Axis, tiny_llama: Callable[[str], Path]) -> None:
+    config = read_config(tiny_llama("wide-heads"))
+    decided = plan(config, SizeOptions(num_hidden_layers=2))
+    assert decided.as_dict()["num_hidden_layers"] == [3, 2]
+    assert decided.config(config)["num_hidden_layers"] == 2
+    depths = {p.after.num_layers for p in within_budget(config, SizeOptions(params="0.7x"))}
+    assert depths == {1, 2, 3}
+    assert describe("x", decided.before)["num_hidden_layers"] == 3
+    with pytest.raises(SizeError, match="--layers 4 is more than the original's 3"):
+        plan(config, SizeOptions(num_hidden_layers=4))
+
+
+def test_a_toy_axis_is_narrowed(
+    toy: Axis, tiny_llama: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """With nothing else cut and nothing repaired, what comes out is the first layers alone."""
+    model, text = tiny_llama("wide-heads"), letters(tmp_path)
+    options = ShrinkOptions(
+        sizes=SizeOptions(num_hidden_layers=2),
+        text=TextOptions(source=str(text), samples=8, seqlen=32),
+        narrow=NarrowOptions(refit=False),
+    )
+    shrink(model, tmp_path / "out", options)
+    original = AutoModelForCausalLM.from_pretrained(model)
+    original.model.layers = original.model.layers[:2]
+    narrowed = AutoModelForCausalLM.from_pretrained(tmp_path / "out/hf")
+    tokens_BL = torch.randint(3, 90, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        wanted, found = (m(input_ids=tokens_BL).logits for m in (original, narrowed))
+    # The same float32 weights, once with the norms' gammas folded into what reads them.
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+
+
+def test_a_toy_axis_is_a_flag_and_is_reported(
+    commands: typer.Typer, tiny_llama: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model, out = str(tiny_llama("wide-heads")), tmp_path / "out"
+    run = CliRunner(env={"COLUMNS": "200"})
+    planned = run.invoke(commands, ["plan", model, "--layers", "2", "--hidden", "40", "--json"])
+    assert planned.exit_code == 0, planned.output
+    file = tmp_path / "plan.json"
+    file.write_text(planned.stdout, encoding="utf-8")
+    assert json.loads(planned.stdout)["shrink"]["layers"] == 2
+    shown = run.invoke(commands, ["plan", model, "--layers", "2"]).stdout
+    assert "num_hidden_layers" in shown
+    assert TOY.exact in shown
+    text = ["--calib", str(letters(tmp_path)), "--samples", "8", "--seqlen", "32"]
+    made = run.invoke(commands, ["shrink", model, "-o", str(out), "--plan", str(file), *text])
+    assert made.exit_code == 0, made.output
+    assert "num_hidden_layers" in made.stdout
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "| num_hidden_layers | 3 | 2 | 0.667x |" in card
+    assert "num_hidden_layers: the first ones stay" in card
+    report = json.loads((out / "reports/shrink.json").read_text(encoding="utf-8"))
+    assert report["sizes"]["num_hidden_layers"] == [3, 2]
+    assert {site["layer"] for site in report["sites"]} == {0, 1, None}
+
+
+def test_a_budget_is_shared_with_a_toy_axis_by_its_measured_curve(
+    toy: Axis, tiny_llama: Callable[[str], Path], tmp_path: Path
+) -> None:
+    text = TextOptions(source=str(letters(tmp_path)), samples=8, seqlen=32)
+    options = ShrinkOptions(
+        sizes=SizeOptions(params="0.8x"),
+        text=text,
+        narrow=NarrowOptions(local=None),
+        allocate="measured",
+    )
+    shrunk = shrink(tiny_llama("wide-heads"), tmp_path / "out", options)
+    assert shrunk.allocation is not None
+    curves = {curve.axis: curve for curve in shrunk.allocation.curves}
+    assert set(curves["num_hidden_layers"].sizes) > {3}
+    assert all("num_hidden_layers" in row for row in shrunk.allocation.checked)
+
+
+def test_sizes_by_name_are_checked_for_their_names() -> None:
+    with pytest.raises(TypeError, match="'hiden_size' is no axis"):
+        SizeOptions(hiden_size=40)
+    assert SizeOptions(hidden_size=40, num_key_value_heads=None).sizes == {"hidden_size": 40}
+    assert resized(WHOLE, {}) == WHOLE
