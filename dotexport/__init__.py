@@ -11,9 +11,12 @@ from dotexport.version import __version__
 if _TYPE_CHECKING:
     from dotexport.app.shrink_options import ShrinkOptions
     from dotexport.app.shrinking import shrink
+    from dotexport.axes.plan import SizeOptions
     from dotexport.exports.exporting import export
     from dotexport.exports.quality import evaluate
     from dotexport.exports.verifying import verify
+    from dotexport.models.text_options import TextOptions
+    from dotexport.narrowing.narrow_options import NarrowOptions
     from dotexport.sizes.budget import plan
 
 # In a wheel, targets/ and bench/ lie inside this folder. In a checkout they lie beside it.
@@ -23,8 +26,10 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "targets/__init__.p
 
 # Public names and where they live. They are imported when first asked for: torch takes seconds.
 _HOMES = {
+    "NarrowOptions": "narrowing.narrow_options",
     "ShrinkOptions": "app.shrink_options",
     "SizeOptions": "axes.plan",
+    "TextOptions": "models.text_options",
     "evaluate": "exports.quality",
     "export": "exports.exporting",
     "plan": "sizes.budget",
@@ -33,8 +38,10 @@ _HOMES = {
 }
 
 __all__ = [
+    "NarrowOptions",
     "ShrinkOptions",
     "SizeOptions",
+    "TextOptions",
     "__version__",
     "evaluate",
     "export",

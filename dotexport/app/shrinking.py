@@ -91,7 +91,7 @@ def shrink(
     """Narrow a model and write OUT/hf, OUT/dotexport.json, OUT/README.md and OUT/reports.
 
     Two runs with the same inputs, options and machine give the same bytes in OUT/hf. A run with
-    healing that was stopped goes on where it was (resume.py).
+    healing that was stopped goes on where it was (healing/resume.py).
 
     Args:
         recipe: what OUT/recipe.yaml will say; it appears with the rest, so that a run which is

@@ -1,4 +1,4 @@
-"""Feed-forward neurons that leave are transported onto kept ones, as in LLMs (dotexport/merge.py).
+"""Feed-forward neurons that leave are transported onto kept ones, as in LLMs (merging/neurons.py).
 
 Rows of the readers become barycentres of neurons that resemble each other; then least squares
 finds what the writer should say of them. A merge stays only if held-out pictures are said better

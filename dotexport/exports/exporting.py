@@ -1,6 +1,6 @@
 """The export verb: write artifacts of a stock checkpoint, each kept only if it proves exact.
 
-What a target is stands in adapter.py; its names can be imported from here as well.
+What a target is stands in target.py.
 """
 
 from __future__ import annotations

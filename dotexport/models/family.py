@@ -92,7 +92,7 @@ class Family:
         divides: whether the class insists on hidden_size % num_attention_heads == 0.
         windows: whether layers of it can attend to a window (`sliding_window`) only.
         carriers: architectures that compute the same and that more runtimes read, the best first;
-            what is written is the first that holds the sizes (carriers.py). Empty: itself.
+            what is written is the first that holds the sizes (models/carriers.py). Empty: itself.
         head_dim: of a head, where config.json does not say; None: hidden_size / heads.
         tied_by_default: what tie_word_embeddings is where config.json does not say.
         unit_offset: whether its norms multiply by 1 + weight.

@@ -1,7 +1,7 @@
 """How long narrowing takes: its operations over the rates of this machine.
 
 Operations are counted for shrink's defaults, from the passes over the text (float32) and the sums
-and solves over it (float64) as sight.py, site.py, refit.py, obs.py and local.py make them; what a
+and solves over it (float64) as narrowing/ and merging/ make them; what a
 pass moves through memory besides is counted by a rule of thumb. Rates are measured in a fraction
 of a second, on matrices as wide as the model is, up to 1024.
 

@@ -4,7 +4,7 @@ A latency table (latency_table.py) was measured in the runtime that will be used
 is timed on the spot: all layers are alike, so one layer and the head are timed with random weights
 and the rest is arithmetic.
 
-Shapes: D hidden_size.
+Shapes: D width of the stream.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class Choice:
     """A plan, what decided it, and what it costs.
 
     Attributes:
-        flags: of shrink, for the sizes of the plan (planned.py).
+        flags: of shrink, for the sizes of the plan (plan_file.py).
         config_sha256: which model it is a plan of.
     """
 
@@ -277,7 +277,7 @@ def shrink_memory(
 
     Both streams over the text and one layer of each model in float32, beside it either a table in
     both widths (the original's twice) or the sums and solves of the widest refit in float64.
-    Streams beyond a quarter of the free memory lie on disk instead (streams.py).
+    Streams beyond a quarter of the free memory lie on disk instead (narrowing/streams.py).
     """
     before, after = decided.before, decided.carried_after
     tokens = samples * min(seqlen, _window(config))

@@ -1,6 +1,6 @@
 """Granite: Llama with a multiplier each for embedding, sublayers, attention scores and logits.
 
-All but that of the scores are folded into the weights before anything else (carriers.py).
+All but that of the scores are folded into the weights before anything else (models/carriers.py).
 """
 
 from __future__ import annotations
