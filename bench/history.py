@@ -44,7 +44,6 @@ class Entry:
     conditions: Mapping[str, Any]
     figures: Mapping[str, float]
     ratios: Mapping[str, Estimate]
-    missed: int
 
     @property
     def device(self) -> str:
@@ -125,7 +124,6 @@ def _parse(line: bytes, file: Path, number: int) -> Entry | None:
             conditions={**stored["conditions"], "against": stored["against"]},
             figures=stored["figures"],
             ratios={name: Estimate(**found) for name, found in stored["ratios"].items()},
-            missed=sum(held["verdict"] == "missed" for held in stored["gate"]),
         )
     except (ValueError, KeyError, TypeError) as error:
         logger.warning("%s, line %d is left out: %s", file, number, error)

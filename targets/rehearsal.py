@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 
 FLOATS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-PACKED = ("q_proj", "k_proj", "v_proj")  # in this order in one matrix, qkv_proj
 MOST_NAMED = 5
 HALF_MAX = float(np.finfo(np.float16).max)
 

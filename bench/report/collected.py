@@ -20,16 +20,11 @@ from ..sweep import SCHEMA as SWEEP
 
 @dataclass(frozen=True)
 class Bench:
-    """One measured workload of an output.
-
-    Attributes:
-        stored: the JSON as it lies there, with whatever sections later versions add.
-    """
+    """One measured workload of an output."""
 
     output: str
     file: str
     result: BenchResult
-    stored: Mapping[str, Any]
     swept: bool = False
 
     @property
@@ -149,10 +144,10 @@ def _benches(reports: Path, output: str) -> Iterator[Bench]:
     for file in sorted(reports.glob("*.json")):
         stored = _json(file)
         if stored.get("schema") == SCHEMA:
-            yield Bench(output, file.name, BenchResult.from_dict(stored), stored)
+            yield Bench(output, file.name, BenchResult.from_dict(stored))
         elif stored.get("schema") == SWEEP:
             for one in stored.get("results", []):
-                yield Bench(output, file.name, BenchResult.from_dict(one), one, swept=True)
+                yield Bench(output, file.name, BenchResult.from_dict(one), swept=True)
 
 
 def several(outputs: Sequence[Output]) -> bool:

@@ -72,7 +72,6 @@ def export(
     out: Path | None = None,
     verify: bool = True,
     overwrite: bool = False,
-    threads: int | None = None,
 ) -> list[Artifact]:
     """Write one artifact per spec (NAME or NAME:PRECISION) and hold each against torch.
 
@@ -100,7 +99,6 @@ def export(
         home=home,
         reference=_reference(home, requests) if verify else None,
         overwrite=overwrite,
-        threads=threads,
     )
     return exporting.run(requests)
 
@@ -168,7 +166,6 @@ class _Exporting:
     home: Path
     reference: Reference | None
     overwrite: bool
-    threads: int | None
 
     def run(self, requests: Sequence[Request]) -> list[Artifact]:
         artifacts, failed = [], []
@@ -197,10 +194,7 @@ class _Exporting:
         target, precision = request.target, request.precision
         parity = None
         if self.reference is not None:
-            name, threads = request.name, self.threads
-            parity = check(
-                target, precision, folder, self.reference, artifact=name, threads=threads
-            )
+            parity = check(target, precision, folder, self.reference, artifact=request.name)
             write_report(self.home, [parity], self.reference)
             if not parity.passed:
                 raise _NotExactError(parity)

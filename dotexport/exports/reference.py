@@ -59,13 +59,13 @@ class Reference:
 
 
 @torch.inference_mode()
-def compute_reference(checkpoint: Checkpoint, *, rounded: bool = True, seed: int = 0) -> Reference:
+def compute_reference(checkpoint: Checkpoint, *, rounded: bool = True) -> Reference:
     """Run the model on a few short prompts; memory holds it once, in float32."""
     model = load_float32(checkpoint)
     steps, texts, randoms = _lengths(model.config)
     prompts = [
-        *_sampled_prompts(model, texts, seed=seed),
-        *_random_prompts(model.config.vocab_size, randoms, seed=seed),
+        *_sampled_prompts(model, texts, seed=0),
+        *_random_prompts(model.config.vocab_size, randoms, seed=0),
     ]
     sequences = _continued_greedily(model, prompts, steps)
     with _watched(model) as magnitudes:
@@ -225,13 +225,13 @@ def _rounded_logits(model: Any, sequences: Iterable[Tokens]) -> dict[str, tuple[
     return {"rounded": rounded, "rounded_twice": _logits_alone(model, sequences)}
 
 
-def rounded_to_4_bits(weight_OI: torch.Tensor, *, block: int = QUANTISED_BLOCK) -> torch.Tensor:
+def rounded_to_4_bits(weight_OI: torch.Tensor) -> torch.Tensor:
     """Nearest of 16 levels per block of inputs; the largest entry of a block is exact.
 
     Follows ONNX Runtime's quantiser in its choices: the largest entry becomes level -8, the
     negative one of two equal ones, and halves go up. Weights in bfloat16 meet both quite often.
     """
-    blocks = _blocks(weight_OI, block)
+    blocks = _blocks(weight_OI)
     low, high = blocks.aminmax(dim=-1, keepdim=True)
     largest = torch.where(high > -low, high, low)
     scale = torch.where(largest == 0, 1, largest / -8)
@@ -239,17 +239,17 @@ def rounded_to_4_bits(weight_OI: torch.Tensor, *, block: int = QUANTISED_BLOCK) 
     return _unblocked((level - 8) * scale, weight_OI)
 
 
-def rounded_to_8_bits(x_LI: torch.Tensor, *, block: int = QUANTISED_BLOCK) -> torch.Tensor:
+def rounded_to_8_bits(x_LI: torch.Tensor) -> torch.Tensor:
     """Nearest of 255 levels per block of one position's features."""
-    blocks = _blocks(x_LI, block)
+    blocks = _blocks(x_LI)
     largest = blocks.abs().amax(-1, keepdim=True)
     scale = torch.where(largest == 0, 1, largest / 127)
     return _unblocked((blocks / scale).round() * scale, x_LI)
 
 
-def _blocks(x_LI: torch.Tensor, block: int) -> torch.Tensor:
-    padded = torch.nn.functional.pad(x_LI, (0, -x_LI.shape[-1] % block))
-    return padded.reshape(*x_LI.shape[:-1], -1, block)
+def _blocks(x_LI: torch.Tensor) -> torch.Tensor:
+    padded = torch.nn.functional.pad(x_LI, (0, -x_LI.shape[-1] % QUANTISED_BLOCK))
+    return padded.reshape(*x_LI.shape[:-1], -1, QUANTISED_BLOCK)
 
 
 def _unblocked(blocks: torch.Tensor, like_LI: torch.Tensor) -> torch.Tensor:

@@ -23,9 +23,7 @@ REPORT = "reports/verify.json"
 STOCK = "hf"  # the checkpoint that every output holds, and its target's name
 
 
-def verify(
-    out: Path, targets: Sequence[str] | None = None, *, threads: int | None = None
-) -> list[Parity]:
+def verify(out: Path, targets: Sequence[str] | None = None) -> list[Parity]:
     """Hold the artifacts of an output against torch; reports/verify.json and the manifest say so.
 
     `targets` picks some by NAME or NAME:PRECISION; without it, all are verified. A failing
@@ -46,9 +44,9 @@ def verify(
         target, precision = find_target(entry["target"]), entry["precision"]
         asked = (target, precision, out / name, reference)
         if absent := lacking(target):
-            parity = rehearse(*asked, checkpoint, absent, artifact=name, threads=threads)
+            parity = rehearse(*asked, checkpoint, absent, artifact=name)
         else:
-            parity = check(*asked, artifact=name, threads=threads)
+            parity = check(*asked, artifact=name)
         parities.append(_with_problems(parity, changed_files(out / name, entry["files"])))
     write_report(out, parities, reference)
     _record(out, parities)

@@ -9,7 +9,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 CHUNK_BYTES = 64 << 20  # of one chunk's log-probabilities; a few of these exist at a time
 
 Streams = list[Tensor]
-Pass = Callable[[Any, Tensor], tuple[Tensor, Streams]]
 
 
 def divergence(ours_CV: Tensor, theirs_CV: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """A latency table of one device: what was measured, and what it says of sizes in between.
 
-`dotexport latency` writes one (bench/latency_measuring.py). All times in it are ratios to the original,
-which took turns with every size, so what else the machine did falls out.
+`dotexport latency` writes one (bench/latency_measuring.py). All times in it are ratios to the
+original, which took turns with every size, so what else the machine did falls out.
 
 A decoder's layers are alike and add their sublayers. At one size of the axis that every matrix
 has, time is therefore what each other axis alone makes of it, added up, less what they share.

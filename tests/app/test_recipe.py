@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import typing
-from collections.abc import Callable
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
-from dotexport.app import recipe
-from dotexport.app.commands import artifacts, measuring
-from dotexport.app.commands import deciding as sizes
+from dotexport.app import cli, recipe
 from dotexport.app.recipe import Recipe
 from dotexport.app.steps import BenchStep, EvalStep, ShrinkStep
 from dotexport.errors import UsageError
+from dotexport.options import build, flags_of
 
 LEAST = {"model": "m", "shrink": {"calib": "c"}}
 
@@ -29,9 +27,9 @@ def shrink_step(**options: Any) -> ShrinkStep:
 def test_a_recipe_is_read_as_it_was_written(tmp_path: Path) -> None:
     written = Recipe(
         model="m",
-        shrink=ShrinkStep(params="0.7x", calib="c", epsilon=1e-3, refit=False, seqlen=None),
+        shrink=build(ShrinkStep, params="0.7x", calib="c", epsilon=1e-3, refit=False, seqlen=None),
         export=("hf", "ort-cpu:int4"),
-        eval=EvalStep(text="t", samples=3),
+        eval=build(EvalStep, text="t", samples=3),
         bench=(BenchStep(), BenchStep(target="hf", threads=2, min_seconds=0.5)),
     )
     (tmp_path / "r.yaml").write_text(written.dump())
@@ -40,7 +38,7 @@ def test_a_recipe_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 def test_a_dump_spells_out_every_option() -> None:
     dumped = yaml.safe_load(Recipe.parse(LEAST, "r").dump())
-    assert dumped["shrink"].keys() == {field.name for field in dataclasses.fields(ShrinkStep)}
+    assert dumped["shrink"].keys() == {flag.key for flag in flags_of(ShrinkStep)}
     assert dumped["eval"] is None
 
 
@@ -57,32 +55,29 @@ def test_the_recipe_of_the_demo_is_sound() -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "verb"),
-    [
-        (ShrinkStep, sizes.shrink),
-        (EvalStep, artifacts.evaluate),
-        (BenchStep, measuring.bench),
-    ],
+    ("step", "verb"), [(ShrinkStep, "shrink"), (EvalStep, "eval"), (BenchStep, "bench")]
 )
-def test_keys_and_defaults_of_a_step_are_the_flags_of_its_verb(
-    step: type, verb: Callable[..., None]
-) -> None:
-    flags = {name: flag.default for name, flag in inspect.signature(verb).parameters.items()}
-    for field in dataclasses.fields(step):
-        default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
-        assert flags[field.name] == default, field.name
+def test_keys_and_defaults_of_a_step_are_the_flags_of_its_verb(step: type, verb: str) -> None:
+    verbs: Any = typer.main.get_command(cli.app)
+    shown = {parameter.name: parameter for parameter in verbs.commands[verb].params}
+    flags = flags_of(step)
+    assert len({flag.key for flag in flags}) == len(flags) > 0
+    for flag in flags:
+        required = flag.default is MISSING
+        assert shown[flag.key].required == required, flag.key
+        assert shown[flag.key].default == (None if required else flag.default), flag.key
 
 
 @pytest.mark.parametrize(
     ("written", "meant"), [("0.05", 0.05), ("1e-2", 0.01), ("1.0e-2", 0.01), ("1", 1.0)]
 )
 def test_numbers_are_read_as_people_write_them(written: str, meant: float) -> None:
-    assert shrink_step(epsilon=yaml.safe_load(written)).epsilon == meant
+    assert shrink_step(epsilon=yaml.safe_load(written)).narrow.transport.epsilon == meant
 
 
 @pytest.mark.parametrize(("written", "meant"), [("0.7x", "0.7x"), ("5000", "5000"), ("6e9", "6e9")])
 def test_budgets_may_look_like_numbers(written: str, meant: str) -> None:
-    assert shrink_step(params=yaml.safe_load(written)).params == meant
+    assert shrink_step(params=yaml.safe_load(written)).sizes.params == meant
 
 
 @pytest.mark.parametrize(
@@ -146,6 +141,6 @@ def test_a_recipe_that_is_not_there_is_refused(tmp_path: Path) -> None:
 def test_every_kind_of_value_has_a_reader() -> None:
     """A new option of a new kind must not fail at the user's desk."""
     for step in (ShrinkStep, EvalStep, BenchStep):
-        for kind in typing.get_type_hints(step).values():
-            parts = set(typing.get_args(kind) or [kind]) - {type(None)}
-            assert parts <= {bool, int, float, str}
+        for flag in flags_of(step):
+            parts = set(typing.get_args(flag.kind) or [flag.kind]) - {type(None)}
+            assert parts <= {bool, int, float, str}, flag.key
