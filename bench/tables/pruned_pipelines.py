@@ -24,10 +24,16 @@ from dotexport.diffusion import sampling
 from dotexport.diffusion.calibration import Calibration
 from dotexport.diffusion.denoiser import Stored
 from dotexport.diffusion.evaluating import Samples, deviation
-from dotexport.diffusion.layout import LayoutOptions, num_parameters
-from dotexport.diffusion.pipeline_shrinking import ShrinkOptions, decide, shrink
-from dotexport.diffusion.pruning import PruneOptions, prune
-from dotexport.diffusion.sampling import SampleOptions, load
+from dotexport.diffusion.layout import num_parameters
+from dotexport.diffusion.pipeline_options import (
+    LayoutOptions,
+    PruneOptions,
+    SampleOptions,
+    ShrinkOptions,
+)
+from dotexport.diffusion.pipeline_shrinking import decide, shrink
+from dotexport.diffusion.pruning import prune
+from dotexport.diffusion.sampling import load
 from dotexport.diffusion.tables import find_sites
 
 from ..diffusion import bench_pipeline

@@ -10,7 +10,7 @@ from importlib import import_module as _import_module
 
 # Public names and where they live; diffusers and torch take seconds to import.
 _HOMES = {
-    "ShrinkOptions": "pipeline_shrinking",
+    "ShrinkOptions": "pipeline_options",
     "evaluate": "evaluating",
     "export": "onnx_folder",
     "shrink": "pipeline_shrinking",

@@ -9,7 +9,6 @@ Shapes: T tokens, I inputs of a layer, O outputs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,52 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from dotexport.diffusion.moments import Moments
-from dotexport.diffusion.sampling import (
-    Clock,
-    SampleOptions,
-    batches,
-    component_of,
-    replaced,
-    sample,
-)
+from dotexport.diffusion.pipeline_options import SampleOptions, TimestepWeights
+from dotexport.diffusion.sampling import Clock, batches, component_of, replaced, sample
 from dotexport.diffusion.tables import linear
-from dotexport.errors import CalibrationError, UsageError
+from dotexport.errors import CalibrationError
 
 Progress = Callable[[str, int, int], None]
-SCHEDULES = ("uniform", "linear", "log")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimestepWeights:
-    """How much each step counts; t = 1 is the noisiest of T.
-
-    `log`, the default, is OBS-Diff's (arXiv 2510.06751): low + (high - low) ln(T - t + 1) / ln(T).
-    """
-
-    schedule: str = "log"
-    low: float = 0.8
-    high: float = 1.2
-
-    def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise UsageError(
-                f"--timestep-weights {self.schedule} is not known; expected {', '.join(SCHEDULES)}"
-            )
-        if not 0 < self.low <= self.high:
-            raise UsageError(f"timestep weights from {self.low} to {self.high} are no range")
-
-    def at(self, t: int, steps: int) -> float:
-        """Weight of step t.
-
-        >>> [round(TimestepWeights().at(t, 25), 3) for t in (1, 13, 25)]
-        [1.2, 1.119, 0.8]
-        """
-        if self.schedule == "uniform" or steps < 2:
-            return 1.0
-        share = (steps - t) / (steps - 1)
-        if self.schedule == "log":
-            share = math.log(steps - t + 1) / math.log(steps)
-        return self.low + (self.high - self.low) * share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,13 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dotexport.diffusion.calibration import Progress
-from dotexport.diffusion.sampling import (
-    SampleOptions,
-    batches,
-    component_of,
-    replaced,
-    sample,
-)
+from dotexport.diffusion.pipeline_options import SampleOptions
+from dotexport.diffusion.sampling import batches, component_of, replaced, sample
 from dotexport.errors import UnsupportedModelError
 
 

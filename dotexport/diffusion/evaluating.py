@@ -18,14 +18,8 @@ from torch import Tensor
 from dotexport.diffusion import pictures, pipeline_card, saving
 from dotexport.diffusion.calibration import Progress
 from dotexport.diffusion.denoising import denoising_losses
-from dotexport.diffusion.sampling import (
-    SampleOptions,
-    batches,
-    component_of,
-    load,
-    read_prompts,
-    sample,
-)
+from dotexport.diffusion.pipeline_options import SampleOptions
+from dotexport.diffusion.sampling import batches, component_of, load, read_prompts, sample
 from dotexport.errors import CalibrationError
 from dotexport.storage import manifest
 from dotexport.storage.output import write_json

@@ -14,65 +14,15 @@ from pathlib import Path
 
 from torch import nn
 
+from dotexport.diffusion.pipeline_options import LayoutOptions, parse_share
 from dotexport.diffusion.tables import Kind, Site
 from dotexport.errors import SizeError, UsageError
 from dotexport.storage.output import read_json
 
-ALLOCATIONS = ("uniform", "loss")
 STEP = 8
 """Feed-forward widths are cut to multiples of this, where they are: kernels like it."""
 
 Kept = dict[str, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayoutOptions:
-    """What is asked for, and how it is shared between blocks.
-
-    Attributes:
-        params: budget for the denoiser's parameters, `0.75x` or a number.
-        heads, ffn: share of the heads and of the feed-forward neurons that stays, such as `0.75x`.
-        file: JSON with the units to keep, by site.
-        allocation: `uniform`, or `loss`: where the predicted loss is least.
-    """
-
-    params: str | None = None
-    heads: str | None = None
-    ffn: str | None = None
-    file: str | None = None
-    allocation: str = "loss"
-
-    def __post_init__(self) -> None:
-        asked = [self.params is not None, bool(self.heads or self.ffn), self.file is not None]
-        if sum(asked) != 1:
-            raise UsageError(
-                "say how much to keep, in one way: --params 0.75x, or --heads 0.75x and/or "
-                "--ffn 0.75x, or --layout FILE"
-            )
-        if self.allocation not in ALLOCATIONS:
-            raise UsageError(
-                f"--allocation {self.allocation} is not known; expected {', '.join(ALLOCATIONS)}"
-            )
-        for ratio in (self.heads, self.ffn):
-            if ratio is not None:
-                parse_share(ratio)
-
-
-def parse_share(text: str) -> float:
-    """Read `0.75x` or `0.75`: the share that stays.
-
-    Raises:
-        UsageError: not a share, or one that leaves everything or nothing.
-    """
-    found = re.fullmatch(r"(\d*\.?\d+)x?", text)
-    if not found:
-        raise UsageError(f"{text!r} is no share; expected such as 0.75x")
-    if not 0 < float(found[1]) < 1:
-        raise UsageError(
-            f"{text} would keep {'everything' if float(found[1]) >= 1 else 'nothing'}; expected a "
-            "share between 0 and 1, such as 0.75x"
-        )
-    return float(found[1])
 
 
 def parse_budget(text: str, total: int) -> int:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from dotexport.diffusion import graphs, pipeline_card, saving
 from dotexport.diffusion.calibration import Progress
-from dotexport.diffusion.sampling import INDEX, SampleOptions, component_of, load, sample
+from dotexport.diffusion.pipeline_options import SampleOptions
+from dotexport.diffusion.sampling import INDEX, component_of, load, sample
 from dotexport.errors import RuntimeMissingError, UsageError
 from dotexport.exports.verifying import changed_files, require
 from dotexport.storage import manifest

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dotexport.diffusion.sampling import SampleOptions
+from dotexport.diffusion.pipeline_options import SampleOptions
 from dotexport.errors import UsageError
 
 WARNING = (

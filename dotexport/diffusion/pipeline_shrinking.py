@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,45 +20,27 @@ from dotexport.diffusion.calibration import Calibration, Progress
 from dotexport.diffusion.denoiser import Stored
 from dotexport.diffusion.layout import (
     Kept,
-    LayoutOptions,
     by_loss,
     from_file,
     num_parameters,
     parse_budget,
-    parse_share,
     uniform,
 )
-from dotexport.diffusion.pruning import PruneOptions, SiteRecord, predict, prune, sparsify
-from dotexport.diffusion.sampling import SampleOptions, component_of, load, read_prompts
+from dotexport.diffusion.pipeline_options import (
+    LayoutOptions,
+    PruneOptions,
+    ShrinkOptions,
+    parse_share,
+)
+from dotexport.diffusion.pruning import SiteRecord, predict, prune, sparsify
+from dotexport.diffusion.sampling import component_of, load, read_prompts
 from dotexport.diffusion.sparse import Pattern
 from dotexport.diffusion.surgery import Widths, layout_of, widths
 from dotexport.diffusion.tables import Site, find_sites
-from dotexport.errors import UsageError
 from dotexport.storage import manifest
 from dotexport.storage.output import check_free, new_folder, write_json
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShrinkOptions:
-    """What stays, how the rest is chosen, and what the model is calibrated on.
-
-    Attributes:
-        layout: units to keep; None with `sparsity`.
-        sparsity: zeros instead of smaller layers, `0.5`, `2:4` or `4:8`.
-    """
-
-    sampling: SampleOptions
-    layout: LayoutOptions | None = None
-    sparsity: str | None = None
-    prune: PruneOptions = field(default_factory=PruneOptions)
-
-    def __post_init__(self) -> None:
-        if (self.layout is None) == (self.sparsity is None):
-            raise UsageError("say either which units stay (--params, ...) or --sparsity")
-        if self.sparsity is not None:
-            Pattern.parse(self.sparsity)
 
 
 @dataclass(frozen=True)

@@ -7,51 +7,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from dotexport.diffusion.calibration import Calibration, TimestepWeights, packages
+from dotexport.diffusion.calibration import Calibration, packages
 from dotexport.diffusion.denoiser import Stored
 from dotexport.diffusion.layout import Curve, Kept
 from dotexport.diffusion.loss_probe import Probe
 from dotexport.diffusion.merging import Merged, transport
 from dotexport.diffusion.moments import Moments
+from dotexport.diffusion.pipeline_options import PruneOptions
 from dotexport.diffusion.sparse import Pattern, sweep
-from dotexport.diffusion.surgery import METHODS, REFITTED, choose, cut, problems
+from dotexport.diffusion.surgery import REFITTED, choose, cut, problems
 from dotexport.diffusion.tables import Site, linear
-from dotexport.errors import UsageError
 from dotexport.merging import obs
 from dotexport.merging.obs import damped
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruneOptions:
-    """How units are chosen and repaired.
-
-    Attributes:
-        method: `obs`, `dot` (obs, then feed-forward neurons merged), or a baseline.
-        damping: of the Hessian, in units of its mean diagonal.
-        packages: runs of layers that are calibrated together.
-        feedback: aim at what the dense model says, not at what the model pruned so far says.
-        weights: how much each step counts.
-    """
-
-    method: str = "obs"
-    damping: float = 1e-4
-    packages: int = 4
-    feedback: bool = False
-    weights: TimestepWeights = field(default_factory=TimestepWeights)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UsageError(f"--method {self.method} is not known; expected {', '.join(METHODS)}")
-        if not 0 < self.damping <= 1 or self.packages < 1:
-            raise UsageError("--damping must lie between 0 and 1, --packages be at least 1")
 
 
 @dataclass(frozen=True)

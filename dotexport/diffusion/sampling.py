@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dotexport.diffusion.pipeline_options import SampleOptions
 from dotexport.errors import (
     CalibrationError,
     CheckpointError,
@@ -31,54 +30,6 @@ INDEX = "model_index.json"
 COMPONENTS = ("transformer", "unet")
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleOptions:
-    """How the pipeline is called.
-
-    Attributes:
-        prompts: file with one prompt (or class label) per line.
-        limit: prompts that are read, at most.
-        steps: of the scheduler.
-        guidance: guidance scale; None is the pipeline's own.
-        batch: pictures at once.
-        height, width: in pixels; None is the pipeline's own.
-        extra: further arguments of the pipeline's call.
-    """
-
-    prompts: str
-    limit: int = 100
-    steps: int = 25
-    guidance: float | None = None
-    batch: int = 4
-    height: int | None = None
-    width: int | None = None
-    seed: int = 0
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("limit", "steps", "batch"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} must be at least 1, not {getattr(self, name)}")
-
-
-def parse_extra(pairs: Sequence[str]) -> dict[str, Any]:
-    """Read KEY=VALUE; a value is JSON, or else text.
-
-    >>> parse_extra(["max_sequence_length=1", "negative_prompt=blurry"])
-    {'max_sequence_length': 1, 'negative_prompt': 'blurry'}
-    """
-    found = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key.isidentifier():
-            raise UsageError(f"--pipeline-arg {pair} cannot be read; expected NAME=VALUE")
-        try:
-            found[key] = json.loads(value)
-        except ValueError:
-            found[key] = value
-    return found
 
 
 def load(folder: Path) -> Any:

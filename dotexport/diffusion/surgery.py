@@ -14,7 +14,6 @@ from dotexport.diffusion.moments import Moments
 from dotexport.diffusion.tables import Site, attributes, linear
 from dotexport.merging import obs
 
-METHODS = ("obs", "dot", "l1", "l1-refit", "wanda", "random")
 REFITTED = ("obs", "dot", "l1-refit")
 
 

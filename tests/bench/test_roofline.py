@@ -13,7 +13,7 @@ from dotexport import embedded
 from dotexport.bench import BenchResult, Workload
 from dotexport.bench.counts import Cost, find_cost
 from dotexport.bench.probe import bandwidth, last_level_cache, matrix_rate
-from dotexport.bench.roofline import Gain, Limit, Rates, Roofline
+from dotexport.bench.roofline import Gain, Limit, Rates
 from dotexport.bench.table import verdicts
 from dotexport.errors import RuntimeMissingError
 from dotexport.exports.target import find_target, target_names
@@ -201,7 +201,7 @@ def test_processes_at_once_share_the_device(measured: Measured) -> None:
         bound = replace(
             result, candidate=models[0], baseline=models[1], rates=RATES, workload=asked
         )
-        limits.append(Roofline.of(bound))
+        limits.append(bound.roofline)
     assert limits[0] is not None
     assert limits[1] is not None
     one, two = (limit.limits["baseline"]["decode"] for limit in limits)

@@ -51,9 +51,8 @@ def exported(
 ) -> Callable[[str], Path]:
     """Name in PIPELINES -> an output of shrink with an artifact onnx-fp32, made once."""
     from dotexport.diffusion import onnx_folder
-    from dotexport.diffusion.layout import LayoutOptions
-    from dotexport.diffusion.pipeline_shrinking import ShrinkOptions, shrink
-    from dotexport.diffusion.sampling import SampleOptions
+    from dotexport.diffusion.pipeline_options import LayoutOptions, SampleOptions, ShrinkOptions
+    from dotexport.diffusion.pipeline_shrinking import shrink
 
     made: dict[str, Path] = {}
 

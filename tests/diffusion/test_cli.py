@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dotexport.app.cli import app
-from dotexport.diffusion.sampling import parse_extra
+from dotexport.diffusion.pipeline_options import parse_extra
 from dotexport.errors import DotexportError, SizeError, UsageError
 from dotexport.storage import manifest
 

@@ -15,13 +15,19 @@ from torch import Tensor
 
 from dotexport.bench.tables import digits as bed
 from dotexport.diffusion import pictures
-from dotexport.diffusion.calibration import Calibration, TimestepWeights
+from dotexport.diffusion.calibration import Calibration
 from dotexport.diffusion.denoiser import Stored
 from dotexport.diffusion.denoising import denoising_losses, draw
 from dotexport.diffusion.evaluating import evaluate, read_latents
-from dotexport.diffusion.layout import LayoutOptions, uniform
-from dotexport.diffusion.pruning import PruneOptions, prune
-from dotexport.diffusion.sampling import Clock, SampleOptions, component_of, load
+from dotexport.diffusion.layout import uniform
+from dotexport.diffusion.pipeline_options import (
+    LayoutOptions,
+    PruneOptions,
+    SampleOptions,
+    TimestepWeights,
+)
+from dotexport.diffusion.pruning import prune
+from dotexport.diffusion.sampling import Clock, component_of, load
 from dotexport.diffusion.tables import find_sites
 from dotexport.errors import CalibrationError, UsageError
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from dotexport.diffusion import graphs, onnx_folder
-from dotexport.diffusion.sampling import SampleOptions, component_of, load, sample
+from dotexport.diffusion.pipeline_options import SampleOptions
+from dotexport.diffusion.sampling import component_of, load, sample
 from dotexport.errors import ParityError, UnsupportedModelError, UsageError
 from dotexport.exports.verifying import require
 from dotexport.storage import manifest

@@ -17,11 +17,18 @@ import torch
 from torch import nn
 
 from dotexport.diffusion import pruning, saving, surgery, tables
-from dotexport.diffusion.calibration import Calibration, TimestepWeights
-from dotexport.diffusion.layout import Curve, LayoutOptions, by_loss, num_parameters, uniform
-from dotexport.diffusion.pipeline_shrinking import ShrinkOptions, shrink
-from dotexport.diffusion.pruning import PruneOptions
-from dotexport.diffusion.sampling import SampleOptions, component_of, load, read_prompts, sample
+from dotexport.diffusion.calibration import Calibration
+from dotexport.diffusion.layout import Curve, by_loss, num_parameters, uniform
+from dotexport.diffusion.pipeline_options import (
+    METHODS,
+    LayoutOptions,
+    PruneOptions,
+    SampleOptions,
+    ShrinkOptions,
+    TimestepWeights,
+)
+from dotexport.diffusion.pipeline_shrinking import shrink
+from dotexport.diffusion.sampling import component_of, load, read_prompts, sample
 from dotexport.errors import (
     CalibrationError,
     CheckpointError,
@@ -263,7 +270,7 @@ def test_packages_of_another_run_are_not_taken(
     assert {site.kept / site.units for site in made.sites if site.kind == "ffn"} == {0.75}
 
 
-@pytest.mark.parametrize("method", surgery.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_answers_the_same_door(
     method: str, tiny: Tiny, sampling: Any, tmp_path: Path
 ) -> None:

@@ -7,12 +7,17 @@ pipeline (it has a model_index.json) or an output that holds one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dotexport.app.flags import with_options
 from dotexport.app.terminal import progress, show_json, stderr
+from dotexport.diffusion.pipeline_options import PruneStep, SampleOptions, parse_extra
+
+from .shared_options import Json, Out, Overwrite
 
 if TYPE_CHECKING:
     from dotexport.diffusion.onnx_folder import Parity
@@ -21,20 +26,6 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich", no_args_is_help
 
 Pipeline = Annotated[Path, typer.Argument(help="Folder of a diffusers pipeline.")]
 Output = Annotated[Path, typer.Argument(help="Output of dotexport shrink for a pipeline.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder; must be new or empty.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, logs on stderr.")]
-Prompts = Annotated[
-    str, typer.Option(help="File with one prompt per line (or class label, for class-conditional).")
-]
-Limit = Annotated[int, typer.Option("--samples", help="Prompts that are used, at most.")]
-Steps = Annotated[int, typer.Option(help="Steps of the pipeline's own scheduler.")]
-Guidance = Annotated[
-    float | None, typer.Option(help="Guidance scale of real use; default: the pipeline's.")
-]
-Batch = Annotated[int, typer.Option(help="Pictures at once.")]
-Height = Annotated[int | None, typer.Option(help="Pixels; default: the pipeline's.")]
-Width = Annotated[int | None, typer.Option(help="Pixels; default: the pipeline's.")]
 Extra = Annotated[
     list[str] | None,
     typer.Option("--pipeline-arg", help="NAME=VALUE for the pipeline's call; may be repeated."),
@@ -48,62 +39,12 @@ def verbs() -> None:
 
 
 @app.command()
+@with_options
 def shrink(
     model: Pipeline,
     out: Out,
-    calib: Prompts,
-    params: Annotated[
-        str | None, typer.Option(help="Budget for the denoiser: 0.75x, 2.5B, 6e9.")
-    ] = None,
-    heads: Annotated[str | None, typer.Option(help="Attention heads that stay: 0.75x.")] = None,
-    ffn: Annotated[str | None, typer.Option(help="Feed-forward neurons that stay: 0.75x.")] = None,
-    layout: Annotated[
-        str | None,
-        typer.Option(help='JSON file with the units to keep: {"transformer_blocks.0.attn": 3}.'),
-    ] = None,
-    sparsity: Annotated[
-        str | None,
-        typer.Option(
-            help="Zeros instead of smaller layers: 0.5, 2:4, 4:8. Saves neither time nor bytes "
-            "in ONNX Runtime or torch without special kernels."
-        ),
-    ] = None,
-    allocation: Annotated[
-        str,
-        typer.Option(help="Between blocks: loss (where the predicted loss is least) or uniform."),
-    ] = "loss",
-    method: Annotated[
-        str,
-        typer.Option(
-            help="obs (exact group Optimal Brain Surgeon), dot (obs, then removed neurons are "
-            "transported onto kept ones), or a baseline: l1, l1-refit, wanda, random."
-        ),
-    ] = "obs",
-    feedback: Annotated[
-        bool,
-        typer.Option(
-            "--feedback/--no-feedback",
-            help="Layers aim at what the dense model says, so that later ones repair earlier ones.",
-        ),
-    ] = False,
-    damping: Annotated[float, typer.Option(help="Of the Hessian, share of its diagonal.")] = 1e-4,
-    packages: Annotated[
-        int, typer.Option(help="Runs of layers calibrated together; more: slower, less memory.")
-    ] = 4,
-    timestep_weights: Annotated[
-        str, typer.Option(help="How steps count: log (early ones more), linear, uniform.")
-    ] = "log",
-    weight_range: Annotated[
-        tuple[float, float], typer.Option(help="Least and greatest weight of a step.")
-    ] = (0.8, 1.2),
-    samples: Limit = 100,
-    steps: Steps = 25,
-    guidance: Guidance = None,
-    batch: Batch = 4,
-    height: Height = None,
-    width: Width = None,
+    step: PruneStep,
     pipeline_arg: Extra = None,
-    seed: Seed = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep finished packages, and go on from them.")
     ] = False,
@@ -117,37 +58,8 @@ def shrink(
     Example: dotexport shrink ./sd3 -o out --params 0.75x --calib prompts.txt
     """
     from dotexport.diffusion import pipeline_shrinking
-    from dotexport.diffusion.calibration import TimestepWeights
-    from dotexport.diffusion.layout import LayoutOptions
-    from dotexport.diffusion.pruning import PruneOptions
-    from dotexport.diffusion.sampling import SampleOptions, parse_extra
 
-    low, high = weight_range
-    options = pipeline_shrinking.ShrinkOptions(
-        sampling=SampleOptions(
-            prompts=calib,
-            limit=samples,
-            steps=steps,
-            guidance=guidance,
-            batch=batch,
-            height=height,
-            width=width,
-            seed=seed,
-            extra=parse_extra(pipeline_arg or []),
-        ),
-        layout=None
-        if sparsity
-        else LayoutOptions(params=params, heads=heads, ffn=ffn, file=layout, allocation=allocation),
-        sparsity=sparsity,
-        prune=PruneOptions(
-            method=method,
-            damping=damping,
-            packages=packages,
-            feedback=feedback,
-            weights=TimestepWeights(schedule=timestep_weights, low=low, high=high),
-            seed=seed,
-        ),
-    )
+    options = step.options(parse_extra(pipeline_arg or []))
     with progress() as report:
         shrunk = pipeline_shrinking.shrink(
             model, out, options, overwrite=overwrite, resume=resume, progress=report
@@ -215,10 +127,11 @@ def verify(
 
 
 @app.command("eval")
+@with_options
 def evaluate(
     out: Output,
     baseline: Annotated[Path, typer.Option(help="The original pipeline.")],
-    text: Prompts,
+    options: SampleOptions,
     held_out: Annotated[
         Path | None,
         typer.Option(
@@ -233,14 +146,7 @@ def evaluate(
         ),
     ] = None,
     repeats: Annotated[int, typer.Option(help="Noises per held-out latent.")] = 8,
-    samples: Limit = 100,
-    steps: Steps = 25,
-    guidance: Guidance = None,
-    batch: Batch = 4,
-    height: Height = None,
-    width: Width = None,
     pipeline_arg: Extra = None,
-    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Held-out denoising loss, deviation of samples at the same noise, and a grid of both.
@@ -248,19 +154,8 @@ def evaluate(
     Example: dotexport eval OUT --baseline ./sd3 --text prompts.txt --features pixels
     """
     from dotexport.diffusion.evaluating import evaluate_into
-    from dotexport.diffusion.sampling import SampleOptions, parse_extra
 
-    options = SampleOptions(
-        prompts=text,
-        limit=samples,
-        steps=steps,
-        guidance=guidance,
-        batch=batch,
-        height=height,
-        width=width,
-        seed=seed,
-        extra=parse_extra(pipeline_arg or []),
-    )
+    options = replace(options, extra=parse_extra(pipeline_arg or []))
     with progress() as report:
         record = evaluate_into(
             out,
