@@ -14,6 +14,7 @@ TABLES = {
     "diffusion": "pruned_pipelines",
     "fidelity": "fidelity",
     "matrix": "matrix",
+    "mutations": "mutations",
     "optimum": "optimum",
     "targets": "artifacts_written",
     "trust": "trust",

@@ -20,6 +20,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def settle_others(out: Path, keep: Workspace | None, *, overwrite: bool) -> None
         UsageError: there is something, and hours of work may be in it.
     """
     out = out.expanduser().resolve()
-    for folder in sorted(out.parent.glob(f"{_prefix(out)}*")):
+    for folder in sorted(out.parent.glob(f"{escape(_prefix(out))}*")):
         if keep is not None and folder == keep.folder:
             continue
         if not overwrite:

@@ -44,7 +44,10 @@ def on_a_command_line(flags: Mapping[str, Any]) -> str:
     words = []
     for name, value in flags.items():
         flag = "--" + name.replace("_", "-")
-        words.append(f"{flag} {value}" if type(value) is int else flag if value else "--untied")
+        if type(value) is int:
+            words.append(f"{flag} {value}")
+        elif value or name == "tied":  # the others are off where nobody names them
+            words.append(flag if value else "--untied")
     return " ".join(words)
 
 

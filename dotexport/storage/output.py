@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def _hidden(path: Path, role: str) -> Path:
 def _clear_stale(path: Path) -> None:
     """Remove what killed runs left beside `path`; give back an old output they had set aside."""
     for role in ("old", "partial"):
-        for sibling in path.parent.glob(f".{path.name}.{role}-*"):
+        for sibling in path.parent.glob(f".{escape(path.name)}.{role}-*"):
             pid = re.fullmatch(r"\d+", sibling.name.rpartition("-")[2])
             if pid is None or _runs_elsewhere(int(pid[0])):
                 continue

@@ -78,6 +78,18 @@ def test_answers_of_their_own_make_weights_that_say_them() -> None:
     torch.testing.assert_close(found_OI, aim_OI, rtol=1e-6, atol=1e-6)
 
 
+def test_damping_draws_toward_the_old_weights_and_not_toward_zero() -> None:
+    """As tokens more, one for each input, to which the old weights give the answer."""
+    x_TI, weight_OI, damping = tokens(), weights(), 0.5
+    moments = Moments.zeros(N * S, OUT)
+    moments.add(x_TI, y_TO := x_TI @ weights().flip(0).T)
+    share = damping * float(moments.hessian(centred=False).diagonal().mean())
+    more_II = (share * T) ** 0.5 * torch.eye(N * S, dtype=torch.float64)
+    rows = torch.cat([x_TI, more_II]), torch.cat([y_TO, more_II @ weight_OI.T])
+    found_OI = moments.best_weights(weight_OI, damping=damping, centred=False)
+    torch.testing.assert_close(found_OI, torch.linalg.lstsq(*rows).solution.T)
+
+
 def test_weights_of_tokens_count_like_repeated_tokens() -> None:
     x_TI = tokens()
     weighed, repeated = Moments.zeros(N * S), Moments.zeros(N * S)

@@ -21,6 +21,7 @@ from dotexport.errors import UsageError
 from dotexport.exports.quality import evaluate
 from dotexport.exports.reference import load_float32
 from dotexport.healing import distil, distil_loss, distil_memory
+from dotexport.healing.distil_judge import Judgement
 from dotexport.healing.distil_loss import distillation_loss, divergence, predict
 from dotexport.healing.heal_options import (
     RATE_BY_WIDTH,
@@ -164,6 +165,32 @@ def test_steps_that_harm_are_not_kept(
     assert shrunk.healing["best_step"] == 0
     assert shrunk.healing["kl"][0] == shrunk.healing["kl"][1]
     assert weights(tmp_path / "out") == weights(tmp_path / "plain")
+
+
+def test_the_best_step_is_kept_where_a_later_one_is_worse_and_still_beats_the_start(
+    tiny_llama: Callable[[str], Path],
+    tiny_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, states = tiny_llama("wide-heads"), []
+    shrink(model, tmp_path / "plain", tiny(tiny_text, heal=None))
+    divergences = iter([0.5, 0.3, 0.2, 0.4])
+    monkeypatch.setattr(distil, "judge", lambda *_: Judgement(next(divergences), 9.0, 8.0))
+    windows_NL = token_windows(model, tiny(tiny_text).text)
+    healed = distil.heal(
+        Checkpoint.open(tmp_path / "plain" / "hf"),
+        Checkpoint.open(model),
+        torch.eye(48),
+        HealingText(windows_NL[1:], windows_NL[:1]),
+        STEPS,
+        device=torch.device("cpu"),
+        save=lambda tensors, course: states.append({n: t.clone() for n, t in tensors.items()}),
+    )
+    assert healed.report["best_step"] == 4
+    assert healed.report["kl"] == [0.5, 0.2]
+    for name, tensor in healed.tensors.items():
+        assert torch.equal(tensor, states[1][f"student.{name}"])
 
 
 def test_a_run_that_diverges_ends_with_its_best_step(

@@ -200,3 +200,13 @@ def test_overwriting_discards_what_is_of_others_for_this_output_alone(
     assert {whose for whose, folder in crowd.items() if folder.exists()} == {"mine", "elsewhere"}
     settle_others(tmp_path / "out", mine, overwrite=False)  # nothing is in the way any more
     assert mine.closed_form(tmp_path / "again") is not None
+
+
+def test_a_name_is_no_pattern_for_the_unfinished_work_of_others(tmp_path: Path) -> None:
+    """`out[1]` as a pattern means `out1`, whose hours would be discarded."""
+    mine, theirs = tmp_path / ".out[1].healing-a", tmp_path / ".out1.healing-b"
+    mine.mkdir()
+    theirs.mkdir()
+    settle_others(tmp_path / "out[1]", None, overwrite=True)
+    assert not mine.exists()
+    assert theirs.exists()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dotexport.merging.refit import (
+    RIDGES,
     Moments,
     compensate,
     fit,
@@ -126,6 +127,19 @@ def test_a_fit_lowers_the_held_out_loss() -> None:
     fitted = fit(train, held, PRIOR_OI)
     assert fitted.error < fitted.analytic_error
     assert held.loss(fitted.weights_OI) < held.loss(PRIOR_OI)
+
+
+def test_a_ridge_is_chosen_by_tokens_that_it_was_not_fitted_on() -> None:
+    """Twelve noisy tokens, and ten of the truth: fitted on these too, no ridge would be needed."""
+    noisy_TO = INPUTS_TI[:12] @ TRUE_OI.T + torch.randn(12, 4, dtype=torch.float64)
+    train = moments(INPUTS_TI[:12], noisy_TO)
+    held = moments(INPUTS_TI[12:22], INPUTS_TI[12:22] @ TRUE_OI.T)
+    fitted = fit(train, held, PRIOR_OI)
+    losses = {ridge: held.loss(ridge_solve(train, PRIOR_OI, ridge)) for ridge in RIDGES}
+    assert fitted.ridge == min(losses, key=losses.__getitem__)
+    assert fitted.error == pytest.approx(losses[fitted.ridge] / held.energy)
+    both_OI = ridge_solve(train + held, PRIOR_OI, fitted.ridge)  # once it is chosen
+    torch.testing.assert_close(fitted.weights_OI, both_OI)
 
 
 def test_a_fit_that_would_not_help_held_out_tokens_is_not_made() -> None:

@@ -91,6 +91,10 @@ def test_the_learned_basis_loses_less_of_what_readers_see_than_any_other() -> No
         for method in METHODS
     }
     assert lost["learned"] < 0.9 * min(lost[other] for other in ("dot", "pca", "select"))
+    learned_DK = find_basis(
+        "learned", seen, 6
+    ).matrix_DK  # after steps, which lead off the manifold
+    np.testing.assert_allclose(learned_DK.T @ learned_DK, np.eye(6), atol=1e-12)
 
 
 def test_what_readers_lose_is_the_error_of_their_least_squares_refit() -> None:

@@ -56,6 +56,22 @@ def test_a_step_too_wide_is_taken_back() -> None:
         torch.testing.assert_close(leaf, first)
 
 
+def test_what_is_held_out_judges_and_is_not_trained_on() -> None:
+    """Other tokens there judge the same weights, where all that is judged is the last step."""
+    options = LocalOptions(least_steps=100, tokens=64, checks=1)
+    one, other = streams(), streams()
+    held = sorted(other.held_out)
+    # The same teacher's answers, to inputs in another order.
+    for stream in (other.original_NLD, other.narrowed_NLK):
+        stream[held] = stream[held].flip(1)[:, :4].repeat(1, 2, 1)
+    (leaves, result), (others, otherwise) = healed(options, one), healed(options, other)
+    assert result.after < result.before
+    assert otherwise.after < otherwise.before
+    assert result.after != otherwise.after
+    for left, right in zip(leaves, others, strict=True):
+        assert torch.equal(left, right)
+
+
 def test_healing_is_deterministic() -> None:
     one, two = (healed(LocalOptions(least_steps=20), streams())[0] for _ in range(2))
     for left, right in zip(one, two, strict=True):

@@ -63,6 +63,16 @@ def test_sinks_are_in_no_moment_and_their_axes_are_kept(tiny_llama: TinyLlama) -
     np.testing.assert_allclose(seen.mean(), without.mean(), atol=1e-6)
 
 
+def test_first_positions_are_in_no_moment_whatever_their_size(tiny_llama: TinyLlama) -> None:
+    """At the first site, where no later token has seen them yet."""
+    model, others_NL = original(tiny_llama("wide-heads")), TOKENS_NL.clone()
+    others_NL[:, 0] = TOKENS_NL[:, 1]
+    with torch.no_grad():
+        one, other = (look(model, streams(tokens), quiet) for tokens in (TOKENS_NL, others_NL))
+    torch.testing.assert_close(one.moments[0], other.moments[0], atol=1e-12, rtol=0)
+    assert not torch.allclose(one.moments[1], other.moments[1], atol=1e-6)
+
+
 def test_neighbouring_sites_share_a_sum_and_the_mean_stays(
     tiny_llama: TinyLlama, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,24 @@ def test_what_is_measured_together_decides_over_what_was_predicted() -> None:
     assert any(row["held_out_kl"] > row["predicted_kl"] + 1 for row in found.checked)
 
 
+def test_what_was_predicted_best_is_not_taken_where_it_measures_worse() -> None:
+    """Its cuts cost alone what they did, and one nat more together."""
+
+    def apart(plan: Plan) -> float:
+        hidden, mlp, heads = shares(plan)
+        return 4 * hidden**2 + mlp**2 + 5 * heads**2
+
+    first = allocate(CONFIG, ASKED, apart).checked[0]
+
+    def together(plan: Plan) -> float:
+        return apart(plan) + (plan.sizes().items() <= first.items())
+
+    found = allocate(CONFIG, ASKED, together)
+    assert found.checked[0]["predicted_kl"] == first["predicted_kl"]
+    assert found.checked[0]["held_out_kl"] == first["held_out_kl"] + 1
+    assert together(found.plan) == min(row["held_out_kl"] for row in found.checked) < 1
+
+
 def test_an_axis_with_an_explicit_size_is_not_searched() -> None:
     asked = SizeOptions(params="0.7x", hidden_size=192, num_key_value_heads=4)
     found = allocate(CONFIG, asked, lambda plan: sum(shares(plan)))

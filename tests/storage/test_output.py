@@ -84,6 +84,18 @@ def test_an_old_output_set_aside_by_a_killed_run_comes_back(tmp_path: Path) -> N
     assert (tmp_path / "out" / "content.txt").read_text() == "old"
 
 
+def test_a_name_is_no_pattern_for_the_names_of_others(tmp_path: Path) -> None:
+    """`out[1]` as a pattern means `out1`, whose old content would come back in its place."""
+    fill(tmp_path / "out1", "of another")
+    (tmp_path / "out1").rename(tmp_path / ".out1.old-999999999")
+    fill(tmp_path / "out[1]", "mine")
+    assert names(tmp_path) == [".out1.old-999999999", "out[1]"]
+    (tmp_path / "out[1]").rename(tmp_path / ".out[1].old-999999998")
+    with pytest.raises(ValueError, match="no"), new_folder(tmp_path / "out[1]", overwrite=True):
+        raise ValueError("no")
+    assert (tmp_path / "out[1]" / "content.txt").read_text() == "mine"
+
+
 def test_overwriting_replaces_only_at_the_end(tmp_path: Path) -> None:
     fill(tmp_path / "out", "old")
     with new_folder(tmp_path / "out", overwrite=True) as partial:
@@ -153,5 +165,7 @@ def test_a_file_is_replaced_whole_or_kept(tmp_path: Path) -> None:
     write_json(tmp_path / "report.json", {"figure": 1})
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "report.json", {"figure": float("nan")})
+    with pytest.raises(UnicodeEncodeError):  # which shows only once the file is being written
+        write_text(tmp_path / "report.json", "\ud800")
     assert json.loads((tmp_path / "report.json").read_text()) == {"figure": 1}
     assert names(tmp_path) == ["report.json"]

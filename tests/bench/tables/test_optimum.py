@@ -10,11 +10,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from dotexport.bench.tables import optimum as optimum_results
+from dotexport.bench.tables import optimum
 from dotexport.errors import DotexportError, UsageError
 
 app = typer.Typer()
-app.command()(optimum_results.main)
+app.command()(optimum.main)
 TINY = [
     "--layers",
     "1",
@@ -63,4 +63,4 @@ def test_what_the_other_python_says_last_is_quoted(tmp_path: Path) -> None:
     python.write_text("#!/bin/sh\necho no module named optimum >&2\nexit 3\n", "utf-8")
     python.chmod(0o755)
     with pytest.raises(DotexportError, match="code 3:\nno module named optimum"):
-        optimum_results._elsewhere(python, "")
+        optimum._elsewhere(python, "")

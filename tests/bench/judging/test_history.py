@@ -27,7 +27,7 @@ def file(write: Write, tmp_path: Path) -> Path:
     kept = tmp_path / "deep" / "history.jsonl"
     for number, cpu in enumerate(("Test CPU", "Test CPU", "Other CPU")):
         report = write(f"{number}.json", seed=number, machine={"cpu": cpu})
-        history.append(kept, judge([report]).comparisons)
+        history.append_history(kept, judge([report]).comparisons)
     return kept
 
 
@@ -47,7 +47,7 @@ def test_a_killed_writer_costs_its_own_line_at_most(
     whole = file.read_bytes()
     last = whole.splitlines(keepends=True)[-1]
     file.write_bytes(whole[: -len(last)] + last[:cut])
-    history.append(file, judge([write("next.json", seed=7)]).comparisons)
+    history.append_history(file, judge([write("next.json", seed=7)]).comparisons)
     entries = history.read(file)
     # A line that lacks nothing but its end is whole.
     assert len(entries) == (4 if cut == -1 else 3)
@@ -58,7 +58,7 @@ def test_a_killed_writer_costs_its_own_line_at_most(
 def test_writers_at_the_same_time_keep_each_others_lines(write: Write, tmp_path: Path) -> None:
     found, kept = judge([write()]).comparisons, tmp_path / "h.jsonl"
     with ThreadPool(8) as pool:
-        pool.map(lambda _: history.append(kept, found), range(24))
+        pool.map(lambda _: history.append_history(kept, found), range(24))
     assert len(history.read(kept)) == 24
 
 
@@ -69,11 +69,11 @@ def test_the_commit_is_that_of_the_repository(
     (tmp_path / "repository").mkdir()
     monkeypatch.chdir(tmp_path / "repository")
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
-    history.append(kept, found)
+    history.append_history(kept, found)
     author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
     for command in (["init", "-q"], [*author, "commit", "-q", "--allow-empty", "-m", "one"]):
         subprocess.run(["git", *command], check=True)
-    history.append(kept, found)
+    history.append_history(kept, found)
     commits = [entry.commit for entry in history.read(kept)]
     assert commits[0] is None
     assert len(str(commits[1])) == 40
