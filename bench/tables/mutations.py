@@ -172,14 +172,14 @@ MUTATIONS = (
         "after.hidden_size % math.lcm(grain, heads) == 0",
         "after.hidden_size % grain == 0",
         "A hidden size that the heads of Llama's class do not divide passes as legal.",
-        "sizes/test_budget.py",
+        "axes/test_axes.py",
     ),
     mutation(
         "axes/axis.py",
         "(1 - self.size(after) / self.size(before)) ** 2",
         "(1 - self.size(after) / self.size(before))",
         "The strain of a cut grows in proportion to its share, not with the square.",
-        "sizes/test_budget.py",
+        "axes/test_axes.py",
     ),
     # sizes --------------------------------------------------------------------------------------
     mutation(
@@ -201,7 +201,7 @@ MUTATIONS = (
         "if cost(p) <= limit]",
         "if cost(p) >= limit]",
         "A budget is compared the wrong way round.",
-        "sizes/test_budget.py",
+        "sizes/test_allocation.py",
     ),
     mutation(
         "sizes/allocation.py",

@@ -24,7 +24,8 @@ class NumKeyValueHeads(Axis):
     space: ClassVar[str | None] = "query"
 
     def resized(self, sizes: Sizes, size: int) -> Sizes:
-        queries = sizes.num_attention_heads // sizes.num_key_value_heads
+        # Where nobody has a group, as in a size that is about to be refused, queries have none.
+        queries = sizes.num_attention_heads // (sizes.num_key_value_heads or 1)
         return replace(sizes, num_key_value_heads=size, num_attention_heads=queries * size)
 
     def grids(self, family: Family, before: Sizes) -> list[list[int]]:

@@ -238,6 +238,11 @@ def test_what_is_no_table_is_refused(tmp_path: Path, text: str | None, message: 
     assert getattr(refused.value, "exit_code", None) in (1, 2)
 
 
+def test_files_that_earlier_releases_measured_are_still_read() -> None:
+    """The name stands in caches of users: modules may move, it may not."""
+    assert SCHEMA == "dotexport.latency/1"
+
+
 def test_a_table_in_the_cache_is_found_by_itself_and_by_its_runtime(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
