@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -79,26 +80,32 @@ def excuses(tokenizer: Any) -> Callable[[str], str | None]:
     added = list(tokenizer.added_tokens_decoder.values())
     named = [str(token) for token in added]
     greedy = [str(token) for token in added if token.lstrip or token.rstrip or token.single_word]
-    once = _prepends_once(json.loads(backend.to_str()))
+    scheme = _prepend_scheme(json.loads(backend.to_str()))
 
     def excuse(text: str) -> str | None:
-        rest = text
+        parts = [text]
         for token in named:
-            rest = rest.replace(token, "")
+            parts = [piece for part in parts for piece in part.split(token)]
+        rest = "".join(parts)
         if rest == text and _normalised(backend, text) != _spaced(text):
             return "llama.cpp normalises no text"
         if rest and any(token in text for token in greedy):
             return "llama.cpp takes no spaces together with a token, and no token as a word alone"
-        if rest and rest != text and once:
+        if rest and rest != text and scheme == "first":
             return "llama.cpp reads text behind a token as if a space stood before it"
+        if scheme in ("first", "always") and any(
+            part[:1] in (" ", SPACE) for part in parts if part
+        ):
+            return "llama.cpp puts a space also before text that begins with one"
         return None
 
     return excuse
 
 
-def _prepends_once(stored: dict[str, Any]) -> bool:
-    """Whether a space is put before a text alone, and not before what stands behind a token."""
-    return '"prepend_scheme": "first"' in json.dumps(stored.get("pre_tokenizer"))
+def _prepend_scheme(stored: dict[str, Any]) -> str | None:
+    """Where Metaspace puts a space: before the text ("first"), behind tokens too ("always")."""
+    found = re.search('"prepend_scheme": "([a-z]+)"', json.dumps(stored.get("pre_tokenizer")))
+    return found[1] if found else None
 
 
 def _normalised(backend: Any, text: str) -> str:

@@ -330,3 +330,103 @@ def test_other_tokens_than_those_of_transformers_are_found(
         save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
         [problem] = text_in_text_out(session, Checkpoint.open(model), tie=0.05)
     assert "text out: token 1 of 64" in problem
+
+
+# Pieces as SentencePiece has them ----------------------------------------------------------------
+
+MARK = "\u2581"
+FORMS: dict[str, dict[str, Any]] = {
+    "before every part": {
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": MARK},
+                {"type": "Replace", "pattern": {"String": " "}, "content": MARK},
+            ],
+        }
+    },
+    "before the text": {
+        "pre_tokenizer": {
+            "type": "Metaspace",
+            "replacement": MARK,
+            "prepend_scheme": "first",
+            "split": False,
+        }
+    },
+    "nowhere": {
+        "pre_tokenizer": {
+            "type": "Metaspace",
+            "replacement": MARK,
+            "prepend_scheme": "never",
+            "split": False,
+        }
+    },
+}
+
+
+@pytest.fixture(params=FORMS)
+def pieces(model: Path, request: pytest.FixtureRequest) -> tuple[Path, str]:
+    """The model with BPE over characters, and where a space is put."""
+    letters = [MARK, *"abcdefghijklmnopqrstuvwxyz"]
+    merges = [("a", "b"), (MARK, "x"), (MARK, MARK), ("l", "l"), ("e", "ll"), (MARK, "w")]
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), *letters]
+    words += [a + b for a, b in merges]
+    with edited(model / "tokenizer.json") as content:
+        content |= {"normalizer": None, "pre_tokenizer": None, "decoder": None}
+        content |= FORMS[request.param]
+        content["model"] |= {
+            "vocab": {word: number for number, word in enumerate(words)},
+            "merges": merges,
+            "unk_token": "<unk>",
+            "byte_fallback": True,
+            "fuse_unk": True,
+        }
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        content["added_tokens"] = [
+            {"id": n, "content": words[n], "special": True, **flags} for n in range(3)
+        ]
+        steps = template("<s>", "A")
+        steps["special_tokens"]["<s>"]["ids"] = [1]
+        content["post_processor"] = steps
+    for name in ("config.json", "generation_config.json"):
+        with edited(model / name) as content:
+            content |= {"bos_token_id": 1, "eos_token_id": 2}
+    return model, request.param
+
+
+def test_pieces_are_read_as_transformers_reads_them_but_behind_a_token(
+    pieces: tuple[Path, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, where = pieces
+    assert written(model)["add_space_prefix"] is (where != "nowhere")
+    for known in ("text behind a token", "before text that begins with one"):
+        assert (known in caplog.text) is (where == "before the text")
+
+
+def test_a_template_that_names_tokens_is_refused_where_llama_cpp_would_put_spaces(
+    pieces: tuple[Path, str],
+) -> None:
+    model, where = pieces
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    if where == "before the text":
+        with pytest.raises(ParityError, match="tokens of conversation 1 differ: llama"):
+            written(model)
+    else:
+        written(model)
+
+
+@pytest.mark.llamacpp
+def test_pieces_are_read_in_llama_cpp_as_the_file_is_read_here(
+    pieces: tuple[Path, str], llama_cpp: Path
+) -> None:
+    from dotexport.exports.text_parity import hold
+    from dotexport.targets.ggml_text import read_text
+    from dotexport.targets.llamacpp import LlamaCpp
+
+    model, _ = pieces
+    written(model)
+    file = model.parent / "out" / "gguf-fp16" / "model.gguf"
+    here = read_text(file, excuse=lambda _: None)
+    assert here is not None
+    with LlamaCpp(llama_cpp, file, context=64) as session:
+        assert hold(here, session.text(here), special=["<s>", "</s>", "<unk>"]).problems == ()
