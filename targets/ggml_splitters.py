@@ -7,6 +7,7 @@ each to what the last one left; text between two matches is a word as well.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable
 from functools import cache
@@ -31,6 +32,19 @@ SENTENCE = r" ?[^(\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
 
 def _cased(*, ending: str, digits: str) -> str:
     return rf"{WORD}{UPPER}*{LOWER}+{ending}|{WORD}{UPPER}+{LOWER}*{ending}|{digits}|{PATHS}"
+
+
+def _meant(*, ending: str, digits: str) -> str:
+    upper = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+    lower = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+    return rf"{WORD}{upper}*{lower}+{ending}|{WORD}{upper}+{lower}*{ending}|{digits}|{PATHS}"
+
+
+# Patterns that llama.cpp cuts by only nearly: names for want of exact ones.
+NEARLY = {
+    _meant(ending="", digits=r"\p{N}"): "tekken",
+    _meant(ending="(?i:'s|'t|'re|'ve|'m|'ll|'d)?", digits=r"\p{N}{1,3}"): "gpt-4o",
+}
 
 
 class Splitter(NamedTuple):
@@ -88,7 +102,7 @@ def cutter(name: str) -> Any:
 
 def find_splitter(backend: Any, texts: Iterable[str], *, whole_words: bool) -> str:
     """llama.cpp's name for what a tokenizer of the tokenizers package does before its merges; where
-    none does the same, the nearest one, and a warning."""
+    none does the same, the one made for its pattern, or the nearest, and a warning."""
     known = [
         text if backend.normalizer is None else backend.normalizer.normalize_str(text)
         for text in texts
@@ -106,6 +120,10 @@ def find_splitter(backend: Any, texts: Iterable[str], *, whole_words: bool) -> s
 
     nearest = min(found, key=distance)
     if found[nearest]:
+        stored = json.loads(backend.to_str())["pre_tokenizer"]
+        steps = stored.get("pretokenizers", [stored])
+        patterns = [step.get("pattern", {}).get("Regex") for step in steps]
+        nearest = next((NEARLY[p] for p in patterns if p in NEARLY), nearest)
         logger.warning(
             "llama.cpp has no pre-tokenizer that cuts text as this tokenizer does; the nearest, "
             "%r, cuts %d of %d texts otherwise, such as %r",

@@ -132,6 +132,36 @@ def test_digits_before_bytes_have_a_name_of_their_own(model: Path) -> None:
     assert written(model)["pre"] == "smollm"
 
 
+TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+HEAD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        (HEAD + r"\p{N}{1,3}" + TAIL, "llama-bpe"),  # Llama 3
+        (HEAD + r"\p{N}" + TAIL, "qwen2"),
+        (
+            rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*"
+            r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+            "tekken",  # Mistral Nemo; llama.cpp's cuts it nearly
+        ),
+    ],
+)
+def test_a_pattern_has_the_name_that_llama_cpp_gives_it(pattern: str, name: str) -> None:
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    from dotexport.exports.text_parity import TEXTS
+    from dotexport.targets.ggml_splitters import find_splitter
+
+    tokenizer: Any = Tokenizer(models.BPE())
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, letters])
+    assert find_splitter(tokenizer, TEXTS, whole_words=True) == name
+
+
 def test_a_pattern_that_llama_cpp_has_not_is_told_and_fails(
     model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
