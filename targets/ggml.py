@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from dotexport.exports.target import Session
+    from dotexport.exports.text_parity import TextSide
     from dotexport.models.checkpoint import Checkpoint
     from dotexport.models.family import Family
     from dotexport.models.shapes import Sizes
@@ -117,6 +118,14 @@ class Gguf:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+    def text(self, checkpoint: Checkpoint, folder: Path) -> TextSide | None:
+        """What llama.cpp reads in the tokenizer of the file; None: the file takes token ids."""
+        from dotexport.exports.text_parity import load_tokenizer
+
+        from .ggml_text import excuses, read_text
+
+        return read_text(folder / FILE, excuse=excuses(load_tokenizer(checkpoint.folder)))
 
     def check_options(self, runtime: Mapping[str, Any]) -> None:
         """Raises RuntimeMissingError where `llama_cpp` names no llama.cpp."""

@@ -1,4 +1,5 @@
-"""The tokenizer inside a GGUF file: llama.cpp's own two kinds of BPE, from tokenizer.json.
+"""The tokenizer inside a GGUF file: llama.cpp's own two kinds of BPE, from what transformers reads:
+tokenizer.json, with what tokenizer_config.json adds to it and changes in it.
 
 Byte-level BPE becomes `gpt2`, with its merges; BPE as SentencePiece trains it (spaces as ▁, bytes
 as <0x..>) becomes `llama`, whose merges follow from a score for each token. For others the file
@@ -14,37 +15,65 @@ from typing import TYPE_CHECKING, Any
 
 import gguf
 
+from dotexport.exports.text_parity import (
+    TEXTS,
+    added_around,
+    find_tokenizer,
+    start_of,
+    stops_of,
+)
+
+from .ggml_splitters import find_splitter
+from .ggml_text import KNOWN_ENDS
+
 if TYPE_CHECKING:
     from dotexport.models.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
-# Which of llama.cpp's pre-tokenizers a tokenizer.json means, by what only its pattern has.
-SPLITTERS = {
-    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|",
-    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|",
-}
 SPACE = "\u2581"
 BYTES = {f"<0x{number:02X}>" for number in range(256)}
+
+# Keys of end tokens; llama.cpp stops at each.
+END_SLOTS = ("eos", "eot", "eom")
 
 Merges = list[tuple[str, str]]
 
 
 def tokenizer_problems(checkpoint: Checkpoint) -> list[str]:
-    stored = _stored(checkpoint)
+    return list(_problems(checkpoint))
+
+
+def _problems(checkpoint: Checkpoint) -> Iterator[str]:
+    tokenizer = find_tokenizer(checkpoint.folder)
+    stored = _stored(tokenizer)
+    if not stored:
+        return
     added = [entry["id"] for entry in stored.get("added_tokens", [])]
-    num_tokens = 1 + max([*stored["model"]["vocab"].values(), *added]) if stored else 0
+    num_tokens = 1 + max([*stored["model"]["vocab"].values(), *added])
     size = checkpoint.config.get("vocab_size") or 0
-    if num_tokens <= size:
-        return []
-    return [
-        f"tokenizer.json has {num_tokens} tokens where vocab_size is {size}, and llama.cpp needs a "
-        "row for each; take the tokenizer that belongs to the model"
-    ]
+    if num_tokens > size:
+        yield (
+            f"tokenizer.json has {num_tokens} tokens where vocab_size is {size}, and llama.cpp "
+            "needs a row for each; take the tokenizer that belongs to the model"
+        )
+        return
+    for where, tokens in zip(("before", "behind"), added_around(tokenizer), strict=True):
+        if len(tokens) > 1:
+            yield (
+                f"the tokenizer puts {len(tokens)} tokens {where} every text, and llama.cpp one at "
+                "most; change its post_processor, or export with another target"
+            )
+    if left := _ends(checkpoint, tokenizer)[len(END_SLOTS) :]:
+        yield (
+            f"generation_config.json names more end tokens than GGUF has places for; take "
+            f"{', '.join(map(str, left))} out of its eos_token_id, or export with another target"
+        )
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
-    stored = _stored(checkpoint)
+    tokenizer = find_tokenizer(checkpoint.folder)
+    stored = _stored(tokenizer)
     if not stored:
         logger.warning(
             "the tokenizer of %s is no BPE that llama.cpp knows and is left out of the GGUF file",
@@ -58,8 +87,10 @@ def add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
         for pair in stored["model"]["merges"]
     ]
     if _is_byte_level(stored):
+        whole = bool(stored["model"].get("ignore_merges"))
+        splitter = find_splitter(tokenizer.backend_tokenizer, TEXTS, whole_words=whole)
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(_splitter(stored["pre_tokenizer"]))
+        writer.add_tokenizer_pre(splitter)
         writer.add_token_merges([" ".join(pair) for pair in merges])
     else:
         writer.add_tokenizer_model("llama")
@@ -68,14 +99,14 @@ def add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
         writer.add_add_space_prefix(_prepends(stored))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    _add_special(writer, checkpoint.config)
-    writer.add_add_bos_token(_adds_start(stored.get("post_processor")))
+    _add_special(writer, checkpoint, tokenizer)
+    _add_templates(writer, tokenizer.chat_template)
 
 
-def _stored(checkpoint: Checkpoint) -> dict[str, Any]:
-    """tokenizer.json, if it is of a kind that is written here."""
-    file = checkpoint.folder / "tokenizer.json"
-    stored: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+def _stored(tokenizer: Any) -> dict[str, Any]:
+    """What tokenizer.json would say of it, if it is of a kind that is written here."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    stored: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {}
     if stored.get("model", {}).get("type") != "BPE":
         return {}
     if _is_byte_level(stored):
@@ -107,22 +138,6 @@ def _tokens(stored: Mapping[str, Any], size: int) -> tuple[list[str], list[gguf.
     if unknown is not None and not _is_byte_level(stored):
         types[unknown] = gguf.TokenType.UNKNOWN
     return tokens, types
-
-
-def _splitter(pre_tokenizer: Any) -> str:
-    """llama.cpp's name for a pre-tokenizer; ByteLevel alone is GPT-2's."""
-    patterns = [
-        part["pattern"].get("Regex", "")
-        for part in pre_tokenizer.get("pretokenizers", [])
-        if part.get("type") == "Split"
-    ]
-    if not patterns:
-        return "gpt-2"
-    for name, start in SPLITTERS.items():
-        if patterns[0].startswith(start):
-            return name
-    logger.warning("llama.cpp may split text otherwise: its name for %r is unknown", patterns[0])
-    return "default"
 
 
 def _scores(tokens: Sequence[str], merges: Merges) -> list[float]:
@@ -158,19 +173,51 @@ def _prepends(stored: Mapping[str, Any]) -> bool:
     )
 
 
-def _add_special(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
-    for name, add in (
-        ("bos_token_id", writer.add_bos_token_id),
-        ("eos_token_id", writer.add_eos_token_id),
-        ("pad_token_id", writer.add_pad_token_id),
-    ):
-        number = config.get(name)
-        if isinstance(number, list):
-            number = number[0]
-        if number is not None:
-            add(number)
+def _add_special(writer: gguf.GGUFWriter, checkpoint: Checkpoint, tokenizer: Any) -> None:
+    """The start, the ends, the padding, and what is put around every text.
+
+    llama.cpp takes numbers of its own for a start and an end that are not named.
+    """
+    size = checkpoint.config["vocab_size"]
+    before, after = added_around(tokenizer)
+    for slot, number in zip(END_SLOTS, _ends(checkpoint, tokenizer), strict=False):
+        getattr(writer, f"add_{slot}_token_id")(number)
+    start, padding = start_of(checkpoint.folder, tokenizer), checkpoint.config.get("pad_token_id")
+    if start is not None and start < size:
+        writer.add_bos_token_id(start)
+    if isinstance(padding, int) and 0 <= padding < size:
+        writer.add_pad_token_id(padding)
+    writer.add_add_bos_token(bool(before))
+    writer.add_add_eos_token(bool(after))
 
 
-def _adds_start(post_processor: Any) -> bool:
-    """Whether every text is to begin with the start token."""
-    return "SpecialToken" in json.dumps((post_processor or {}).get("single"))
+def _ends(checkpoint: Checkpoint, tokenizer: Any) -> list[int]:
+    """End tokens, in the order in which they take places.
+
+    The first is what `add_eos_token` appends and what chat templates call eos_token. Of the others
+    those come first that llama.cpp does not know by their text.
+    """
+    size = checkpoint.config["vocab_size"]
+    stops = [number for number in stops_of(checkpoint.folder) if number < size]
+    own = tokenizer.eos_token_id
+    known = {n for n in (*stops, own) if n is not None and _text(tokenizer, n) in KNOWN_ENDS}
+    _, after = added_around(tokenizer)
+    first = [*after, *([own] if own in stops or own in known else []), *stops]
+    if not first:
+        return [own] if own is not None and own < size else []
+    others = [number for number in stops if number != first[0]]
+    unknown = [number for number in others if number not in known]
+    room = max(0, len(END_SLOTS) - 1 - len(unknown))
+    return [first[0], *unknown, *[number for number in others if number in known][:room]]
+
+
+def _text(tokenizer: Any, number: int) -> str | None:
+    text: str | None = tokenizer.convert_ids_to_tokens(number)
+    return text
+
+
+def _add_templates(writer: gguf.GGUFWriter, templates: Any) -> None:
+    if isinstance(templates, Mapping):
+        templates = [{"name": name, "template": text} for name, text in templates.items()]
+    if templates:
+        writer.add_chat_template(templates)

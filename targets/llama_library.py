@@ -5,7 +5,8 @@ run as a program, by llamacpp.py.
 
 Without a model, it only says whether the library loads. Reads one JSON object per line:
 {"start": [[token, ...], ...]} empties the cache and reads a prompt for each sequence,
-{"step": [token, ...]} appends one to each, {"tokenize": text} asks the tokenizer inside. Answers
+{"step": [token, ...]} appends one to each, {"tokenize": text} asks the tokenizer inside,
+{"spell": [token, ...]} what they say, {"vocabulary": null} its start, ends and template. Answers
 with a line of JSON and, for logits, their float32 bytes. A process of its own, because a library
 that dislikes a file may end the process it lives in.
 
@@ -31,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 CELLS = 256  # llama.cpp gives every sequence a multiple of this
+LONGEST_PIECE = 4096
 MOST_AT_ONCE = 512  # tokens of one pass through the layers: llama.cpp's own default
 
 
@@ -65,6 +67,14 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_init_from_model": (c_void_p, [c_void_p, Parameters]),
     "llama_model_get_vocab": (c_void_p, [c_void_p]),
     "llama_vocab_n_tokens": (c_int32, [c_void_p]),
+    "llama_vocab_bos": (c_int32, [c_void_p]),
+    "llama_vocab_eos": (c_int32, [c_void_p]),
+    "llama_vocab_is_eog": (c_bool, [c_void_p, c_int32]),
+    "llama_model_chat_template": (c_char_p, [c_void_p, c_char_p]),
+    "llama_token_to_piece": (
+        c_int32,
+        [c_void_p, c_int32, c_char_p, c_int32, c_int32, c_bool],
+    ),
     "llama_n_batch": (c_uint32, [c_void_p]),
     "llama_n_seq_max": (c_uint32, [c_void_p]),
     "llama_set_n_threads": (None, [c_void_p, c_int32, c_int32]),
@@ -201,11 +211,36 @@ class Model:
         encoded = text.encode()
         found = (c_int32 * (len(encoded) + 8))()
         number = self.library.llama_tokenize(
-            self.vocab, encoded, len(encoded), found, len(found), True, False
+            *(self.vocab, encoded, len(encoded), found, len(found)),
+            *(True, True),  # what stands around every text, and tokens that the text names
         )
         if number < 0:
             raise RuntimeError(f"llama_tokenize ended with code {number}")
         return list(found[:number])
+
+    def spell(self, tokens: Iterable[int]) -> list[int]:
+        """The bytes that tokens stand for, those of special ones as well."""
+        spelled = bytearray()
+        piece = ctypes.create_string_buffer(LONGEST_PIECE)
+        for token in tokens:
+            length = self.library.llama_token_to_piece(
+                self.vocab, token, piece, LONGEST_PIECE, 0, True
+            )
+            if length < 0:
+                raise RuntimeError(f"token {token} is spelled in {-length} bytes")
+            spelled += piece.raw[:length]
+        return list(spelled)
+
+    def vocabulary(self, _: None) -> list[Any]:
+        """The start and the end that it knows, every token at which it stops, the template."""
+        ends = (self.library.llama_vocab_is_eog(self.vocab, n) for n in range(self.num_tokens))
+        template = self.library.llama_model_chat_template(self.model, None)
+        return [
+            self.library.llama_vocab_bos(self.vocab),
+            self.library.llama_vocab_eos(self.vocab),
+            [number for number, ends_here in enumerate(ends) if ends_here],
+            None if template is None else template.decode(),
+        ]
 
 
 def main() -> None:

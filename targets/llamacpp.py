@@ -2,7 +2,8 @@
 
 Whatever brought it here (a release archive, a package manager, llama-cpp-python, node-llama-cpp)
 came with its library, and llama_library.py asks that in a process of its own. All of its logits
-are held against torch's: prompts, cached steps, and sequences side by side.
+are held against torch's: prompts, cached steps, and sequences side by side; its tokens, ends and
+text against transformers'.
 
 Shapes: B sequences, L tokens of the longest prompt, V vocabulary.
 """
@@ -13,27 +14,32 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+import torch
 
 from dotexport.errors import UsageError
 from dotexport.exports.parity import Parity, measure
-from dotexport.exports.reference import Reference, compute_reference
+from dotexport.exports.reference import Reference, compute_reference, load_float32
 from dotexport.exports.target import Logits, Tokens
-from dotexport.exports.verifying import STOCK, changed_files, write_report
+from dotexport.exports.text_parity import Conversation, TextSide, load_tokenizer
+from dotexport.exports.verifying import STOCK, changed_files, with_text, write_report
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.storage import manifest
 
+from .ggml import FILE, Gguf
 from .llama_session import find_library, own_threads, side_by_side, unusable
 
 NAME = "llama.cpp"
 GGUF = "gguf"
-FILE = "model.gguf"
+EXACT = "fp16"  # the precision at which its tokens must be transformers'
+PROMPT = "Once upon a time"
+NUM_GREEDY = 64
 WORKER = Path(__file__).with_name("llama_library.py")
 LAST_LINES = 8
 
@@ -71,9 +77,22 @@ class LlamaCpp:
         return self._logits({"step": tokens_B.tolist()})
 
     def tokenize(self, text: str) -> list[int]:
-        """What the tokenizer inside the file makes of a text, the start token included."""
+        """What the tokenizer inside the file makes of a text, with what it puts around it and with
+        the tokens that the text names."""
         tokens: list[int] = self._ask({"tokenize": text})
         return tokens
+
+    def spell(self, tokens: Sequence[int]) -> bytes:
+        """What tokens say, special ones included."""
+        return bytes(self._ask({"spell": list(tokens)}))
+
+    def text(self, file: TextSide) -> TextSide:
+        """The text side of the file, of which the library was asked all but how jinja renders."""
+        start, _, stops, template = self._ask({"vocabulary": None})
+        rendered = file.render if template is not None else _no_template
+        return replace(
+            file, encode=self.tokenize, start=start, stops=frozenset(stops), render=rendered
+        )
 
     def _logits(self, asked: dict[str, Any]) -> Logits:
         shape = self._ask(asked)
@@ -116,6 +135,10 @@ class LlamaCpp:
         self.log.close()
 
 
+def _no_template(conversation: Conversation) -> str | None:
+    return None
+
+
 def verify_llama_cpp(out: Path, where: Path) -> list[Parity]:
     """Hold what llama.cpp computes from every GGUF artifact of an output against torch.
 
@@ -133,10 +156,12 @@ def verify_llama_cpp(out: Path, where: Path) -> list[Parity]:
         raise UsageError(f"{out} holds no GGUF file; expected dotexport export {out} --target gguf")
     _check_library(library)
     rounded = any(entry["precision"].startswith("int") for entry in files.values())
-    reference = compute_reference(Checkpoint.open(out / STOCK), rounded=rounded)
+    checkpoint = Checkpoint.open(out / STOCK)
+    reference = compute_reference(checkpoint, rounded=rounded)
     parities = []
     for name, entry in files.items():
-        parity = run(library, out / name, entry["precision"], reference, artifact=f"{name}-{NAME}")
+        asked = (library, out / name, entry["precision"], reference)
+        parity = run(*asked, artifact=f"{name}-{NAME}", checkpoint=checkpoint)
         changed = changed_files(out / name, entry["files"])
         parities.append(replace(parity, problems=(*changed, *parity.problems)))
     write_report(out, parities, reference)
@@ -144,16 +169,80 @@ def verify_llama_cpp(out: Path, where: Path) -> list[Parity]:
 
 
 def run(
-    library: Path, folder: Path, precision: str, reference: Reference, *, artifact: str
+    library: Path,
+    folder: Path,
+    precision: str,
+    reference: Reference,
+    *,
+    artifact: str,
+    checkpoint: Checkpoint | None = None,
 ) -> Parity:
-    """Measure one artifact; one that llama.cpp does not run has failed."""
-    context = max(map(len, reference.sequences))
+    """Measure one artifact; one that llama.cpp does not run has failed.
+
+    With the checkpoint it was made from, its text side is held against transformers' as well.
+    """
+    context = max(map(len, reference.sequences)) + NUM_GREEDY
     try:
         with LlamaCpp(library, folder / FILE, context=context) as session:
-            return measure(session, reference, artifact=artifact, target=NAME, precision=precision)
+            parity = measure(
+                session, reference, artifact=artifact, target=NAME, precision=precision
+            )
+            return parity if checkpoint is None else _with_text(parity, session, folder, checkpoint)
     except LlamaCppError as error:
         problem = f"it cannot be run: {error}"
         return Parity(artifact, NAME, precision, problems=(problem,))
+
+
+def _with_text(parity: Parity, session: LlamaCpp, folder: Path, checkpoint: Checkpoint) -> Parity:
+    target: Any = InLlamaCpp(session)
+    parity = with_text(parity, target, folder, checkpoint)
+    if parity.text is None or parity.problems or parity.precision != EXACT:
+        return parity
+    problems = text_in_text_out(session, checkpoint, tie=parity.limits.tie)
+    return replace(parity, problems=tuple(problems))
+
+
+class InLlamaCpp(Gguf):
+    """The GGUF target, its text side asked of the library."""
+
+    def __init__(self, session: LlamaCpp) -> None:
+        self.session = session
+
+    def text(self, checkpoint: Checkpoint, folder: Path) -> TextSide | None:
+        file = super().text(checkpoint, folder)
+        return None if file is None else self.session.text(file)
+
+
+@torch.inference_mode()
+def text_in_text_out(session: LlamaCpp, checkpoint: Checkpoint, *, tie: float) -> Iterator[str]:
+    """A text goes in, and the most likely tokens come out: the same that transformers finds.
+
+    Two tokens whose logits in torch differ by less than `tie` are both right.
+    """
+    tokenizer = load_tokenizer(checkpoint.folder)
+    prompt = session.tokenize(PROMPT)
+    room = (checkpoint.config.get("max_position_embeddings") or 1 << 20) - len(prompt)
+    if not prompt or room < 1:
+        return
+    tokens = list(prompt)
+    logits_V = session.start(np.array([prompt]))[0, -1]
+    for _ in range(min(NUM_GREEDY, room)):
+        tokens.append(int(logits_V.argmax()))
+        logits_V = session.step(np.array(tokens[-1:]))[0]
+    model = load_float32(checkpoint)
+    asked = {"input_ids": torch.tensor([tokens[:-1]]), "use_cache": False}
+    logits_NV = model(**asked).logits[0, len(prompt) - 1 :]
+    chosen_N = torch.tensor(tokens[len(prompt) :])
+    gap_N = logits_NV.amax(-1) - logits_NV.gather(-1, chosen_N[:, None])[:, 0]
+    for step in (gap_N > tie).nonzero()[:1, 0].tolist():
+        yield (
+            f"text out: token {step + 1} of {len(chosen_N)} after {PROMPT!r} is "
+            f"{int(chosen_N[step])} where transformers has {int(logits_NV[step].argmax())}"
+        )
+    said = session.spell(tokens).decode(errors="replace")
+    wanted = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+    if "\ufffd" not in said + wanted and said.lstrip(" ") != wanted.lstrip(" "):
+        yield f"text out: {said[:80]!r} where transformers writes {wanted[:80]!r}"
 
 
 def _check_library(library: Path) -> None:

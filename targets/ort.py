@@ -29,6 +29,7 @@ from .genai_builder import builder_problems
 from .ort_session import open_decoder
 
 if TYPE_CHECKING:
+    from dotexport.exports.text_parity import TextSide
     from dotexport.models.checkpoint import Checkpoint
 
 LEAST_SCALE_ERROR = 1e-4  # relative
@@ -80,6 +81,15 @@ class _Built:
                 *("--extra_options", *self.options(checkpoint.config, precision)),
             ]
             _run_quietly(command)
+
+    def text(self, checkpoint: Checkpoint, folder: Path) -> TextSide | None:
+        """The tokenizer of the folder, and the start and ends that onnxruntime-genai reads."""
+        from dotexport.exports.text_parity import read_folder
+
+        model = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        ends = model.get("eos_token_id")
+        stops = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        return read_folder(folder, start=model.get("bos_token_id"), stops=stops)
 
     def answers(self, config: Mapping[str, Any], precision: str) -> dict[str, bool]:
         """What the builder asks itself, and what it is told: its own answer would not run."""

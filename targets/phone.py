@@ -25,6 +25,13 @@ import torch
 
 from dotexport.errors import CheckpointError, RuntimeMissingError, UsageError
 from dotexport.exports.target import QUANTISED_BLOCK, Logits, Tokens
+from dotexport.exports.text_parity import (
+    TextSide,
+    find_tokenizer,
+    read_folder,
+    start_of,
+    stops_of,
+)
 
 if TYPE_CHECKING:
     from dotexport.models.checkpoint import Checkpoint
@@ -91,11 +98,22 @@ class ExecuTorch:
             elif model.get_output_embeddings().weight is model.get_input_embeddings().weight:
                 model.set_output_embeddings(SharedTable(model.get_input_embeddings().weight))
             program = trace_bounded(model, context=context, chunk=min(CHUNK, context))
-            lowered = _lower(program, _constants(checkpoint.config))
+            lowered = _lower(program, _constants(checkpoint))
         with (folder / PROGRAM).open("wb") as file:
             lowered.write_to_file(file)
         for companion in [checkpoint.folder / "config.json", *checkpoint.companions()]:
             shutil.copyfile(companion, folder / companion.name)
+
+    def text(self, checkpoint: Checkpoint, folder: Path) -> TextSide | None:
+        """The tokenizer beside the program, and the start and ends that the program names."""
+        program = _load(folder / PROGRAM)
+        said = {
+            name: program.load_method(name).execute([])
+            for name in ("get_bos_id", "get_eos_ids")
+            if name in program.method_names
+        }
+        start = said.get("get_bos_id", [None])[0]
+        return read_folder(folder, start=start, stops=said.get("get_eos_ids", []))
 
     def open(self, folder: Path, *, threads: int | None = None) -> ExecuTorchSession:
         return ExecuTorchSession(folder, threads=threads)
@@ -105,11 +123,11 @@ def _context(config: Mapping[str, Any]) -> int:
     return min(config.get("max_position_embeddings") or CONTEXT, CONTEXT)
 
 
-def _constants(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What ExecuTorch's LLM runner asks a program for."""
-    context = _context(config)
-    ends = config.get("eos_token_id")
-    start = config.get("bos_token_id")
+def _constants(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What ExecuTorch's LLM runner asks a program for, the start and all ends among it."""
+    config, context = checkpoint.config, _context(checkpoint.config)
+    start = start_of(checkpoint.folder, find_tokenizer(checkpoint.folder))
+    ends = stops_of(checkpoint.folder)
     known = {
         "get_max_context_len": context,
         "get_max_seq_len": min(CHUNK, context),
@@ -118,10 +136,10 @@ def _constants(config: Mapping[str, Any]) -> dict[str, Any]:
         "use_sdpa_with_kv_cache": False,
         "enable_dynamic_shape": True,
     }
-    if isinstance(start, int):
+    if start is not None:
         known["get_bos_id"] = start
-    if ends is not None:
-        known["get_eos_ids"] = ends if isinstance(ends, list) else [ends]
+    if ends:
+        known["get_eos_ids"] = ends
     return known
 
 

@@ -22,6 +22,7 @@ from dotexport.exports.verifying import (
     require,
     require_device,
     require_runtime,
+    with_text,
     write_report,
 )
 from dotexport.models.checkpoint import Checkpoint, read_config
@@ -95,6 +96,7 @@ def export(
         if request.name != STOCK:
             check_free(home / request.name, overwrite=_may_replace(home, request, overwrite))
     exporting = _Exporting(
+        source=Checkpoint.open(model if _output_of(model) is None else home / STOCK),
         checkpoint=Checkpoint.open(home / STOCK),
         home=home,
         reference=_reference(home, requests) if verify else None,
@@ -160,8 +162,14 @@ def _reference(home: Path, requests: Sequence[Request]) -> Reference:
 
 @dataclass(frozen=True, kw_only=True)
 class _Exporting:
-    """Everything that the artifacts of one call share."""
+    """Everything that the artifacts of one call share.
 
+    Attributes:
+        source: what was handed over, whose text side every artifact must have.
+        checkpoint: the stock checkpoint of the output, which the others are written from.
+    """
+
+    source: Checkpoint
     checkpoint: Checkpoint
     home: Path
     reference: Reference | None
@@ -195,6 +203,7 @@ class _Exporting:
         parity = None
         if self.reference is not None:
             parity = check(target, precision, folder, self.reference, artifact=request.name)
+            parity = with_text(parity, target, folder, self.source)
             write_report(self.home, [parity], self.reference)
             if not parity.passed:
                 raise _NotExactError(parity)

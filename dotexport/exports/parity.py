@@ -11,7 +11,7 @@ Shapes: P positions, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -72,6 +72,8 @@ class Parity:
 
     Attributes:
         unverified: why its own device was not asked, and what was looked at instead.
+        text: what was held of its tokenizer, chat template and ends (text_parity.py); None: it has
+            no tokenizer.
     """
 
     artifact: str
@@ -82,6 +84,7 @@ class Parity:
     limits: Limits = Limits()
     problems: tuple[str, ...] = ()
     unverified: str | None = None
+    text: Mapping[str, Any] | None = None
 
     @property
     def passed(self) -> bool:

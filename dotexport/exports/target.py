@@ -66,7 +66,9 @@ class Target(Protocol):
 
     One that writes what only another machine may run has two methods more: `lacking()`, what this
     machine lacks to run it, and `rehearse(checkpoint, folder, precision, peak=, threads=)`, a
-    `Rehearsal`; `peak` is the largest magnitude among torch's activations.
+    `Rehearsal`; `peak` is the largest magnitude among torch's activations. One whose artifacts hold
+    a tokenizer of another form than transformers reads has `text(checkpoint, folder)`, what its
+    runtime reads there: a `TextSide` of exports/text_parity.py, or None.
     """
 
     name: str

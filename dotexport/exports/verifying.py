@@ -13,6 +13,7 @@ from dotexport.errors import ParityError, RuntimeMissingError, UsageError
 from dotexport.exports.parity import Parity, measure, rounding_kl
 from dotexport.exports.reference import Reference, compute_reference
 from dotexport.exports.target import Rehearsal, Session, Target, find_target, lacking, resolve
+from dotexport.exports.text_parity import check_text
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.storage import manifest
 from dotexport.storage.output import write_json
@@ -47,6 +48,7 @@ def verify(out: Path, targets: Sequence[str] | None = None) -> list[Parity]:
             parity = rehearse(*asked, checkpoint, absent, artifact=name)
         else:
             parity = check(*asked, artifact=name)
+        parity = with_text(parity, target, out / name, checkpoint)
         parities.append(_with_problems(parity, changed_files(out / name, entry["files"])))
     write_report(out, parities, reference)
     _record(out, parities)
@@ -129,6 +131,16 @@ def _or_failed(look: Callable[[], Parity], target: Target, precision: str, artif
         logger.debug("%s cannot be run", artifact, exc_info=True)
         problem = f"it cannot be run: {type(error).__name__}: {error}"
         return Parity(artifact, target.name, precision, problems=(problem,))
+
+
+def with_text(parity: Parity, target: Target, folder: Path, checkpoint: Checkpoint) -> Parity:
+    """Add what comes of holding the artifact's tokenizer, template and ends against those of a
+    checkpoint, where both have one."""
+    verdict = check_text(target, folder, checkpoint)
+    if verdict is None:
+        return parity
+    problems = (*parity.problems, *verdict.problems)
+    return replace(parity, problems=problems, text=verdict.as_dict())
 
 
 def require_runtime(target: Target) -> None:

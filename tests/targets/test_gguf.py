@@ -238,7 +238,8 @@ def test_all_problems_are_listed_at_once(tiny_llama: Callable[[str], Path], tmp_
         "quantization_config": {"quant_method": "gptq"},
     }
     folder = Path(shutil.copytree(whole.folder, tmp_path / "model"))
-    shutil.copyfile(embedded.MODEL_DIR / "tokenizer.json", folder / "tokenizer.json")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(embedded.MODEL_DIR / name, folder / name)
     problems = find_target("gguf").problems(Checkpoint(folder, config, {}), "fp16")
     wanted = ["FancyForCausalLM", "longrope", "gelu", "5 query heads", "quantised", "4096 tokens"]
     assert len(problems) == len(wanted)
