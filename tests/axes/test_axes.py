@@ -152,6 +152,26 @@ def test_a_cut_strains_more_the_deeper_it_is_and_nothing_where_nothing_is_cut(ax
 
 
 @each_axis
+def test_a_cut_twice_as_deep_strains_four_times_as_much(axis: Axis) -> None:
+    before, quarter_off, half_off = (axis.resized(WHOLE, size) for size in (64, 48, 32))
+    half, quarter = (axis.strain(before, after) for after in (half_off, quarter_off))
+    assert half == pytest.approx(4 * quarter)
+    assert quarter > 0
+
+
+@pytest.mark.parametrize(("divides", "grain"), [(True, 72), (False, 8)])
+def test_a_width_divides_over_the_heads_where_the_class_asks_for_it(
+    divides: bool, grain: int
+) -> None:
+    """Of 9 heads; 8 is the grain of kernels."""
+    [width] = [axis for axis in AXES if axis.name == "hidden_size"]
+    family = replace(FAMILY, divides=divides)
+    sizes = [width.resized(WHOLE, size) for size in range(1, 576)]
+    legal = [width.size(s) for s in sizes if width.problem(family, WHOLE, s) is None]
+    assert legal == list(range(grain, 576, grain))
+
+
+@each_axis
 def test_config_json_says_the_sizes_that_the_plan_says(axis: Axis) -> None:
     size = axis.grids(FAMILY, WHOLE)[0][0]
     after = axis.resized(WHOLE, size)
