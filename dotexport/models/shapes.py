@@ -111,11 +111,16 @@ def read_sizes(family: Family, config: Mapping[str, Any]) -> Sizes:
         normal = NormalizedTextConfig
     named = normal(SimpleNamespace(**config))
     heads, hidden = _size(named, "num_attention_heads"), _size(named, "hidden_size")
+    absent = "num_key_value_heads" not in config  # null means as many as heads in every class
     return Sizes(
         hidden_size=hidden,
         intermediate_size=_size(named, "intermediate_size"),
         num_attention_heads=heads,
-        num_key_value_heads=_size(named, "num_key_value_heads", default=heads),
+        num_key_value_heads=_size(
+            named,
+            "num_key_value_heads",
+            default=(absent and family.num_key_value_heads) or heads,
+        ),
         head_dim=_size(named, "head_dim", default=family.head_dim or hidden // heads),
         num_layers=_size(named, "num_layers"),
         vocab_size=_size(named, "vocab_size"),

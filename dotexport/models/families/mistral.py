@@ -13,4 +13,5 @@ MISTRAL = replace(
     sublayers=sublayers(),
     divides=False,
     windows=True,
+    num_key_value_heads=8,
 )
