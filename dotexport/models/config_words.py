@@ -83,16 +83,22 @@ def check_class(config: Mapping[str, Any]) -> None:
     """Refuse what the stock class refuses.
 
     Raises:
-        CheckpointError: with what it says.
+        CheckpointError: with what it says; or a window without a width, on which it fails later.
     """
     try:
-        stock_config(config)
+        stock = stock_config(config)
     except Exception as error:  # whatever the config class objects to is the answer
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise CheckpointError(
             f"transformers refuses config.json ({type(error).__name__}: {reason}); correct it, or "
             "take the config.json that belongs to these weights"
         ) from error
+    kinds = getattr(stock, "layer_types", None) or ()
+    if "sliding_attention" in kinds and getattr(stock, "sliding_window", None) is None:
+        raise CheckpointError(
+            "config.json gives layers that attend to a window (layer_types, or by default of the "
+            "class) and no sliding_window that is in use; correct one of the two"
+        )
 
 
 def _family(config: Mapping[str, Any]) -> Family | None:
@@ -112,8 +118,9 @@ def _dropped(config: Mapping[str, Any], family: Family) -> Iterator[tuple[str, s
             yield key, "each runtime has its own way to compute attention"
     if "quantization_config" in config and config["quantization_config"] is None:
         yield "quantization_config", "it is null"
+    refused = {key for key, _ in family.refused if config.get(key)}
     for key in OBEYED:
-        if key in config and key not in _known(family.model_type):
+        if key in config and key not in _known(family.model_type) | refused:
             yield key, f"as {family.architecture} of transformers ignores it"
 
 

@@ -14,4 +14,5 @@ MISTRAL = replace(
     divides=False,
     windows=True,
     num_key_value_heads=8,
+    refused=(("layer_types", "is read by transformers as Ministral"),),
 )

@@ -22,4 +22,5 @@ PHI3 = replace(
     gated=None,
     carriers=("MistralForCausalLM",),
     num_key_value_heads=None,
+    refused=(),
 )
