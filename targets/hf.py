@@ -110,7 +110,7 @@ class HuggingFace:
                     output_loading_info=True,
                     **_attention(folder),
                 )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise CheckpointError(
                 f"transformers cannot load {folder}: {_first_line(error)}; export it again"
             ) from error

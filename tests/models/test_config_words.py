@@ -162,6 +162,8 @@ def assert_read_alike(folder: Path, out: Path) -> None:
 def test_what_a_model_card_adds_to_the_rotary_words_counts_as_in_transformers(
     tmp_path: Path, kind: str, words: dict[str, Any]
 ) -> None:
+    if kind == "granite" and not NEW and "type" in words["rope_scaling"]:
+        pytest.skip("4.57's class refuses the old name")
     folder = made(tmp_path, kind, **words)
     plain = made(_folder(tmp_path, "plain"), kind)
     assert (logits(folder) - logits(plain)).abs().max() > 1e-3  # the words do matter
@@ -257,6 +259,10 @@ def test_kv_heads_that_are_not_said_are_those_of_the_class(
         with pytest.raises(DotexportError, match=r"refuses config\.json"):
             read_model(read_config(tmp_path))
         return
+    if meant is None:  # 4.57 builds no model of it
+        with pytest.raises(CheckpointError, match="builds no model"):
+            Stock.of(read_config(tmp_path), torch.device("cpu"))
+        return
     assert read_config(tmp_path)["num_key_value_heads"] == meant
     if heads % meant:
         with pytest.raises(CheckpointError, match="which do not divide them"):
@@ -271,22 +277,19 @@ def test_kv_heads_that_are_not_said_are_those_of_the_class(
         {"attn_implementation": "eager"},
         {"attn_implementation": None, "_attn_implementation": "sdpa"},
         {"_attn_implementation_internal": "flash_attention_2"},
-        {"quantization_config": None},
+        {"attn_implementation": "flash_attention_2"},  # which is not here
+        {"quantization_config": None},  # 4.57 fails on it by itself
     ],
 )
 def test_words_that_change_nothing_change_nothing(tmp_path: Path, words: dict[str, Any]) -> None:
-    folder = made(tmp_path, "llama", **words)
-    assert not set(words) & set(read_config(folder))
-    assert_read_alike(folder, tmp_path / "out")
-
-
-def test_a_kernel_that_is_not_here_keeps_no_model_from_being_read(tmp_path: Path) -> None:
     folder = made(tmp_path, "llama")
     meant = logits(folder)
-    edit(folder, attn_implementation="flash_attention_2")
+    edit(folder, **words)
+    assert not set(words) & set(read_config(folder))
     for found in read_twice(folder, tmp_path / "out"):
-        torch.testing.assert_close(found, meant, rtol=0, atol=1e-4)
-    assert find_target("hf").open(folder) is not None
+        torch.testing.assert_close(found, meant, rtol=0, atol=1e-4 * float(meant.abs().max()))
+    if words.get("attn_implementation"):
+        assert find_target("hf").open(folder) is not None
 
 
 @pytest.mark.parametrize(
