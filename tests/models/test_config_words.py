@@ -100,7 +100,7 @@ def logits(folder: Path) -> torch.Tensor:
         folder, dtype=torch.float32, trust_remote_code=False, **caps
     )
     with torch.inference_mode():
-        found: torch.Tensor = model(input_ids=TOKENS_BL).logits
+        found: torch.Tensor = model(input_ids=TOKENS_BL, use_cache=False).logits
     return found
 
 
