@@ -18,9 +18,11 @@ from transformers.utils import logging as transformers_logging
 
 from dotexport.errors import CheckpointError, RuntimeMissingError, UsageError
 from dotexport.exports.reference import capped_attention
-from dotexport.models.checkpoint import INDEX, Checkpoint, read_config
+from dotexport.models.checkpoint import Checkpoint, read_config
+from dotexport.models.config_words import KERNELS
 from dotexport.models.rope import in_all_words, stock_config
-from dotexport.storage.output import write_json
+from dotexport.models.weight_files import INDEX, WEIGHTS
+from dotexport.storage.output import read_json, write_json
 
 from .torch_session import DTYPES, TorchSession
 
@@ -45,7 +47,9 @@ class HuggingFace:
                 "take a model whose class is in transformers"
             ]
         try:
-            AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+            AutoConfig.from_pretrained(
+                checkpoint.folder, local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # whatever the config class objects to is the answer
             return [f"transformers refuses config.json: {_first_line(error)}"]
         return []
@@ -62,7 +66,7 @@ class HuggingFace:
         for file in [*set(checkpoint.files.values()), *checkpoint.companions()]:
             shutil.copyfile(file, folder / file.name)
         write_json(folder / "config.json", in_all_words(checkpoint.config))
-        if index.is_file():
+        if index.is_file() and not (folder / WEIGHTS).exists():
             shutil.copyfile(index, folder / INDEX)
 
     def open(
@@ -104,14 +108,15 @@ class HuggingFace:
                     local_files_only=True,
                     trust_remote_code=False,
                     output_loading_info=True,
-                    **capped_attention(read_config(folder)),
+                    **_attention(folder),
                 )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise CheckpointError(
                 f"transformers cannot load {folder}: {_first_line(error)}; export it again"
             ) from error
         _check_complete(folder, report)
         _check_rope(folder, model.config)
+        _check_head(folder, model)
         model = model.eval().to(place)
         if not compiled:
             return TorchSession(model, lean=lean)
@@ -166,6 +171,25 @@ def _check_complete(folder: Path, report: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{folder} does not hold exactly the tensors its config.json calls for ({listed}); "
             "export it again"
+        )
+
+
+def _attention(folder: Path) -> dict[str, str]:
+    """Arguments of a class: a kernel that config.json names may not be here."""
+    named = read_json(folder / "config.json", advice="export it again")
+    stock = {"attn_implementation": "sdpa"} if any(named.get(key) for key in KERNELS) else {}
+    return stock | capped_attention(read_config(folder))
+
+
+def _check_head(folder: Path, model: Any) -> None:
+    """Release 4.57 ties a head that the file holds with values of its own."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is not None and head.weight is table.weight
+    if tied and not read_config(folder).get("tie_word_embeddings", True):
+        raise CheckpointError(
+            f"transformers {transformers.__version__} ties the head of {folder}, which its file "
+            "holds with values of its own; dotexport export MODEL --target hf -o OUT says so in "
+            "config.json"
         )
 
 

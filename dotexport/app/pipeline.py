@@ -23,7 +23,8 @@ from dotexport.axes.plan import Plan, SizeOptions, read_model, resized
 from dotexport.errors import CalibrationError, UsageError
 from dotexport.exports.target import parse_spec
 from dotexport.models.checkpoint import find_model, read_config
-from dotexport.models.text_windows import documents, token_windows, window_length
+from dotexport.models.documents import documents
+from dotexport.models.text_windows import token_windows, window_length
 from dotexport.narrowing.norm_statistics import Progress
 from dotexport.narrowing.prepare import pick_device
 from dotexport.outputs import card

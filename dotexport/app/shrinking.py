@@ -28,6 +28,7 @@ from dotexport.healing.resume import ClosedForm, Workspace, settle_others
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter, find_model
 from dotexport.models.families import check_quantised
 from dotexport.models.family import Family
+from dotexport.models.layers import Stock
 from dotexport.models.origin import describe_source
 from dotexport.models.shapes import Sizes, check_shapes, shapes
 from dotexport.models.text_windows import token_windows
@@ -103,6 +104,7 @@ def shrink(
     started = time.perf_counter()
     source = open_source(find_model(str(model)))
     _check_tensors(source, *read_model(source.config))
+    Stock.of(source.config, torch.device("cpu"))  # refuses what transformers cannot build
     decided = plan(source.config, options.sizes)
     _check_apart(source.folder, out)
     with new_folder(out, overwrite=overwrite) as folder:

@@ -9,6 +9,7 @@ from typing import Any
 
 from dotexport.axes import AXES
 from dotexport.errors import UsageError
+from dotexport.models.config_words import check_class
 from dotexport.models.families import carried_biases, check_quantised, find_carrier, find_family
 from dotexport.models.family import Family
 from dotexport.models.rope import in_all_words
@@ -98,11 +99,13 @@ def read_model(config: Mapping[str, Any]) -> tuple[Family, Sizes]:
 
     Raises:
         UnsupportedModelError: no family table, or weights that are quantised already.
-        CheckpointError: sizes are missing.
+        CheckpointError: sizes are missing, or transformers refuses it.
     """
     check_quantised(config)
     family = find_family(config)
-    return family, read_sizes(family, config)
+    sizes = read_sizes(family, config)
+    check_class(config)
+    return family, sizes
 
 
 def resized(sizes: Sizes, asked: Mapping[str, int]) -> Sizes:

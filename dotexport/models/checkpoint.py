@@ -9,24 +9,31 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from dotexport.errors import CheckpointError
+from dotexport.models.config_words import say_once, settled
+from dotexport.models.weight_files import (
+    INDEX,
+    WEIGHTS,
+    has_weights,
+    opened,
+    same_values,
+    tensor_files,
+)
 from dotexport.storage.output import read_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-PICKLED = ("pytorch_model*.bin", "*.pth", "*.pt")
+# The same in every family; a table of another would have to say.
+HEAD = "lm_head.weight"
+TABLE = "model.embed_tokens.weight"
 
 # What travels with a model unchanged: tokenizer, chat template, generation defaults, licence.
 COMPANIONS = (
@@ -66,7 +73,7 @@ class Checkpoint:
 
     Attributes:
         folder: where it lies.
-        config: config.json as it was written.
+        config: config.json as transformers reads it (models/config_words.py).
         files: tensor name -> file that holds it.
     """
 
@@ -76,21 +83,20 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
-        """Read config and tensor names; no weights.
+        """Read config and tensor names; no weights, unless two answers must be compared.
 
         Raises:
-            CheckpointError: not a model folder, a missing shard, or a broken weight file.
+            CheckpointError: not a model folder, a missing shard, a broken weight file, or two sets
+                of weights that differ.
         """
-        config = read_config(folder)
-        files = {name: file for file in _weight_files(folder) for name in _tensor_names(file)}
-        return cls(folder, config, files)
+        return cls(folder, read_config(folder), tensor_files(folder))
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
         """Shape and dtype of every tensor, from the headers alone."""
         specs: dict[str, TensorSpec] = {}
         for file in sorted(set(self.files.values())):
-            with _opened(file) as weights:
+            with opened(file) as weights:
                 for name in weights.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
                     piece = weights.get_slice(name)
                     specs[name] = TensorSpec(tuple(piece.get_shape()), _dtype(piece, name, file))
@@ -116,7 +122,7 @@ class Checkpoint:
                 f"{self.folder} has no tensor {name!r}, which its config.json calls for; "
                 "is the download complete?"
             )
-        with _opened(self.files[name]) as weights:
+        with opened(self.files[name]) as weights:
             tensor: torch.Tensor = weights.get_tensor(name)
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(
@@ -132,10 +138,10 @@ class Checkpoint:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as it was written.
+    """config.json as transformers 5 reads it beside the weights that are there.
 
     Raises:
-        CheckpointError: there is none, or it is no JSON object.
+        CheckpointError: there is none, it is no JSON object, or its words contradict each other.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -144,55 +150,24 @@ def read_config(folder: Path) -> dict[str, Any]:
             "expected a transformers checkpoint (config.json and *.safetensors) or a diffusers "
             "pipeline (model_index.json)"
         )
-    return read_json(file, advice="take a fresh copy")
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    files = _shard_files(index) if index.is_file() else [folder / WEIGHTS]
-    missing = [file.name for file in files if not file.is_file()]
-    pickled = sorted(file.name for glob in PICKLED for file in folder.glob(glob))
-    if missing and pickled:
-        raise CheckpointError(
-            f"{folder} holds pickled weights ({pickled[0]}) and no safetensors; convert it first "
-            "with transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+    config = settled(read_json(file, advice="take a fresh copy"), of=folder)
+    if config.get("tie_word_embeddings") and _has_own_head(folder):
+        config["tie_word_embeddings"] = False
+        say_once(
+            f"{folder}: config.json says tie_word_embeddings, but the file holds a {HEAD} of other "
+            "values: it is kept, as transformers 5 does"
         )
-    if missing:
-        raise CheckpointError(
-            f"{folder} lacks {', '.join(missing)} ({len(missing)} of {len(files)} weight files); "
-            "download the model again or point to a complete folder"
-        )
-    return files
+    return config
 
 
-def _shard_files(index: Path) -> list[Path]:
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return sorted(index.parent / name for name in names)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{index} cannot be read ({type(error).__name__}: {error}); expected a weight_map from "
-            "tensor names to files: download it again"
-        ) from error
-
-
-def _tensor_names(file: Path) -> list[str]:
-    with _opened(file) as weights:
-        return list(weights.keys())
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    """A safetensors handle whose errors name the file and say what to do."""
-    try:
-        handle: Any = safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read as safetensors ({error}); it is truncated or damaged: "
-            "download it again"
-        ) from error
-    with handle:
-        yield handle
+def _has_own_head(folder: Path) -> bool:
+    """Whether a head that should be the embedding's table is another one."""
+    if not has_weights(folder):
+        return False
+    files = tensor_files(folder)
+    if HEAD not in files or TABLE not in files:
+        return False
+    return not same_values(HEAD, files[HEAD], TABLE, files[TABLE])
 
 
 def _dtype(piece: Any, name: str, file: Path) -> torch.dtype:

@@ -94,6 +94,7 @@ class Family:
         carriers: architectures that compute the same and that more runtimes read, the best first;
             what is written is the first that holds the sizes (models/carriers.py). Empty: itself.
         head_dim: of a head, where config.json does not say; None: hidden_size / heads.
+        num_key_value_heads: where config.json does not say; None: as many as heads.
         tied_by_default: what tie_word_embeddings is where config.json does not say.
         unit_offset: whether its norms multiply by 1 + weight.
         scaled_embedding: whether rows of the embedding are multiplied by sqrt(hidden_size).
@@ -112,6 +113,7 @@ class Family:
     windows: bool = False
     carriers: tuple[str, ...] = ()
     head_dim: int | None = None
+    num_key_value_heads: int | None = None
     tied_by_default: bool = False
     unit_offset: bool = False
     scaled_embedding: bool = False

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 
+from dotexport.errors import CheckpointError
 from dotexport.models.family import Family, Sublayer
 from dotexport.models.rope import stock_config
 
@@ -37,16 +38,13 @@ class Stock:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], device: torch.device) -> Stock:
-        """Look the classes up from a config.json; builds one layer without memory."""
-        from transformers import AutoModelForCausalLM
+        """Look the classes up from a config.json; builds one layer without memory.
 
+        Raises:
+            CheckpointError: transformers can build no model of it.
+        """
         stock = stock_config(config)
-        single = copy.deepcopy(stock)
-        single.num_hidden_layers = 1
-        if getattr(single, "layer_types", None):
-            single.layer_types = single.layer_types[:1]
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(single)
+        model = _one_layer(stock)
         stock._attn_implementation = "sdpa" if _fused(model) else "eager"
         decoder = model.get_decoder()
         rotary = type(decoder.rotary_emb)(config=stock).to(device)
@@ -96,6 +94,24 @@ class Stock:
             return seen_LL[None, None]
         added_LL = torch.zeros(length, length).masked_fill(~seen_LL, torch.finfo().min)
         return added_LL[None, None]
+
+
+def _one_layer(stock: Any) -> Any:
+    """The whole class with its first layer alone, without memory."""
+    from transformers import AutoModelForCausalLM
+
+    single = copy.deepcopy(stock)
+    single.num_hidden_layers = 1
+    if getattr(single, "layer_types", None):
+        single.layer_types = single.layer_types[:1]
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(single)
+    except Exception as error:  # a class says in many ways that it has no use for a word
+        raise CheckpointError(
+            f"transformers builds no model of this config.json ({type(error).__name__}: {error}); "
+            "take the config.json that belongs to these weights"
+        ) from error
 
 
 def _fused(model: Any) -> bool:

@@ -101,7 +101,7 @@ def read_sizes(family: Family, config: Mapping[str, Any]) -> Sizes:
     """The sizes a config.json declares; families name them differently, Optimum knows how.
 
     Raises:
-        CheckpointError: a size is missing or not a positive integer.
+        CheckpointError: a size is missing or not a positive integer, or heads are left over.
     """
     from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
 
@@ -111,11 +111,20 @@ def read_sizes(family: Family, config: Mapping[str, Any]) -> Sizes:
         normal = NormalizedTextConfig
     named = normal(SimpleNamespace(**config))
     heads, hidden = _size(named, "num_attention_heads"), _size(named, "hidden_size")
+    absent = "num_key_value_heads" not in config  # null means as many as heads in every class
+    default = (absent and family.num_key_value_heads) or heads
+    groups = _size(named, "num_key_value_heads", default=default)
+    if heads % groups:
+        raise CheckpointError(
+            f"config.json gives {heads} query heads and, by itself or by the default of "
+            f"{family.architecture}, {groups} KV heads, which do not divide them; take the "
+            "config.json that belongs to these weights"
+        )
     return Sizes(
         hidden_size=hidden,
         intermediate_size=_size(named, "intermediate_size"),
         num_attention_heads=heads,
-        num_key_value_heads=_size(named, "num_key_value_heads", default=heads),
+        num_key_value_heads=groups,
         head_dim=_size(named, "head_dim", default=family.head_dim or hidden // heads),
         num_layers=_size(named, "num_layers"),
         vocab_size=_size(named, "vocab_size"),

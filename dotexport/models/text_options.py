@@ -8,8 +8,8 @@ from dotexport.errors import UsageError
 from dotexport.options import option
 
 SOURCES = (
-    "A .txt file (documents end in <|endoftext|>), a .jsonl file (field text), a folder of .txt, "
-    "a dataset id, embedded:calibration or embedded:evaluation."
+    "A .txt file (documents end in <|endoftext|>), a .jsonl, .json, .csv, .tsv or .parquet file "
+    "(field text), a folder of .txt, a dataset id, embedded:calibration or embedded:evaluation."
 )
 
 
@@ -18,9 +18,10 @@ class TextOptions:
     """Which tokens are read.
 
     Attributes:
-        source: a .txt file (documents end in <|endoftext|>, if it has that mark), a .jsonl file
-            (one object per line, its field "text"), a folder of .txt files, a dataset id of the
-            hub, or `embedded:calibration` and `embedded:evaluation` (installed Python sources).
+        source: a .txt file (documents end in <|endoftext|>, if it has that mark), a .jsonl, .json,
+            .csv, .tsv or .parquet file (field "text"; models/documents.py), a folder of .txt
+            files, a dataset id of the hub, or `embedded:calibration` and `embedded:evaluation`
+            (installed Python sources).
         samples: how many windows, at most.
         seqlen: tokens per window; None is 2048, or the model's context if that is shorter.
         skip: windows left out at the start, so that one file can serve two disjoint purposes.

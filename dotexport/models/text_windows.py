@@ -6,18 +6,21 @@ Shapes: N windows, L tokens per window.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from dotexport.errors import CalibrationError, CheckpointError, RuntimeMissingError, UsageError
+from dotexport.errors import CalibrationError, CheckpointError, UsageError
+from dotexport.models.documents import documents
 from dotexport.models.text_options import TextOptions
 
-EMBEDDED = "embedded:"
-DOCUMENT_END = "<|endoftext|>"
+# A cut changes the tokens in front of it, and an end token may follow: these many are not believed.
+DOUBTFUL = 256
+# Characters to begin with, for each token that is wanted: more than text has, as a rule.
+CHARACTERS = 8
 RENAMED = "TokenizersBackend"  # transformers 5 for PreTrainedTokenizerFast
 
 
@@ -37,7 +40,7 @@ def token_windows(model: Path, options: TextOptions) -> torch.Tensor:
     wanted = (options.skip + options.samples) * seqlen
     ids: list[int] = []
     for document in documents(options.source):
-        ids += encode(document)
+        ids += encode_start(document, wanted - len(ids), encode)
         if len(ids) >= wanted:
             break
     if not ids:
@@ -58,6 +61,20 @@ def token_windows(model: Path, options: TextOptions) -> torch.Tensor:
         )
     kept = np.asarray(ids[: count * seqlen], dtype=np.int64).reshape(count, -1)
     return torch.from_numpy(kept[options.skip : options.skip + options.samples].copy())
+
+
+def encode_start(document: str, wanted: int, encode: Callable[[str], list[int]]) -> list[int]:
+    """At least the first `wanted` tokens of a document, as it has them as a whole.
+
+    No more of it is encoded than that takes: one may be a whole corpus.
+    """
+    size = CHARACTERS * (wanted + DOUBTFUL)
+    while size < len(document):
+        ids = encode(document[:size])[:-DOUBTFUL]
+        if len(ids) >= wanted:
+            return ids
+        size *= 2
+    return encode(document)
 
 
 def window_length(model: Path, options: TextOptions) -> int:
@@ -86,98 +103,6 @@ def _declared(model: Path, key: str, default: int) -> int:
     return value
 
 
-def documents(source: str) -> Iterator[str]:
-    """Non-empty documents of a source, stripped of surrounding white space.
-
-    Raises:
-        CalibrationError: the source does not exist or cannot be read as text.
-    """
-    for document in _raw_documents(source):
-        if stripped := document.strip():
-            yield stripped
-
-
-def _raw_documents(source: str) -> Iterable[str]:
-    if source.startswith(EMBEDDED):
-        return _embedded(source)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return (part for file in sorted(path.rglob("*.txt")) for part in _split(_read(file)))
-    if path.is_file():
-        return _jsonl(path) if path.suffix == ".jsonl" else _split(_read(path))
-    if path.suffix or source.startswith(("/", ".", "~")):
-        raise CalibrationError(
-            f"{source} does not exist; expected a .txt or .jsonl file, or a folder of .txt files"
-        )
-    return _dataset(source)
-
-
-def _split(text: str) -> list[str]:
-    return text.split(DOCUMENT_END)
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first"
-        ) from error
-    except OSError as error:
-        raise CalibrationError(f"{file} cannot be read: {error.strerror}") from error
-
-
-def _jsonl(file: Path) -> Iterator[str]:
-    # Not splitlines(): a JSON string may hold the line ends that only Unicode knows.
-    for number, line in enumerate(_read(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise CalibrationError(
-                f'{file}, line {number} is not JSON ({error}); expected {{"text": "..."}}'
-            ) from error
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise CalibrationError(
-                f'{file}, line {number} has no "text"; expected {{"text": "..."}} on every line'
-            )
-        yield row["text"]
-
-
-def _embedded(source: str) -> list[str]:
-    from dotexport import embedded
-
-    parts = {
-        f"{EMBEDDED}calibration": embedded.calibration_text,
-        f"{EMBEDDED}evaluation": embedded.evaluation_text,
-    }
-    if source not in parts:
-        raise CalibrationError(f"{source} is not known; expected one of {', '.join(parts)}")
-    return list(parts[source]())
-
-
-def _dataset(name: str) -> Iterator[str]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise RuntimeMissingError(
-            f"{name} is no file here; to read it as a dataset of the hub, `pip install datasets`"
-        ) from error
-    path, _, subset = name.partition(":")
-    try:
-        rows = load_dataset(path, subset or None, split="train", streaming=True)
-    except (OSError, ValueError) as error:
-        raise CalibrationError(
-            f"{name} is no file here and cannot be read as a dataset of the hub "
-            f"({type(error).__name__}: {error}); check the spelling and the network, or give a file"
-        ) from error
-    for row in rows:
-        if not isinstance(row.get("text"), str):
-            raise CalibrationError(f'{name} has no "text" column; columns: {", ".join(row)}')
-        yield row["text"]
-
-
 def _tokenizer(model: Path) -> Any:
     """Release 5 of transformers gave a class a new name, which older ones do not know."""
     import transformers
@@ -192,7 +117,7 @@ def _tokenizer(model: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(model, **here)
 
 
-def _encoder(model: Path) -> Any:
+def _encoder(model: Path) -> Callable[[str], list[int]]:
     try:
         tokenizer = _tokenizer(model)
     except Exception as error:  # transformers and tokenizers raise whatever they stumble over
@@ -204,4 +129,4 @@ def _encoder(model: Path) -> Any:
         ) from error
     # Longer than the context is meant: the windows are cut afterwards.
     tokenizer.model_max_length = int(1e30)
-    return lambda text: tokenizer(text)["input_ids"]
+    return lambda text: list(tokenizer(text)["input_ids"])

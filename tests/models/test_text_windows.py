@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from dotexport.errors import CalibrationError, UsageError
+from dotexport.embedded import MODEL_DIR
+from dotexport.errors import CalibrationError, RuntimeMissingError, UsageError
+from dotexport.models.documents import documents
 from dotexport.models.text_options import TextOptions
-from dotexport.models.text_windows import documents, token_windows, window_length
+from dotexport.models.text_windows import (
+    _encoder,
+    encode_start,
+    token_windows,
+    window_length,
+)
 
 
 @pytest.fixture
@@ -124,3 +132,123 @@ def test_calibration_and_evaluation_that_ship_inside_are_disjoint() -> None:
     assert calibration
     assert evaluation
     assert not calibration & evaluation
+
+
+# Kinds of files ---------------------------------------------------------------------------------
+
+ROWS = ['say "one"\n\tand more', "two, and\r\nthree", "\u2028 four \\n", "five"]
+
+
+def rows_as(kind: str) -> str:
+    """The rows in the way of files with this name."""
+    objects = [{"id": n, "text": row} for n, row in enumerate(ROWS)]
+    if kind in ("json", "indented.json"):
+        return json.dumps(objects, indent=1 if kind != "json" else None)
+    if kind == "strings.json":
+        return json.dumps(ROWS, ensure_ascii=False)
+    if kind in ("jsonl", "ndjson", "lines.json"):
+        return "\n".join(map(json.dumps, objects))
+    delimiter = "\t" if kind == "tsv" else ","
+    quoted = ['"{}"'.format(row.replace('"', '""')) for row in ROWS]
+    lines = [f"{n}{delimiter}{row}" for n, row in enumerate(quoted)]
+    return "\n".join([f"id{delimiter}text", *lines]) + "\n"
+
+
+@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize(
+    "kind",
+    ["json", "indented.json", "strings.json", "lines.json", "jsonl", "ndjson", "csv", "tsv"],
+)
+def test_every_kind_of_file_gives_its_documents_and_nothing_around_them(
+    tmp_path: Path, kind: str, upper: bool
+) -> None:
+    file = tmp_path / (f"a.{kind.upper()}" if upper else f"a.{kind}")
+    file.write_text(rows_as(kind), "utf-8", newline="")
+    stripped = [row.strip().replace("\r\n", "\n") for row in ROWS]
+    assert [row.replace("\r\n", "\n") for row in documents(str(file))] == stripped
+
+
+def test_a_parquet_table_gives_its_column(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"id": range(4), "text": ROWS}), tmp_path / "a.parquet")
+    assert list(documents(str(tmp_path / "a.parquet"))) == [row.strip() for row in ROWS]
+    parquet.write_table(pyarrow.table({"body": ROWS}), tmp_path / "b.parquet")
+    with pytest.raises(CalibrationError, match=r"no column text \(its columns: body"):
+        list(documents(str(tmp_path / "b.parquet")))
+    (tmp_path / "c.parquet").write_text("PAR1 and no more")
+    with pytest.raises(CalibrationError, match="cannot be read as parquet"):
+        list(documents(str(tmp_path / "c.parquet")))
+
+
+def test_a_parquet_table_asks_for_what_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_text("PAR1")
+    with pytest.raises(RuntimeMissingError, match="pip install pyarrow"):
+        list(documents(str(tmp_path / "a.parquet")))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", '{"content": "x", "id": 1}', "its fields: content, id.; expected"),
+        ("a.json", '[{"content": "x"}]', "item 1 has no .text. .its fields: content"),
+        ("a.json", '{"data": ["x"]}', "holds a JSON object; expected a list of objects"),
+        ("a.json", "[1, 2]", "item 1 has no .text.; expected"),
+        ("a.json", '[{"text": "x"}, ', "is not JSON"),
+        ("a.csv", "id,body\n1,x\n", "no column text .its columns: id, body"),
+        ("a.csv", "id;text\n1;x\n", "no column text .its columns: id;text"),
+        ("a.csv", "id,text\n1\n", "line 2 has no .text."),
+        ("a.csv", 'id,text\n1,"x', "is no row of a table"),
+        ("a.txt.gz", "x", "no running text .its name ends in .gz"),
+        ("a.HTML", "<p>x</p>", "no running text .its name ends in .html"),
+        ("a.yaml", "text: x", "no running text"),
+        ("a.txt", "x\0y", "zero bytes"),
+    ],
+)
+def test_what_holds_no_text_to_read_is_refused_and_not_read_as_it_stands(
+    tmp_path: Path, name: str, content: str, words: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(CalibrationError, match=words):
+        list(documents(str(tmp_path / name)))
+
+
+def test_a_folder_without_text_says_what_it_should_hold(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}')
+    with pytest.raises(CalibrationError, match=r"holds no \.txt file; expected"):
+        list(documents(str(tmp_path)))
+    (tmp_path / "B.TXT").write_text("x")
+    assert list(documents(str(tmp_path))) == ["x"]
+
+
+def test_a_long_csv_field_is_one_document(tmp_path: Path) -> None:
+    """Python's own limit is 131072 characters."""
+    (tmp_path / "a.csv").write_text(f"text\n{'x' * 200_000}\n")
+    assert [len(document) for document in documents(str(tmp_path / "a.csv"))] == [200_000]
+
+
+@pytest.mark.parametrize("wanted", [1, 100, 3000])
+def test_of_a_long_document_no_more_is_encoded_than_is_wanted(wanted: int) -> None:
+    """The tokens are those of the whole; an end token of the piece is none of them."""
+    tokenizer = _encoder(MODEL_DIR)
+    seen: list[int] = []
+
+    def encode(text: str) -> list[int]:
+        seen.append(len(text))
+        return [*tokenizer(text), 0]
+
+    document = " ".join(f"def f_{n}(x):\n    return x**{n}\n" for n in range(6000))
+    found = encode_start(document, wanted, encode)
+    assert found[:wanted] == tokenizer(document)[:wanted]
+    assert len(found) >= wanted
+    assert sum(seen) < 40 * (wanted + 256) < len(document)
+
+
+def test_what_is_wanted_of_a_short_document_is_all_of_it() -> None:
+    assert encode_start("a few words", 1000, list) == list("a few words")  # type: ignore[arg-type]
+    # Fewer tokens than one in eight characters: the piece grows until it is the document.
+    assert encode_start("a" * 9000, 900, lambda text: [0] * (len(text) // 20)) == [0] * 450

@@ -19,29 +19,34 @@ from dotexport.app.recipe import Recipe
 from dotexport.axes.plan import SizeOptions
 from dotexport.errors import CheckpointError, SizeError, UsageError
 from dotexport.models.checkpoint import read_config
+from dotexport.models.config_words import settled
 from dotexport.sizes.budget import plan
 from dotexport.sizes.deployment import Deployment
 from dotexport.sizes.plan_file import fingerprint, on_a_command_line, read_plan
 from dotexport.sizes.planning import choose
 
-CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 32,
-    "vocab_size": 1000,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-    "rope_theta": 10000.0,
-    "rope_scaling": {"rope_type": "linear", "factor": 2.0},
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+# As it is read: what the class takes for granted is said.
+CONFIG: dict[str, Any] = settled(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "vocab_size": 1000,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "rope_theta": 10000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    of="the test",
+)
 SIZES = SizeOptions(hidden_size=192, intermediate_size=512, num_key_value_heads=3)
 # What people add to a budget -> the switches that the sizes alone do not say.
 SWITCHES: dict[str, dict[str, bool]] = {

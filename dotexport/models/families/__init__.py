@@ -57,12 +57,16 @@ def find_family(config: Mapping[str, Any]) -> Family:
 
 
 def _check_flags(family: Family, config: Mapping[str, Any]) -> None:
-    for flag, meaning in family.refused:
-        if config.get(flag):
-            raise UnsupportedModelError(
-                f"config.json sets {flag}, with which {family.architecture} {meaning}; dotexport "
-                "narrows decoders that see what came before"
-            )
+    wrong = [(flag, meaning) for flag, meaning in family.refused if config.get(flag)]
+    if not config.get("is_causal", True):  # transformers 5 asks this of every class
+        wrong.append(("is_causal", "attends to later tokens too"))
+    if config.get("per_layer_config"):
+        wrong.append(("per_layer_config", "has layers of different sizes"))
+    for flag, meaning in wrong:
+        raise UnsupportedModelError(
+            f"config.json sets {flag}, with which {family.architecture} {meaning}; dotexport "
+            "narrows decoders of equal layers that see what came before"
+        )
 
 
 def find_carrier(family: Family, sizes: Sizes) -> Family:
@@ -91,7 +95,7 @@ def check_quantised(config: Mapping[str, Any]) -> None:
     Raises:
         UnsupportedModelError: config.json has a quantization_config.
     """
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise UnsupportedModelError(
             "the model is already quantised (config.json has quantization_config); "
             "narrow the float model first, quantise what comes out"

@@ -38,4 +38,5 @@ GEMMA2: Family = replace(
     unit_offset=True,
     scaled_embedding=True,
     refused=(BIDIRECTIONAL,),
+    num_key_value_heads=4,
 )

@@ -13,4 +13,6 @@ MISTRAL = replace(
     sublayers=sublayers(),
     divides=False,
     windows=True,
+    num_key_value_heads=8,
+    refused=(("layer_types", "is read by transformers as Ministral"),),
 )

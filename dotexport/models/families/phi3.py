@@ -21,4 +21,6 @@ PHI3 = replace(
     sublayers=(replace(ATTENTION, readers=(QKV,)), replace(MLP, readers=(GATE_UP,))),
     gated=None,
     carriers=("MistralForCausalLM",),
+    num_key_value_heads=None,
+    refused=(),
 )

@@ -20,4 +20,5 @@ QWEN2 = replace(
     divides=False,
     windows=True,
     carriers=("LlamaForCausalLM", "GraniteForCausalLM"),
+    num_key_value_heads=32,
 )

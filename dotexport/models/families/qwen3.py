@@ -27,4 +27,5 @@ QWEN3 = replace(
     divides=False,
     windows=True,
     head_dim=128,
+    num_key_value_heads=32,
 )

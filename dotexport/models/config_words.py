@@ -1,0 +1,145 @@
+"""A config.json in words that leave no choice to whoever reads it.
+
+Runtimes, targets and this package read config.json each with rules of their own. So what the stock
+class of transformers makes of it is said once, at the door: words that this class ignores and
+others obey are left out, and what it takes for granted is written down.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+from dotexport.errors import CheckpointError
+from dotexport.models.families import SUPPORTED
+from dotexport.models.family import Family
+from dotexport.models.rope import in_all_words, stock_config
+
+logger = logging.getLogger(__name__)
+
+REMOTE = "auto_map"
+# How attention is computed, not what: a kernel that may not be here.
+KERNELS = (
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "_attn_implementation_autoset",
+    "_flash_attn_2_enabled",
+)
+# Classes of ours have these or ignore them; whoever reads one that its class ignores has another
+# model.
+OBEYED = (
+    "attention_bias",
+    "attention_multiplier",
+    "attn_logit_softcapping",
+    "embedding_multiplier",
+    "final_logit_softcapping",
+    "layer_types",
+    "logits_scaling",
+    "max_window_layers",
+    "mlp_bias",
+    "query_pre_attn_scalar",
+    "residual_multiplier",
+    "sliding_window",
+    "use_sliding_window",
+)
+# What more than one reader has a default for; those of the classes differ.
+TAKEN_FOR_GRANTED = (
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "hidden_act",
+    "max_position_embeddings",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+)
+
+
+def settled(config: Mapping[str, Any], *, of: object) -> dict[str, Any]:
+    """The same model in words that every reader understands alike.
+
+    What is no model of a supported family stays as it is: it is refused elsewhere.
+
+    Args:
+        of: the folder, for what is said of it.
+
+    Raises:
+        CheckpointError: words that contradict each other.
+    """
+    family = _family(config)
+    if family is None:
+        return dict(config)
+    dropped = dict(_dropped(config, family))
+    for key, why in dropped.items():
+        if config[key] is not None:
+            say_once(f"{of}: {key} in config.json is left out, {why}")
+    words = in_all_words({key: value for key, value in config.items() if key not in dropped})
+    return words | _granted(words)
+
+
+def check_class(config: Mapping[str, Any]) -> None:
+    """Refuse what the stock class refuses.
+
+    Raises:
+        CheckpointError: with what it says; or a window without a width, on which it fails later.
+    """
+    try:
+        stock = stock_config(config)
+    except Exception as error:  # whatever the config class objects to is the answer
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        raise CheckpointError(
+            f"transformers refuses config.json ({type(error).__name__}: {reason}); correct it, or "
+            "take the config.json that belongs to these weights"
+        ) from error
+    kinds = getattr(stock, "layer_types", None) or ()
+    if "sliding_attention" in kinds and getattr(stock, "sliding_window", None) is None:
+        raise CheckpointError(
+            "config.json gives layers that attend to a window (layer_types, or by default of the "
+            "class) and no sliding_window that is in use; correct one of the two"
+        )
+
+
+def _family(config: Mapping[str, Any]) -> Family | None:
+    listed = config.get("architectures") or []
+    named = [listed] if isinstance(listed, str) else map(str, listed)
+    found = (SUPPORTED[name] for name in named if name in SUPPORTED)
+    return next((f for f in found if f.model_type == config.get("model_type")), None)
+
+
+def _dropped(config: Mapping[str, Any], family: Family) -> Iterator[tuple[str, str]]:
+    """Words that go, and why."""
+    if REMOTE in config:
+        stock = f"{family.architecture} is a class of transformers: its own code is run"
+        yield REMOTE, stock
+    for key in KERNELS:
+        if key in config:
+            yield key, "each runtime has its own way to compute attention"
+    if "quantization_config" in config and config["quantization_config"] is None:
+        yield "quantization_config", "it is null"
+    refused = {key for key, _ in family.refused if config.get(key)}
+    for key in OBEYED:
+        if key in config and key not in _known(family.model_type) | refused:
+            yield key, f"as {family.architecture} of transformers ignores it"
+
+
+@cache
+def _known(model_type: str) -> frozenset[str]:
+    return frozenset(stock_config({"model_type": model_type}).to_dict())
+
+
+def _granted(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the class adds of its own."""
+    try:
+        stock = stock_config(config)
+    except Exception:  # check_class says what is wrong with it
+        return {}
+    said = {key: getattr(stock, key, None) for key in TAKEN_FOR_GRANTED if config.get(key) is None}
+    return {key: value for key, value in said.items() if value is not None}
+
+
+@cache
+def say_once(sentence: str) -> None:
+    """A folder's config.json is read many times in one run."""
+    logger.warning("%s", sentence)
