@@ -33,7 +33,7 @@ from dotexport.models.shapes import Sizes
 from dotexport.storage import manifest
 from dotexport.storage.output import read_json
 
-SCHEMA = "dotexport.sizes.latency/1"
+SCHEMA = "dotexport.latency/1"
 METRICS = ("decode", "prefill")
 # What a table depends on besides the device: first letters of a target -> of distributions.
 RUNTIMES = {

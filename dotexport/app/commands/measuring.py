@@ -75,6 +75,8 @@ def bench(
     if step.target == "vllm":
         _bench_vllm(candidate, baseline, step, served, shape, out, as_json)
         return
+    if noise == (baseline is not None):
+        raise UsageError("expected either --baseline MODEL, or --noise-check without a baseline")
     from dotexport.app.pipeline import bench_into, judge_bench, source_folder, sweep_into
 
     if step.llama_cpp is not None:
