@@ -131,7 +131,9 @@ def test_a_fit_lowers_the_held_out_loss() -> None:
 
 def test_a_ridge_is_chosen_by_tokens_that_it_was_not_fitted_on() -> None:
     """Twelve noisy tokens, and ten of the truth: fitted on these too, no ridge would be needed."""
-    noisy_TO = INPUTS_TI[:12] @ TRUE_OI.T + torch.randn(12, 4, dtype=torch.float64)
+    rng = torch.Generator().manual_seed(0)
+    noise_TO = torch.randn(12, 4, generator=rng, dtype=torch.float64)
+    noisy_TO = INPUTS_TI[:12] @ TRUE_OI.T + noise_TO
     train = moments(INPUTS_TI[:12], noisy_TO)
     held = moments(INPUTS_TI[12:22], INPUTS_TI[12:22] @ TRUE_OI.T)
     fitted = fit(train, held, PRIOR_OI)
