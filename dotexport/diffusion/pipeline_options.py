@@ -137,7 +137,7 @@ class PruneOptions:
         if self.method not in METHODS:
             raise UsageError(f"--method {self.method} is not known; expected {', '.join(METHODS)}")
         if not 0 < self.damping <= 1 or self.packages < 1:
-            raise UsageError("--damping must lie between 0 and 1, --packages be at least 1")
+            raise UsageError("damping must lie between 0 and 1, --packages be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
