@@ -12,7 +12,6 @@ Take them on a machine that does nothing else.
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,7 +80,6 @@ def noise(
         f"10 are asked for. The embedded model on ort-cpu fp32 as both candidate and baseline. "
         f"{_protocol(workload)}",
         rows,
-        command=_command(),
     )
 
 
@@ -114,7 +112,6 @@ def slowdown(
         f"model on ort-cpu fp32 against itself, the candidate busy for another {100 * share:.0f} % "
         f"of the processor time of each prefill and each step. {_protocol(workload)}",
         rows,
-        command=_command(),
     )
 
 
@@ -158,7 +155,6 @@ def smollm(
         f"(weights and cache). Random weights, {layers} layers, sizes of dotexport's planner. "
         f"`binds`: what most of the narrowed model's time goes to. {_protocol(workload)}",
         rows,
-        command=_command(),
     )
 
 
@@ -197,7 +193,6 @@ def judge(
         f"{rounds} rounds of four fresh processes each: judge, bench, bench, judge. Medians, and "
         "the ratio with its 95 % interval.",
         rows,
-        command=_command(),
     )
 
 
@@ -243,7 +238,6 @@ def promise(
         f"what a latency table of {points} sizes per axis says, `measured` a short bench of the "
         "model that came out, with its 95 % interval.",
         rows,
-        command=_command(),
     )
 
 
@@ -330,7 +324,3 @@ def _protocol(workload: Workload) -> str:
         f"{workload.min_seconds:g} s and {workload.min_iterations} requests of each model in "
         f"{workload.rounds} rounds of fresh processes, A B B A."
     )
-
-
-def _command() -> str:
-    return f"python -m dotexport.bench trust {' '.join(sys.argv[1:])}"

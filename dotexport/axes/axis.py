@@ -6,6 +6,7 @@ Budgets, plans, allocation, latency tables, estimates, cards and reports walk ov
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -47,7 +48,7 @@ class Shares:
 
 
 @dataclass(frozen=True)
-class Axis:
+class Axis(ABC):
     """What is known of one axis; most say no more than the attributes and what is legal.
 
     Attributes:
@@ -77,9 +78,6 @@ class Axis:
     """Whether every matrix has it: what other axes cost at one of its sizes says nothing of what
     they cost at another."""
 
-    space: ClassVar[str | None] = None
-    """Of the units inside a sublayer that leave with it: the space of that sublayer's writer."""
-
     # Sizes ------------------------------------------------------------------------------------
 
     def size(self, sizes: Sizes) -> int:
@@ -91,13 +89,13 @@ class Axis:
         changes: dict[str, Any] = {self.name: size}
         return replace(sizes, **changes)
 
+    @abstractmethod
     def grids(self, family: Family, before: Sizes) -> list[list[int]]:
         """Sizes that are searched, from the coarsest grid that leaves a choice to the finest."""
-        raise NotImplementedError
 
+    @abstractmethod
     def problem(self, family: Family, before: Sizes, after: Sizes) -> str | None:
         """Why no class or kernel holds this size beside the other ones of `after`; None: legal."""
-        raise NotImplementedError
 
     def nearest(self, family: Family, before: Sizes, after: Sizes) -> list[int]:
         """The legal sizes next to this one, all others as in `after`."""
@@ -155,21 +153,28 @@ class Axis:
         """The numbers of config.json that it changes."""
         return {key: getattr(after, key) for key in (*self.keys, self.name)}
 
-    def units(self, sizes: Sizes) -> Units:
-        """How what leaves inside a sublayer is arranged, and chosen; of axes with a `space`."""
-        raise NotImplementedError
-
-    def method(self, options: Any) -> str:
-        """Of `NarrowOptions`: which method chooses its units; of axes with a `space`."""
-        raise NotImplementedError
-
     def layers(self, before: Sizes, after: Sizes) -> Sequence[int]:
         """The original's layers that stay, ascending."""
         return range(before.num_layers)
 
+    @abstractmethod
     def story(self, record: Mapping[str, Any]) -> str:
         """How it was narrowed, for the card, from a manifest."""
-        raise NotImplementedError
+
+
+class InnerAxis(Axis):
+    """An axis of units inside a sublayer: neurons, KV groups."""
+
+    space: ClassVar[str]
+    """Of the writer behind them."""
+
+    @abstractmethod
+    def units(self, sizes: Sizes) -> Units:
+        """How they are arranged, and chosen."""
+
+    @abstractmethod
+    def method(self, options: Any) -> str:
+        """Of `NarrowOptions`: which method chooses them."""
 
 
 def steps(width: int) -> list[int]:

@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dotexport.axes.axis import CHOICE, FLOOR, OVER, Axis, multiples, off_grid, off_group, steps
+from dotexport.axes.axis import (
+    CHOICE,
+    FLOOR,
+    OVER,
+    InnerAxis,
+    multiples,
+    off_grid,
+    off_group,
+    steps,
+)
 from dotexport.models.family import Family
 from dotexport.models.shapes import Sizes
 
@@ -17,10 +26,10 @@ if TYPE_CHECKING:  # torch takes seconds, and sizes are planned without
     from dotexport.merging.units import Units
 
 
-class IntermediateSize(Axis):
+class IntermediateSize(InnerAxis):
     """MLP width."""
 
-    space: ClassVar[str | None] = "mlp"
+    space: ClassVar[str] = "mlp"
 
     def grids(self, family: Family, before: Sizes) -> list[list[int]]:
         width = before.intermediate_size

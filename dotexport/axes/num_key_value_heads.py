@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dotexport.axes.axis import OVER, Axis, off_group
+from dotexport.axes.axis import OVER, InnerAxis, off_group
 from dotexport.models.family import Family
 from dotexport.models.shapes import Sizes
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:  # torch takes seconds, and sizes are planned without
     from dotexport.merging.units import Units
 
 
-class NumKeyValueHeads(Axis):
+class NumKeyValueHeads(InnerAxis):
     """KV groups, the same number in every layer."""
 
     keys: ClassVar[tuple[str, ...]] = ("num_attention_heads",)
-    space: ClassVar[str | None] = "query"
+    space: ClassVar[str] = "query"
 
     def resized(self, sizes: Sizes, size: int) -> Sizes:
         # Where nobody has a group, as in a size that is about to be refused, queries have none.

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from dotexport.axes import AXES
-from dotexport.axes.axis import Axis
+from dotexport.axes.axis import InnerAxis
 from dotexport.axes.plan import Plan
 from dotexport.merging.refit import Solver, fit, gain_solve, ridge_solve, symmetric_solve
 from dotexport.models.checkpoint import TensorSpec
@@ -238,9 +238,9 @@ class Narrowing:
             self.writer.write(family.layer_name(place, name), tensor)
 
     @cached_property
-    def _inside(self) -> dict[str, Axis]:
+    def _inside(self) -> dict[str, InnerAxis]:
         """The axis that narrows a sublayer, by the space of its writer's inputs."""
-        return {axis.space: axis for axis in AXES if axis.space is not None}
+        return {axis.space: axis for axis in AXES if isinstance(axis, InnerAxis)}
 
     def _pass_over(self, number: int) -> None:
         """A layer that is not written: the original's stream alone moves behind it."""
