@@ -32,6 +32,7 @@ from dotexport.models.layers import Stock
 from dotexport.models.origin import describe_source
 from dotexport.models.shapes import Sizes, check_shapes, shapes
 from dotexport.models.text_windows import token_windows
+from dotexport.narrowing.depth import Depths
 from dotexport.narrowing.norm_statistics import Progress
 from dotexport.narrowing.prepare import pick_device, prepare, rehearsals, tensor_specs
 from dotexport.outputs import card
@@ -68,6 +69,7 @@ class Shrunk:
         return {
             "out": str(self.out),
             "sizes": self.plan.as_dict(),
+            "kept_layers": self.plan.kept_layers,
             "architecture": self.plan.architectures,
             "basis": self.basis,
             "held_out_kl": self.divergence,
@@ -112,10 +114,14 @@ def shrink(
         windows_NL = token_windows(source.folder, options.text)
         _warn_if_thin(windows_NL, decided)
         allocation = None
+        depths = Depths(source, windows_NL, options.narrow.seed, pick_device(device), progress)
         if options.allocate == "measured" and options.sizes.budgeted:
             measure = rehearsals(source, windows_NL, options.narrow, pick_device(device))
-            allocation = allocate(source.config, options.sizes, measure, progress)
+            allocation = allocate(
+                source.config, options.sizes, lambda p: measure(depths.settled(p)), progress
+            )
             decided = allocation.plan
+        decided = depths.settled(decided)
         closed, healing, workspace = _narrowed(
             source, decided, out, folder, windows_NL, options, device, overwrite, progress
         )
@@ -308,6 +314,7 @@ def _describe(
             "sha256": hashlib.sha256(windows_NL.numpy().tobytes()).hexdigest(),
         },
         sizes=shrunk.plan.as_dict(),
+        kept_layers=shrunk.plan.kept_layers,
         architecture=shrunk.plan.architectures,
         basis=closed.basis,
         artifacts={"hf": _artifact(folder / "hf")},

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dotexport.axes.axis import Axis
 from dotexport.axes.hidden_size import HiddenSize
 from dotexport.axes.intermediate_size import IntermediateSize
+from dotexport.axes.num_hidden_layers import NumHiddenLayers
 from dotexport.axes.num_key_value_heads import NumKeyValueHeads
 
 AXES: list[Axis] = [
@@ -35,5 +36,13 @@ AXES: list[Axis] = [
         help="KV heads (num_key_value_heads); their query heads leave with them.",
         weight=1.5,
         exact="groups whose output others give as well leave without a trace",
+    ),
+    NumHiddenLayers(
+        name="num_hidden_layers",
+        flag="layers",
+        label="layers",
+        help="Layers (num_hidden_layers); which ones leave is measured.",
+        weight=8.0,
+        exact="layers that add nothing leave without a trace",
     ),
 ]

@@ -149,8 +149,10 @@ class Axis(ABC):
 
     # config.json and the narrowing --------------------------------------------------------------
 
-    def config(self, config: Mapping[str, Any], before: Sizes, after: Sizes) -> dict[str, Any]:
-        """The numbers of config.json that it changes."""
+    def config(
+        self, config: Mapping[str, Any], before: Sizes, after: Sizes, kept: Sequence[int]
+    ) -> dict[str, Any]:
+        """The numbers of config.json that it changes, where the original's layers `kept` stay."""
         return {key: getattr(after, key) for key in (*self.keys, self.name)}
 
     def layers(self, before: Sizes, after: Sizes) -> Sequence[int]:

@@ -7,7 +7,7 @@ narrower stock norm is exact by the rule of models/exact_norm.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from dotexport.axes.axis import CHOICE, FLOOR, Axis, multiples, off_grid, off_group, steps
@@ -43,7 +43,9 @@ class HiddenSize(Axis):
     def torn(self, after: Sizes, group: int, devices: int) -> list[str]:
         return off_group(self.name, after.hidden_size, group)
 
-    def config(self, config: Mapping[str, Any], before: Sizes, after: Sizes) -> dict[str, Any]:
+    def config(
+        self, config: Mapping[str, Any], before: Sizes, after: Sizes, kept: Sequence[int]
+    ) -> dict[str, Any]:
         changed: dict[str, Any] = {self.name: after.hidden_size}
         if after.hidden_size != before.hidden_size:
             norm = exact_norm(

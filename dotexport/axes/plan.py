@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from dotexport.axes import AXES
+from dotexport.axes.axis import Axis
 from dotexport.errors import UsageError
 from dotexport.models.config_words import check_class
 from dotexport.models.families import carried_biases, check_quantised, find_carrier, find_family
@@ -19,11 +20,16 @@ from dotexport.options import Flag, each, option
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes before and after, and what they cost."""
+    """Sizes before and after, and what they cost.
+
+    Attributes:
+        layers: the original's layers that stay, where that was measured.
+    """
 
     family: Family
     before: Sizes
     after: Sizes
+    layers: tuple[int, ...] | None = None
 
     @property
     def carrier(self) -> Family:
@@ -57,7 +63,9 @@ class Plan:
 
     @cached_property
     def kept_layers(self) -> list[int]:
-        """The original's layers that every axis keeps, ascending."""
+        """The original's layers that stay, ascending: as measured, or as every axis has them."""
+        if self.layers is not None:
+            return list(self.layers)
         kept = [set(axis.layers(self.before, self.after)) for axis in AXES]
         return sorted(set(range(self.before.num_layers)).intersection(*kept))
 
@@ -86,7 +94,7 @@ class Plan:
         """
         changed = dict(config)
         for axis in AXES:
-            changed |= axis.config(config, self.before, self.after)
+            changed |= axis.config(config, self.before, self.after, self.kept_layers)
         changed["head_dim"] = self.after.head_dim
         changed |= dict.fromkeys(sorted(self.after.biases), True)
         changed["tie_word_embeddings"] = self.after.tied
@@ -116,6 +124,10 @@ def resized(sizes: Sizes, asked: Mapping[str, int]) -> Sizes:
     return sizes
 
 
+def _names() -> set[str]:
+    return {axis.name for axis in AXES}
+
+
 def axis_flags() -> Iterator[Flag]:
     """One for each axis."""
     return (Flag(axis.flag, axis.name, int | None, axis.help, None) for axis in AXES)
@@ -136,6 +148,7 @@ class SizeOptions:
         force_latency_table: take a table of another device, release or runtime.
         sizes: explicit ones by the name of their axis; the others are left to the budget, or as
             they are.
+        axes: those that a budget may cut, by name with commas; None: all.
         tied: False gives a shared embedding and head tables of their own; None keeps what is.
         bias: whether linears get biases where the class has them and the original does not.
         square: whether heads leave along with the width, so that hidden_size is heads x head_dim,
@@ -162,6 +175,11 @@ class SizeOptions:
         words=("--force-latency-table",),
     )
     sizes: Mapping[str, int] = each(axis_flags)
+    axes: str | None = option(
+        None,
+        help="Axes that share the budget, by name with commas (intermediate_size,"
+        "num_hidden_layers); default: all.",
+    )
     tied: bool | None = option(
         None,
         help="Whether a shared embedding and head stay shared when the residual width is cut.",
@@ -188,14 +206,15 @@ class SizeOptions:
         latency_table: str | None = None,
         force_latency_table: bool = False,
         sizes: Mapping[str, int] | None = None,
+        axes: str | None = None,
         tied: bool | None = None,
         bias: bool = False,
         square: bool = False,
         **by_axis: int | None,
     ) -> None:
-        known = {axis.name for axis in AXES}
-        if strange := sorted(set(by_axis) - known):
-            raise TypeError(f"{strange[0]!r} is no axis; known: {', '.join(sorted(known))}")
+        if strange := sorted(set(by_axis) - _names()):
+            known = ", ".join(sorted(_names()))
+            raise TypeError(f"{strange[0]!r} is no axis; known: {known}")
         named = {name: number for name, number in by_axis.items() if number is not None}
         given = {
             "params": params,
@@ -204,6 +223,7 @@ class SizeOptions:
             "latency_table": latency_table,
             "force_latency_table": force_latency_table,
             "sizes": {**(sizes or {}), **named},
+            "axes": axes,
             "tied": tied,
             "bias": bias,
             "square": square,
@@ -217,6 +237,15 @@ class SizeOptions:
             raise UsageError("give one budget: --params, --size or --latency")
         if self.latency is None and (self.latency_table or self.force_latency_table):
             raise UsageError("--latency-table serves a budget of time; give --latency 0.8x as well")
+        if self.axes is not None and not self.budgeted:
+            raise UsageError("--axes says which axes share a budget; give --params 0.7x as well")
+        if self.axes is not None and (strange := set(self.axes.split(",")) - _names()):
+            known = ", ".join(sorted(_names()))
+            raise UsageError(f"--axes names {sorted(strange)[0]!r}; expected some of {known}")
+
+    def may_cut(self, axis: Axis) -> bool:
+        """Whether a budget may cut an axis."""
+        return self.axes is None or axis.name in self.axes.split(",")
 
     @property
     def budgeted(self) -> bool:

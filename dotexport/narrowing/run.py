@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax
 
 from dotexport.axes import AXES
 from dotexport.axes.axis import InnerAxis
@@ -30,6 +29,7 @@ from dotexport.models.family import Sublayer
 from dotexport.models.layers import Layer, Stock
 from dotexport.models.shapes import Sizes
 from dotexport.narrowing.basis import Basis, best_of, check_basis, find_basis, methods_for, whole
+from dotexport.narrowing.judging import Head, divergences
 from dotexport.narrowing.narrow_options import AUTO, NarrowOptions
 from dotexport.narrowing.norm_statistics import Progress, Sight, look
 from dotexport.narrowing.original import ROWS, Original, embed, gram
@@ -42,7 +42,6 @@ logger = logging.getLogger(__name__)
 REHEARSAL = 16  # windows to fit on where several sizes are measured before one is taken
 COMPARED = 64  # the same for several bases, which are closer together than sizes
 JUDGED = 8192  # held-out tokens that decide
-JUDGED_AT_ONCE = 256
 
 
 class Writer(Protocol):
@@ -98,12 +97,10 @@ class Narrowing:
         self.E_DK = torch.from_numpy(basis.matrix_DK).to(self.streams.device)
         self._start()
         kept = self.plan.kept_layers
-        for number in range(self.before.num_layers):
-            if number in kept:
-                self._layer(number, kept.index(number))
-            else:
-                self._pass_over(number)
-            self.progress("narrowing", number + 1, self.before.num_layers)
+        for place, number in enumerate(kept):
+            following = [*kept[place + 1 :], self.before.num_layers][0]
+            self._layer(number, place, range(number + 1, following))
+            self.progress("narrowing", following, self.before.num_layers)
         self._finish()
         return basis
 
@@ -210,11 +207,16 @@ class Narrowing:
         """What the narrower class multiplies rows of its embedding with."""
         return self.original.family.embedding_scale(self.after.hidden_size)
 
-    def _layer(self, number: int, place: int) -> None:
-        """Narrow a layer of the original; it is number `place` of what is written."""
+    def _layer(self, number: int, place: int, left_out: Sequence[int]) -> None:
+        """Narrow a layer of the original; it is number `place` of what is written.
+
+        Its last writer answers for the layers behind it that are left out: its target is the
+        original's stream behind them.
+        """
         family = self.original.family
         teacher = self.original.layer(number)
         student = self._student(place, teacher)
+        *_, last = family.sublayers
         for sublayer in family.sublayers:
             space = sublayer.writer.in_
             axis = self._inside[space]
@@ -230,6 +232,7 @@ class Narrowing:
                 axis.units(self.before),
                 axis.method(self.options),
                 self.options,
+                partial(self._pass_over, left_out if sublayer is last else ()),
             )
             for record in site.narrow():
                 logger.info("layer %d, %s: %s", number, record["site"], record)
@@ -242,11 +245,12 @@ class Narrowing:
         """The axis that narrows a sublayer, by the space of its writer's inputs."""
         return {axis.space: axis for axis in AXES if isinstance(axis, InnerAxis)}
 
-    def _pass_over(self, number: int) -> None:
-        """A layer that is not written: the original's stream alone moves behind it."""
-        teacher = self.original.layer(number)
-        for sublayer in self.original.family.sublayers:
-            self.streams.advance_original(partial(teacher.after, sublayer))
+    def _pass_over(self, layers: Sequence[int]) -> None:
+        """Layers that are not written: the original's stream alone moves behind them."""
+        for number in layers:
+            teacher = self.original.layer(number)
+            for sublayer in self.original.family.sublayers:
+                self.streams.advance_original(partial(teacher.after, sublayer))
 
     def _student(self, number: int, teacher: Layer) -> Layer:
         """The analytic student: readers W E s, writers E^T W, rounded as they will be stored."""
@@ -349,28 +353,16 @@ class Narrowing:
 
     def _divergence(self, head_VD: Tensor, narrow_VK: Tensor) -> float:
         """Mean KL divergence of the narrowed model from the original on held-out windows."""
-        after, before = self._final_norms
+        theirs, ours = Head(self.original.stock, head_VD), Head(self.stock, narrow_VK)
         total, count = 0.0, 0
         for window in sorted(self.streams.held_out) or [0]:
             rows = slice(window, window + 1)
-            x_LD, y_LK = (
-                before(self.streams.original(rows))[0],
-                after(self.streams.narrowed(rows))[0],
-            )
-            parts = (torch.split(z, JUDGED_AT_ONCE) for z in (x_LD, y_LK))
-            for x_TD, y_TK in zip(*parts, strict=True):
-                theirs_TV = log_softmax(self._capped(x_TD @ head_VD.T), -1)
-                ours_TV = log_softmax(self._capped(y_TK @ narrow_VK.T), -1)
-                total += float(kl_div(ours_TV, theirs_TV, reduction="sum", log_target=True))
+            x_LD, y_LK = self.streams.original(rows)[0], self.streams.narrowed(rows)[0]
+            total += divergences((theirs, x_LD), [(ours, y_LK)])[0]
             count += len(x_LD)
             if count >= JUDGED:
                 break
         return total / count
-
-    def _capped(self, logits_TV: Tensor) -> Tensor:
-        """cap tanh(logits / cap), in classes that do so."""
-        cap = getattr(self.stock.config, "final_logit_softcapping", None)
-        return logits_TV if cap is None else cap * torch.tanh(logits_TV / cap)
 
     def _product(self, name: str, table_VD: Tensor, map_DK: Tensor) -> Tensor:
         """A table of the vocabulary times a map, in float64 block by block, rounded as stored."""

@@ -9,7 +9,7 @@ N + 1 where a writer with a bias sees a last input of ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -51,6 +51,7 @@ class Site:
         gated: the reader behind a nonlinearity, which takes no signs.
         units: how what leaves is arranged inside the sublayer.
         method: which of them stay, and whether the others are merged into them.
+        pass_over: moves the original's stream behind what follows this sublayer and is not written.
     """
 
     sublayer: Sublayer
@@ -64,6 +65,7 @@ class Site:
     units: Units
     method: str
     options: NarrowOptions
+    pass_over: Callable[[], None] = lambda: None
 
     def narrow(self) -> Iterator[dict[str, Any]]:
         """Refit, merge, refit, heal, and move both streams behind this sublayer; yields reports."""
@@ -71,6 +73,7 @@ class Site:
             seen = self.sublayer.norm or f"{self.sublayer.module}, as it is"
             yield {"site": seen, **self._refit_readers().as_dict()}
         self.streams.advance_original(lambda x: self.teacher.after(self.sublayer, x))
+        self.pass_over()
         fitted, prior_KI, report = self._narrow_inside()
         self._assign_writer(fitted.weights_OI)
         yield {"site": self.sublayer.writer.name, **fitted.as_dict(), **report}

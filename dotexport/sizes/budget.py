@@ -157,6 +157,8 @@ def grid_of(
     """The sizes of one axis that are searched: the one that was asked for, or a grid."""
     if axis.name in asked.sizes:
         return [asked.sizes[axis.name]]
+    if not asked.may_cut(axis):
+        return [axis.size(before)]
     grids = axis.grids(family, before)
     return grids[min(rung, len(grids) - 1)]
 

@@ -1,0 +1,76 @@
+"""num_hidden_layers: whole layers leave, wherever in the stack.
+
+Which ones is measured (narrowing/depth.py). The last writer in front of a cut is then fitted to the
+original's stream behind it, and every later one answers for what is still missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from dotexport.axes.axis import LEAST_SHARE, Axis
+from dotexport.models.family import Family
+from dotexport.models.rope import stock_config
+from dotexport.models.shapes import Sizes
+
+SEARCHED = 16
+"""Numbers of layers of the coarsest grid, at most."""
+
+
+class NumHiddenLayers(Axis):
+    """Depth."""
+
+    def size(self, sizes: Sizes) -> int:
+        return sizes.num_layers
+
+    def resized(self, sizes: Sizes, size: int) -> Sizes:
+        return replace(sizes, num_layers=size)
+
+    def grids(self, family: Family, before: Sizes) -> list[list[int]]:
+        count = before.num_layers
+        fine = [size for size in range(1, count + 1) if size >= LEAST_SHARE * count]
+        step = -(-len(fine) // SEARCHED)
+        coarse = fine[::-step][::-1]
+        return [coarse] if coarse == fine else [coarse, fine]
+
+    def problem(self, family: Family, before: Sizes, after: Sizes) -> str | None:
+        most = before.num_layers
+        within = 1 <= after.num_layers <= most
+        return None if within else f"is not between 1 and the original's {most}"
+
+    def layers(self, before: Sizes, after: Sizes) -> Sequence[int]:
+        """Where nothing is measured: without those in front of the last two, which gather what the
+        head reads."""
+        last = min(2, after.num_layers - 1)
+        first = range(after.num_layers - last)
+        return [*first, *range(before.num_layers - last, before.num_layers)]
+
+    def config(
+        self, config: Mapping[str, Any], before: Sizes, after: Sizes, kept: Sequence[int]
+    ) -> dict[str, Any]:
+        """The number, and every list that has an entry for each layer."""
+        if len(kept) == before.num_layers:
+            return {self.name: after.num_layers}
+        changed: dict[str, Any] = {
+            key: [value[layer] for layer in kept]
+            for key, value in _by_layer(config).items()
+            if len(value) == before.num_layers
+        }
+        windowed = config.get("max_window_layers")
+        if isinstance(windowed, int):
+            changed["max_window_layers"] = sum(layer < windowed for layer in kept)
+        return {**changed, self.name: after.num_layers}
+
+    def story(self, record: Mapping[str, Any]) -> str:
+        left = sorted(set(range(record["sizes"][self.name][0])) - set(record["kept_layers"]))
+        return f"without {', '.join(map(str, left))}" if left else "all of them"
+
+
+def _by_layer(config: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Lists of config.json, and kinds of layers that the class derives from a layer's number."""
+    lists = {key: value for key, value in config.items() if isinstance(value, list)}
+    kinds = list(getattr(stock_config(config), "layer_types", None) or ())
+    # Layers that are all of one kind say so without a list.
+    return {"layer_types": kinds, **lists} if len(set(kinds)) > 1 else lists
