@@ -37,7 +37,7 @@ from dotexport.narrowing.norm_statistics import Progress
 from dotexport.narrowing.prepare import pick_device, prepare, rehearsals, tensor_specs
 from dotexport.outputs import card
 from dotexport.sizes.allocation import Allocation, allocate
-from dotexport.sizes.budget import plan
+from dotexport.sizes.budget import plan, shortfall
 from dotexport.storage import manifest
 from dotexport.storage.output import new_folder, write_json, write_text
 
@@ -113,6 +113,8 @@ def shrink(
         progress("reading the calibration text", 0, 1)
         windows_NL = token_windows(source.folder, options.text)
         _warn_if_thin(windows_NL, decided)
+        if short := shortfall(source.config, options.sizes, decided):
+            logger.warning("%s", short)
         allocation = None
         depths = Depths(source, windows_NL, options.narrow.seed, pick_device(device), progress)
         if options.allocate == "measured" and options.sizes.budgeted:

@@ -12,12 +12,13 @@ from typing import Any, ClassVar
 
 from dotexport.axes.axis import CHOICE, FLOOR, Axis, multiples, off_grid, off_group, steps
 from dotexport.models.exact_norm import exact_norm
+from dotexport.models.families import find_carrier
 from dotexport.models.family import Family
 from dotexport.models.shapes import Sizes
 
 
 class HiddenSize(Axis):
-    """Residual width; Llama's class asks for a multiple of its heads."""
+    """Residual width; some classes ask for a multiple of their heads."""
 
     depends: ClassVar[tuple[str, ...]] = ("num_key_value_heads",)
     everywhere: ClassVar[bool] = True
@@ -25,7 +26,9 @@ class HiddenSize(Axis):
     def grids(self, family: Family, before: Sizes) -> list[list[int]]:
         width = before.hidden_size
         found = [(step, multiples(step, width)) for step in steps(width)]
-        heads = before.num_attention_heads if family.divides else 1
+        # No carrier that asks for a multiple of the heads can hold a width of 1.
+        divides = find_carrier(family, self.resized(before, 1)).divides
+        heads = before.num_attention_heads if divides else 1
         coarse = (n for n, (step, _) in enumerate(found) if _leaves_a_choice(step, heads, width))
         first = next(coarse, len(found) - 1)
         return [sorted({*sizes, width}) for _, sizes in found[first:]]
@@ -33,7 +36,7 @@ class HiddenSize(Axis):
     def problem(self, family: Family, before: Sizes, after: Sizes) -> str | None:
         heads = after.num_attention_heads
         grain = 1 if after.hidden_size == before.hidden_size else FLOOR
-        if not family.divides:
+        if not find_carrier(family, after).divides:
             return off_grid(after.hidden_size, grain)
         if after.hidden_size % math.lcm(grain, heads) == 0 < after.hidden_size:
             return None

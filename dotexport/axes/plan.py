@@ -102,10 +102,14 @@ class Plan:
         return in_all_words(changed)
 
 
-def read_model(config: Mapping[str, Any]) -> tuple[Family, Sizes]:
+def read_model(config: Mapping[str, Any], *, keep_class: bool = False) -> tuple[Family, Sizes]:
     """Family table and sizes of a config.json.
 
+    Args:
+        keep_class: a table without carriers, so that what is written has the original's class.
+
     Raises:
+        UsageError: the original's class cannot be kept.
         UnsupportedModelError: no family table, or weights that are quantised already.
         CheckpointError: sizes are missing, or transformers refuses it.
     """
@@ -113,7 +117,7 @@ def read_model(config: Mapping[str, Any]) -> tuple[Family, Sizes]:
     family = find_family(config)
     sizes = read_sizes(family, config)
     check_class(config)
-    return family, sizes
+    return (family.uncarried() if keep_class else family), sizes
 
 
 def resized(sizes: Sizes, asked: Mapping[str, int]) -> Sizes:
@@ -151,6 +155,8 @@ class SizeOptions:
         axes: those that a budget may cut, by name with commas; None: all.
         tied: False gives a shared embedding and head tables of their own; None keeps what is.
         bias: whether linears get biases where the class has them and the original does not.
+        keep_class: whether what is written has the original's class; else a class that computes
+            the same may carry sizes that the original's cannot hold.
         square: whether heads leave along with the width, so that hidden_size is heads x head_dim,
             for consumers that take head_dim to be hidden_size / heads (sizes/square.py).
     """
@@ -190,6 +196,12 @@ class SizeOptions:
         help="Give linears biases where the class has them.",
         words=("--bias/--no-bias",),
     )
+    keep_class: bool = option(
+        False,
+        help="Write the original's class, whatever sizes another one that computes the same would "
+        "hold (Mistral those of a Llama that are no multiple of its heads).",
+        words=("--keep-class",),
+    )
     square: bool = option(
         False,
         help="Drop heads along with the width, so that hidden_size == heads x head_dim, for "
@@ -209,6 +221,7 @@ class SizeOptions:
         axes: str | None = None,
         tied: bool | None = None,
         bias: bool = False,
+        keep_class: bool = False,
         square: bool = False,
         **by_axis: int | None,
     ) -> None:
@@ -226,6 +239,7 @@ class SizeOptions:
             "axes": axes,
             "tied": tied,
             "bias": bias,
+            "keep_class": keep_class,
             "square": square,
         }
         for name, value in given.items():

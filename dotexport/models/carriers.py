@@ -112,6 +112,8 @@ def carried_config(config: Mapping[str, Any], family: Family, carrier: Family) -
     neutral: dict[str, Any] = dict.fromkeys(MULTIPLIERS, 1.0) if MULTIPLIERS[0] in known else {}
     if "attention_multiplier" in known and carrier is not family:
         neutral["attention_multiplier"] = sizes.head_dim**-0.5
+    if carrier.windows and not family.windows and "sliding_window" in known:
+        neutral["sliding_window"] = None  # the class has one where nothing is said
     flags = dict.fromkeys(sorted(carried_biases(family, carrier, sizes)), True)
     return {
         **same,

@@ -14,7 +14,9 @@ Parameter counts, width checks, legal sizes and the narrowing itself follow from
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from dotexport.errors import UsageError
 
 ALWAYS = "always"
 """In the place of a flag: a bias that the class has without asking config.json."""
@@ -124,6 +126,20 @@ class Family:
         """Whether any basis of the residual stream gives the same model: not where what is added
         to it is normalised axis by axis."""
         return all(sublayer.output_norm is None for sublayer in self.sublayers)
+
+    def uncarried(self) -> Family:
+        """The same, written as no other class than its own.
+
+        Raises:
+            UsageError: matrices of it are fused, and are narrowed apart.
+        """
+        if any(len(linear.outs) > 1 for linear in self.linears):
+            carriers = " or ".join(self.carriers)
+            raise UsageError(
+                f"--keep-class: {self.architecture} fuses matrices that are narrowed apart, and is "
+                f"written as {carriers}; leave the flag out"
+            )
+        return replace(self, carriers=())
 
     def embedding_scale(self, hidden_size: int) -> float:
         """What rows of the embedding are multiplied with on their way into the stream."""

@@ -25,12 +25,12 @@ class Head:
     stock: Stock
     table_VD: Tensor
 
-    def log_probabilities(self, stream_TD: Tensor) -> Tensor:
-        """Of the next token, (T, V)."""
+    def logits(self, stream_TD: Tensor) -> Tensor:
+        """Of the next token, (T, V), capped in classes that do so."""
         norm: Any = self.stock.norm(stream_TD.device)
-        logits_TV = norm(stream_TD) @ self.table_VD.T
+        logits_TV: Tensor = norm(stream_TD) @ self.table_VD.T
         cap = getattr(self.stock.config, "final_logit_softcapping", None)
-        return log_softmax(logits_TV if cap is None else cap * torch.tanh(logits_TV / cap), -1)
+        return logits_TV if cap is None else cap * torch.tanh(logits_TV / cap)
 
 
 Said = tuple[Head, Tensor]
@@ -43,8 +43,8 @@ def divergences(original: Said, narrowed: Sequence[Said]) -> list[float]:
     totals = [0.0] * len(narrowed)
     for start in range(0, len(stream_TD), JUDGED_AT_ONCE):
         some = slice(start, start + JUDGED_AT_ONCE)
-        theirs_TV = head.log_probabilities(stream_TD[some])
+        theirs_TV = log_softmax(head.logits(stream_TD[some]), -1)
         for number, (other, other_TK) in enumerate(narrowed):
-            ours_TV = other.log_probabilities(other_TK[some])
+            ours_TV = log_softmax(other.logits(other_TK[some]), -1)
             totals[number] += float(kl_div(ours_TV, theirs_TV, reduction="sum", log_target=True))
     return totals

@@ -19,7 +19,7 @@ from dotexport.narrowing.basis import check_basis
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.norm_statistics import Progress
 from dotexport.narrowing.original import Original
-from dotexport.narrowing.run import REHEARSAL, Narrowing, Nowhere, Writer
+from dotexport.narrowing.run import REHEARSED, REHEARSED_LENGTH, Narrowing, Nowhere, Writer
 from dotexport.narrowing.streams import Streams
 from dotexport.storage.output import write_json
 
@@ -55,13 +55,15 @@ def rehearsals(
     It sees a part of the text, and takes the cheap way where there is one: PCA for a basis that
     would be learned or searched, no transport, no healing.
     """
+    windows_NL = windows_NL[:, :REHEARSED_LENGTH]
+    fitted_on = -(-REHEARSED // windows_NL.shape[1])
     cheap = replace(options, mlp="obs", heads="obs", local=None)
 
     def measure(planned: Plan) -> float:
         carried, decided = carry(source, planned)
         rough = "pca" if decided.family.rotates else "select"
         basis = options.basis if options.basis in ("dot", "select") else rough
-        streams = _streams(decided, windows_NL, options, device, None).some(REHEARSAL)
+        streams = _streams(decided, windows_NL, options, device, None).some(fitted_on)
         writer = Nowhere(tensor_specs(carried, decided))
         quiet: Progress = lambda stage, done, total: None  # noqa: E731
         run = _assemble(carried, decided, streams, writer, replace(cheap, basis=basis), quiet)

@@ -39,7 +39,8 @@ from dotexport.narrowing.streams import Streams
 
 logger = logging.getLogger(__name__)
 
-REHEARSAL = 16  # windows to fit on where several sizes are measured before one is taken
+REHEARSED = 8192  # tokens to fit on where several sizes are measured before one is taken
+REHEARSED_LENGTH = 512  # of their windows, at most
 COMPARED = 64  # the same for several bases, which are closer together than sizes
 JUDGED = 8192  # held-out tokens that decide
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,9 @@ from dotexport.axes import AXES
 from dotexport.axes.axis import Axis
 from dotexport.axes.plan import Plan, SizeOptions
 from dotexport.models.shapes import Sizes
-from dotexport.sizes.budget import is_legal, preference, within_budget
+from dotexport.sizes.budget import filled, is_legal, preference, within_budget
 
-POINTS = 3  # of each curve besides the original
+POINTS = 2  # of each curve besides the original
 CHECKED = 3  # predicted best ones that are measured together, besides the rule's
 
 Measure = Callable[[Plan], float]
@@ -104,19 +105,23 @@ def allocate(
     # No cut of these could be measured.
     flat = [axis for axis in AXES if len(curves[axis.name].sizes) == 1]
     plans = [p for p in plans if all(_same(p, axis) for axis in flat)] or plans
-    predicted = {
-        p.after: sum(curves[axis.name].at(axis.size(p.after)) for axis in AXES) for p in plans
-    }
-    plans.sort(key=lambda p: (predicted[p.after], -p.parameters_after))
+
+    costs = cache(lambda name, size: curves[name].at(size))
+
+    def expected(p: Plan) -> float:
+        return sum(costs(axis.name, axis.size(p.after)) for axis in AXES)
+
+    plans.sort(key=lambda p: (expected(p), -p.parameters_after))
     rule = min(plans, key=preference)
-    finalists = list({p.after: p for p in (*_apart(plans), rule)}.values())
+    widest = partial(filled, config, asked)
+    finalists = list({p.after: p for p in (*_apart(map(widest, plans)), widest(rule))}.values())
     checked = []
     for number, plan in enumerate(finalists):
         progress("checking sizes", len(points) + number, len(points) + len(finalists))
         checked.append((plan, measure(plan)))
-    best, _ = min(checked, key=lambda pair: pair[1])
-    rows = tuple(_row(p, predicted[p.after], found) for p, found in checked)
-    return Allocation(best, tuple(c for c in curves.values() if len(c.sizes) > 1), rows)
+    taken, _ = min(checked, key=lambda pair: pair[1])
+    rows = tuple(_row(p, expected(p), found) for p, found in checked)
+    return Allocation(taken, tuple(c for c in curves.values() if len(c.sizes) > 1), rows)
 
 
 def _same(plan: Plan, axis: Axis) -> bool:
@@ -155,7 +160,7 @@ def _curve(
     return Curve(axis.name, sizes, divergences, counts)
 
 
-def _apart(plans: list[Plan]) -> list[Plan]:
+def _apart(plans: Iterable[Plan]) -> list[Plan]:
     """The first few that are not next door to one another."""
     taken: list[Plan] = []
     for plan in plans:

@@ -5,9 +5,11 @@ Reads config.json only; no weights, no torch.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from dotexport.axes import AXES
@@ -18,6 +20,8 @@ from dotexport.models.family import Family
 from dotexport.models.shapes import Sizes
 from dotexport.sizes import square
 
+TRIED = 16  # plans, the best first, that are filled where the first falls short
+CLOSE = 0.99  # of a budget: what falls short of it by more is widened, or said
 NUMBER = r"[0-9]*\.?[0-9]+(?:[eE][0-9]+)?"
 
 
@@ -29,7 +33,7 @@ def plan(config: Mapping[str, Any], asked: SizeOptions) -> Plan:
         UsageError: nothing was asked for.
         UnsupportedModelError: no family table, or weights that are quantised already.
     """
-    family, before = read_model(config)
+    family, before = read_model(config, keep_class=asked.keep_class)
     if not asked.explicit and not asked.budgeted:
         flags = [f"--{axis.flag.replace('_', '-')} N" for axis in AXES]
         raise UsageError(
@@ -39,7 +43,7 @@ def plan(config: Mapping[str, Any], asked: SizeOptions) -> Plan:
     asked = check_sizes(family, before, asked)
     if not asked.budgeted:
         return Plan(family, before, asked.finished(family, resized(before, asked.sizes)))
-    return min(within_budget(config, asked), key=preference)
+    return closest(config, asked, sorted(within_budget(config, asked), key=preference))
 
 
 def strain(decided: Plan) -> float:
@@ -100,7 +104,7 @@ def within_budget(config: Mapping[str, Any], asked: SizeOptions, *, rung: int = 
         SizeError: there is none.
         UsageError: a budget that is none.
     """
-    family, before = read_model(config)
+    family, before = read_model(config, keep_class=asked.keep_class)
     whole = Plan(family, before, before)
     grid = combinations(family, before, asked, rung)
     plans = [Plan(family, before, asked.finished(family, sizes)) for sizes in grid]
@@ -116,9 +120,9 @@ def within_budget(config: Mapping[str, Any], asked: SizeOptions, *, rung: int = 
     return fitting
 
 
-def num_rungs(config: Mapping[str, Any]) -> int:
+def num_rungs(config: Mapping[str, Any], asked: SizeOptions) -> int:
     """How many grids there are, from the coarsest that leaves a choice to the finest."""
-    family, before = read_model(config)
+    family, before = read_model(config, keep_class=asked.keep_class)
     return max(len(axis.grids(family, before)) for axis in AXES)
 
 
@@ -161,6 +165,89 @@ def grid_of(
         return [axis.size(before)]
     grids = axis.grids(family, before)
     return grids[min(rung, len(grids) - 1)]
+
+
+# What a grid leaves of a budget ------------------------------------------------------------------
+
+
+def closest(
+    config: Mapping[str, Any],
+    asked: SizeOptions,
+    plans: Iterable[Plan],
+    accept: Callable[[Plan], bool] = lambda plan: True,
+) -> Plan:
+    """The best of these plans, filled; of the first few one that comes to the budget, if that falls
+    short.
+
+    Args:
+        plans: the best first; at least one is accepted.
+    """
+    found = []
+    for decided in islice(filter(accept, plans), TRIED):
+        found.append(filled(config, asked, decided, accept))
+        if shortfall(config, asked, found[-1]) is None:
+            return found[-1]
+    return found[0]
+
+
+def filled(
+    config: Mapping[str, Any],
+    asked: SizeOptions,
+    decided: Plan,
+    accept: Callable[[Plan], bool] = lambda plan: True,
+) -> Plan:
+    """The plan with axes widened off the grid where it falls short of the budget.
+
+    One axis at a time, the one that comes closest; of sizes that are close enough, the roundest. A
+    budget of time is left as it is: times between the measured sizes are not known that well.
+
+    Args:
+        accept: what else a plan must satisfy.
+    """
+    if asked.latency is not None:
+        return decided
+    cost, limit = _budget(config, decided, [decided], asked)
+    while cost(decided) < CLOSE * limit:
+        wider = [p for p in _widened(decided, asked) if cost(p) <= limit and accept(p)]
+        if not wider:
+            break
+        decided = max(wider, key=lambda p: (min(cost(p), CLOSE * limit), _roundness(p), cost(p)))
+    return decided
+
+
+def shortfall(config: Mapping[str, Any], asked: SizeOptions, decided: Plan) -> str | None:
+    """In words, that a plan is more than 1 % below its budget; None: it is not.
+
+    Names the legal sizes next to the budget on both sides.
+    """
+    if not asked.budgeted or asked.latency is not None:
+        return None
+    cost, limit = _budget(config, decided, [decided], asked)
+    if cost(decided) >= CLOSE * limit:
+        return None
+    beyond = [p for p in _widened(decided, asked) if cost(p) > limit]
+    near = [decided, *sorted(beyond, key=cost)[:1]]
+    return (
+        f"no legal sizes come within 1 % of {_budget_text(asked)}; the nearest are "
+        + " and ".join(f"{p.in_words()} ({p.ratio:.3f}x)" for p in near)
+    )
+
+
+def _widened(decided: Plan, asked: SizeOptions) -> Iterator[Plan]:
+    """Every legal plan that is wider on one axis of those that are free."""
+    held = square.COUPLED if asked.square else ()
+    for axis in AXES:
+        if axis.name in asked.sizes or axis.name in held or not asked.may_cut(axis):
+            continue
+        for size in range(axis.size(decided.after) + 1, axis.size(decided.before) + 1):
+            after = axis.resized(decided.after, size)
+            if is_legal(decided.family, decided.before, after):
+                yield replace(decided, after=after)
+
+
+def _roundness(decided: Plan) -> int:
+    """The power of two in all sizes together: kernels like multiples of large ones."""
+    return math.prod(axis.size(decided.after) & -axis.size(decided.after) for axis in AXES)
 
 
 Cost = Callable[[Plan], float]

@@ -21,7 +21,7 @@ from dotexport.storage.output import read_json
 KEY = "shrink"
 """Of the plan: flags of shrink that give its sizes, spelled as the keys of a recipe."""
 
-SWITCHES = ("tied", "bias", "square")
+SWITCHES = ("tied", "bias", "keep_class", "square")
 EXPECTED = "expected what `dotexport plan MODEL ... --json` prints for this model"
 
 
@@ -36,7 +36,7 @@ def as_flags(decided: Plan, asked: SizeOptions) -> dict[str, Any]:
     flags: dict[str, Any] = {axis.flag: axis.size(decided.after) for axis in AXES}
     if decided.before.tied and not decided.after.tied:
         flags["tied"] = False
-    return flags | {name: True for name in ("bias", "square") if getattr(asked, name)}
+    return flags | {name: True for name in SWITCHES[1:] if getattr(asked, name)}
 
 
 def on_a_command_line(flags: Mapping[str, Any]) -> str:

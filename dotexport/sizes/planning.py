@@ -26,9 +26,11 @@ from dotexport.models.shapes import Sizes, cached_numbers, shapes
 from dotexport.sizes.budget import (
     bytes_per_parameter,
     check_sizes,
+    closest,
     num_rungs,
     plan,
     preference,
+    shortfall,
     strain,
     within_budget,
 )
@@ -79,6 +81,7 @@ class Choice:
     Attributes:
         flags: of shrink, for the sizes of the plan (plan_file.py).
         config_sha256: which model it is a plan of.
+        shortfall: in words, that it is more than 1 % below its budget.
     """
 
     plan: Plan
@@ -86,6 +89,7 @@ class Choice:
     costs: Costs = field(repr=False)
     flags: Mapping[str, Any]
     config_sha256: str
+    shortfall: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -94,6 +98,7 @@ class Choice:
             KEY: dict(self.flags),
             "architecture": self.plan.architectures,
             "binding": list(self.binding),
+            **({"shortfall": self.shortfall} if self.shortfall else {}),
             "artifact_bytes": {k: list(v) for k, v in self.costs.artifacts.items()},
             "kv_cache_bytes_per_token": {k: list(v) for k, v in self.costs.cache_per_token.items()},
             "shrink_memory_bytes": self.costs.shrink_memory,
@@ -123,8 +128,13 @@ def choose(config: Mapping[str, Any], asked: SizeOptions, where: Deployment) -> 
         if asked.budgeted:
             binding.append(BUDGET)
         planned_config(config, decided)  # refuses what shrink would refuse
+        if asked.budgeted:
+            accepted = lambda p: _first([p], rules) is not None  # noqa: E731
+            decided = closest(config, asked, [decided, *plans], accepted)
         costs = _costs(config, decided, targets)
-        return Choice(decided, binding, costs, as_flags(decided, asked), fingerprint(config))
+        flags = as_flags(decided, asked)
+        short = shortfall(config, asked, decided)
+        return Choice(decided, binding, costs, flags, fingerprint(config), short)
     # The finest grid has none either: say what is wrong with the sizes that come nearest.
     wrong = [f"  {rule.name}: {text}" for rule in rules for text in rule.problems(plans[0])]
     raise SizeError(
@@ -163,8 +173,8 @@ def _candidates(config: Mapping[str, Any], asked: SizeOptions) -> Iterable[list[
     if not asked.budgeted:
         yield [plan(config, asked)]
         return
-    asked = check_sizes(*read_model(config), asked)
-    for rung in range(num_rungs(config)):
+    asked = check_sizes(*read_model(config, keep_class=asked.keep_class), asked)
+    for rung in range(num_rungs(config, asked)):
         yield sorted(within_budget(config, asked, rung=rung), key=preference)
 
 

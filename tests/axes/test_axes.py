@@ -1,34 +1,26 @@
-"""Axes: what holds of each of them, and a toy one that is planned, narrowed and reported.
-
-The toy is all that a new axis takes: a class in one file, and one entry in AXES.
-"""
+"""Axes: what holds of each of them, and one that is planned, narrowed and reported on its way."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import typer
-from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from dotexport.app.commands import deciding
-from dotexport.app.flags import with_options
+from dotexport.app.cli import app
 from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.app.shrinking import shrink
 from dotexport.axes import AXES
 from dotexport.axes.axis import FLOOR, Axis
+from dotexport.axes.carrying import planned_config
 from dotexport.axes.plan import Plan, SizeOptions, read_model, resized
-from dotexport.errors import SizeError
+from dotexport.errors import SizeError, UsageError
 from dotexport.models.checkpoint import read_config
-from dotexport.models.family import Family
-from dotexport.models.shapes import Sizes
 from dotexport.models.text_options import TextOptions
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.sizes.budget import plan, within_budget
@@ -47,57 +39,6 @@ SMOLLM: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
 }
 FAMILY, WHOLE = read_model(SMOLLM)
-
-
-class FirstLayers(Axis):
-    """A toy: the last layers leave, and nothing is repaired for it."""
-
-    def size(self, sizes: Sizes) -> int:
-        return sizes.num_layers
-
-    def resized(self, sizes: Sizes, size: int) -> Sizes:
-        return replace(sizes, num_layers=size)
-
-    def grids(self, family: Family, before: Sizes) -> list[list[int]]:
-        return [list(range(1, before.num_layers + 1))]
-
-    def problem(self, family: Family, before: Sizes, after: Sizes) -> str | None:
-        return None if after.num_layers >= 1 else "leaves no layer"
-
-    def config(self, config: Mapping[str, Any], before: Sizes, after: Sizes) -> dict[str, Any]:
-        return {self.name: after.num_layers}
-
-    def layers(self, before: Sizes, after: Sizes) -> Sequence[int]:
-        return range(after.num_layers)
-
-    def story(self, record: Mapping[str, Any]) -> str:
-        return "the first ones stay"
-
-
-TOY = FirstLayers(
-    name="num_hidden_layers",
-    flag="layers",
-    label="layers",
-    help="Layers (num_hidden_layers).",
-    weight=8.0,
-    exact="what the layers before it compute",
-)
-
-
-@pytest.fixture
-def toy() -> Iterator[Axis]:
-    AXES.append(TOY)
-    yield TOY
-    AXES.remove(TOY)
-
-
-@pytest.fixture
-def commands(toy: Axis) -> typer.Typer:
-    """The verbs as they are made where the toy is an axis."""
-    app = typer.Typer()
-    app.command("plan")(with_options(deciding.plan))
-    app.command("shrink")(with_options(deciding.shrink))
-    return app
 
 
 # Every axis -------------------------------------------------------------------------------------
@@ -165,7 +106,7 @@ def test_a_width_divides_over_the_heads_where_the_class_asks_for_it(
 ) -> None:
     """Of 9 heads; 8 is the grain of kernels."""
     [width] = [axis for axis in AXES if axis.name == "hidden_size"]
-    family = replace(FAMILY, divides=divides)
+    family = replace(FAMILY, divides=divides, carriers=())
     sizes = [width.resized(WHOLE, size) for size in range(1, 576)]
     legal = [width.size(s) for s in sizes if width.problem(family, WHOLE, s) is None]
     assert legal == list(range(grain, 576, grain))
@@ -175,24 +116,25 @@ def test_a_width_divides_over_the_heads_where_the_class_asks_for_it(
 def test_config_json_says_the_sizes_that_the_plan_says(axis: Axis) -> None:
     size = axis.grids(FAMILY, WHOLE)[0][0]
     after = axis.resized(WHOLE, size)
-    written = Plan(FAMILY, WHOLE, after).config(SMOLLM)
-    assert read_model({**written})[1] == after
+    written = planned_config(SMOLLM, Plan(FAMILY, WHOLE, after))
+    assert read_model(written)[1] == after
 
 
 def test_shares_are_those_of_the_weights_that_are_counted_by_hand() -> None:
-    hidden, mlp, heads = (axis.shares(FAMILY, WHOLE) for axis in AXES)
+    hidden, mlp, heads, depth = (axis.shares(FAMILY, WHOLE) for axis in AXES)
     layer = 576 * (2 * 576 + 2 * 192 + 3 * 1536)
     parameters = 30 * (layer + 2 * 576) + 49152 * 576 + 576
     assert hidden.parameters == 1  # every weight has it
     assert mlp.parameters == pytest.approx(30 * 3 * 576 * 1536 / parameters)
     assert heads.parameters == pytest.approx(30 * 576 * (2 * 576 + 2 * 192) / parameters)
-    assert (hidden.cache, mlp.cache, heads.cache) == (0, 0, 1)
+    assert depth.parameters == pytest.approx(30 * (layer + 2 * 576) / parameters)
+    assert (hidden.cache, mlp.cache, heads.cache, depth.cache) == (0, 0, 1, 1)
     products = 30 * layer + 49152 * 576
     assert mlp.time == pytest.approx(30 * 3 * 576 * 1536 / products)
     assert hidden.time == 1
 
 
-# The toy ----------------------------------------------------------------------------------------
+# One of them, from a flag to a report ------------------------------------------------------------
 
 
 def letters(folder: Path) -> Path:
@@ -202,7 +144,7 @@ def letters(folder: Path) -> Path:
     return text
 
 
-def test_a_toy_axis_is_planned(toy: Axis, tiny_llama: Callable[[str], Path]) -> None:
+def test_an_axis_is_planned(tiny_llama: Callable[[str], Path]) -> None:
     config = read_config(tiny_llama("wide-heads"))
     decided = plan(config, SizeOptions(num_hidden_layers=2))
     assert decided.as_dict()["num_hidden_layers"] == [3, 2]
@@ -214,54 +156,56 @@ def test_a_toy_axis_is_planned(toy: Axis, tiny_llama: Callable[[str], Path]) -> 
         plan(config, SizeOptions(num_hidden_layers=4))
 
 
-def test_a_toy_axis_is_narrowed(
-    toy: Axis, tiny_llama: Callable[[str], Path], tmp_path: Path
-) -> None:
-    """With nothing else cut and nothing repaired, what comes out is the first layers alone."""
-    model, text = tiny_llama("wide-heads"), letters(tmp_path)
-    options = ShrinkOptions(
-        sizes=SizeOptions(num_hidden_layers=2),
-        text=TextOptions(source=str(text), samples=8, seqlen=32),
-        narrow=NarrowOptions(refit=False),
-    )
-    shrink(model, tmp_path / "out", options)
-    original = AutoModelForCausalLM.from_pretrained(model)
-    original.model.layers = original.model.layers[:2]
-    narrowed = AutoModelForCausalLM.from_pretrained(tmp_path / "out/hf")
-    tokens_BL = torch.randint(3, 90, (2, 20), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        wanted, found = (m(input_ids=tokens_BL).logits for m in (original, narrowed))
-    # The same float32 weights, once with the norms' gammas folded into what reads them.
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
-
-
-def test_a_toy_axis_is_a_flag_and_is_reported(
-    commands: typer.Typer, tiny_llama: Callable[[str], Path], tmp_path: Path
+def test_an_axis_is_a_flag_and_is_reported(
+    tiny_llama: Callable[[str], Path], tmp_path: Path
 ) -> None:
     model, out = str(tiny_llama("wide-heads")), tmp_path / "out"
     run = CliRunner(env={"COLUMNS": "200"})
-    planned = run.invoke(commands, ["plan", model, "--layers", "2", "--hidden", "40", "--json"])
+    planned = run.invoke(app, ["plan", model, "--layers", "2", "--hidden", "40", "--json"])
     assert planned.exit_code == 0, planned.output
     file = tmp_path / "plan.json"
     file.write_text(planned.stdout, encoding="utf-8")
     assert json.loads(planned.stdout)["shrink"]["layers"] == 2
-    shown = run.invoke(commands, ["plan", model, "--layers", "2"]).stdout
+    shown = run.invoke(app, ["plan", model, "--layers", "2"]).stdout
+    [axis] = [axis for axis in AXES if axis.flag == "layers"]
     assert "num_hidden_layers" in shown
-    assert TOY.exact in shown
+    assert axis.exact in shown
     text = ["--calib", str(letters(tmp_path)), "--samples", "8", "--seqlen", "32"]
-    made = run.invoke(commands, ["shrink", model, "-o", str(out), "--plan", str(file), *text])
+    made = run.invoke(app, ["shrink", model, "-o", str(out), "--plan", str(file), *text])
     assert made.exit_code == 0, made.output
     assert "num_hidden_layers" in made.stdout
-    card = (out / "README.md").read_text(encoding="utf-8")
-    assert "| num_hidden_layers | 3 | 2 | 0.667x |" in card
-    assert "num_hidden_layers: the first ones stay" in card
     report = json.loads((out / "reports/shrink.json").read_text(encoding="utf-8"))
     assert report["sizes"]["num_hidden_layers"] == [3, 2]
-    assert {site["layer"] for site in report["sites"]} == {0, 1, None}
+    [left] = {0, 1, 2} - set(report["kept_layers"])
+    assert {site["layer"] for site in report["sites"]} == {0, 1, 2, None} - {left}
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "| num_hidden_layers | 3 | 2 | 0.667x |" in card
+    assert f"num_hidden_layers: without {left}" in card
 
 
-def test_a_budget_is_shared_with_a_toy_axis_by_its_measured_curve(
-    toy: Axis, tiny_llama: Callable[[str], Path], tmp_path: Path
+def test_only_the_axes_that_are_named_share_a_budget(tiny_llama: Callable[[str], Path]) -> None:
+    config = read_config(tiny_llama("wide-heads"))
+    asked = SizeOptions(params="0.7x", axes="num_hidden_layers,intermediate_size")
+    for found in within_budget(config, asked):
+        assert found.after.hidden_size == found.before.hidden_size
+        assert found.after.num_key_value_heads == found.before.num_key_value_heads
+    assert {p.after.num_layers for p in within_budget(config, asked)} > {2}
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"params": "0.7x", "axes": "depth"}, "--axes names 'depth'; expected some of hidden_size"),
+        ({"axes": "hidden_size"}, "give --params 0.7x as well"),
+    ],
+)
+def test_axes_that_cannot_be_meant_are_refused(asked: dict[str, str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        SizeOptions(**asked)  # type: ignore[arg-type]
+
+
+def test_a_budget_is_shared_by_measured_curves(
+    tiny_llama: Callable[[str], Path], tmp_path: Path
 ) -> None:
     text = TextOptions(source=str(letters(tmp_path)), samples=8, seqlen=32)
     options = ShrinkOptions(

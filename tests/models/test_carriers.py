@@ -163,7 +163,7 @@ def test_a_class_that_stays_is_handed_back_as_it_is(tiny_model: Make) -> None:
         ((LLAMA, GRANITE), 40, False, GRANITE),  # six heads do not divide it, as Llama insists
         ((LLAMA,), 40, False, "Qwen2ForCausalLM"),
         ((LLAMA, GRANITE), 72, True, "Qwen2ForCausalLM"),  # neither has windows
-        ((LLAMA, "MistralForCausalLM", GRANITE), 72, True, "MistralForCausalLM"),
+        (("MistralForCausalLM",), 72, True, "Qwen2ForCausalLM"),  # it has windows, and no biases
         ((), 72, False, "Qwen2ForCausalLM"),
     ],
 )

@@ -27,6 +27,7 @@ from dotexport.models.shapes import num_parameters, read_sizes
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.basis import Basis
+from dotexport.narrowing.judging import Head
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.prepare import prepare
 from dotexport.sizes.budget import plan
@@ -230,11 +231,36 @@ def test_full_width_in_any_basis_that_it_has_is_the_original(
     assert abs(run.divergence) < 1e-6
     # Layers run one by one, with masks and rotary embeddings made for them, are the whole model.
     stream_BLD = run.streams.original_NLD[:2]
-    normed_BLD = run.original.stock.norm(stream_BLD.device)(stream_BLD)
     with torch.inference_mode():
-        piecewise_BLV = run._capped(normed_BLD @ run.original.folded_head().T)
+        piecewise_BLV = Head(run.original.stock, run.original.folded_head()).logits(stream_BLD)
         whole_BLV = load(source.folder)(input_ids=windows_NL[:2]).logits
     assert (piecewise_BLV - whole_BLV).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fewer_layers_are_those_of_the_original_that_stay(
+    name: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    """With nothing repaired: windows, kinds of attention and carriers go with their layer."""
+    source = open_source(tiny(name))
+    options = ShrinkOptions(
+        text=text_beside(tmp_path),
+        sizes=SizeOptions(num_hidden_layers=2),
+        narrow=NarrowOptions(refit=False),
+    )
+    kept = shrink(source.folder, tmp_path / "out", options).plan.kept_layers
+    original = load(source.folder)
+    original.model.layers = torch.nn.ModuleList(original.model.layers[layer] for layer in kept)
+    for place, layer in enumerate(original.model.layers):
+        layer.self_attn.layer_idx = place
+    original.config.num_hidden_layers = len(kept)
+    if getattr(original.config, "layer_types", None):
+        original.config.layer_types = [original.config.layer_types[layer] for layer in kept]
+    with torch.inference_mode():
+        wanted_BLV = original(input_ids=TOKENS_BL, use_cache=False).logits
+    # As for the whole model above.
+    tolerance = 1e-4 * max(1.0, float(wanted_BLV.abs().max()))
+    assert (logits(tmp_path / "out/hf") - wanted_BLV).abs().max() < tolerance
 
 
 @pytest.mark.parametrize("name", MODELS)

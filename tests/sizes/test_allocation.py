@@ -25,23 +25,24 @@ CONFIG = {
 ASKED = SizeOptions(params="0.7x")
 
 
-def shares(plan: Plan) -> tuple[float, float, float]:
+def shares(plan: Plan) -> tuple[float, float, float, float]:
     before, after = plan.before, plan.after
     return (
         1 - after.hidden_size / before.hidden_size,
         1 - after.intermediate_size / before.intermediate_size,
         1 - after.num_key_value_heads / before.num_key_value_heads,
+        1 - after.num_layers / before.num_layers,
     )
 
 
-@pytest.mark.parametrize("weights", [(9.0, 1.0, 5.0), (1.0, 9.0, 5.0), (4.0, 1.0, 0.1)])
+@pytest.mark.parametrize("weights", [(9.0, 1.0, 5.0, 3.0), (1.0, 9.0, 5.0, 8.0), (4.0, 1.0, 0.1, 2.0), (9.0, 9.0, 9.0, 1.0)])
 def test_the_best_plan_of_all_is_found_where_costs_add_up(weights: tuple[float, ...]) -> None:
     def cost(plan: Plan) -> float:
         return sum(w * s**2 for w, s in zip(weights, shares(plan), strict=True))
 
     found = allocate(CONFIG, ASKED, cost)
     best = min(cost(plan) for plan in within_budget(CONFIG, ASKED))
-    assert cost(found.plan) == pytest.approx(best)
+    assert cost(found.plan) <= best * (1 + 1e-9)  # less where it is filled off the grid
     assert found.plan.ratio <= 0.7
     for row in found.checked:
         assert row["predicted_kl"] == pytest.approx(row["held_out_kl"], abs=1e-3)
@@ -51,8 +52,8 @@ def test_what_is_measured_together_decides_over_what_was_predicted() -> None:
     """Cutting both widths is worse than their sum says; a plan that spares one is taken."""
 
     def cost(plan: Plan) -> float:
-        hidden, mlp, heads = shares(plan)
-        return 4 * hidden**2 + mlp**2 + 5 * heads**2 + (10.0 if hidden and mlp > 0.2 else 0.0)
+        hidden, mlp, heads, depth = shares(plan)
+        return 4 * hidden**2 + mlp**2 + 5 * heads**2 + 6 * depth**2 + (10.0 if hidden and mlp > 0.2 else 0.0)
 
     found = allocate(CONFIG, ASKED, cost)
     measured = [row["held_out_kl"] for row in found.checked]
@@ -64,8 +65,8 @@ def test_what_was_predicted_best_is_not_taken_where_it_measures_worse() -> None:
     """Its cuts cost alone what they did, and one nat more together."""
 
     def apart(plan: Plan) -> float:
-        hidden, mlp, heads = shares(plan)
-        return 4 * hidden**2 + mlp**2 + 5 * heads**2
+        hidden, mlp, heads, depth = shares(plan)
+        return 4 * hidden**2 + mlp**2 + 5 * heads**2 + 6 * depth**2
 
     first = allocate(CONFIG, ASKED, apart).checked[0]
 
@@ -75,7 +76,8 @@ def test_what_was_predicted_best_is_not_taken_where_it_measures_worse() -> None:
     found = allocate(CONFIG, ASKED, together)
     assert found.checked[0]["predicted_kl"] == first["predicted_kl"]
     assert found.checked[0]["held_out_kl"] == first["held_out_kl"] + 1
-    assert together(found.plan) == min(row["held_out_kl"] for row in found.checked) < 1
+    assert together(found.plan) == min(row["held_out_kl"] for row in found.checked)
+    assert together(found.plan) < found.checked[0]["held_out_kl"]
 
 
 def test_an_axis_with_an_explicit_size_is_not_searched() -> None:

@@ -71,11 +71,22 @@ def _check_flags(family: Family, config: Mapping[str, Any]) -> None:
 
 def find_carrier(family: Family, sizes: Sizes) -> Family:
     """The class that these sizes are written as: the first of the carriers that can hold them."""
-    for carrier in (SUPPORTED[architecture] for architecture in family.carriers):
+    for architecture in family.carriers:
+        carrier = family if architecture == family.architecture else SUPPORTED[architecture]
         whole_heads = not carrier.divides or sizes.hidden_size % sizes.num_attention_heads == 0
-        if whole_heads and (carrier.windows or not sizes.windowed):
+        windows = carrier.windows or not sizes.windowed
+        if whole_heads and windows and _has_place_for_biases(family, carrier, sizes):
             return carrier
     return family
+
+
+def _has_place_for_biases(family: Family, carrier: Family, sizes: Sizes) -> bool:
+    apart = iter(carrier.linears)
+    return all(
+        next(apart).bias is not None or not sizes.has_bias(linear)
+        for linear in family.linears
+        for _ in linear.outs
+    )
 
 
 def carried_biases(family: Family, carrier: Family, sizes: Sizes) -> frozenset[str]:

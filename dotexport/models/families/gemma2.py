@@ -32,6 +32,7 @@ GEMMA2: Family = replace(
     architecture="Gemma2ForCausalLM",
     sublayers=between_norms(*sublayers(readers="attention_bias", writer="attention_bias")),
     divides=True,
+    carriers=(),
     windows=True,
     head_dim=256,
     tied_by_default=True,

@@ -14,4 +14,5 @@ GRANITE = replace(
     model_type="granite",
     architecture="GraniteForCausalLM",
     divides=False,
+    carriers=(),
 )

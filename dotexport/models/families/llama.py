@@ -50,4 +50,6 @@ LLAMA = Family(
     head=Linear("lm_head", out="vocab", in_="residual"),
     gated="mlp.gate_proj",
     divides=True,
+    # The others ask for no multiple of the heads; Granite's has the biases that Mistral's lacks.
+    carriers=("LlamaForCausalLM", "MistralForCausalLM", "GraniteForCausalLM"),
 )

@@ -12,6 +12,7 @@ MISTRAL = replace(
     architecture="MistralForCausalLM",
     sublayers=sublayers(),
     divides=False,
+    carriers=(),
     windows=True,
     num_key_value_heads=8,
     refused=(("layer_types", "is read by transformers as Ministral"),),

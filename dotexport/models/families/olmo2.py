@@ -28,4 +28,5 @@ OLMO2 = replace(
         replace(MLP, norm=None, output_norm="post_feedforward_layernorm"),
     ),
     divides=False,
+    carriers=(),
 )

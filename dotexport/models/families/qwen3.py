@@ -25,6 +25,7 @@ QWEN3 = replace(
         inner_norms=HEAD_NORMS,
     ),
     divides=False,
+    carriers=(),
     windows=True,
     head_dim=128,
     num_key_value_heads=32,
