@@ -42,7 +42,7 @@ AXES: list[Axis] = [
         flag="layers",
         label="layers",
         help="Layers (num_hidden_layers); which ones leave is measured.",
-        weight=8.0,
+        weight=21.0,
         exact="layers that add nothing leave without a trace",
     ),
 ]

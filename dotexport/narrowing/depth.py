@@ -73,7 +73,6 @@ class Depths:
         kept = tuple(layer for layer in range(before) if layer not in gone)
         return replace(decided, layers=kept)
 
-    @torch.no_grad()
     def _search(self, decided: Plan, count: int) -> None:
         """Let `count` layers leave, one after another."""
         before = decided.before.num_layers
@@ -138,6 +137,7 @@ class Stack:
     def _judged(self, stream_NLD: Tensor) -> Tensor:
         return stream_NLD[len(self.fitted_NL) :]
 
+    @torch.no_grad()
     def without(self, kept: Sequence[int], candidates: Collection[int]) -> Mapping[int, float]:
         """Held-out KL of the layers `kept` without each of these, nats per token."""
         stream_NLD = self.streams[0]

@@ -23,6 +23,7 @@ from dotexport.models.shapes import Sizes
 from dotexport.sizes.budget import filled, is_legal, preference, within_budget
 
 POINTS = 2  # of each curve besides the original
+LOOKED_AT = 64  # plans predicted best, of which those that are apart are measured
 CHECKED = 3  # predicted best ones that are measured together, besides the rule's
 
 Measure = Callable[[Plan], float]
@@ -114,7 +115,9 @@ def allocate(
     plans.sort(key=lambda p: (expected(p), -p.parameters_after))
     rule = min(plans, key=preference)
     widest = partial(filled, config, asked)
-    finalists = list({p.after: p for p in (*_apart(map(widest, plans)), widest(rule))}.values())
+    finalists = list(
+        {p.after: p for p in (*_apart(map(widest, plans[:LOOKED_AT])), widest(rule))}.values()
+    )
     checked = []
     for number, plan in enumerate(finalists):
         progress("checking sizes", len(points) + number, len(points) + len(finalists))

@@ -35,7 +35,10 @@ def shares(plan: Plan) -> tuple[float, float, float, float]:
     )
 
 
-@pytest.mark.parametrize("weights", [(9.0, 1.0, 5.0, 3.0), (1.0, 9.0, 5.0, 8.0), (4.0, 1.0, 0.1, 2.0), (9.0, 9.0, 9.0, 1.0)])
+@pytest.mark.parametrize(
+    "weights",
+    [(9.0, 1.0, 5.0, 3.0), (1.0, 9.0, 5.0, 8.0), (4.0, 1.0, 0.1, 2.0), (9.0, 9.0, 9.0, 1.0)],
+)
 def test_the_best_plan_of_all_is_found_where_costs_add_up(weights: tuple[float, ...]) -> None:
     def cost(plan: Plan) -> float:
         return sum(w * s**2 for w, s in zip(weights, shares(plan), strict=True))
@@ -53,7 +56,13 @@ def test_what_is_measured_together_decides_over_what_was_predicted() -> None:
 
     def cost(plan: Plan) -> float:
         hidden, mlp, heads, depth = shares(plan)
-        return 4 * hidden**2 + mlp**2 + 5 * heads**2 + 6 * depth**2 + (10.0 if hidden and mlp > 0.2 else 0.0)
+        return (
+            4 * hidden**2
+            + mlp**2
+            + 5 * heads**2
+            + 6 * depth**2
+            + (10.0 if hidden and mlp > 0.2 else 0.0)
+        )
 
     found = allocate(CONFIG, ASKED, cost)
     measured = [row["held_out_kl"] for row in found.checked]
