@@ -211,7 +211,8 @@ def _closed_form(
     run.writer.finish()
     E_DK = torch.from_numpy(basis.matrix_DK)
     where = str(run.streams.device)
-    return ClosedForm(E_DK, basis.as_dict(), run.divergence, run.records, where)
+    behind = decided.answered_layers
+    return ClosedForm(E_DK, basis.as_dict(), run.divergence, run.records, where, behind)
 
 
 def _warn_if_thin(windows_NL: torch.Tensor, decided: Plan) -> None:

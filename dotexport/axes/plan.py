@@ -69,6 +69,12 @@ class Plan:
         kept = [set(axis.layers(self.before, self.after)) for axis in AXES]
         return sorted(set(range(self.before.num_layers)).intersection(*kept))
 
+    @property
+    def answered_layers(self) -> list[int]:
+        """The last of the original's layers that each layer that stays answers for: itself, or the
+        last of those that are left out behind it."""
+        return [following - 1 for following in [*self.kept_layers[1:], self.before.num_layers]]
+
     def sizes(self) -> dict[str, int]:
         """What is left on every axis."""
         return {axis.name: axis.size(self.after) for axis in AXES}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -66,6 +66,7 @@ def heal(
     text: HealingText,
     options: HealOptions,
     *,
+    behind: Sequence[int] | None = None,
     device: torch.device,
     progress: Progress = lambda stage, done, total: None,
     save: Save = lambda tensors, course: None,
@@ -77,10 +78,12 @@ def heal(
 
     Args:
         E_DK: the basis that narrowed the residual stream.
+        behind: the original's layer that each of the narrowed model's answers for; None: its own
+            number.
         save: takes the whole state after every evaluation.
         saved: such a state; the run goes on from there and ends with the same bits.
     """
-    healing = Healing.begin(student, source, E_DK, text, options, device)
+    healing = Healing.begin(student, source, E_DK, text, options, device, behind)
     if saved is None:
         healing.judge()
     else:
@@ -103,6 +106,7 @@ class Healing:
     student: Any
     teacher: Any
     E_DK: Tensor
+    behind: Sequence[int] | None
     text: HealingText
     options: HealOptions
     dtypes: Mapping[str, torch.dtype]
@@ -122,6 +126,7 @@ class Healing:
         text: HealingText,
         options: HealOptions,
         device: torch.device,
+        behind: Sequence[int] | None,
     ) -> Healing:
         accelerator = new_accelerator(options.chosen_precision(device), device)
         teacher = load_float32(source).requires_grad_(False).to(device)
@@ -133,8 +138,18 @@ class Healing:
             recompute_layers(model)
         dtypes = {name: spec.dtype for name, spec in student.specs.items()}
         optimizer = accelerator.prepare(new_optimizer(model, options))
-        where = E_DK.to(device).float()
-        return cls(model, teacher, where, text, options, dtypes, accelerator, optimizer, recomputed)
+        return cls(
+            model,
+            teacher,
+            E_DK.to(device).float(),
+            behind,
+            text,
+            options,
+            dtypes,
+            accelerator,
+            optimizer,
+            recomputed,
+        )
 
     # Steps ------------------------------------------------------------------------------------
 
@@ -155,6 +170,7 @@ class Healing:
                     self.E_DK,
                     piece_BL,
                     hidden_weight=self.options.hidden_weight,
+                    behind=self.behind,
                 )
             loss = loss * (len(piece_BL) / len(tokens_BL))
             self.accelerator.backward(loss)

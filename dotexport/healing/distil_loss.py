@@ -9,7 +9,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,14 +59,24 @@ def stream_distance(ours: Streams, theirs: Streams, E_DK: Tensor) -> Tensor:
 
 
 def distillation_loss(
-    student: Any, teacher: Any, E_DK: Tensor, tokens_BL: Tensor, *, hidden_weight: float
+    student: Any,
+    teacher: Any,
+    E_DK: Tensor,
+    tokens_BL: Tensor,
+    *,
+    hidden_weight: float,
+    behind: Sequence[int] | None = None,
 ) -> Tensor:
     """KL of the predictions + hidden_weight * distance of the residual streams behind each layer.
 
     The student's gradient flows; the teacher is only read, and its logits live for this batch.
+
+    Args:
+        behind: the teacher's layer that each of the student's answers for; None: its own number.
     """
     with torch.no_grad():
         theirs_CV, their_streams = predict(teacher, tokens_BL)
+    their_streams = [their_streams[n] for n in behind or range(len(their_streams))]
     ours_CV, our_streams = predict(student, tokens_BL)
     loss = divergence(ours_CV, theirs_CV)
     if hidden_weight:

@@ -67,6 +67,7 @@ def heal_into(
             closed.E_DK,
             text,
             options,
+            behind=closed.behind,
             device=device,
             progress=progress,
             save=workspace.save,

@@ -47,6 +47,7 @@ class ClosedForm:
         divergence: held-out KL divergence from the original, nats per token.
         sites: reports of every solve.
         device: where it was computed.
+        behind: the original's layer that each of the narrowed model's answers for.
     """
 
     E_DK: Tensor
@@ -54,6 +55,7 @@ class ClosedForm:
     divergence: float
     sites: list[dict[str, Any]]
     device: str
+    behind: list[int]
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,25 @@ def test_the_original_itself_has_no_loss(tiny_llama: Callable[[str], Path]) -> N
     assert abs(loss.item()) < 1e-6
 
 
+def test_a_layer_that_is_gone_is_answered_for_by_the_one_before_it(
+    tiny_llama: Callable[[str], Path],
+) -> None:
+    """One that added nothing: without it every stream and every prediction is the same."""
+    whole, without = (load_float32(Checkpoint.open(tiny_llama("wide-heads"))) for _ in range(2))
+    for writer in (whole.model.layers[1].self_attn.o_proj, whole.model.layers[1].mlp.down_proj):
+        writer.weight.data.zero_()
+    del without.model.layers[1]
+    tokens_BL = torch.randint(90, (2, 16), generator=torch.Generator().manual_seed(0))
+    losses = [
+        distillation_loss(
+            without, whole, torch.eye(48), tokens_BL, hidden_weight=1.0, behind=behind
+        ).item()
+        for behind in ([1, 2], [0, 1])
+    ]
+    assert abs(losses[0]) < 1e-6  # as above
+    assert losses[1] > 0.1
+
+
 def test_divergence_is_that_of_the_definition_and_in_chunks_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

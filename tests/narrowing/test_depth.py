@@ -13,9 +13,12 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM
 
-from dotexport.app.shrinking import open_source
+from dotexport.app.shrink_options import ShrinkOptions
+from dotexport.app.shrinking import open_source, shrink
 from dotexport.axes.plan import Plan, SizeOptions
+from dotexport.healing.heal_options import HealOptions
 from dotexport.merging.refit import Moments, ridge_solve
+from dotexport.models.text_options import TextOptions
 from dotexport.narrowing.depth import RIDGE, Depths, Front, Stack
 from dotexport.narrowing.streams import inverse_rms
 from dotexport.sizes.budget import plan
@@ -167,3 +170,18 @@ def test_the_repair_brings_the_stream_closer_to_what_lies_behind_the_cut(tiny_mo
             for found_NLD in (stack.streams[3], front.behind(wanted_NLD))
         )
     assert repaired < bare
+
+
+def test_a_shallower_model_is_healed_by_distillation(tiny_model: Tiny, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(33 + n * n % 87) for n in range(2000)))
+    options = ShrinkOptions(
+        sizes=SizeOptions(num_hidden_layers=4),
+        text=TextOptions(source=str(text), samples=12, seqlen=32),
+        heal=HealOptions(steps=4, batch=2),
+    )
+    report = shrink(tiny_model(**SIX), tmp_path / "out", options).healing
+    assert report is not None
+    assert report["kl"][1] <= report["kl"][0]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out/hf")
+    assert model.config.num_hidden_layers == len(model.model.layers) == 4
