@@ -10,6 +10,7 @@ from dotexport.app.terminal import show_error
 from dotexport.errors import DotexportError
 
 TABLES = {
+    "axes": "axes",
     "core": "core_tables",
     "diffusion": "pruned_pipelines",
     "fidelity": "fidelity",

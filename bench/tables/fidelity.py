@@ -268,6 +268,7 @@ def _measured(
         "hidden": after.hidden_size,
         "MLP": after.intermediate_size,
         "KV heads": after.num_key_value_heads,
+        "layers": after.num_layers,
         "parameters": f"{shrunk.plan.ratio:.3f}x",
         "basis": shrunk.basis["method"],
         "perplexity": quality.perplexity,
@@ -285,6 +286,7 @@ def _sizes(row: dict[str, Any]) -> dict[str, int]:
         "hidden_size": "hidden",
         "intermediate_size": "MLP",
         "num_key_value_heads": "KV heads",
+        "num_hidden_layers": "layers",
     }
     return {axis: row[column] for axis, column in columns.items()}
 
