@@ -76,11 +76,11 @@ def run(
     return manifest.read(out)
 
 
-def source_folder(model: str, *, config_only: bool = False) -> Path:
+def source_folder(model: str, *, config_only: bool = False, tokenizer: bool = False) -> Path:
     """A folder, the snapshot of a hub id, or the model that ships inside (`embedded`)."""
     if model == "embedded":
         return embedded.MODEL_DIR
-    return find_model(model, config_only=config_only)
+    return find_model(model, config_only=config_only, tokenizer=tokenizer)
 
 
 def _check_later_steps(recipe: Recipe, model: Path) -> None:
@@ -309,7 +309,9 @@ def keep_promise(
     family, before = read_model(read_config(model))
     made = manifest.read(out)["sizes"]
     after = resized(before, {axis.name: made[axis.name][1] for axis in AXES})
-    promised = promise(Plan(family, before, after), asked)
+    rows = made["vocab_size"][1] if "vocab_size" in made else before.vocab_size
+    cut = Plan(family, before, replace(after, vocab_size=rows))
+    promised = promise(cut, replace(asked, vocab_size=rows))
     assert promised is not None
     section = {"latency": benches().measure_again(out, model, promised, progress)}
     manifest.update(out, **section)

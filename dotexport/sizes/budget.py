@@ -30,11 +30,11 @@ def plan(config: Mapping[str, Any], asked: SizeOptions) -> Plan:
         UnsupportedModelError: no family table, or weights that are quantised already.
     """
     family, before = read_model(config)
-    if not asked.explicit and not asked.budgeted:
+    if not asked.explicit and not asked.budgeted and asked.vocab_size is None:
         flags = [f"--{axis.flag.replace('_', '-')} N" for axis in AXES]
         raise UsageError(
             "say how narrow: --params 0.7x (or --size, --latency), or "
-            f"{', '.join(flags[:-1])} and/or {flags[-1]}"
+            f"{', '.join(flags[:-1])} and/or {flags[-1]}; or which tokens stay: --vocab N"
         )
     asked = check_sizes(family, before, asked)
     if not asked.budgeted:

@@ -79,6 +79,7 @@ class Choice:
     Attributes:
         flags: of shrink, for the sizes of the plan (plan_file.py).
         config_sha256: which model it is a plan of.
+        vocabulary: which tokens stay, where some leave (vocabulary_first.py).
     """
 
     plan: Plan
@@ -86,6 +87,7 @@ class Choice:
     costs: Costs = field(repr=False)
     flags: Mapping[str, Any]
     config_sha256: str
+    vocabulary: Mapping[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -99,6 +101,7 @@ class Choice:
             "shrink_memory_bytes": self.costs.shrink_memory,
             "shrink_seconds": round(self.costs.shrink_seconds, 1),
             "disk_bytes": self.costs.disk,
+            **({"vocabulary": self.vocabulary} if self.vocabulary else {}),
         }
 
 
@@ -239,8 +242,8 @@ def _costs(
             name: (cached_numbers(before) * each, cached_numbers(after) * each)
             for name, each in cache_bytes.items()
         },
-        shrink_memory(config, decided),
-        shrink_seconds(decided, seqlen=_window(config)),
+        shrink_memory(config, decided.on_kept_tokens),
+        shrink_seconds(decided.on_kept_tokens, seqlen=_window(config)),
         sum(pair[1] for pair in artifacts.values()),
     )
 

@@ -1,0 +1,73 @@
+"""A tokenizer as transformers reads it, which is what runtimes are held to, and what it is made of.
+
+Shapes: R rows of the model's table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dotexport.errors import CheckpointError
+from dotexport.models.checkpoint import read_config
+from dotexport.models.text_windows import read_tokenizer
+from dotexport.vocabulary.aligning import Ids, lengths
+from dotexport.vocabulary.pieces import Pieces, read_pieces
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A tokenizer.
+
+    Attributes:
+        stored: tokenizer.json.
+        pieces: its section `model`.
+        rows: of the model's table.
+    """
+
+    tokenizer: Any
+    stored: Mapping[str, Any]
+    pieces: Pieces
+    rows: int
+
+    @classmethod
+    def of(cls, folder: Path) -> Reading:
+        """The tokenizer of a model folder.
+
+        Raises:
+            UnsupportedModelError: no tokenizer.json, or of a kind that cannot lose tokens exactly.
+            CheckpointError: transformers cannot load it, or it has tokens without a row.
+        """
+        stored, pieces = read_pieces(folder)
+        found = cls(read_tokenizer(folder), stored, pieces, int(read_config(folder)["vocab_size"]))
+        if (most := max(found.ids.values())) >= found.rows:
+            raise CheckpointError(
+                f"the tokenizer of {folder} has the token {most}, and the model's table "
+                f"{found.rows} rows; expected a row for each: take the tokenizer of this model"
+            )
+        return found
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """Every token and its id, added ones included."""
+        return dict(self.tokenizer.get_vocab())
+
+    @cached_property
+    def added(self) -> list[str]:
+        """Tokens that are looked for in a text as they are; by id."""
+        return [str(token) for _, token in sorted(self.tokenizer.added_tokens_decoder.items())]
+
+    @cached_property
+    def lengths_R(self) -> Ids:
+        """Bytes of text that each id stands for."""
+        return lengths(self.ids, self.added, self.pieces, self.rows)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text)["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        said: str = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return said
