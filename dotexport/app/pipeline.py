@@ -146,12 +146,17 @@ def evaluate_into(
 ) -> dict[str, Any]:
     """Evaluate OUT/hf beside the original and record it in OUT."""
     from dotexport.exports.quality import evaluate
+    from dotexport.exports.two_vocabularies import evaluate_across
+    from dotexport.vocabulary.reading import have_one_vocabulary
 
     manifest.read(out)  # refuses what is no output
-    where = str(pick_device(device))
-    windows_NL = token_windows(baseline, step.text)
-    quality = evaluate(out / "hf", baseline, windows_NL, device=where, progress=progress)
-    record = {**quality.as_dict(), "text": step.text.source, "seqlen": windows_NL.shape[1]}
+    asked: dict[str, Any] = {"device": str(pick_device(device)), "progress": progress}
+    if have_one_vocabulary(out / "hf", baseline):
+        quality = evaluate(out / "hf", baseline, token_windows(baseline, step.text), **asked)
+    else:
+        quality = evaluate_across(out / "hf", baseline, step.text, **asked)
+    seqlen = window_length(baseline, step.text)
+    record = {**quality.as_dict(), "text": step.text.source, "seqlen": seqlen}
     manifest.update(out, quality=record)
     card.write(out)
     return record

@@ -37,14 +37,14 @@ class Kept:
         rows: of the original's table.
         tokens: of the original; rows that no token has leave first.
         groups: why they stay -> how many.
-        covered: share of the tokens of the counted text that stay.
+        covered: share of the tokens of the counted text that stay; None: nothing was counted.
     """
 
     ids: tuple[int, ...]
     rows: int
     tokens: int
     groups: Mapping[str, int]
-    covered: float
+    covered: float | None
 
     @property
     def new_ids(self) -> dict[int, int]:
@@ -129,7 +129,7 @@ def keep(
         rows,
         len(everything),
         _counted(choice.groups, counts_R),
-        float(counts_R[sorted(choice.groups)].sum() / max(1, counts_R.sum())),
+        float(counts_R[list(choice.groups)].sum() / counts_R.sum()) if by_use else None,
     )
 
 

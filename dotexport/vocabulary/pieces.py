@@ -14,8 +14,9 @@ Unigram and WordPiece look whole pieces up. In each, text whose tokens all stay 
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,6 +54,10 @@ class Pieces(ABC):
     def needs(self, token: str) -> Iterable[str]:
         """Tokens without which no text comes to this one."""
         return ()
+
+    def tied(self, one: Sequence[str], other: Sequence[str]) -> bool:
+        """Whether a text may as well be split in the one way as in the other."""
+        return False
 
     def spelling(self) -> set[str]:
         """Tokens that spell what no other does: whatever leaves, every text can be written.
@@ -142,6 +147,12 @@ class Unigram(Pieces):
     @cached_property
     def ids(self) -> Mapping[str, int]:  # type: ignore[override]
         return {piece: number for number, (piece, _) in enumerate(self.stored["vocab"])}
+
+    def tied(self, one: Sequence[str], other: Sequence[str]) -> bool:
+        """Sums of scores that differ by rounding: what else the word holds decides."""
+        scores = dict(self.stored["vocab"])
+        sums = [sum(scores.get(piece, math.nan) for piece in way) for way in (one, other)]
+        return math.isclose(*sums, rel_tol=1e-9)
 
     def spelling(self) -> set[str]:
         least = min(self.stored["vocab"], key=lambda pair: pair[1])[0]

@@ -89,7 +89,7 @@ def prove(before: Reading, after: Reading, kept: Sequence[int], texts: Iterable[
         if not one and not other:
             continue
         both = align(one, other, before.lengths_R, after.lengths_R)
-        found = (len(one), _mapped(both, new_R, text), len(text.encode()), len(other))
+        found = (len(one), _mapped(both, new_R, before, text), len(text.encode()), len(other))
         total = [a + b for a, b in zip(total, found, strict=True)]
         if before.decode(one) != after.decode(other):
             raise CheckpointError(
@@ -99,22 +99,25 @@ def prove(before: Reading, after: Reading, kept: Sequence[int], texts: Iterable[
     return Proof(*total)
 
 
-def _mapped(both: Aligned, new_R: Ids, text: str) -> int:
+def _mapped(both: Aligned, new_R: Ids, before: Reading, text: str) -> int:
     """Tokens of the original that are the same ones under new ids; between two boundaries that
-    both have, those must be all that stayed."""
+    both have, those must be all that stayed, or as good a split of the same text."""
     new_N = new_R[both.one_N]
     starts_B, ends_B = both.marks_B2[:-1], both.marks_B2[1:]
     left_N = np.concatenate([[0], (new_N < 0).cumsum()])
     stayed_B = left_N[ends_B[:, 0]] == left_N[starts_B[:, 0]]
     same_B = ((ends_B - starts_B) == 1).all(1)
     same_B &= new_N[starts_B[:, 0]] == both.other_M[starts_B[:, 1]]
-    if (wrong := np.flatnonzero(stayed_B & ~same_B)).size:
-        place = starts_B[wrong[0], 0]
-        raise CheckpointError(
-            f"tokens that stayed are split otherwise by the smaller tokenizer, from token {place} "
-            f"of {text[:60]!r} on; leave the vocabulary as it is"
-        )
-    return int(stayed_B.sum())
+    old_A, spelled = np.flatnonzero(new_R >= 0), before.spelled
+    for at in np.flatnonzero(stayed_B & ~same_B):
+        (i, j), (k, m) = starts_B[at], ends_B[at]
+        ways = both.one_N[i:k], old_A[both.other_M[j:m]]
+        if not before.pieces.tied(*([spelled[n] for n in way.tolist()] for way in ways)):
+            raise CheckpointError(
+                f"tokens that stayed are split otherwise by the smaller tokenizer, from token {i} "
+                f"of {text[:60]!r} on; leave the vocabulary as it is"
+            )
+    return int((stayed_B & same_B).sum())
 
 
 def _start(texts: Iterable[str]) -> Iterator[str]:

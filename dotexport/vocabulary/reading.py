@@ -15,7 +15,22 @@ from dotexport.errors import CheckpointError
 from dotexport.models.checkpoint import read_config
 from dotexport.models.text_windows import read_tokenizer
 from dotexport.vocabulary.aligning import Ids, lengths
-from dotexport.vocabulary.pieces import Pieces, read_pieces
+from dotexport.vocabulary.pieces import TOKENIZER, Pieces, read_pieces
+
+
+def have_one_vocabulary(one: Path, other: Path) -> bool:
+    """Whether two models have the same tokens under the same ids, as far as their files say.
+
+    Raises:
+        CheckpointError: a tokenizer that cannot be read.
+    """
+    rows = {read_config(folder).get("vocab_size") for folder in (one, other)}
+    files = [folder / TOKENIZER for folder in (one, other)]
+    if len(rows) > 1 or not all(file.is_file() for file in files):
+        return len(rows) == 1
+    if files[0].read_bytes() == files[1].read_bytes():
+        return True
+    return bool(read_tokenizer(one).get_vocab() == read_tokenizer(other).get_vocab())
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,11 @@ class Reading:
     def ids(self) -> dict[str, int]:
         """Every token and its id, added ones included."""
         return dict(self.tokenizer.get_vocab())
+
+    @cached_property
+    def spelled(self) -> dict[int, str]:
+        """Id -> token."""
+        return {number: token for token, number in self.ids.items()}
 
     @cached_property
     def added(self) -> list[str]:
