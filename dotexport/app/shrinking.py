@@ -228,7 +228,7 @@ def _copied(source: Trimmed, decided: Plan, folder: Path, options: ShrinkOptions
         writer.write(name, source.tensor(name))
     writer.finish()
     check_rows(Checkpoint.open(hf), source)
-    width = decided.before.hidden_size
+    width = decided.before.spaces["residual"]
     return ClosedForm(torch.eye(width).double(), whole(width).as_dict(), 0.0, [], "cpu")
 
 

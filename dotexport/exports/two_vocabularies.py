@@ -102,7 +102,7 @@ def aligned_windows(
 
 
 def _stream(original: Reading, candidate: Reading, source: str, wanted: int) -> Aligned:
-    """Documents one after another, at least `wanted` tokens of the original if there are so many."""
+    """Documents one after another, up to `wanted` tokens of the original or a few more."""
     parts: list[Aligned] = []
     count = 0
     for document in documents(source):
@@ -128,7 +128,7 @@ def _start(document: str, wanted: int, original: Reading, candidate: Reading) ->
     while size < len(document) and len(original.encode(document[:size])) - DOUBTFUL < wanted:
         size *= 2
     one, other = original.encode(document[:size]), candidate.encode(document[:size])
-    return align(one, other, original.lengths_R, candidate.lengths_R)
+    return align(one, other, original.widths, candidate.widths)
 
 
 # Figures ----------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def _measure(
     for at_C2 in torch.split(marks, AT_ONCE):
         ours, same, kept = _compared(logits_NO[at_C2[:, 0]], logits_MA[at_C2[:, 1]], shared_V2)
         kl, agreed, mass = kl + ours, agreed + same, mass + kept
-    num_bytes = int(reading.lengths_R[window.one_N[i:k]].sum())
+    num_bytes = int(reading.widths[window.one_N[i:k]].sum())
     return _Sums(nats, (k - i, m - j), num_bytes, kl, agreed, mass, len(marks))
 
 

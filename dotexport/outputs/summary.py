@@ -65,9 +65,9 @@ def _quality(quality: Mapping[str, Any]) -> Iterator[Row]:
     yield Row(f"perplexity, held-out text{unit}", f"{before:.3f}", f"{after:.3f}", change)
     if across:
         for name, label in (("bits_per_byte", "bits"), ("tokens_per_byte", "tokens")):
-            pair = across[name]
-            figures = (f"{figure:.4f}" for figure in pair)
-            yield Row(f"{label} per byte, held-out text", *figures, _ratio(pair[1], pair[0]))
+            one, two = across[name]
+            change = _ratio(two, one)
+            yield Row(f"{label} per byte, held-out text", f"{one:.4f}", f"{two:.4f}", change)
     kept = ", on the tokens that stayed" if across else ""
     yield Row(f"KL to the original, nats/token{kept}", "0", f"{quality['kl']:.4f}", "")
     yield Row("top-1 agreement", "100 %", f"{100 * quality['top1_agreement']:.1f} %", "")

@@ -5,10 +5,8 @@ Shapes: N tokens of one tokenization, M of the other, B boundaries.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,14 +46,14 @@ class Aligned:
     marks_B2: Ids
 
 
-def align(one: Sequence[int], other: Sequence[int], lengths_one: Ids, lengths_other: Ids) -> Aligned:
+def align(one: Sequence[int], other: Sequence[int], widths: Ids, other_widths: Ids) -> Aligned:
     """Lay them side by side by the bytes that tokens stand for.
 
     Raises:
         CheckpointError: they stand for different numbers of bytes.
     """
     one_N, other_M = np.asarray(one, dtype=np.int64), np.asarray(other, dtype=np.int64)
-    ends_N, ends_M = lengths_one[one_N].cumsum(), lengths_other[other_M].cumsum()
+    ends_N, ends_M = widths[one_N].cumsum(), other_widths[other_M].cumsum()
     if (ends_N[-1:] != ends_M[-1:]).any() or not len(one_N) or not len(other_M):
         raise CheckpointError(
             "two tokenizers read one text as different bytes, so that nothing can be compared "

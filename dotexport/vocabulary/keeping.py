@@ -70,7 +70,7 @@ class _Choice:
 
     def missing(self, number: int) -> list[int]:
         """What has to join with this one, itself included."""
-        token = self.spelled.get(number)
+        token = self.spelled.get(number, "")
         needed = self.pieces.needs(token) if token in self.pieces.ids else ()
         found = {number, *(self.ids[part] for part in needed)}
         return sorted(found - self.groups.keys())
@@ -161,8 +161,8 @@ def listed(file: str, ids: Mapping[str, int], rows: int) -> list[int]:
         if token is None:
             raise UsageError(
                 f"{file}, line {number}: {said!r} is no token of the model; expected one as "
-                f'tokenizer.json spells it (\u0120word, \u2581word), as a JSON string ("12"), or an '
-                f"id from 0 to {rows - 1}"
+                'tokenizer.json spells it (\u0120word, \u2581word), as a JSON string ("12"), or '
+                f"an id from 0 to {rows - 1}"
             )
         found.append(token)
     return found

@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class Pieces(ABC):
         """
         alone = {token for token in self.ids if len(self.characters(token)) == 1}
         if self.has_bytes:
-            alone = BYTES | {token for token in alone if token.isascii() or token == SPACE}
+            alone = {token for token in alone if token.isascii() or token == SPACE} | BYTES
         return alone | {token for token in self.unknown if token in self.ids}
 
     @property
@@ -119,12 +120,12 @@ class Bpe(Pieces):
         No merge crosses the ends of a token that comes out, so within them the way is the same in
         every text. Where it does not lead there, no text does either.
         """
-        parts = list(token)
+        parts, never = list(token), len(self.ranks)
         seen = set(parts)
         while len(parts) > 1:
-            pairs = zip(parts, parts[1:], strict=False)
-            rank, at = min((self.ranks.get(pair, len(self.ranks)), n) for n, pair in enumerate(pairs))
-            if rank == len(self.ranks):
+            ranks = (self.ranks.get(pair, never) for pair in pairwise(parts))
+            rank, at = min((rank, place) for place, rank in enumerate(ranks))
+            if rank == never:
                 return ()
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
             seen.add(parts[at])
@@ -145,7 +146,7 @@ class Unigram(Pieces):
     """Pieces with scores; the place of one is its id."""
 
     @cached_property
-    def ids(self) -> Mapping[str, int]:  # type: ignore[override]
+    def ids(self) -> Mapping[str, int]:
         return {piece: number for number, (piece, _) in enumerate(self.stored["vocab"])}
 
     def tied(self, one: Sequence[str], other: Sequence[str]) -> bool:

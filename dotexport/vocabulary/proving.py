@@ -24,7 +24,7 @@ OTHER = (
     "\u6771\u4eac\u306f\uff1f \u65e5\u672c\u8a9e \ud55c\uad6d\uc5b4 \u0939\u093f\u0928\u094d",
     "\u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd \u0e2a\u0e27\u0e31\u0e2a",
     "\U0001f600 \U0001f468\u200d\U0001f469\u200d\U0001f467 \u2764\ufe0f \U0001d518 \U00020000",
-    "def f(x):\n\treturn  x ** 2  # ok\r\n\n\n{\"a\": [1, null]} <b>&nbsp;</b> \\frac{1}{2}",
+    'def f(x):\n\treturn  x ** 2  # ok\r\n\n\n{"a": [1, null]} <b>&nbsp;</b> \\frac{1}{2}',
     " " * 40 + "=" * 70 + "a" * 50 + "1234567890" * 3 + "\u2581\u2581 \u2026\u201cx\u201d\u2014",
 )
 
@@ -88,7 +88,7 @@ def prove(before: Reading, after: Reading, kept: Sequence[int], texts: Iterable[
         one, other = before.encode(text), after.encode(text)
         if not one and not other:
             continue
-        both = align(one, other, before.lengths_R, after.lengths_R)
+        both = align(one, other, before.widths, after.widths)
         found = (len(one), _mapped(both, new_R, before, text), len(text.encode()), len(other))
         total = [a + b for a, b in zip(total, found, strict=True)]
         if before.decode(one) != after.decode(other):

@@ -58,7 +58,7 @@ class Reading:
         """
         stored, pieces = read_pieces(folder)
         found = cls(read_tokenizer(folder), stored, pieces, int(read_config(folder)["vocab_size"]))
-        if (most := max(found.ids.values())) >= found.rows:
+        if (most := max(pieces.ids.values())) >= found.rows:
             raise CheckpointError(
                 f"the tokenizer of {folder} has the token {most}, and the model's table "
                 f"{found.rows} rows; expected a row for each: take the tokenizer of this model"
@@ -67,8 +67,10 @@ class Reading:
 
     @cached_property
     def ids(self) -> dict[str, int]:
-        """Every token and its id, added ones included."""
-        return dict(self.tokenizer.get_vocab())
+        """Every token and its id, added ones included; not those without a row, which no model of
+        these rows reads (Gemma 3 without its vision tower has one)."""
+        everything = self.tokenizer.get_vocab()
+        return {token: number for token, number in everything.items() if number < self.rows}
 
     @cached_property
     def spelled(self) -> dict[int, str]:
@@ -78,15 +80,28 @@ class Reading:
     @cached_property
     def added(self) -> list[str]:
         """Tokens that are looked for in a text as they are; by id."""
-        return [str(token) for _, token in sorted(self.tokenizer.added_tokens_decoder.items())]
+        found = sorted(self.tokenizer.added_tokens_decoder.items())
+        return [str(token) for number, token in found if number < self.rows]
 
     @cached_property
-    def lengths_R(self) -> Ids:
-        """Bytes of text that each id stands for."""
+    def widths(self) -> Ids:
+        """Bytes of text that each id stands for, (R,)."""
         return lengths(self.ids, self.added, self.pieces, self.rows)
 
+    def reads(self, text: str) -> bool:
+        """Whether every token of a text has a row."""
+        return max(self.tokenizer(text)["input_ids"], default=0) < self.rows
+
     def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text)["input_ids"])
+        """Raises CheckpointError: a token of it has no row."""
+        found = list(self.tokenizer(text)["input_ids"])
+        if found and max(found) >= self.rows:
+            token = self.tokenizer.convert_ids_to_tokens(max(found))
+            raise CheckpointError(
+                f"the text {text[:60]!r} holds the token {token!r}, for which the model has no row "
+                f"(it has {self.rows}); take it out of the text"
+            )
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         said: str = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)

@@ -57,13 +57,13 @@ class Trimmed(Checkpoint):
     report: Mapping[str, Any]
 
     @cached_property
-    def rows_K(self) -> torch.Tensor:
+    def rows(self) -> torch.Tensor:
         return torch.tensor(self.kept.ids)
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
         return {
-            name: TensorSpec((len(self.rows_K), *spec.shape[1:]), spec.dtype)
+            name: TensorSpec((len(self.rows), *spec.shape[1:]), spec.dtype)
             if name in (TABLE, HEAD)
             else spec
             for name, spec in self.original.specs.items()
@@ -71,7 +71,7 @@ class Trimmed(Checkpoint):
 
     def tensor(self, name: str) -> torch.Tensor:
         found = self.original.tensor(name)
-        return found[self.rows_K] if name in (TABLE, HEAD) else found
+        return found[self.rows] if name in (TABLE, HEAD) else found
 
 
 def choose_tokens(
@@ -135,7 +135,7 @@ def trim(
     sources = dict.fromkeys(filter(None, (options.vocab_for, calibration)))
     other = chain(OTHER, before.added, template_texts(before.tokenizer))
     proofs = {source: prove(before, after, kept.ids, documents(source)) for source in sources}
-    proofs["other text"] = prove(before, after, kept.ids, other)
+    proofs["other text"] = prove(before, after, kept.ids, filter(before.reads, other))
     report = {
         **kept.as_dict(),
         "text": options.vocab_for or calibration,
@@ -215,7 +215,9 @@ def _new_ids(before: Reading, new: Mapping[int, int]) -> dict[str, int]:
 
 
 def _tokenizer(content: Content, before: Reading, new: Mapping[int, int]) -> Content:
-    changed = token_ids.in_tokenizer(content, lambda number: new[number])
+    added = [entry for entry in content.get("added_tokens") or () if entry["id"] in new]
+    known = {**content, "added_tokens": added}
+    changed = token_ids.in_tokenizer(known, lambda number: new.get(number, number))
     return changed | {"model": before.pieces.only(_new_ids(before, new))}
 
 
@@ -223,7 +225,8 @@ def _tokenizer_config(content: Content, before: Reading, new: Mapping[int, int])
     if "added_tokens_decoder" not in content:
         return content
     added = content["added_tokens_decoder"].items()
-    return {**content, "added_tokens_decoder": {str(new[int(n)]): entry for n, entry in added}}
+    stay = {str(new[int(number)]): entry for number, entry in added if int(number) in new}
+    return {**content, "added_tokens_decoder": stay}
 
 
 def _generation(content: Content, before: Reading, new: Mapping[int, int]) -> Content:
@@ -231,7 +234,7 @@ def _generation(content: Content, before: Reading, new: Mapping[int, int]) -> Co
 
 
 def _added(content: Content, before: Reading, new: Mapping[int, int]) -> Content:
-    return {token: new[number] for token, number in content.items()}
+    return {token: new[number] for token, number in content.items() if number in new}
 
 
 def _vocabulary(content: Content, before: Reading, new: Mapping[int, int]) -> Content:

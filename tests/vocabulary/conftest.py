@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from dotexport import embedded
@@ -81,7 +89,9 @@ def write_tokenizer(folder: Path, kind: str) -> Path:
     # What Python sources lack.
     tokenizer.add_special_tokens(["<|added|>"])
     start = ("<s>", tokenizer.token_to_id("<s>"))
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[start])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[start]
+    )
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id("</s>"), pad_token="</s>")
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from dotexport.errors import CheckpointError, SizeError, UnsupportedModelError, UsageError
 from dotexport.models.checkpoint import Checkpoint, read_config
 from dotexport.vocabulary import proving
-from dotexport.vocabulary.keeping import Kept
 from dotexport.vocabulary.reading import Reading
 from dotexport.vocabulary.trimming import Trimmed, choose_tokens, trim
 from dotexport.vocabulary.vocabulary_options import MULTIPLE, VocabularyOptions
@@ -132,9 +131,7 @@ def test_rows_without_a_token_leave_first(
 ) -> None:
     original = tokenizer_of("byte-level")
     tokens = len(Reading.of(original.folder).ids)
-    _, kept = choose_tokens(
-        original.folder, original.config, VocabularyOptions(vocab=640), source
-    )
+    _, kept = choose_tokens(original.folder, original.config, VocabularyOptions(vocab=640), source)
     assert max(kept.ids) < tokens
     # All tokens, up to the multiple: the rows beside them are the original's own, as untrained.
     _, kept = choose_tokens(
@@ -193,7 +190,7 @@ def test_a_line_that_is_no_token_is_refused(
     file = tmp_path / "tokens.txt"
     file.write_text(f"Ġself\n{line}\n")
     options = VocabularyOptions(vocab=448, keep_tokens=str(file))
-    with pytest.raises(UsageError, match="line 2: .* is no token of the model"):
+    with pytest.raises(UsageError, match=r"line 2: .* is no token of the model"):
         choose_tokens(original.folder, original.config, options, None)
 
 
@@ -291,6 +288,27 @@ def test_slow_tokenizers_are_refused_with_what_to_do(tmp_path: Path) -> None:
         choose_tokens(folder, read_config(folder), HALF, None)
 
 
+def test_an_added_token_without_a_row_leaves(source: str, tmp_path: Path) -> None:
+    """As Gemma 3's for pictures, in a model without them."""
+    folder = write_tokenizer(_made(tmp_path / "model"), "byte-level")
+    before = Reading.of(folder)
+    rows = before.ids["<|added|>"]
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": rows}
+    (folder / "config.json").write_text(json.dumps(config))
+    cut = trim(Checkpoint(folder, read_config(folder), {}), HALF, source, _made(tmp_path / "cut"))
+    stored = json.loads((cut.folder / "tokenizer.json").read_text())
+    assert [entry["content"] for entry in stored["added_tokens"]] == [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "<tool>",
+    ]
+    with pytest.raises(
+        CheckpointError, match=r"holds the token '<\|added\|>', for which the model has"
+    ):
+        Reading.of(folder).encode("x <|added|>")
+
+
 def test_tokens_without_a_row_are_refused(tmp_path: Path) -> None:
     folder = write_tokenizer(_made(tmp_path / "model"), "byte-level")
     (folder / "config.json").write_text(json.dumps({"vocab_size": 500}))
@@ -302,7 +320,7 @@ def test_a_tokenizer_that_splits_otherwise_is_noticed(trimmed: Cut) -> None:
     """The proof sees a lost merge, a swapped pair of ids, and text that does not come back."""
     before, after, cut = trimmed("byte-level")
     ids = list(cut.kept.ids)
-    swapped = ids[:300] + [ids[301], ids[300]] + ids[302:]
+    swapped = [*ids[:300], ids[301], ids[300], *ids[302:]]
     with pytest.raises(CheckpointError, match="gives tokens other ids"):
         proving.check_names(before, after, swapped)
     text = [before.decode([ids[300], ids[301]])]
@@ -310,7 +328,9 @@ def test_a_tokenizer_that_splits_otherwise_is_noticed(trimmed: Cut) -> None:
     with pytest.raises(CheckpointError, match="tokens that stayed are split otherwise"):
         proving.prove(before, after, swapped, text)
     with pytest.raises(CheckpointError, match="no longer comes back"):
-        proving.prove(before, _Deaf(after.tokenizer, after.stored, after.pieces, after.rows), ids, text)
+        proving.prove(
+            before, _Deaf(after.tokenizer, after.stored, after.pieces, after.rows), ids, text
+        )
 
 
 class _Deaf(Reading):
@@ -322,8 +342,4 @@ def test_nothing_counted_says_so(tokenizer_of: TokenizerOf) -> None:
     original = tokenizer_of("byte-level")
     _, kept = choose_tokens(original.folder, original.config, HALF, None)
     assert kept.covered is None
-    assert isinstance(kept, Kept)
-    assert set(kept.groups) == {"always", "ancestors", "filled"} or set(kept.groups) == {
-        "always",
-        "filled",
-    }
+    assert "used" not in kept.groups
