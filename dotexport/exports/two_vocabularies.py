@@ -26,7 +26,7 @@ from torch.nn.functional import kl_div, log_softmax
 from dotexport.errors import CalibrationError, DotexportError, UsageError
 from dotexport.exports.quality import MOST_NATS, Progress, Quality
 from dotexport.exports.reference import load_float32
-from dotexport.models.checkpoint import Checkpoint
+from dotexport.models.checkpoint import Checkpoint, read_config
 from dotexport.models.documents import documents
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import CHARACTERS, DOUBTFUL, window_length
@@ -89,12 +89,12 @@ def aligned_windows(
     length = window_length(model, options)
     whole = _stream(original, candidate, options.source, (options.skip + options.samples) * length)
     starts = range(options.skip * length, len(whole.one_N) - length + 1, length)
-    context = window_length(model, TextOptions(source=options.source))
+    context = int(read_config(model).get("max_position_embeddings") or length)
     for start in starts[: options.samples]:
         inside = whole.marks_B2[:, 0] >= start
         inside &= whole.marks_B2[:, 0] <= start + length
         marks_B2 = whole.marks_B2[inside]
-        fits = marks_B2[:, 1] - marks_B2[0, 1] <= max(length, context)
+        fits = marks_B2[:, 1] - marks_B2[0, 1] <= context
         marks_B2 = marks_B2[fits]
         if len(marks_B2) > 2:
             (i, j), (k, m) = marks_B2[0], marks_B2[-1]

@@ -103,7 +103,7 @@ def keep(
         wanted: how many, rounded up (`padded`); None: all that occur.
 
     Raises:
-        SizeError: fewer than must stay, or more than there are.
+        SizeError: fewer than must stay, more than there are, or all of them.
     """
     rows, everything = len(counts_R), sorted(ids.values())
     if wanted is not None and wanted > rows:
@@ -124,6 +124,11 @@ def keep(
     choice.take((n for n in everything if n not in choice.groups), "filled", room)
     empty = sorted(set(range(rows)) - set(everything))
     choice.take((n for n in empty if n not in choice.groups), "empty rows", room)
+    if len(choice.groups) == rows:
+        raise SizeError(
+            f"all {rows} rows would stay, so that nothing leaves; give a smaller --vocab, or a "
+            "text that uses fewer tokens"
+        )
     return Kept(
         tuple(sorted(choice.groups)),
         rows,

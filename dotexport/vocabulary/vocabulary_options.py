@@ -55,9 +55,10 @@ class VocabularyOptions:
 
 
 def padded(count: int, available: int) -> int:
-    """Rows of a table that holds so many tokens.
+    """Rows of a table that holds so many tokens, of those that are there.
 
     >>> padded(1, 500), padded(64, 500), padded(490, 500)
-    (64, 64, 500)
+    (64, 64, 490)
     """
-    return min(-(-count // MULTIPLE) * MULTIPLE, available)
+    rounded = -(-count // MULTIPLE) * MULTIPLE
+    return rounded if rounded <= available else count

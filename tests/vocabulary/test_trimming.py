@@ -133,11 +133,17 @@ def test_rows_without_a_token_leave_first(
     tokens = len(Reading.of(original.folder).ids)
     _, kept = choose_tokens(original.folder, original.config, VocabularyOptions(vocab=640), source)
     assert max(kept.ids) < tokens
-    # All tokens, up to the multiple: the rows beside them are the original's own, as untrained.
+    # All tokens; with rows to a multiple that are the original's own, where it has so many.
     _, kept = choose_tokens(
         original.folder, original.config, VocabularyOptions(vocab=tokens), source
     )
-    assert len(kept.ids) == min(-(-tokens // 64) * 64, tokens + 5)
+    assert len(kept.ids) == tokens
+    wider = original.config | {"vocab_size": tokens + 100}
+    (tmp_path / "model").mkdir()
+    folder = write_tokenizer(tmp_path / "model", "byte-level")
+    (folder / "config.json").write_text(json.dumps(wider))
+    _, kept = choose_tokens(folder, wider, VocabularyOptions(vocab=tokens), source)
+    assert len(kept.ids) == -(-tokens // MULTIPLE) * MULTIPLE < kept.rows
     assert kept.groups["empty rows"] == len(kept.ids) - tokens > 0
     assert kept.as_dict()["tokens"] == [tokens, tokens]
 
@@ -203,6 +209,13 @@ def test_too_few_and_too_many_are_refused(tokenizer_of: TokenizerOf) -> None:
     assert least <= len(kept.ids) < least + MULTIPLE
     with pytest.raises(SizeError, match="--vocab 9999 is more than the"):
         choose_tokens(original.folder, original.config, VocabularyOptions(vocab=9999), None)
+
+
+def test_a_cut_that_takes_nothing_is_refused(tokenizer_of: TokenizerOf) -> None:
+    original = tokenizer_of("byte-level")
+    everything = VocabularyOptions(vocab=original.config["vocab_size"])
+    with pytest.raises(SizeError, match="rows would stay, so that nothing leaves"):
+        choose_tokens(original.folder, original.config, everything, None)
 
 
 def test_files_beside_tokenizer_json_follow_or_leave(
