@@ -39,6 +39,7 @@ def main(
     out: Out = RESULTS,
     samples: Annotated[int, typer.Option(help="Windows that perplexity is taken on.")] = 12,
     seqlen: Annotated[int, typer.Option(help="Tokens of the original in each.")] = 1024,
+    name: Annotated[str, typer.Option(help="What the table calls it.")] = "SmolLM2-135M-Instruct",
 ) -> None:
     """Parameters, fertility and perplexity of a model with fewer tokens."""
     if "DOTEXPORT_ASSETS" not in os.environ:
@@ -56,29 +57,29 @@ def main(
             "tinystories": assets / "tinystories/train-2MiB.txt",
         }
         parts: list[Table] = [[], [], []]
-        for number, (name, wanted) in enumerate(CUTS):
+        for number, (counting, wanted) in enumerate(CUTS):
             made = Path(scratch) / str(number)
-            options = VocabularyOptions(vocab=wanted, vocab_for=str(texts[name]))
+            options = VocabularyOptions(vocab=wanted, vocab_for=str(texts[counting]))
             shrunk = shrink(model, made, _alone(options, judged))
-            cut = {"counted in": name, "asked": wanted or "all that occur"}
+            cut = {"counted in": counting, "asked": wanted or "all that occur"}
             parts[0].append(cut | _sizes(shrunk))
             for text, source in held.items():
                 parts[1].append(cut | {"text": text} | _read(model, made / "hf", shrunk, source))
             parts[2].append(cut | _judged(model, made / "hf", judged))
             typer.echo(json.dumps([part[-1] for part in parts]), err=True)
         rows = [row for part in parts for row in part]
-        counted = {name: file.stat().st_size / 1e6 for name, file in texts.items()}
+        counted = {text: file.stat().st_size / 1e6 for text, file in texts.items()}
     save(
         out / "vocabulary",
         "Fewer tokens",
-        PROTOCOL.format(samples=samples, seqlen=seqlen, **counted),
+        PROTOCOL.format(name=name, samples=samples, seqlen=seqlen, **counted),
         rows,
-        command=f"python -m dotexport.bench vocabulary --model {model.name} "
-        f"--samples {samples} --seqlen {seqlen}",
+        command="python -m dotexport.bench vocabulary --model FOLDER "
+        f"--samples {samples} --seqlen {seqlen} --name {name}",
     )
 
 
-PROTOCOL = """SmolLM2-135M-Instruct in float32, `shrink --vocab N --vocab-for TEXT`; every weight
+PROTOCOL = """{name} in float32, `shrink --vocab N --vocab-for TEXT`; every weight
 that stays is the original's. `valid`: wikitext2/valid.txt ({valid:.1f} MB, word level). `English`:
 that and the contexts and questions of LAMBADA, PIQA, ARC-easy and COPA ({English:.1f} MB). Neither
 holds what is judged. `ancestors`: share of the tokens that stay only because others are merged
