@@ -57,7 +57,13 @@ class Reading:
             CheckpointError: transformers cannot load it, or it has tokens without a row.
         """
         stored, pieces = read_pieces(folder)
-        found = cls(read_tokenizer(folder), stored, pieces, int(read_config(folder)["vocab_size"]))
+        rows = read_config(folder).get("vocab_size")
+        if type(rows) is not int:
+            raise CheckpointError(
+                f"{folder / 'config.json'} gives vocab_size = {rows!r}; expected the rows of a "
+                "language model's table: is it the config of a decoder model?"
+            )
+        found = cls(read_tokenizer(folder), stored, pieces, rows)
         if (most := max(pieces.ids.values())) >= found.rows:
             raise CheckpointError(
                 f"the tokenizer of {folder} has the token {most}, and the model's table "

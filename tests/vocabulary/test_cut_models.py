@@ -158,6 +158,7 @@ def test_what_left_is_told_everywhere(
     assert f"| vocab_size | {before:,} | {after:,} |" in card
     assert f"vocabulary: {after:,} of {before:,} tokens stay" in card
     assert "every weight is the original's" in card
+    assert "only numbers in `config.json` and the tokenizer changed" in card
     assert record["source"]["model"] == shrunk_name(name)
     assert record["source"]["sha256"].keys() == {"config.json", "model.safetensors"}
 

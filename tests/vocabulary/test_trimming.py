@@ -329,6 +329,13 @@ def test_tokens_without_a_row_are_refused(tmp_path: Path) -> None:
         choose_tokens(folder, read_config(folder), HALF, None)
 
 
+def test_a_config_without_rows_is_refused(tmp_path: Path) -> None:
+    folder = write_tokenizer(_made(tmp_path / "model"), "byte-level")
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="gives vocab_size = None"):
+        Reading.of(folder)
+
+
 def test_a_tokenizer_that_splits_otherwise_is_noticed(trimmed: Cut) -> None:
     """The proof sees a lost merge, a swapped pair of ids, and text that does not come back."""
     before, after, cut = trimmed("byte-level")
