@@ -19,6 +19,7 @@ TABLES = {
     "optimum": "optimum",
     "targets": "artifacts_written",
     "trust": "trust",
+    "vocabulary": "smaller_vocabularies",
 }
 """What a table is called -> its file in tables/, whose `app` takes the rest of the line."""
 

@@ -18,6 +18,7 @@ if _TYPE_CHECKING:
     from dotexport.models.text_options import TextOptions
     from dotexport.narrowing.narrow_options import NarrowOptions
     from dotexport.sizes.budget import plan
+    from dotexport.vocabulary.vocabulary_options import VocabularyOptions
 
 # In a wheel, targets/ and bench/ lie inside this folder. In a checkout they lie beside it.
 _checkout = _Path(__file__).resolve().parent.parent
@@ -30,6 +31,7 @@ _HOMES = {
     "ShrinkOptions": "app.shrink_options",
     "SizeOptions": "axes.plan",
     "TextOptions": "models.text_options",
+    "VocabularyOptions": "vocabulary.vocabulary_options",
     "evaluate": "exports.quality",
     "export": "exports.exporting",
     "plan": "sizes.budget",
@@ -42,6 +44,7 @@ __all__ = [
     "ShrinkOptions",
     "SizeOptions",
     "TextOptions",
+    "VocabularyOptions",
     "__version__",
     "evaluate",
     "export",

@@ -255,8 +255,9 @@ def _held(figure: float | None, limit: float | None, form: str = ".2g") -> str:
 
 def _quality_sentence(found: Mapping[str, Any]) -> str:
     ratio = found["perplexity"] / found["baseline_perplexity"]
+    unit = " per token of the original" if found.get("across") else ""
     text = (
-        f"On held-out text its perplexity is {found['perplexity']:.2f} against "
+        f"On held-out text its perplexity{unit} is {found['perplexity']:.2f} against "
         f"{found['baseline_perplexity']:.2f} of the original ({ratio:.3f}×"
     )
     if error := found.get("log_ratio_error"):

@@ -76,11 +76,11 @@ def run(
     return manifest.read(out)
 
 
-def source_folder(model: str, *, config_only: bool = False) -> Path:
+def source_folder(model: str, *, config_only: bool = False, tokenizer: bool = False) -> Path:
     """A folder, the snapshot of a hub id, or the model that ships inside (`embedded`)."""
     if model == "embedded":
         return embedded.MODEL_DIR
-    return find_model(model, config_only=config_only)
+    return find_model(model, config_only=config_only, tokenizer=tokenizer)
 
 
 def _check_later_steps(recipe: Recipe, model: Path) -> None:
@@ -146,12 +146,17 @@ def evaluate_into(
 ) -> dict[str, Any]:
     """Evaluate OUT/hf beside the original and record it in OUT."""
     from dotexport.exports.quality import evaluate
+    from dotexport.exports.two_vocabularies import evaluate_across
+    from dotexport.vocabulary.reading import have_one_vocabulary
 
     manifest.read(out)  # refuses what is no output
-    where = str(pick_device(device))
-    windows_NL = token_windows(baseline, step.text)
-    quality = evaluate(out / "hf", baseline, windows_NL, device=where, progress=progress)
-    record = {**quality.as_dict(), "text": step.text.source, "seqlen": windows_NL.shape[1]}
+    asked: dict[str, Any] = {"device": str(pick_device(device)), "progress": progress}
+    if have_one_vocabulary(out / "hf", baseline):
+        quality = evaluate(out / "hf", baseline, token_windows(baseline, step.text), **asked)
+    else:
+        quality = evaluate_across(out / "hf", baseline, step.text, **asked)
+    seqlen = window_length(baseline, step.text)
+    record = {**quality.as_dict(), "text": step.text.source, "seqlen": seqlen}
     manifest.update(out, quality=record)
     card.write(out)
     return record
@@ -309,7 +314,9 @@ def keep_promise(
     family, before = read_model(read_config(model))
     made = manifest.read(out)["sizes"]
     after = resized(before, {axis.name: made[axis.name][1] for axis in AXES})
-    promised = promise(Plan(family, before, after), asked)
+    rows = made["vocab_size"][1] if "vocab_size" in made else before.vocab_size
+    cut = Plan(family, before, replace(after, vocab_size=rows))
+    promised = promise(cut, replace(asked, vocab_size=rows))
     assert promised is not None
     section = {"latency": benches().measure_again(out, model, promised, progress)}
     manifest.update(out, **section)

@@ -9,6 +9,7 @@ from dotexport.errors import UsageError
 from dotexport.healing.heal_options import HealOptions
 from dotexport.models.text_options import TextOptions
 from dotexport.narrowing.narrow_options import NarrowOptions
+from dotexport.vocabulary.vocabulary_options import VocabularyOptions
 
 ALLOCATIONS = ("rule", "measured")
 MAX_SHARD_BYTES = 4 << 30
@@ -20,6 +21,7 @@ class ShrinkOptions:
 
     Attributes:
         sizes: explicit sizes, or a budget.
+        vocabulary: which tokens stay.
         text: calibration text.
         narrow: methods.
         allocate: how a budget is shared between the axes: `rule` reads config.json only, `measured`
@@ -29,6 +31,7 @@ class ShrinkOptions:
     """
 
     sizes: SizeOptions = field(default_factory=SizeOptions)
+    vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
     text: TextOptions
     narrow: NarrowOptions = field(default_factory=NarrowOptions)
     allocate: str = "rule"

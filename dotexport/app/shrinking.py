@@ -6,8 +6,10 @@ import hashlib
 import json
 import logging
 import shutil
+import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 
 from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.axes.carrying import carry
-from dotexport.axes.plan import Plan, read_model
+from dotexport.axes.plan import Plan, SizeOptions, read_model
 from dotexport.errors import (
     CheckpointError,
     UnsupportedModelError,
@@ -30,8 +32,10 @@ from dotexport.models.families import check_quantised
 from dotexport.models.family import Family
 from dotexport.models.layers import Stock
 from dotexport.models.origin import describe_source
+from dotexport.models.rope import in_all_words
 from dotexport.models.shapes import Sizes, check_shapes, shapes
 from dotexport.models.text_windows import token_windows
+from dotexport.narrowing.basis import whole
 from dotexport.narrowing.depth import Depths
 from dotexport.narrowing.norm_statistics import Progress
 from dotexport.narrowing.prepare import pick_device, prepare, rehearsals, tensor_specs
@@ -40,6 +44,7 @@ from dotexport.sizes.allocation import Allocation, allocate
 from dotexport.sizes.budget import plan, shortfall
 from dotexport.storage import manifest
 from dotexport.storage.output import new_folder, write_json, write_text
+from dotexport.vocabulary.trimming import Trimmed, check_rows, trim
 
 RECIPE = "recipe.yaml"
 
@@ -52,7 +57,9 @@ class Shrunk:
     """What shrink made.
 
     Attributes:
-        divergence: held-out KL divergence from the original, nats per token of calibration text.
+        divergence: held-out KL divergence from the original, nats per token of calibration text; on
+            the tokens that stay, and 0 where nothing but tokens left.
+        vocabulary: which tokens stay, and what the smaller tokenizer was held to.
     """
 
     out: Path
@@ -64,6 +71,7 @@ class Shrunk:
     sites: list[dict[str, Any]]
     allocation: Allocation | None = None
     healing: dict[str, Any] | None = None
+    vocabulary: Mapping[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -78,6 +86,7 @@ class Shrunk:
             "sites": self.sites,
             **({"allocation": self.allocation.as_dict()} if self.allocation else {}),
             **({"healing": self.healing} if self.healing else {}),
+            **({"vocabulary": self.vocabulary} if self.vocabulary else {}),
         }
 
 
@@ -104,23 +113,25 @@ def shrink(
         CheckpointError, CalibrationError, UnsupportedModelError, SizeError, UsageError.
     """
     started = time.perf_counter()
-    source = open_source(find_model(str(model)))
-    _check_tensors(source, *read_model(source.config))
-    Stock.of(source.config, torch.device("cpu"))  # refuses what transformers cannot build
-    decided = plan(source.config, options.sizes)
-    _check_apart(source.folder, out)
-    with new_folder(out, overwrite=overwrite) as folder:
+    original = open_source(find_model(str(model)))
+    _check_tensors(original, *read_model(original.config))
+    Stock.of(original.config, torch.device("cpu"))  # refuses what transformers cannot build
+    if not options.vocabulary.asked:
+        plan(original.config, options.sizes)  # refuses what cannot be, before anything is made
+    _check_apart(original.folder, out)
+    with new_folder(out, overwrite=overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
+        source, config, sizes = _on_kept_tokens(original, options, Path(scratch), progress)
+        decided = plan(config, sizes)
         progress("reading the calibration text", 0, 1)
         windows_NL = token_windows(source.folder, options.text)
-        _warn_if_thin(windows_NL, decided)
-        if short := shortfall(source.config, options.sizes, decided):
+        if short := shortfall(config, sizes, decided):
             logger.warning("%s", short)
         allocation = None
         depths = Depths(source, windows_NL, options.narrow.seed, pick_device(device), progress)
-        if options.allocate == "measured" and options.sizes.budgeted:
-            measure = rehearsals(source, windows_NL, options.narrow, pick_device(device))
+        if options.allocate == "measured" and sizes.budgeted:
+            rehearse = rehearsals(source, windows_NL, options.narrow, pick_device(device))
             allocation = allocate(
-                source.config, options.sizes, lambda p: measure(depths.settled(p)), progress
+                config, sizes, lambda p: rehearse(depths.settled(p).on_kept_tokens), progress
             )
             decided = allocation.plan
         decided = depths.settled(decided)
@@ -139,14 +150,30 @@ def shrink(
             closed.sites,
             allocation,
             healing,
+            {**source.report, "exact": decided.vocabulary_alone}
+            if isinstance(source, Trimmed)
+            else None,
         )
         if recipe:
             write_text(folder / RECIPE, recipe)
             manifest.update(folder, recipe=hashlib.sha256(recipe.encode()).hexdigest())
-        _describe(folder, source, options, shrunk, windows_NL, closed)
+        _describe(folder, original, options, shrunk, windows_NL, closed)
+        if isinstance(source, Trimmed):
+            write_json(folder / "reports" / "vocabulary.json", {"original_ids": source.kept.ids})
     if workspace:
         workspace.remove()
     return shrunk
+
+
+def _on_kept_tokens(
+    original: Checkpoint, options: ShrinkOptions, scratch: Path, progress: Progress
+) -> tuple[Checkpoint, Mapping[str, Any], SizeOptions]:
+    """What is narrowed, and a config and sizes for its plan: a budget is a share of all rows."""
+    if not options.vocabulary.asked:
+        return original, original.config, options.sizes
+    source = trim(original, options.vocabulary, options.text.source, scratch, progress)
+    sizes = replace(options.sizes, vocab_size=source.config["vocab_size"])
+    return source, {**source.config, "vocab_size": original.config["vocab_size"]}, sizes
 
 
 def _narrowed(
@@ -161,6 +188,13 @@ def _narrowed(
     progress: Progress,
 ) -> tuple[ClosedForm, dict[str, Any] | None, Workspace | None]:
     """Write FOLDER/hf: the closed form, or what an earlier run left of it, and healing."""
+    if decided.vocabulary_alone and isinstance(source, Trimmed):
+        settle_others(out, None, overwrite=overwrite)
+        if options.heal is not None:
+            logger.warning("nothing is healed: only tokens leave, and every weight stays as it is")
+        return _copied(source, decided.on_kept_tokens, folder, options), None, None
+    decided = decided.on_kept_tokens
+    _warn_if_thin(windows_NL, decided)
     if options.heal is None:
         settle_others(out, None, overwrite=overwrite)
         closed = _closed_form(source, decided, folder, windows_NL, options, device, progress)
@@ -169,7 +203,11 @@ def _narrowed(
     text = healing_text(
         windows_NL, source.folder, options.text, options.heal, seed=options.narrow.seed
     )
-    workspace = workspace_of(out, source, asdict(options), text, where)
+    asked: dict[str, Any] = asdict(options)
+    original = source
+    if isinstance(source, Trimmed):  # its folder is another one each time
+        original, asked = source.original, asked | {"kept": source.report["sha256"]}
+    workspace = workspace_of(out, original, asked, text, where)
     settle_others(out, workspace, overwrite=overwrite)
     found = workspace.closed_form(folder / "hf")
     closed = found or _closed_form(source, decided, folder, windows_NL, options, device, progress)
@@ -185,6 +223,22 @@ def _narrowed(
         folder / "hf", source, closed, text, options.heal, writer, workspace, where, progress
     )
     return closed, report, workspace
+
+
+def _copied(source: Trimmed, decided: Plan, folder: Path, options: ShrinkOptions) -> ClosedForm:
+    """The original's tensors without the rows that left, as they are stored."""
+    hf = folder / "hf"
+    hf.mkdir()
+    write_json(hf / "config.json", in_all_words(source.config))
+    specs = tensor_specs(source, decided)
+    writer = CheckpointWriter(hf, specs, max_shard_bytes=options.max_shard_bytes)
+    for name in specs:
+        writer.write(name, source.tensor(name))
+    writer.finish()
+    check_rows(Checkpoint.open(hf), source)
+    width = decided.before.spaces["residual"]
+    basis, behind = whole(width).as_dict(), decided.answered_layers
+    return ClosedForm(torch.eye(width).double(), basis, 0.0, [], "cpu", behind)
 
 
 def _closed_form(
@@ -320,6 +374,7 @@ def _describe(
         kept_layers=shrunk.plan.kept_layers,
         architecture=shrunk.plan.architectures,
         basis=closed.basis,
+        **({"vocabulary": shrunk.vocabulary} if shrunk.vocabulary else {}),
         artifacts={"hf": _artifact(folder / "hf")},
         timings={"shrink_seconds": round(shrunk.seconds, 2)},
         environment=manifest.environment() | {"device": closed.device},

@@ -15,6 +15,7 @@ from dotexport.models.text_options import SOURCES, TextOptions
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.options import build, flags_of, group, option, values_of
 from dotexport.sizes.plan_file import read_plan
+from dotexport.vocabulary.vocabulary_options import VocabularyOptions
 
 OF_LATENCY = ("latency_table", "force_latency_table")
 
@@ -24,6 +25,7 @@ class ShrinkStep:
     """Flags of `dotexport shrink`."""
 
     sizes: SizeOptions = group(SizeOptions)
+    vocabulary: VocabularyOptions = group(VocabularyOptions)
     allocate: str = option(
         "rule",
         help="How a budget is shared between the axes: rule, or measured, which cuts each alone "
@@ -52,7 +54,8 @@ class ShrinkStep:
             UsageError: not such a plan, or sizes were given besides.
         """
         given = values_of(self)
-        sizes = [flag for flag in flags_of(SizeOptions) if flag.key not in OF_LATENCY]
+        flags = [*flags_of(SizeOptions), *flags_of(VocabularyOptions)]
+        sizes = [flag for flag in flags if flag.key not in OF_LATENCY]
         defaults = {flag.key: flag.default for flag in sizes} | {"allocate": "rule"}
         besides = [key for key, default in defaults.items() if given[key] != default]
         if besides:
@@ -69,6 +72,7 @@ class ShrinkStep:
         )
         return ShrinkOptions(
             sizes=self.sizes,
+            vocabulary=self.vocabulary,
             text=self.text,
             narrow=replace(self.narrow, local=local),
             allocate=self.allocate,

@@ -134,6 +134,10 @@ def show_costs(chosen: Choice) -> None:
     before, after = chosen.plan.architectures
     if before != after:
         console.print(f"written as {after}, which computes the same as {before}", soft_wrap=True)
+    if chosen.vocabulary:
+        (before, after), why = chosen.vocabulary["tokens"], chosen.vocabulary["kept"]
+        groups = ", ".join(f"{count:,} {group}" for group, count in why.items())
+        console.print(f"{after:,} of {before:,} tokens stay: {groups}", soft_wrap=True)
     flags = on_a_command_line(chosen.flags)
     console.print(f"shrink to them with {flags}", soft_wrap=True, highlight=False)
     if chosen.binding:

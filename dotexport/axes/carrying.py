@@ -31,7 +31,7 @@ def carry_config(config: Mapping[str, Any], decided: Plan) -> tuple[Mapping[str,
         UnsupportedModelError: the carrier has no place for something in it.
     """
     family, carrier = decided.family, decided.carrier
-    if not is_carried(config, family, carrier):
+    if decided.vocabulary_alone or not is_carried(config, family, carrier):
         return config, decided
     carried = carried_config(config, family, carrier)
     before = read_sizes(carrier, carried)

@@ -32,8 +32,20 @@ class Plan:
     layers: tuple[int, ...] | None = None
 
     @property
+    def on_kept_tokens(self) -> Plan:
+        """The same from an original with the tokens that stay: a smaller vocabulary comes first."""
+        return replace(self, before=replace(self.before, vocab_size=self.after.vocab_size))
+
+    @property
+    def vocabulary_alone(self) -> bool:
+        """Whether tokens leave and nothing else changes, the class neither."""
+        return self.before != self.after == self.on_kept_tokens.before
+
+    @property
     def carrier(self) -> Family:
         """The class that is written: of those that compute the same, the first that can hold it."""
+        if self.vocabulary_alone:
+            return self.family
         return find_carrier(self.family, self.after)
 
     @property
@@ -88,6 +100,8 @@ class Plan:
         rows = {axis.name: [axis.size(self.before), axis.size(self.after)] for axis in AXES}
         for key in (*(key for axis in AXES for key in axis.keys), "head_dim"):
             rows[key] = [getattr(self.before, key), getattr(self.after, key)]
+        if self.before.vocab_size != self.after.vocab_size:
+            rows["vocab_size"] = [self.before.vocab_size, self.after.vocab_size]
         rows["tie_word_embeddings"] = [self.before.tied, self.after.tied]
         rows["parameters"] = [self.parameters_before, self.parameters_after]
         return rows
@@ -102,6 +116,7 @@ class Plan:
         for axis in AXES:
             changed |= axis.config(config, self.before, self.after, self.kept_layers)
         changed["head_dim"] = self.after.head_dim
+        changed["vocab_size"] = self.after.vocab_size
         changed |= dict.fromkeys(sorted(self.after.biases), True)
         changed["tie_word_embeddings"] = self.after.tied
         changed.pop("_name_or_path", None)
@@ -165,6 +180,8 @@ class SizeOptions:
             the same may carry sizes that the original's cannot hold.
         square: whether heads leave along with the width, so that hidden_size is heads x head_dim,
             for consumers that take head_dim to be hidden_size / heads (sizes/square.py).
+        vocab_size: rows of the tables, of a vocabulary that was chosen before (vocabulary/); None:
+            all stay. No flag: it follows from those of the vocabulary.
     """
 
     params: str | None = option(
@@ -214,6 +231,7 @@ class SizeOptions:
         "consumers that take head_dim to be hidden_size / heads.",
         words=("--square",),
     )
+    vocab_size: int | None = None
 
     def __init__(
         self,
@@ -229,6 +247,7 @@ class SizeOptions:
         bias: bool = False,
         keep_class: bool = False,
         square: bool = False,
+        vocab_size: int | None = None,
         **by_axis: int | None,
     ) -> None:
         if strange := sorted(set(by_axis) - _names()):
@@ -247,6 +266,7 @@ class SizeOptions:
             "bias": bias,
             "keep_class": keep_class,
             "square": square,
+            "vocab_size": vocab_size,
         }
         for name, value in given.items():
             object.__setattr__(self, name, value)
@@ -276,8 +296,9 @@ class SizeOptions:
         return bool(self.sizes)
 
     def finished(self, family: Family, sizes: Sizes) -> Sizes:
-        """Sizes that were found, with what is asked of tables and biases besides."""
+        """Sizes that were found, with what is asked of tables, their rows and biases besides."""
         after = sizes if self.tied is None else replace(sizes, tied=sizes.tied and self.tied)
+        after = replace(after, vocab_size=self.vocab_size or after.vocab_size)
         if not self.bias:
             return after
         return replace(after, biases=after.biases | find_carrier(family, after).bias_flags)

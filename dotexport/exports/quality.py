@@ -7,7 +7,7 @@ C predictions in a chunk, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch.nn.functional import kl_div, log_softmax, nll_loss
 from dotexport.errors import CalibrationError, CheckpointError, DotexportError, UsageError
 from dotexport.exports.reference import load_float32
 from dotexport.models.checkpoint import Checkpoint
+from dotexport.vocabulary.reading import have_one_vocabulary
 
 LOGITS_BYTES = 256 << 20  # of one batch's logits, which decides how many windows run at once
 CHUNK_BYTES = 64 << 20  # of one chunk's log-probabilities; a few of these exist at a time
@@ -40,6 +41,10 @@ class Quality:
         log_ratio: log(perplexity / baseline_perplexity).
         log_ratio_error: its standard error, paired: from the differences window by window, as
             what makes a window hard makes it hard for both.
+        across: where the two have different vocabularies, what else is said of the same text
+            (two_vocabularies.py): bits and tokens per byte of the original and of the candidate,
+            the probability that the original gives to the tokens that both have, and at how many
+            boundaries KL and agreement were taken. Perplexities are then per token of the original.
     """
 
     num_windows: int
@@ -50,6 +55,7 @@ class Quality:
     top1_agreement: float | None = None
     log_ratio: float | None = None
     log_ratio_error: float | None = None
+    across: Mapping[str, Any] | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -57,7 +63,8 @@ class Quality:
         return None if self.log_ratio is None else math.exp(self.log_ratio)
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "ratio": self.ratio}
+        found = {**asdict(self), "ratio": self.ratio}
+        return found if self.across else {k: v for k, v in found.items() if k != "across"}
 
 
 def evaluate(
@@ -81,7 +88,7 @@ def evaluate(
         progress: called before each batch.
 
     Raises:
-        UsageError: the two models have different vocabularies.
+        UsageError: the two models have different vocabularies (two_vocabularies.py compares them).
         CalibrationError: windows that cannot be evaluated.
         CheckpointError: a folder that is no complete checkpoint.
         DotexportError: a model whose predictions are NaN or infinitely bad.
@@ -167,7 +174,14 @@ def _shared_vocabulary(checkpoints: list[Checkpoint]) -> int:
         )
         raise UsageError(
             f"the vocabularies differ: {named}; expected the original that the candidate was "
-            "made from, as the two are compared token by token"
+            "made from, as the two are compared token by token; `dotexport eval` compares one that "
+            "lost tokens with its original on the same text"
+        )
+    if len(sizes) == 2 and not have_one_vocabulary(*(c.folder for c in checkpoints)):
+        named = " and ".join(str(checkpoint.folder) for checkpoint in checkpoints)
+        raise UsageError(
+            f"{named} have {sizes[0]} rows each, and other tokens in them; `dotexport eval` "
+            "compares such models on the same text"
         )
     if not isinstance(sizes[0], int):
         raise CheckpointError(

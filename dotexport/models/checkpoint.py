@@ -278,8 +278,11 @@ def reserve(descriptor: int, offset: int, num_bytes: int) -> None:
         os.truncate(descriptor, offset + num_bytes)
 
 
-def find_model(name: str, *, config_only: bool = False) -> Path:
+def find_model(name: str, *, config_only: bool = False, tokenizer: bool = False) -> Path:
     """A local folder, or the snapshot of a hub id (downloaded once, weights as safetensors only).
+
+    Args:
+        config_only: no weights are asked for, and no tokenizer unless `tokenizer`.
 
     Raises:
         CheckpointError: neither a folder nor a hub id that can be reached.
@@ -297,9 +300,11 @@ def find_model(name: str, *, config_only: bool = False) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    weights = [] if config_only else ["*.safetensors", INDEX, *COMPANIONS]
+    wanted = ["config.json", "README.md"]
+    wanted += [] if config_only else ["*.safetensors", INDEX]
+    wanted += COMPANIONS if tokenizer or not config_only else []
     try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "README.md", *weights]))
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise CheckpointError(
             f"{name} is no folder here and cannot be fetched as a hub id "

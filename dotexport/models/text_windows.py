@@ -117,7 +117,12 @@ def _tokenizer(model: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(model, **here)
 
 
-def _encoder(model: Path) -> Callable[[str], list[int]]:
+def read_tokenizer(model: Path) -> Any:
+    """What transformers makes of a model folder; it cuts no text at the model's context.
+
+    Raises:
+        CheckpointError: there is none that it can load.
+    """
     try:
         tokenizer = _tokenizer(model)
     except Exception as error:  # transformers and tokenizers raise whatever they stumble over
@@ -129,4 +134,9 @@ def _encoder(model: Path) -> Callable[[str], list[int]]:
         ) from error
     # Longer than the context is meant: the windows are cut afterwards.
     tokenizer.model_max_length = int(1e30)
+    return tokenizer
+
+
+def _encoder(model: Path) -> Callable[[str], list[int]]:
+    tokenizer = read_tokenizer(model)
     return lambda text: list(tokenizer(text)["input_ids"])

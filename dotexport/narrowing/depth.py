@@ -90,7 +90,9 @@ class Depths:
 
     def _stack(self, decided: Plan) -> Stack:
         if self._made is None:
-            source, whole = carry(self.source, replace(decided, after=decided.before, layers=None))
+            before = decided.on_kept_tokens.before
+            plan = replace(decided, before=before, after=before, layers=None)
+            source, whole = carry(self.source, plan)
             stock = Stock.of(source.config, self.device)
             original = Original(source, whole.family, whole.before, stock, self.device)
             self._made = Stack(original, *_parts(self.windows_NL, self.seed))

@@ -33,11 +33,13 @@ def rows(record: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def _size(record: Mapping[str, Any]) -> Iterator[Row]:
-    for label in (*(axis.name for axis in AXES), "parameters"):
+    for label in (*(axis.name for axis in AXES), "vocab_size", "parameters"):
         if label in record.get("sizes", {}):
             before, after = record["sizes"][label]
             yield Row(label, f"{before:,}", f"{after:,}", _ratio(after, before))
     source, stock = record.get("source"), record.get("artifacts", {}).get("hf")
+    if vocabulary := record.get("vocabulary"):
+        yield from _vocabulary(vocabulary)
     if source and stock:
         files = stock["files"].items()
         after = sum(entry["bytes"] for name, entry in files if name.endswith(".safetensors"))
@@ -45,13 +47,29 @@ def _size(record: Mapping[str, Any]) -> Iterator[Row]:
         yield Row("weights in hf/, MB", *_megabytes(before, after), _ratio(after, before))
 
 
+def _vocabulary(vocabulary: Mapping[str, Any]) -> Iterator[Row]:
+    """What the smaller vocabulary costs: more tokens for the same text."""
+    for text, found in vocabulary.get("proof", {}).items():
+        before, after = found["tokens_per_byte"]
+        label = f"tokens per byte, {Path(text).name}"
+        yield Row(label, f"{before:.4f}", f"{after:.4f}", _ratio(after, before))
+
+
 def _quality(quality: Mapping[str, Any]) -> Iterator[Row]:
     before, after = quality["baseline_perplexity"], quality["perplexity"]
     change = _ratio(after, before)
     if error := quality.get("log_ratio_error"):  # paired over windows; small, so also relative
         change += f" ± {error * after / before:.3f}"
-    yield Row("perplexity, held-out text", f"{before:.3f}", f"{after:.3f}", change)
-    yield Row("KL to the original, nats/token", "0", f"{quality['kl']:.4f}", "")
+    across = quality.get("across")
+    unit = " (per token of the original)" if across else ""
+    yield Row(f"perplexity, held-out text{unit}", f"{before:.3f}", f"{after:.3f}", change)
+    if across:
+        for name, label in (("bits_per_byte", "bits"), ("tokens_per_byte", "tokens")):
+            one, two = across[name]
+            change = _ratio(two, one)
+            yield Row(f"{label} per byte, held-out text", f"{one:.4f}", f"{two:.4f}", change)
+    kept = ", on the tokens that stayed" if across else ""
+    yield Row(f"KL to the original, nats/token{kept}", "0", f"{quality['kl']:.4f}", "")
     yield Row("top-1 agreement", "100 %", f"{100 * quality['top1_agreement']:.1f} %", "")
 
 

@@ -140,7 +140,8 @@ def _points(axis: Axis, plans: Iterable[Plan], before: Sizes) -> list[tuple[str,
     share = 1 - max(p.ratio for p in plans)
     sizes = [s for s in sizes if s >= whole * max(1 - 2.5 * share, 0.2)] or sizes[-1:]
     like = plans[0]
-    uncut = replace(before, tied=like.after.tied, biases=like.after.biases)
+    same = {name: getattr(like.after, name) for name in ("tied", "biases", "vocab_size")}
+    uncut = replace(before, **same)
     alone = {s: replace(like, after=axis.resized(uncut, s)) for s in sizes}
     legal = [s for s in sizes if is_legal(like.family, before, alone[s].after)]
     spread = sorted({legal[round(n)] for n in np.linspace(0, len(legal) - 1, POINTS) if legal})

@@ -34,11 +34,11 @@ def plan(config: Mapping[str, Any], asked: SizeOptions) -> Plan:
         UnsupportedModelError: no family table, or weights that are quantised already.
     """
     family, before = read_model(config, keep_class=asked.keep_class)
-    if not asked.explicit and not asked.budgeted:
+    if not asked.explicit and not asked.budgeted and asked.vocab_size is None:
         flags = [f"--{axis.flag.replace('_', '-')} N" for axis in AXES]
         raise UsageError(
             "say how narrow: --params 0.7x (or --size, --latency), or "
-            f"{', '.join(flags[:-1])} and/or {flags[-1]}"
+            f"{', '.join(flags[:-1])} and/or {flags[-1]}; or which tokens stay: --vocab N"
         )
     asked = check_sizes(family, before, asked)
     if not asked.budgeted:
@@ -225,7 +225,10 @@ def shortfall(config: Mapping[str, Any], asked: SizeOptions, decided: Plan) -> s
     cost, limit = _budget(config, decided, [decided], asked)
     if cost(decided) >= CLOSE * limit:
         return None
-    beyond = [p for p in _widened(decided, asked) if cost(p) > limit]
+    wider = list(_widened(decided, asked))
+    if not wider:  # all that may leave has its original size: what left besides was enough
+        return None
+    beyond = [p for p in wider if cost(p) > limit]
     near = [decided, *sorted(beyond, key=cost)[:1]]
     return (
         f"no legal sizes come within 1 % of {_budget_text(asked)}; the nearest are "

@@ -224,6 +224,14 @@ def find_table(whole: Plan, asked: SizeOptions) -> LatencyTable | None:
     """
     model = (whole.family.architecture, whole.before)
     named = asked.latency_table
+    if asked.vocab_size not in (None, whole.before.vocab_size):
+        if named is None:
+            return None
+        raise UsageError(
+            f"--latency-table {named} was measured with the whole vocabulary and says nothing of a "
+            "smaller one; leave it away, and torch is timed here, or cut the vocabulary first and "
+            "measure a table of what comes out"
+        )
     if named is not None and not _is_runtime(named):
         table = LatencyTable.load(Path(named).expanduser())
         table.require_model(*model)

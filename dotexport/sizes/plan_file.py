@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ KEY = "shrink"
 """Of the plan: flags of shrink that give its sizes, spelled as the keys of a recipe."""
 
 SWITCHES = ("tied", "bias", "keep_class", "square")
+VOCABULARY = {"vocab": int, "vocab_for": str, "keep_tokens": str}
 EXPECTED = "expected what `dotexport plan MODEL ... --json` prints for this model"
 
 
@@ -44,8 +47,8 @@ def on_a_command_line(flags: Mapping[str, Any]) -> str:
     words = []
     for name, value in flags.items():
         flag = "--" + name.replace("_", "-")
-        if type(value) is int:
-            words.append(f"{flag} {value}")
+        if type(value) in (int, str):
+            words.append(f"{flag} {shlex.quote(str(value))}")
         elif value or name == "tied":  # the others are off where nobody names them
             words.append(flag if value else "--untied")
     return " ".join(words)
@@ -70,10 +73,9 @@ def read_plan(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(
             f"{file} was made for another model: its config.json is not the one here; {EXPECTED}"
         )
-    told, found = (
-        content.get("parameters"),
-        plan(config, build(SizeOptions, **flags)).as_dict()["parameters"],
-    )
+    sizes = build(SizeOptions, **{k: v for k, v in flags.items() if k not in VOCABULARY})
+    asked = replace(sizes, vocab_size=flags.get("vocab"))
+    told, found = content.get("parameters"), plan(config, asked).as_dict()["parameters"]
     if told != found:
         raise UsageError(
             f"{file} says {told} for parameters before and after, and its sizes give {found}: it "
@@ -85,5 +87,7 @@ def read_plan(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 def _is_plan(flags: Mapping[str, Any]) -> bool:
     axes = {axis.flag for axis in AXES}
     sizes = all(type(flags.get(name)) is int for name in axes)
-    switches = set(flags) - axes
-    return sizes and switches <= set(SWITCHES) and all(type(flags[s]) is bool for s in switches)
+    tokens = all(type(flags[name]) is kind for name, kind in VOCABULARY.items() if name in flags)
+    switches = set(flags) - axes - VOCABULARY.keys()
+    known = switches <= set(SWITCHES) and all(type(flags[s]) is bool for s in switches)
+    return sizes and tokens and known

@@ -82,6 +82,7 @@ class Choice:
         flags: of shrink, for the sizes of the plan (plan_file.py).
         config_sha256: which model it is a plan of.
         shortfall: in words, that it is more than 1 % below its budget.
+        vocabulary: which tokens stay, where some leave (vocabulary_first.py).
     """
 
     plan: Plan
@@ -90,6 +91,7 @@ class Choice:
     flags: Mapping[str, Any]
     config_sha256: str
     shortfall: str | None = None
+    vocabulary: Mapping[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -104,6 +106,7 @@ class Choice:
             "shrink_memory_bytes": self.costs.shrink_memory,
             "shrink_seconds": round(self.costs.shrink_seconds, 1),
             "disk_bytes": self.costs.disk,
+            **({"vocabulary": self.vocabulary} if self.vocabulary else {}),
         }
 
 
@@ -123,14 +126,14 @@ def choose(config: Mapping[str, Any], asked: SizeOptions, where: Deployment) -> 
             for rule in rules
             if _first(plans, [other for other in rules if other is not rule]) != decided
         ]
-        if asked.square and _others_without_square(config, asked, where, decided):
-            binding.append("square")
-        if asked.budgeted:
-            binding.append(BUDGET)
         planned_config(config, decided)  # refuses what shrink would refuse
         if asked.budgeted:
             accepted = lambda p: _first([p], rules) is not None  # noqa: E731
             decided = closest(config, asked, [decided, *plans], accepted)
+        if asked.square and _others_without_square(config, asked, where, decided):
+            binding.append("square")
+        if asked.budgeted:
+            binding.append(BUDGET)
         costs = _costs(config, decided, targets)
         flags = as_flags(decided, asked)
         short = shortfall(config, asked, decided)
@@ -249,8 +252,8 @@ def _costs(
             name: (cached_numbers(before) * each, cached_numbers(after) * each)
             for name, each in cache_bytes.items()
         },
-        shrink_memory(config, decided),
-        shrink_seconds(decided, seqlen=_window(config)),
+        shrink_memory(config, decided.on_kept_tokens),
+        shrink_seconds(decided.on_kept_tokens, seqlen=_window(config)),
         sum(pair[1] for pair in artifacts.values()),
     )
 

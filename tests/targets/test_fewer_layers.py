@@ -17,9 +17,7 @@ from dotexport.narrowing.narrow_options import NarrowOptions
 
 
 @pytest.fixture(scope="module")
-def shallower(
-    tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def shallower(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shallower")
     text = folder / "text.txt"
     text.write_text(" ".join(f"w{n * n % 87}" for n in range(4000)), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,12 +20,19 @@ from dotexport.app.terminal import (
 )
 from dotexport.axes.plan import SizeOptions
 from dotexport.sizes.deployment import Deployment
+from dotexport.vocabulary.vocabulary_options import VocabularyOptions
 
 from .shared_options import Device, Json, Model, Out, Overwrite
 
 
-def plan(model: Model, sizes: SizeOptions, where: Deployment, as_json: Json = False) -> None:
-    """Show sizes that all named targets take, and what they cost. Reads config.json only.
+def plan(
+    model: Model,
+    sizes: SizeOptions,
+    vocabulary: VocabularyOptions,
+    where: Deployment,
+    as_json: Json = False,
+) -> None:
+    """Show sizes that all named targets take, and what they cost. Reads no weights.
 
     Example: dotexport plan ./llama --params 0.7x --target gguf:int4 --target ort-cpu:int4
     """
@@ -32,8 +40,15 @@ def plan(model: Model, sizes: SizeOptions, where: Deployment, as_json: Json = Fa
     from dotexport.models.checkpoint import read_config
     from dotexport.sizes.planning import choose
 
-    config = read_config(source_folder(model, config_only=True))
-    chosen = choose(config, sizes, where)
+    folder = source_folder(model, config_only=True, tokenizer=vocabulary.asked)
+    config = read_config(folder)
+    if vocabulary.asked:
+        from dotexport.sizes.vocabulary_first import choose_behind
+
+        chosen = choose_behind(folder, config, sizes, vocabulary, where)
+        sizes = replace(sizes, vocab_size=chosen.plan.after.vocab_size)
+    else:
+        chosen = choose(config, sizes, where)
     timed = planned_time(chosen.plan, sizes, where.targets)
     if as_json:
         show_json(chosen.as_dict() | timed)
