@@ -22,7 +22,8 @@ from dotexport.models.checkpoint import Checkpoint, read_config
 from dotexport.models.config_words import KERNELS
 from dotexport.models.rope import in_all_words, stock_config
 from dotexport.models.weight_files import INDEX, WEIGHTS
-from dotexport.storage.output import read_json, write_json
+from dotexport.storage.output import write_json
+from dotexport.storage.reading import read_json
 
 from .torch_session import DTYPES, TorchSession
 

@@ -26,7 +26,8 @@ from dotexport.diffusion.sampling import INDEX, component_of, load, sample
 from dotexport.errors import RuntimeMissingError, UsageError
 from dotexport.exports.verifying import changed_files, require
 from dotexport.storage import manifest
-from dotexport.storage.output import check_free, new_folder, read_json, write_json
+from dotexport.storage.output import check_free, new_folder, write_json
+from dotexport.storage.reading import read_json
 
 TARGET = "onnx"
 PRECISIONS = ("fp32", "fp16")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from dotexport.errors import ParityError, RuntimeMissingError, UsageError
+from dotexport.errors import CheckpointError, ParityError, RuntimeMissingError, UsageError
 from dotexport.exports.parity import Parity, measure, rounding_kl
 from dotexport.exports.reference import Reference, compute_reference
 from dotexport.exports.target import Rehearsal, Session, Target, find_target, lacking, resolve
@@ -17,6 +16,8 @@ from dotexport.exports.text_parity import check_text
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.storage import manifest
 from dotexport.storage.output import write_json
+from dotexport.storage.reading import read_json
+from dotexport.storage.schema import validated
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +213,7 @@ def changed_files(folder: Path, expected: Mapping[str, Mapping[str, Any]]) -> li
 def write_report(out: Path, parities: Iterable[Parity], reference: Reference) -> None:
     """Add these figures to reports/verify.json, keeping those of other artifacts."""
     file = out / REPORT
-    report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    report = _stored(file)
     artifacts = report.get("artifacts", {}) | {p.artifact: p.as_dict() for p in parities}
     workload = {
         "prompt_lengths": reference.prompt_lengths,
@@ -222,6 +223,17 @@ def write_report(out: Path, parities: Iterable[Parity], reference: Reference) ->
     }
     sections = {"environment": manifest.environment(), "prompts": workload, "artifacts": artifacts}
     write_json(file, report | sections)
+
+
+def _stored(file: Path) -> dict[str, Any]:
+    """The report so far; one that cannot be read is started again, as all can be measured."""
+    try:
+        report = read_json(file, advice="") if file.is_file() else {}
+        validated(dict[str, dict[str, Any]], report, str(file), error=CheckpointError, advice="")
+    except CheckpointError as error:
+        logger.warning("%s: it is written anew", str(error).rstrip("; "))
+        return {}
+    return report
 
 
 def _listed(out: Path) -> dict[str, dict[str, Any]]:

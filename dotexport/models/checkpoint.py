@@ -27,7 +27,7 @@ from dotexport.models.weight_files import (
     same_values,
     tensor_files,
 )
-from dotexport.storage.output import read_json
+from dotexport.storage.reading import read_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}

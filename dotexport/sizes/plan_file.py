@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from dotexport.axes.plan import Plan, SizeOptions
 from dotexport.errors import UsageError
 from dotexport.options import build
 from dotexport.sizes.budget import plan
-from dotexport.storage.output import read_json
+from dotexport.storage.reading import read_json
+from dotexport.storage.schema import validated
 
 KEY = "shrink"
 """Of the plan: flags of shrink that give its sizes, spelled as the keys of a recipe."""
@@ -63,17 +65,14 @@ def read_plan(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if not file.is_file():
         raise UsageError(f"--plan {file}: no such file; {EXPECTED}")
     content = read_json(file, advice=EXPECTED)
-    flags = content.get(KEY)
-    if not isinstance(flags, dict) or not _is_plan(flags):
-        raise UsageError(f"{file} is no plan; {EXPECTED}")
+    validated(_document(), content, f"{file} is no plan", error=UsageError, advice=EXPECTED)
+    flags: dict[str, Any] = content[KEY]
     if content.get("config_sha256") != fingerprint(config):
         raise UsageError(
             f"{file} was made for another model: its config.json is not the one here; {EXPECTED}"
         )
-    told, found = (
-        content.get("parameters"),
-        plan(config, build(SizeOptions, **flags)).as_dict()["parameters"],
-    )
+    told = content["parameters"]
+    found = plan(config, build(SizeOptions, **flags)).as_dict()["parameters"]
     if told != found:
         raise UsageError(
             f"{file} says {told} for parameters before and after, and its sizes give {found}: it "
@@ -82,8 +81,18 @@ def read_plan(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return flags
 
 
-def _is_plan(flags: Mapping[str, Any]) -> bool:
-    axes = {axis.flag for axis in AXES}
-    sizes = all(type(flags.get(name)) is int for name in axes)
-    switches = set(flags) - axes
-    return sizes and switches <= set(SWITCHES) and all(type(flags[s]) is bool for s in switches)
+@cache
+def _document() -> Any:
+    """What a plan must hold: a size of every axis, and the switches that are on."""
+    from pydantic import create_model
+
+    strict: Any = {"extra": "forbid", "strict": True}
+    sizes: dict[str, Any] = {axis.flag: (int, ...) for axis in AXES}
+    switches: dict[str, Any] = dict.fromkeys(SWITCHES, (bool, False))
+    flags = create_model("Flags", __config__=strict, **sizes, **switches)
+    fields: dict[str, Any] = {
+        KEY: (flags, ...),
+        "config_sha256": (str, ...),
+        "parameters": (list[int], ...),
+    }
+    return create_model("PlanFile", __config__={"extra": "allow", "strict": True}, **fields)

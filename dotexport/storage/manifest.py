@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 
 from dotexport.errors import CheckpointError
-from dotexport.storage.output import MANIFEST, read_json, write_json
+from dotexport.storage.output import MANIFEST, write_json
+from dotexport.storage.reading import read_json
 from dotexport.version import __version__
 
 LIBRARIES = (
@@ -41,6 +42,8 @@ LIBRARIES = (
     "vllm",
 )
 
+ADVICE = "export again"
+
 
 def is_output(folder: Path) -> bool:
     """Whether this folder was written by dotexport."""
@@ -51,7 +54,8 @@ def read(out: Path) -> dict[str, Any]:
     """The manifest of an output folder.
 
     Raises:
-        CheckpointError: not an output of dotexport, or a damaged manifest.
+        CheckpointError: not an output of dotexport, or a manifest that is damaged or says what
+            none of ours does.
     """
     file = out / MANIFEST
     if not file.is_file():
@@ -59,7 +63,14 @@ def read(out: Path) -> dict[str, Any]:
             f"{out} is not an output of dotexport: it has no {MANIFEST}; "
             "give the folder that `dotexport shrink -o` or `dotexport export -o` wrote"
         )
-    return read_json(file, advice="export again")
+    from dotexport.storage import manifest_schema as kinds
+    from dotexport.storage.schema import validated
+
+    content = read_json(file, advice=ADVICE, finite=True)
+    pipeline = content.get("kind") == "diffusion"
+    kind = kinds.PipelineManifest if pipeline else kinds.DecoderManifest
+    validated(kind, content, str(file), error=CheckpointError, advice=ADVICE)
+    return content
 
 
 def update(out: Path, **sections: Any) -> None:

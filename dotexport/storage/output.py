@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from dotexport.errors import CheckpointError, DotexportError, UsageError
+from dotexport.errors import DotexportError, UsageError
 
 MANIFEST = "dotexport.json"
 
@@ -54,23 +54,6 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         _explain_full_disk(error, path, written=written)
         raise
-
-
-def read_json(path: Path, *, advice: str) -> dict[str, Any]:
-    """A JSON object from a file; `advice` is what to do about one that is damaged.
-
-    Raises:
-        CheckpointError: not JSON, or not an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); {advice}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path} must hold a JSON object, not a {type(content).__name__}; {advice}"
-        )
-    return content
 
 
 def write_text(path: Path, text: str) -> None:

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,9 +26,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from dotexport.app import cli, pipeline, shrinking
+from dotexport.app.steps import ShrinkStep
 from dotexport.errors import CheckpointError
 from dotexport.exports import exporting
 from dotexport.models import checkpoint
+from dotexport.options import build
 from dotexport.storage import manifest
 from dotexport.targets import BUILT_IN
 from dotexport.targets.hf import HuggingFace
@@ -246,6 +249,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], int, list[str]]] = {
         1,
         ["num_attention_heads = 'four'", "expected a positive integer"],
     ),
+    "more layers than any model": (
+        configured(num_hidden_layers=10**9),
+        1,
+        ["num_layers = 1,000,000,000, more than 10,000"],
+    ),
     "a context that is none": (
         configured(max_position_embeddings="long"),
         1,
@@ -404,6 +412,9 @@ def test_text_that_is_not_there_is_refused(
         ([*NARROW, "--seqlen", 1], 2, ["seqlen must be at least 2, not 1"]),
         ([*NARROW, "--samples", 0], 2, ["samples must be at least 1"]),
         ([*NARROW, "--skip", -1], 2, ["skip must be at least 0"]),
+        ([*NARROW, "--seed", 1 << 70], 2, ["seed must be at most"]),
+        ([*NARROW, "--samples", 1 << 70], 2, ["samples must be at most 1,073,741,824"]),
+        ([*NARROW, "--heal", 1 << 70], 2, ["--heal", "is not known"]),
         ([*NARROW, "--seed", -1], 2, ["seed must be at least 0"]),
         ([*NARROW, "--basis", "x"], 2, ["basis must be one of", "pca", "'x'"]),
         ([*NARROW, "--mlp", "x"], 2, ["mlp must be one of", "dot", "'x'"]),
@@ -783,6 +794,13 @@ def test_the_recipe_a_shrink_prints_is_the_one_it_records(
         ({"bench": [{"target": "hf"}, {"target": "hf"}]}, 2, ["two bench steps measure hf"]),
         ({"eval": {"text": "/no/such.txt"}}, 1, ["/no/such.txt does not exist"]),
         ({"eval": {"text": "embedded:evaluation", "seqlen": 999}}, 2, ["context of 512"]),
+        ({"bench": [{"target": "hf", "rounds": 1 << 70}]}, 2, ["rounds is", "at most"]),
+        (
+            {"export": ["ort-cpu"], "shrink": {"calib": "embedded:calibration", "heal": "soon"}},
+            2,
+            [],
+        ),
+        ({"export": ["gguf:int4-k"]}, 5, ["cannot be exported", "gguf-int4-k", "plan MODEL"]),
         ({"unknown": 1}, 2, ["unknown key 'unknown'", "known: model, shrink"]),
         ({"shrink": {"params": "0.7x"}}, 2, ["lacks the key 'calib'"]),
     ],
@@ -865,3 +883,99 @@ def test_an_export_can_be_asked_of_the_checkpoint_inside(
     assert outcome.code == 0, outcome.err
     assert json.loads(outcome.out)["hf"]["parity"]["passed"]
     assert "README.md" not in names(out / "hf")
+
+
+# What nobody foresaw ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [KeyError("hidden"), RecursionError("deep"), ValueError()])
+def test_what_nobody_foresaw_is_one_sentence_and_a_file(
+    dotexport: Command,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def failing(*_: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(checkpoint.CheckpointWriter, "write", failing)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    outcome = dotexport(*shrinking_of(model, text, tmp_path / "out", *NARROW))
+    refused(outcome, 1, f"error: {type(error).__name__}", "report it with that file")
+    assert outcome.err.strip().splitlines()[-1].startswith("error: ")
+    (saved,) = tmp_path.glob("dotexport-traceback-*.txt")
+    assert f"The traceback is in {saved}:" in outcome.err
+    assert "in failing\n    raise error" in saved.read_text()
+    assert names(tmp_path) == [saved.name, "model", "text.txt"]
+
+
+def test_a_traceback_that_cannot_be_saved_is_still_one_sentence(
+    dotexport: Command, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object, **__: object) -> NoReturn:
+        raise KeyError("hidden")
+
+    monkeypatch.setattr(checkpoint, "settled", failing)
+    monkeypatch.setattr(tempfile, "mkstemp", disk_full)
+    refused(dotexport("plan", model, *NARROW), 1, "KeyError: 'hidden'", "No space left")
+
+
+def test_a_name_that_no_text_can_hold_is_told(dotexport: Command, tmp_path: Path) -> None:
+    refused(dotexport("plan", tmp_path / "caf\udce9", *NARROW), 1, "is neither a folder nor a hub")
+
+
+SHAPES: dict[str, Any] = {
+    "nothing": None,
+    "a list": [],
+    "a text": "x",
+    "a number": 7,
+    "a deep list": [[[[{}]]]],
+    "an object": {"x": {"y": []}},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "section",
+    [
+        *("artifacts", "source", "sizes", "shrink", "calibration", "quality", "bench", "served"),
+        *("environment", "healing", "latency", "recipe", "architecture", "kind"),
+    ],
+)
+def test_a_manifest_of_any_shape_is_read_or_refused(
+    dotexport: Command, shrunk: Path, section: str, shape: str
+) -> None:
+    file = shrunk / manifest.MANIFEST
+    written(file, json.dumps(json.loads(file.read_text()) | {section: SHAPES[shape]}))
+    for verb in (["report", shrunk], ["verify", shrunk, "--target", "nope"]):
+        outcome = dotexport(*verb)
+        assert outcome.code in (0, 1, 2), outcome
+        assert "did not expect" not in outcome.err
+
+
+@pytest.fixture
+def shrunk(whole: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(whole, tmp_path / "shrunk")
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_llama: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output that was narrowed and verified."""
+    folder = tmp_path_factory.mktemp("whole")
+    text = written(folder / "text.txt", "w1 w2 w3 w4 " * 100)
+    step = build(ShrinkStep, calib=str(text), samples=2, seqlen=32, intermediate=40)
+    shrinking.shrink(tiny_llama("wide-heads"), folder / "out", step.options())
+    exporting.export(folder / "out", ["hf"])
+    return folder / "out"
+
+
+def test_a_damaged_report_of_verification_is_started_again(
+    dotexport: Command, shrunk: Path
+) -> None:
+    for content in ("{", "[]", '{"artifacts": 7}', "[" * 9999):
+        written(shrunk / "reports" / "verify.json", content)
+        assert dotexport("verify", shrunk).code == 0
+        told = json.loads((shrunk / "reports" / "verify.json").read_text())
+        assert told["artifacts"]["hf"]["passed"]

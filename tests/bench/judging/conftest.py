@@ -113,9 +113,9 @@ def output_at(folder: Path, make: Make, **section: Any) -> Path:
     manifest.update(
         folder,
         **{
-            "source": {"model": folder.name, "bytes": 10_000_000, "sha256": {"config.json": "00"}},
+            "source": {"model": folder.name, "licence": None, "bytes": 10_000_000},
             "sizes": {"hidden_size": [64, 48], "parameters": [5_000_000, 3_000_000]},
-            "shrink": {"narrow": {"mlp": "obs", "seed": 0}},
+            "shrink": {"narrow": {"mlp": "obs", "refit": True, "local": None, "seed": 0}},
             "calibration": {"source": "c.txt", "windows": 4, "seqlen": 64, "sha256": "cd" * 32},
             "environment": {k: v for k, v in MACHINE.items() if k != "threads"},
             "artifacts": {
@@ -127,6 +127,7 @@ def output_at(folder: Path, make: Make, **section: Any) -> Path:
             "quality": {
                 "text": "t.txt",
                 "num_windows": 32,
+                "num_tokens": 2016,
                 "perplexity": 8.0,
                 "baseline_perplexity": 7.5,
                 "kl": 0.05,
