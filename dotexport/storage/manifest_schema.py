@@ -38,6 +38,7 @@ def _is_inside(name: str) -> str:
 
 Name = Annotated[str, AfterValidator(_is_name)]
 Inside = Annotated[str, AfterValidator(_is_inside)]
+Word = Annotated[str, Field(pattern=r"^[\w-]+$")]
 Number = FiniteFloat | int
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)] | Annotated[int, Field(gt=0)]
 
@@ -144,6 +145,8 @@ class ShrinkReport(Section):
 class Narrow(Section):
     """Methods, as the card tells them."""
 
+    mlp: Word
+    heads: Word
     refit: bool
     local: dict[str, Any] | None
     seed: int
@@ -153,6 +156,12 @@ class Shrink(Section):
     """Options of shrink."""
 
     narrow: Narrow
+
+
+class Basis(Section):
+    """Of the residual stream."""
+
+    method: Word
 
 
 class Calibration(Section):
@@ -273,12 +282,13 @@ class Latency(Section):
 class DecoderManifest(Manifest):
     """Output of shrink, export or run for a decoder LLM."""
 
-    with_shrink = ("source", "sizes", "calibration")
+    with_shrink = ("source", "sizes", "basis", "calibration")
 
     kind: None = None
     sizes: dict[str, Annotated[list[int | bool], Field(min_length=2, max_length=2)]] = {}
     architecture: Annotated[list[str], Field(min_length=2, max_length=2)] = ["", ""]
     shrink: Shrink | None = None
+    basis: Basis | None = None
     calibration: Calibration | None = None
     quality: Quality | None = None
     bench: dict[str, Headline] = {}

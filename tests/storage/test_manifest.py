@@ -221,7 +221,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "figures that are none": ({"quality": {"perplexity": None}}, "quality.perplexity"),
     "half of a shrink": (
-        {"shrink": {"narrow": {"refit": True, "local": None, "seed": 0}}},
+        {
+            "shrink": {
+                "narrow": {"mlp": "obs", "heads": "obs", "refit": True, "local": None, "seed": 0}
+            }
+        },
         "source",
     ),
 }

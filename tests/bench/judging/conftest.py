@@ -115,7 +115,10 @@ def output_at(folder: Path, make: Make, **section: Any) -> Path:
         **{
             "source": {"model": folder.name, "licence": None, "bytes": 10_000_000},
             "sizes": {"hidden_size": [64, 48], "parameters": [5_000_000, 3_000_000]},
-            "shrink": {"narrow": {"mlp": "obs", "refit": True, "local": None, "seed": 0}},
+            "shrink": {
+                "narrow": {"mlp": "obs", "heads": "obs", "refit": True, "local": None, "seed": 0}
+            },
+            "basis": {"method": "pca"},
             "calibration": {"source": "c.txt", "windows": 4, "seqlen": 64, "sha256": "cd" * 32},
             "environment": {k: v for k, v in MACHINE.items() if k != "threads"},
             "artifacts": {
