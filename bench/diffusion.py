@@ -22,7 +22,8 @@ from dotexport.diffusion import graphs, onnx_folder, pipeline_card, saving
 from dotexport.diffusion.calibration import Progress
 from dotexport.diffusion.sampling import component_of, load, sample
 from dotexport.storage import manifest
-from dotexport.storage.output import folder_bytes, write_json
+from dotexport.storage.files import write_json
+from dotexport.storage.output import folder_bytes
 
 from .statistics import compare
 
@@ -173,10 +174,6 @@ def _record(out: Path, name: str, record: dict[str, Any]) -> None:
         }
         for what in ("step", "whole")
     }
-    manifest.update(
-        out,
-        bench=made.get("bench", {}) | headline,
-        bench_bytes=made.get("bench_bytes", {}) | {f"{name} denoiser": record["bytes"]},
-    )
+    manifest.merge(out, bench=headline, bench_bytes={f"{name} denoiser": record["bytes"]})
     if "shrink" in made:
         pipeline_card.write(out)

@@ -35,7 +35,8 @@ from dotexport.sizes.latency_options import LatencyOptions
 from dotexport.sizes.latency_table import cache_file
 from dotexport.sizes.planning import rules_of_target
 from dotexport.storage import manifest
-from dotexport.storage.output import write_json
+from dotexport.storage.files import write_json
+from dotexport.storage.output import occupied
 from dotexport.storage.reading import read_json
 
 
@@ -57,6 +58,13 @@ def run(
     """
     model = source_folder(recipe.model)
     _check_later_steps(recipe, model)
+    with occupied(out):
+        return _run(recipe, model, out, overwrite, device, progress)
+
+
+def _run(
+    recipe: Recipe, model: Path, out: Path, overwrite: bool, device: str, progress: Progress
+) -> dict[str, Any]:
     if overwrite or not _resumable(out, recipe):
         shrink(
             model,
@@ -207,8 +215,7 @@ def bench_into(
     _check_gate(step)
     result = benches().bench(candidate, baseline, step.target, out=report, **asked)
     if manifest.is_output(candidate):
-        measured = manifest.read(candidate).get("bench", {})
-        manifest.update(candidate, bench={**measured, bench_name(step): result.headline()})
+        manifest.merge(candidate, bench={bench_name(step): result.headline()})
         card.write(candidate)
     return result
 
@@ -386,8 +393,7 @@ def bench_vllm_into(
         candidate, baseline, served.python, options, out=report, progress=progress
     )
     if manifest.is_output(candidate):
-        measured = manifest.read(candidate).get("served", {})
-        manifest.update(candidate, served={**measured, options.kind: result.headline()})
+        manifest.merge(candidate, served={options.kind: result.headline()})
         card.write(candidate)
     return result
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from dotexport.outputs.markdown import front_matter, plain
 from dotexport.storage import manifest
-from dotexport.storage.output import write_text
+from dotexport.storage.files import write_text
 
 Row = tuple[str, str, str, str]
 

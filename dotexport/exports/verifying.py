@@ -15,7 +15,7 @@ from dotexport.exports.target import Rehearsal, Session, Target, find_target, la
 from dotexport.exports.text_parity import check_text
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.storage import manifest
-from dotexport.storage.output import write_json
+from dotexport.storage.files import write_json
 from dotexport.storage.reading import read_json
 from dotexport.storage.schema import validated
 
@@ -59,10 +59,8 @@ def verify(out: Path, targets: Sequence[str] | None = None) -> list[Parity]:
 def _record(out: Path, parities: Iterable[Parity]) -> None:
     """The manifest says what the last look said: what was spoilt is not good any more."""
     artifacts = manifest.read(out).get("artifacts", {})
-    for parity in parities:
-        if parity.artifact in artifacts:
-            artifacts[parity.artifact]["parity"] = parity.as_dict()
-    manifest.update(out, artifacts=artifacts)
+    told = {p.artifact: p.as_dict() for p in parities if p.artifact in artifacts}
+    manifest.merge(out, artifacts={n: artifacts[n] | {"parity": p} for n, p in told.items()})
 
 
 def check(

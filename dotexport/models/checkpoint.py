@@ -132,9 +132,16 @@ class Checkpoint:
         return tensor
 
     def companions(self) -> list[Path]:
-        """Tokenizer, generation config and licence files, which travel unchanged."""
+        """Tokenizer, generation config and licence files, which travel unchanged.
+
+        Raises:
+            CheckpointError: one is a link to a file that is not the model's.
+        """
         found = {file for glob in COMPANIONS for file in self.folder.glob(glob)}
-        return sorted(file for file in found if file.is_file())
+        files = sorted(file for file in found if file.is_file())
+        for file in files:
+            _check_inside(file)
+        return files
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -158,6 +165,18 @@ def read_config(folder: Path) -> dict[str, Any]:
             "values: it is kept, as transformers 5 does"
         )
     return config
+
+
+def _check_inside(file: Path) -> None:
+    """Refuse a link out of a model: what it leads to would travel with all that is made of it."""
+    folder = file.parent.resolve()
+    # snapshots/REVISION of the hub's cache holds links into blobs/ beside it.
+    home = folder.parent.parent if folder.parent.name == "snapshots" else folder
+    if not (target := file.resolve()).is_relative_to(home):
+        raise CheckpointError(
+            f"{file} is a link to {target}, outside of the model; put a copy of the file in its "
+            "place if it belongs to it"
+        )
 
 
 def _has_own_head(folder: Path) -> bool:

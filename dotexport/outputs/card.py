@@ -11,7 +11,7 @@ from dotexport.axes.axis import Axis
 from dotexport.outputs import summary
 from dotexport.outputs.markdown import Markup, code, front_matter, plain
 from dotexport.storage import manifest
-from dotexport.storage.output import write_text
+from dotexport.storage.files import write_text
 
 
 def write(out: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 
 from dotexport.errors import CheckpointError
-from dotexport.storage.output import MANIFEST, write_json
+from dotexport.storage.files import MANIFEST, write_json
+from dotexport.storage.locking import locked
 from dotexport.storage.reading import read_json
 from dotexport.version import __version__
 
@@ -74,9 +75,28 @@ def read(out: Path) -> dict[str, Any]:
 
 
 def update(out: Path, **sections: Any) -> None:
-    """Replace these top-level sections in one step and keep the others; starts a new manifest."""
+    """Replace these top-level sections in one step and keep the others; starts a new manifest.
+
+    Whoever else updates it at the same time comes before or after.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out / MANIFEST, wait=True):
+        _write(out, sections)
+
+
+def merge(out: Path, **sections: Mapping[str, Any]) -> None:
+    """Add to these sections, or replace in them, one entry by one; otherwise as `update`."""
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out / MANIFEST, wait=True):
+        held = read(out) if is_output(out) else {}
+        _write(out, {name: {**held.get(name, {}), **part} for name, part in sections.items()})
+
+
+def _write(out: Path, sections: Mapping[str, Any]) -> None:
+    for left in out.glob(f".{MANIFEST}.partial-*"):  # of killed runs: nobody else writes it now
+        left.unlink()
     manifest = read(out) if is_output(out) else _fresh()
-    write_json(out / MANIFEST, manifest | sections)
+    write_json(out / MANIFEST, {**manifest, **sections})
 
 
 def sha256(file: Path) -> str:

@@ -688,7 +688,8 @@ def test_a_killed_run_leaves_only_what_the_next_one_clears(
 ) -> None:
     run = shrinking_of(model, text, tmp_path / "out", *NARROW)
     stopped(HALFWAY, signal.SIGKILL, tmp_path / "there", run)
-    (partial,) = set(names(tmp_path)) - {"model", "text.txt"}
+    assert ".out.lock" in names(tmp_path)  # which nobody holds
+    (partial,) = set(names(tmp_path)) - {"model", "text.txt", ".out.lock"}
     assert partial.startswith(".out.partial-")
     assert not manifest.is_output(tmp_path / partial)
     assert dotexport(*run).code == 0
@@ -979,3 +980,161 @@ def test_a_damaged_report_of_verification_is_started_again(
         assert dotexport("verify", shrunk).code == 0
         told = json.loads((shrunk / "reports" / "verify.json").read_text())
         assert told["artifacts"]["hf"]["passed"]
+
+
+# Files of users ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt(), MemoryError()])
+@pytest.mark.parametrize("before", [False, True])
+def test_of_an_export_that_fails_nothing_stays_and_what_was_there_does(
+    dotexport: Command,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    before: bool,
+) -> None:
+    def broken(*_: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setitem(BUILT_IN, "copy", f"{__name__}:Copy")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "model"))
+    out = tmp_path / "out"
+    if before:
+        assert dotexport("export", model, "--target", "hf", "-o", out).code == 0
+    told = manifest.read(out) if before else None
+    monkeypatch.setattr(Copy, "write", broken)
+    outcome = dotexport("export", model, "--target", "copy", "-o", out, "--overwrite")
+    assert outcome.code in (1, 130)
+    assert names(tmp_path) == (["model", "out"] if before else ["model"])
+    assert not before or manifest.read(out) == told
+
+
+def test_a_second_target_is_added_by_naming_the_output(
+    dotexport: Command, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BUILT_IN, "copy", f"{__name__}:Copy")
+    out = tmp_path / "out"
+    assert dotexport("export", model, "--target", "hf", "-o", out).code == 0
+    outcome = dotexport("export", model, "--target", "copy", "-o", out)
+    refused(outcome, 2, "an output of dotexport already", f"`dotexport export {out} --target ...`")
+    assert "--overwrite" not in outcome.err
+    assert dotexport("export", out, "--target", "copy").code == 0
+    assert set(manifest.read(out)["artifacts"]) == {"hf", "copy-plain"}
+
+
+def test_a_folder_of_the_user_with_the_name_of_an_artifact_is_kept(
+    dotexport: Command, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BUILT_IN, "copy", f"{__name__}:Copy")
+    out = tmp_path / "out"
+    assert dotexport("export", model, "--target", "hf", "-o", out).code == 0
+    (out / "copy-plain").mkdir()
+    written(out / "copy-plain" / "letter.txt", "dear")
+    refused(dotexport("export", out, "--target", "copy"), 2, "exists and is not empty")
+    outcome = dotexport("export", out, "--target", "copy", "--overwrite")
+    refused(outcome, 2, "holds what dotexport did not write: letter.txt")
+    assert names(out / "copy-plain") == ["letter.txt"]
+
+
+def in_shards(model: Path, *shards: str) -> None:
+    """The tensors dealt out to files of these names, and an index of them."""
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    parts: dict[str, dict[str, torch.Tensor]] = {shard: {} for shard in shards}
+    for number, (name, tensor) in enumerate(sorted(tensors.items())):
+        parts[shards[number % len(shards)]][name] = tensor
+    for shard, part in parts.items():
+        (model / shard).parent.mkdir(parents=True, exist_ok=True)
+        save_file(part, model / shard, metadata={"format": "pt"})
+    places = {name: shard for shard, part in parts.items() for name in part}
+    written(model / checkpoint.INDEX, json.dumps({"weight_map": places}))
+
+
+@pytest.mark.parametrize(
+    "shards", [("a.safetensors", "b b.safetensors"), ("x/w.safetensors", "y/w.safetensors")]
+)
+def test_shards_of_odd_names_are_exported_whole(
+    dotexport: Command, model: Path, tmp_path: Path, shards: tuple[str, ...]
+) -> None:
+    in_shards(model, *shards)
+    out = tmp_path / "out"
+    outcome = dotexport("export", model, "--target", "hf", "-o", out)
+    assert outcome.code == 0, outcome.err
+    assert set(shards) < set(manifest.read(out)["artifacts"]["hf"]["files"])
+    assert manifest.read(out)["artifacts"]["hf"]["parity"]["passed"]
+
+
+@pytest.mark.parametrize("verb", ["export", "shrink"])
+@pytest.mark.parametrize("shard", ["../w.safetensors", "{}/w.safetensors", "a/../../w.safetensors"])
+def test_shards_outside_of_the_model_are_refused(
+    dotexport: Command, model: Path, text: Path, tmp_path: Path, shard: str, verb: str
+) -> None:
+    (model / "a").mkdir()
+    in_shards(model, shard.format(tmp_path))
+    run = (
+        ["export", model, "--target", "hf", "-o", tmp_path / "out"]
+        if verb == "export"
+        else shrinking_of(model, text, tmp_path / "out", *NARROW)
+    )
+    refused(dotexport(*run), 1, "w.safetensors' is no file of this folder", "download it again")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["export", "shrink"])
+def test_a_companion_that_is_a_link_out_of_the_model_is_refused_at_once(
+    dotexport: Command,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    verb: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written(tmp_path / "secret", "mine")
+    (model / "LICENSE").symlink_to(tmp_path / "secret")
+    monkeypatch.setattr(shrinking, "prepare", lambda *_: pytest.fail("worked first"))
+    run = (
+        ["export", model, "--target", "hf", "-o", tmp_path / "out"]
+        if verb == "export"
+        else shrinking_of(model, text, tmp_path / "out", *NARROW)
+    )
+    refused(dotexport(*run), 1, "LICENSE is a link to", "outside of the model", "put a copy")
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_of_the_hubs_cache_are_the_models_own(
+    dotexport: Command, model: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "models--a--b"
+    snapshot = home / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (home / "blobs").mkdir()
+    for number, file in enumerate(model.iterdir()):
+        shutil.copy(file, home / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    outcome = dotexport("export", snapshot, "--target", "hf", "-o", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "out/hf/tokenizer.json").is_file()
+    assert not any(file.is_symlink() for file in (tmp_path / "out").rglob("*"))
+
+
+def test_two_runs_into_one_output_do_not_meet(
+    dotexport: Command, model: Path, text: Path, tmp_path: Path
+) -> None:
+    run = shrinking_of(model, text, tmp_path / "out", *NARROW)
+    marker = tmp_path / "there"
+    command = [sys.executable, "-c", STALLED, *HALFWAY, str(marker), *map(str, run)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as first:
+        try:
+            while not marker.exists():
+                assert first.poll() is None
+                time.sleep(0.02)
+            for second in (run, [*run, "--overwrite"]):
+                refused(dotexport(*second), 2, "another run is writing", "wait until it has ended")
+            assert first.poll() is None
+        finally:
+            first.kill()
+    marker.unlink()
+    assert dotexport(*run).code == 0
+    assert names(tmp_path) == ["model", "out", "text.txt"]

@@ -32,6 +32,7 @@ from dotexport.exports.target import find_target
 from dotexport.exports.verifying import check, require, verify
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.storage import manifest
+from dotexport.storage.locking import lock_file
 
 pytest.importorskip("onnxruntime_genai")
 ir: Any = pytest.importorskip("onnx_ir")
@@ -176,6 +177,7 @@ def test_an_artifact_is_replaced_only_on_request(copied: Path) -> None:
 def test_an_artifact_that_was_never_recorded_is_written_again(copied: Path) -> None:
     artifacts = manifest.read(copied)["artifacts"]
     manifest.update(copied, artifacts={"hf": artifacts["hf"]})
+    lock_file(copied / "ort-cpu-fp32").touch()  # as a run leaves it that is killed in between
     export(copied, ["ort-cpu"], verify=False)
     assert list(manifest.read(copied)["artifacts"]) == ["hf", "ort-cpu-fp32"]
 

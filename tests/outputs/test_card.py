@@ -125,7 +125,6 @@ def test_a_card_that_is_no_text_does_not_matter(tmp_path: Path) -> None:
 def test_the_model_is_narrowed_whatever_its_card_says(
     tiny_llama: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    import shutil
 
     from dotexport.app.shrinking import shrink
     from dotexport.app.steps import ShrinkStep

@@ -19,7 +19,7 @@ import pytest
 from dotexport import __version__
 from dotexport.errors import CheckpointError
 from dotexport.storage import manifest
-from dotexport.storage.output import MANIFEST, write_json
+from dotexport.storage.files import MANIFEST, write_json
 
 
 def stored(size: int) -> dict[str, Any]:
@@ -239,3 +239,30 @@ def test_a_manifest_that_says_what_none_of_ours_does_is_refused(out: Path, name:
         manifest.read(out)
     assert str(refused.value).startswith(f"{out / MANIFEST}: ")
     assert "export again" in str(refused.value)
+
+
+# Several at once --------------------------------------------------------------------------------
+
+ADDING = """
+import sys
+from pathlib import Path
+from dotexport.storage import manifest
+out, name = Path(sys.argv[1]), sys.argv[2]
+for number in range(25):
+    entry = {"target": "t", "precision": "p", "bytes": 1, "files": {}, "parity": None}
+    manifest.merge(out, artifacts={f"{name}{number}": entry})
+"""
+
+
+def test_nothing_that_several_write_at_once_is_lost(out: Path) -> None:
+    runs = [subprocess.Popen([sys.executable, "-c", ADDING, str(out), name]) for name in "abc"]
+    assert [run.wait() for run in runs] == [0, 0, 0]
+    added = {f"{name}{number}" for name in "abc" for number in range(25)}
+    assert set(manifest.read(out)["artifacts"]) == {"hf", *added}
+    assert names(out) == [MANIFEST]
+
+
+def test_what_a_killed_write_left_is_cleared_by_the_next(out: Path) -> None:
+    (out / f".{MANIFEST}.partial-0a1b").write_text("{")
+    manifest.update(out, told=1)
+    assert names(out) == [MANIFEST]

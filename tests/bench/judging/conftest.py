@@ -14,7 +14,7 @@ import pytest
 from dotexport.bench import BenchResult, Measurement, Sample, Workload
 from dotexport.bench.report import write_report
 from dotexport.storage import manifest
-from dotexport.storage.output import write_json
+from dotexport.storage.files import write_json
 
 MACHINE = {
     "python": "3.11.7",
