@@ -54,6 +54,8 @@ def bench_pipeline(
 ) -> dict[str, Any]:
     """Compare an output with the original and record it in its manifest, card and reports."""
     pipelines = [saving.pipeline_of(folder) for folder in (baseline, candidate)]
+    for folder in pipelines:
+        manifest.require_unchanged(folder)
     record: dict[str, Any] = {"target": target, "threads": threads, "batch": batch, "steps": steps}
     with ExitStack() as stack:
         stack.enter_context(_threads(threads))
@@ -147,6 +149,7 @@ def _artifact(
     precision = onnx_folder.parse_target(target)
     made = home / f"{onnx_folder.TARGET}-{precision}"
     if made.is_dir():
+        manifest.require_unchanged(made)
         yield made
         return
     with tempfile.TemporaryDirectory() as scratch:

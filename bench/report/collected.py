@@ -125,12 +125,16 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _read(folder: Path, name: str) -> Output:
     from dotexport.storage.manifest_schema import ShrinkReport, VerifyReport
 
+    record = manifest.read(folder)
+    for artifact in record.get("artifacts", {}):
+        if (folder / artifact).is_dir():  # one that was moved away says nothing wrong
+            manifest.require_unchanged(folder / artifact)
     reports = folder / "reports"
     recipe = folder / "recipe.yaml"
     return Output(
         name=name,
         folder=folder,
-        record=manifest.read(folder),
+        record=record,
         shrink=_json(reports / "shrink.json", ShrinkReport),
         verify=_json(reports / "verify.json", VerifyReport),
         benches=tuple(_benches(reports, name)),

@@ -24,7 +24,7 @@ from dotexport.diffusion.calibration import Progress
 from dotexport.diffusion.pipeline_options import SampleOptions
 from dotexport.diffusion.sampling import INDEX, component_of, load, sample
 from dotexport.errors import RuntimeMissingError, UsageError
-from dotexport.exports.verifying import changed_files, require
+from dotexport.exports.verifying import require
 from dotexport.storage import manifest
 from dotexport.storage.files import write_json
 from dotexport.storage.output import new_folder, occupied
@@ -322,7 +322,7 @@ def verify(out: Path, targets: Sequence[str] | None = None) -> list[Parity]:
     parities = []
     for name in wanted:
         parity = check(pipe, out / name, tried, name, made[name]["precision"])
-        changed = changed_files(out / name, made[name]["files"])
+        changed = manifest.changed_files(out / name, made[name]["files"])
         parity = replace(parity, problems=(*changed, *parity.problems))
         parities.append(parity)
         listed[name]["parity"] = parity.as_dict()

@@ -19,6 +19,7 @@ from dotexport.exports.target import Target, find_target, resolve
 from dotexport.exports.verifying import (
     REPORT,
     STOCK,
+    artifact_name,
     check,
     require,
     require_device,
@@ -63,9 +64,8 @@ class Request:
 
     @property
     def name(self) -> str:
-        """Of its folder below OUT; the stock checkpoint has only one form."""
-        name = self.target.name
-        return name if name == STOCK else f"{name}-{self.precision}"
+        """Of its folder below OUT."""
+        return artifact_name(self.target, self.precision)
 
 
 def export(

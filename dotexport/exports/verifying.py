@@ -15,7 +15,7 @@ from dotexport.exports.target import Rehearsal, Session, Target, find_target, la
 from dotexport.exports.text_parity import check_text
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.storage import manifest
-from dotexport.storage.files import write_json
+from dotexport.storage.files import MANIFEST, write_json
 from dotexport.storage.reading import read_json
 from dotexport.storage.schema import validated
 
@@ -38,19 +38,20 @@ def verify(out: Path, targets: Sequence[str] | None = None) -> list[Parity]:
     """
     listed = _listed(out)
     picked = _pick(listed, targets)
+    known = {name: _named(out, name, entry) for name, entry in picked.items()}
     needs_rounding = any(entry["precision"].startswith("int") for entry in picked.values())
     checkpoint = Checkpoint.open(out / STOCK)
     reference = compute_reference(checkpoint, rounded=needs_rounding)
     parities = []
     for name, entry in picked.items():
-        target, precision = find_target(entry["target"]), entry["precision"]
+        target, precision = known[name]
         asked = (target, precision, out / name, reference)
         if absent := lacking(target):
             parity = rehearse(*asked, checkpoint, absent, artifact=name)
         else:
             parity = check(*asked, artifact=name)
         parity = with_text(parity, target, out / name, checkpoint)
-        parities.append(_with_problems(parity, changed_files(out / name, entry["files"])))
+        parities.append(_with_problems(parity, manifest.changed_files(out / name, entry["files"])))
     write_report(out, parities, reference)
     _record(out, parities)
     return parities
@@ -196,18 +197,6 @@ def _unverified(parity: Verdict) -> str | None:
     return getattr(parity, "unverified", None)
 
 
-def changed_files(folder: Path, expected: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What differs from the bytes and hashes that the manifest recorded."""
-    problems = []
-    for name, entry in expected.items():
-        file = folder / name
-        if not file.is_file():
-            problems.append(f"{name} is missing; export it again")
-        elif file.stat().st_size != entry["bytes"] or manifest.sha256(file) != entry["sha256"]:
-            problems.append(f"{name} was changed after the export; export it again")
-    return problems
-
-
 def write_report(out: Path, parities: Iterable[Parity], reference: Reference) -> None:
     """Add these figures to reports/verify.json, keeping those of other artifacts."""
     file = out / REPORT
@@ -238,6 +227,28 @@ def _listed(out: Path) -> dict[str, dict[str, Any]]:
     artifacts: dict[str, dict[str, Any]] = manifest.read(out).get("artifacts", {})
     stock = {"target": STOCK, "precision": "as-stored", "files": {}}
     return {STOCK: stock} | artifacts
+
+
+def _named(out: Path, name: str, entry: Mapping[str, Any]) -> tuple[Target, str]:
+    """Target and precision of a listed artifact; they decide what it is held to.
+
+    Raises:
+        CheckpointError: no such precision, or not that of an artifact of this name.
+    """
+    target, precision = find_target(entry["target"]), entry["precision"]
+    expected = artifact_name(target, precision)
+    if precision not in target.precisions or name != expected:
+        raise CheckpointError(
+            f"{out / MANIFEST} says that {name} is of target {target.name} and precision "
+            f"{precision!r}; expected one of {', '.join(target.precisions)}, and its name to be "
+            f"{expected}: it was edited, export again"
+        )
+    return target, precision
+
+
+def artifact_name(target: Target, precision: str) -> str:
+    """Of its folder below OUT; the stock checkpoint has only one form."""
+    return target.name if target.name == STOCK else f"{target.name}-{precision}"
 
 
 def _pick(

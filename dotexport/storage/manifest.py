@@ -115,6 +115,43 @@ def hash_files(folder: Path, files: Iterable[Path] | None = None) -> dict[str, d
     }
 
 
+def changed_files(folder: Path, expected: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What differs from the bytes and hashes that the manifest recorded, or was added since.
+
+    A loader takes some files because they are there: an adapter, a chat template.
+    """
+    problems = []
+    for name, entry in expected.items():
+        file = folder / name
+        if not file.is_file():
+            problems.append(f"{name} is missing; export it again")
+        elif file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
+            problems.append(f"{name} was changed after the export; export it again")
+    found = {file.relative_to(folder) for file in folder.rglob("*") if not file.is_dir()}
+    added = sorted(f.as_posix() for f in found if f.as_posix() not in expected and not _noise(f))
+    problems += [f"{name} was added after the export; remove it" for name in added if expected]
+    return problems
+
+
+def require_unchanged(folder: Path) -> None:
+    """Refuse an artifact of an output that is not what was verified; others pass.
+
+    Raises:
+        CheckpointError: with every file that was changed, added or removed.
+    """
+    home = folder.resolve().parent
+    if not is_output(home):
+        return
+    entry = read(home).get("artifacts", {}).get(folder.resolve().name)
+    if entry and (problems := changed_files(folder, entry["files"])):
+        raise CheckpointError(f"{folder} is not what was exported: {'; '.join(problems)}")
+
+
+def _noise(file: Path) -> bool:
+    """What systems and interpreters leave, and no loader reads."""
+    return any(part.startswith(".") or part == "__pycache__" for part in file.parts)
+
+
 def environment() -> dict[str, Any]:
     """What figures depend on: interpreter, machine, library versions. Imports no library."""
     return {

@@ -109,7 +109,10 @@ def output_at(folder: Path, make: Make, **section: Any) -> Path:
         "limits": {"max_abs": 1e-3, "kl": None, "perplexity_ratio": None},
         "perplexity_ratio": 1.0,
     }
-    weights = {"model.safetensors": {"bytes": 6_000_000, "sha256": "ab" * 32}}
+    (folder / "hf").mkdir(parents=True)
+    with (folder / "hf" / "model.safetensors").open("wb") as stream:
+        stream.truncate(6_000_000)
+    weights = manifest.hash_files(folder / "hf")
     manifest.update(
         folder,
         **{
