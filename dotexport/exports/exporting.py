@@ -183,7 +183,9 @@ def _start_output(source: Checkpoint, folder: Path) -> None:
 
 def _reference(home: Path, requests: Sequence[Request]) -> Reference:
     rounded = any(request.precision.startswith("int") for request in requests)
-    return compute_reference(Checkpoint.open(home / STOCK), rounded=rounded)
+    precisions = {request.precision for request in requests}
+    checkpoint = Checkpoint.open(home / STOCK)
+    return compute_reference(checkpoint, rounded=rounded, precisions=precisions)
 
 
 @dataclass(frozen=True, kw_only=True)

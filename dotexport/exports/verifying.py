@@ -41,7 +41,8 @@ def verify(out: Path, targets: Sequence[str] | None = None) -> list[Parity]:
     known = {name: _named(out, name, entry) for name, entry in picked.items()}
     needs_rounding = any(entry["precision"].startswith("int") for entry in picked.values())
     checkpoint = Checkpoint.open(out / STOCK)
-    reference = compute_reference(checkpoint, rounded=needs_rounding)
+    precisions = {precision for _, precision in known.values()}
+    reference = compute_reference(checkpoint, rounded=needs_rounding, precisions=precisions)
     parities = []
     for name, entry in picked.items():
         target, precision = known[name]
