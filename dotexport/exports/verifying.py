@@ -136,12 +136,23 @@ def _or_failed(look: Callable[[], Parity], target: Target, precision: str, artif
 
 def with_text(parity: Parity, target: Target, folder: Path, checkpoint: Checkpoint) -> Parity:
     """Add what comes of holding the artifact's tokenizer, template and ends against those of a
-    checkpoint, where both have one."""
+    checkpoint, where both have one; and the numbers in its files, where the target reads them."""
+    parity = _with_problems(parity, _wrong_in_file(target, folder, checkpoint))
     verdict = check_text(target, folder, checkpoint)
     if verdict is None:
         return parity
     problems = (*parity.problems, *verdict.problems)
     return replace(parity, problems=problems, text=verdict.as_dict())
+
+
+def _wrong_in_file(target: Target, folder: Path, checkpoint: Checkpoint) -> list[str]:
+    """What a target that reads its files back finds there, besides what they compute."""
+    ask = getattr(target, "wrong_in_file", None)
+    try:
+        found: list[str] = ask(checkpoint, folder) if ask else []
+    except Exception as error:  # of a damaged file, each reader raises its own
+        found = [f"its file cannot be read back: {type(error).__name__}: {error}"]
+    return found
 
 
 def require_runtime(target: Target) -> None:
