@@ -11,6 +11,7 @@ from dotexport.app.endings import ended
 TABLES = {
     "core": "core_tables",
     "diffusion": "pruned_pipelines",
+    "faults": "faults",
     "fidelity": "fidelity",
     "matrix": "matrix",
     "mutations": "mutations",

@@ -87,12 +87,23 @@ class StoredRates(Stored):
     arithmetic: dict[str, Sequence[Time]]
 
 
+class StoredCores(Stored):
+    """Of the machine, and of those the ones that the bench might use."""
+
+    physical: int | None
+    usable: int
+
+
 class StoredMachine(Stored):
     """Conditions that are compared or shown."""
 
-    cpu: str | None = None
-    cores: dict[str, Any] = {}
-    libraries: dict[str, str] = {}
+    python: str
+    platform: str
+    cpu: str | None
+    cores: StoredCores
+    memory_bytes: NonNegativeInt
+    libraries: dict[str, str]
+    load_average: Sequence[float] | None
     container: dict[str, Any] | None = None
 
 

@@ -63,4 +63,5 @@ def _saved(error: Exception) -> Path | str:
 def _is_out_of_memory(error: Exception) -> bool:
     # torch has a class for the GPU only; on the CPU its allocator says so in words.
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or "can't allocate memory" in str(error)
+    said = str(error).lower()
+    return named or "can't allocate memory" in said or "cannot allocate memory" in said

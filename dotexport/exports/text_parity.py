@@ -322,7 +322,9 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     loader: Any = AutoTokenizer
-    return loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    found = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    found.model_max_length = int(1e30)  # what a config says of it cuts nothing here
+    return found
 
 
 def added_around(tokenizer: Any) -> tuple[list[int], list[int]]:

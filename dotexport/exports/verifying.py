@@ -38,7 +38,7 @@ def verify(out: Path, targets: Sequence[str] | None = None) -> list[Parity]:
     """
     listed = _listed(out)
     picked = _pick(listed, targets)
-    known = {name: _named(out, name, entry) for name, entry in picked.items()}
+    known = {name: named(out, name, entry) for name, entry in picked.items()}
     needs_rounding = any(entry["precision"].startswith("int") for entry in picked.values())
     checkpoint = Checkpoint.open(out / STOCK)
     precisions = {precision for _, precision in known.values()}
@@ -241,7 +241,7 @@ def _listed(out: Path) -> dict[str, dict[str, Any]]:
     return {STOCK: stock} | artifacts
 
 
-def _named(out: Path, name: str, entry: Mapping[str, Any]) -> tuple[Target, str]:
+def named(out: Path, name: str, entry: Mapping[str, Any]) -> tuple[Target, str]:
     """Target and precision of a listed artifact; they decide what it is held to.
 
     Raises:

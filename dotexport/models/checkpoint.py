@@ -157,7 +157,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             "expected a transformers checkpoint (config.json and *.safetensors) or a diffusers "
             "pipeline (model_index.json)"
         )
-    config = settled(read_json(file, advice="take a fresh copy"), of=folder)
+    config = settled(read_json(file, advice="take a fresh copy", finite=True), of=folder)
     if config.get("tie_word_embeddings") and _has_own_head(folder):
         config["tie_word_embeddings"] = False
         say_once(
