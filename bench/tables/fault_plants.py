@@ -58,7 +58,7 @@ def campaign(seed: int, scratch: Path) -> Iterator[Planted]:
     """Every fault of every artifact, one at a time."""
     out = scratch / "out"
     for spec in SPECS:
-        if (out / manifest.MANIFEST).is_file():
+        if manifest.is_output(out):
             export(out, [spec])
         else:
             export(embedded.MODEL_DIR, [spec], out=out)
