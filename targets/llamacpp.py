@@ -181,7 +181,8 @@ def run(
 
     With the checkpoint it was made from, its text side is held against transformers' as well.
     """
-    context = max(map(len, reference.sequences)) + NUM_GREEDY
+    far = [reference.long.tokens] if reference.long else []
+    context = max(map(len, (*reference.sequences, *far))) + NUM_GREEDY
     try:
         with LlamaCpp(library, folder / FILE, context=context) as session:
             parity = measure(
