@@ -6,13 +6,13 @@ import sys
 from importlib import import_module
 
 from dotexport.app.cli import main
-from dotexport.app.terminal import show_error
-from dotexport.errors import DotexportError
+from dotexport.app.endings import ended
 
 TABLES = {
     "axes": "axes",
     "core": "core_tables",
     "diffusion": "pruned_pipelines",
+    "faults": "faults",
     "fidelity": "fidelity",
     "matrix": "matrix",
     "mutations": "mutations",
@@ -26,11 +26,7 @@ TABLES = {
 if __name__ == "__main__":
     if (name := next(iter(sys.argv[1:]), "")) in TABLES:
         app = import_module(f"dotexport.bench.tables.{TABLES[name]}").app
-        try:
-            app(sys.argv[2:], prog_name=f"python -m dotexport.bench {name}")
-        except DotexportError as error:
-            show_error(str(error))
-            raise SystemExit(error.exit_code) from error
+        ended(lambda: app(sys.argv[2:], prog_name=f"python -m dotexport.bench {name}"))
     else:
         sys.argv.insert(1, "bench")
         main()

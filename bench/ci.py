@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from dotexport.storage.output import write_text
+from dotexport.storage.files import write_text
 
 from .gate import DOUBT, MISSED, Line
 

@@ -22,7 +22,8 @@ from dotexport.diffusion import graphs, onnx_folder, pipeline_card, saving
 from dotexport.diffusion.calibration import Progress
 from dotexport.diffusion.sampling import component_of, load, sample
 from dotexport.storage import manifest
-from dotexport.storage.output import folder_bytes, write_json
+from dotexport.storage.files import write_json
+from dotexport.storage.output import folder_bytes
 
 from .statistics import compare
 
@@ -53,6 +54,8 @@ def bench_pipeline(
 ) -> dict[str, Any]:
     """Compare an output with the original and record it in its manifest, card and reports."""
     pipelines = [saving.pipeline_of(folder) for folder in (baseline, candidate)]
+    for folder in pipelines:
+        manifest.require_unchanged(folder)
     record: dict[str, Any] = {"target": target, "threads": threads, "batch": batch, "steps": steps}
     with ExitStack() as stack:
         stack.enter_context(_threads(threads))
@@ -146,6 +149,7 @@ def _artifact(
     precision = onnx_folder.parse_target(target)
     made = home / f"{onnx_folder.TARGET}-{precision}"
     if made.is_dir():
+        manifest.require_unchanged(made)
         yield made
         return
     with tempfile.TemporaryDirectory() as scratch:
@@ -173,10 +177,6 @@ def _record(out: Path, name: str, record: dict[str, Any]) -> None:
         }
         for what in ("step", "whole")
     }
-    manifest.update(
-        out,
-        bench=made.get("bench", {}) | headline,
-        bench_bytes=made.get("bench_bytes", {}) | {f"{name} denoiser": record["bytes"]},
-    )
+    manifest.merge(out, bench=headline, bench_bytes={f"{name} denoiser": record["bytes"]})
     if "shrink" in made:
         pipeline_card.write(out)

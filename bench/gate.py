@@ -23,9 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dotexport.errors import GateError, UsageError
+from dotexport.storage.reading import brief, read_yaml
 
 from .comparison import Compared
 from .intervals import Estimate
@@ -155,12 +154,7 @@ def read_gate(file: Path, rule: str | None = None) -> list[Limit]:
     Raises:
         UsageError: no such file, not YAML, or something that is no limit.
     """
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"gate {file} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"gate {file} is not YAML: {error}") from error
+    content = read_yaml(file, what=f"gate {file}")
     return parse_gate(content, str(file), rule)
 
 
@@ -274,7 +268,7 @@ def _limit(name: str, value: Any, where: str, rule: str) -> Limit:
     if match is None:
         raise UsageError(
             f'{where} must be a limit such as ">=1.15x" (over the baseline) or "<=12" (the figure '
-            f"itself), in quotes; not {value!r}"
+            f"itself), in quotes; not {brief(value)}"
         )
     comparator, number, unit = match.groups()
     relative = unit == "x"
@@ -294,7 +288,7 @@ def _factor(figure: str, unit: str, where: str) -> float:
 
 def _rule(rule: Any, where: str) -> str:
     if rule not in RULES:
-        raise UsageError(f"{where}: rule must be one of {', '.join(RULES)}, not {rule!r}")
+        raise UsageError(f"{where}: rule must be one of {', '.join(RULES)}, not {brief(rule)}")
     return str(rule)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from dotexport.errors import RuntimeMissingError, UsageError
 from dotexport.exports.target import Target, find_target, lacking
 from dotexport.storage import manifest
-from dotexport.storage.output import write_json
+from dotexport.storage.files import write_json
 
 from .device import environment
 from .result import BenchResult

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dotexport.errors import UsageError
+from dotexport.errors import CheckpointError, UsageError
+from dotexport.storage.schema import validated
 
 from .counts import Cost
 from .roofline import Rates, Roofline
@@ -22,6 +23,7 @@ from .statistics import ENOUGH_GROUPS, Comparison, Summary, compare, summarize
 from .workload import Workload
 
 SCHEMA = "dotexport.bench/1"
+AGAIN = "it is damaged or of another version: measure again with `dotexport bench`"
 
 METRICS = {
     "ttft": "time to first token: one prefill of the whole prompt, with what logits the runtime "
@@ -280,24 +282,34 @@ class BenchResult:
         return small | {"workload": figures["workload"], "comparisons": figures["comparisons"]}
 
     @classmethod
-    def from_dict(cls, stored: dict[str, Any]) -> BenchResult:
-        """The result that `as_dict` described.
+    def from_dict(cls, stored: dict[str, Any], where: str = "the report") -> BenchResult:
+        """The result that `as_dict` described; `where` it stands, for messages.
 
         Raises:
             UsageError: another kind of report, or another version of this one.
+            CheckpointError: damaged, or edited into what no bench measures.
         """
         if stored.get("schema") != SCHEMA:
             raise UsageError(
-                f"not a bench report: schema is {stored.get('schema')!r}, expected {SCHEMA!r}"
+                f"{where} is not a bench report: schema is {stored.get('schema')!r}, expected "
+                f"{SCHEMA!r}"
             )
+        from .stored_result import StoredResult
+
+        validated(StoredResult, stored, where, error=CheckpointError, advice=AGAIN)
         return cls(
             target=stored["target"],
             precision=stored["precision"],
-            # A report from before there were rounds is of one.
-            workload=Workload(**{"rounds": 1, **stored["workload"]}),
+            workload=_workload(stored["workload"], where),
             environment=stored["environment"],
             candidate=Measurement.from_dict(stored["candidate"]),
             baseline=Measurement.from_dict(stored["baseline"]),
             runtime=stored.get("runtime", {}),
             rates=Rates.from_dict(stored["rates"]) if stored.get("rates") else None,
         )
+
+
+def _workload(stored: dict[str, Any], where: str) -> Workload:
+    # A report from before there were rounds is of one.
+    rounds = {"rounds": 1, **stored}
+    return validated(Workload, rounds, f"{where}: workload", error=CheckpointError, advice=AGAIN)

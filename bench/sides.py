@@ -19,12 +19,14 @@ import numpy as np
 
 from dotexport.errors import CheckpointError, UsageError
 from dotexport.storage import manifest
-from dotexport.storage.output import read_json
+from dotexport.storage.reading import read_json
+from dotexport.storage.schema import validated
 
 from .intervals import STATISTICS
-from .result import METRICS, SCHEMA, BenchResult, Measurement, options_in_words
+from .result import AGAIN, METRICS, SCHEMA, BenchResult, Measurement, options_in_words
 from .statistics import Array
 from .sweep import SCHEMA as SWEEP
+from .sweep import swept
 
 QUALITY = ("perplexity", "kl", "top1_agreement")
 
@@ -114,18 +116,13 @@ def read_reports(file: Path, quality: Path | None = None) -> list[Report]:
         raise UsageError(f"{file} is a folder; give one report{_reports_in(file)}")
     if not file.is_file():
         raise UsageError(f"{file} is not there; expected a report of `dotexport bench`")
-    stored = read_json(file, advice="measure again with `dotexport bench`")
+    stored = read_json(file, advice="measure again with `dotexport bench`", finite=True)
     judged = quality_of(file, quality)
-    documents = stored.get("results", []) if stored.get("schema") == SWEEP else [stored]
-    if not documents:
-        raise UsageError(f"{file} is a sweep without results; measure again")
+    documents = swept(stored, str(file)) if stored.get("schema") == SWEEP else [stored]
     try:
         return [_read(file, document, judged) for document in documents]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(
-            f"{file} is damaged or of another version ({type(error).__name__}: {error}); measure "
-            "again with `dotexport bench`"
-        ) from error
+        raise CheckpointError(f"{file}: {type(error).__name__}: {error}; {AGAIN}") from error
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
@@ -149,7 +146,7 @@ def said(value: Any) -> str:
 
 def _read(file: Path, stored: dict[str, Any], quality: Mapping[str, Any]) -> Report:
     if stored.get("schema") == SCHEMA:
-        return of_result(BenchResult.from_dict(stored), file, quality, stored)
+        return of_result(BenchResult.from_dict(stored, str(file)), file, quality, stored)
     if "schema" not in stored and {"step", "whole", "bytes"} <= stored.keys():
         return _of_pipelines(file, stored)
     if {"kl", "perplexity"} <= stored.keys():
@@ -279,10 +276,13 @@ def quality_of(file: Path, given: Path | None) -> Mapping[str, Any]:
         return dict(found)
     if not given.is_file():
         raise UsageError(f"{given} is not there; expected an output, or the JSON of an evaluation")
-    found = read_json(given, advice="evaluate again with `dotexport eval --json`")
+    found = read_json(given, advice="evaluate again with `dotexport eval --json`", finite=True)
     found = found.get("quality", found)
+    expected = "expected the JSON of `dotexport eval`"
     if not isinstance(found, Mapping) or "perplexity" not in found:
-        raise UsageError(f"{given} has no perplexity; expected the JSON of `dotexport eval`")
+        raise UsageError(f"{given} has no perplexity; {expected}")
+    figures = {name: found[name] for name in QUALITY if found.get(name) is not None}
+    validated(dict[str, float], figures, str(given), error=UsageError, advice=expected)
     return found
 
 

@@ -13,7 +13,7 @@ from dotexport import embedded
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
 from dotexport.models.families import find_family
 from dotexport.models.shapes import read_sizes, shapes
-from dotexport.storage.output import write_json
+from dotexport.storage.files import write_json
 
 SCALE = 0.04  # of matrices; large enough for finite, distinct logits
 TOKENIZER = tuple(embedded.MODEL_DIR / n for n in ("tokenizer.json", "tokenizer_config.json"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dotexport.errors import DotexportError, UnsupportedModelError, UsageError
 from dotexport.exports.target import Target
+from dotexport.storage import manifest
 from dotexport.storage.output import folder_bytes
 
 if TYPE_CHECKING:
@@ -92,12 +93,14 @@ def find_subject(name: str, source: Path, target: Target, precision: str, scratc
     context = checkpoint.config.get("max_position_embeddings") if checkpoint else None
     artifact = _existing(source, target, precision)
     if artifact is None and checkpoint is not None:
+        manifest.require_unchanged(checkpoint.folder)
         if target.name == STOCK and precision == target.precisions[0]:
             artifact = checkpoint.folder
         else:
             artifact = _export(name, checkpoint, target, precision, scratch)
     if artifact is None:
         artifact = _as_artifact(name, source, target)
+    manifest.require_unchanged(artifact)
     config = checkpoint.config if checkpoint else None
     return Subject(name, source, artifact, _num_bytes(artifact), parameters, context, config)
 

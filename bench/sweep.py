@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dotexport.errors import UsageError
+from dotexport.errors import CheckpointError, UsageError
+from dotexport.storage.schema import validated
 
-from .result import BenchResult
+from .result import AGAIN, BenchResult
 
 if TYPE_CHECKING:  # a measuring process imports this package, and recipes need torch
     from dotexport.app.steps import BenchStep
@@ -61,7 +62,21 @@ class Sweep:
             raise UsageError(
                 f"not a sweep: schema is {stored.get('schema')!r}, expected {SCHEMA!r}"
             )
-        return cls(tuple(BenchResult.from_dict(result) for result in stored["results"]))
+        results = swept(stored, "the sweep")
+        return cls(tuple(BenchResult.from_dict(result) for result in results))
+
+
+def swept(stored: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """The results of a stored sweep, each still to be read.
+
+    Raises:
+        UsageError: it has none.
+        CheckpointError: they are no list of objects.
+    """
+    found = stored.get("results")
+    if not found:
+        raise UsageError(f"{where} is a sweep without results; measure again")
+    return validated(list[dict[str, Any]], found, where, error=CheckpointError, advice=AGAIN)
 
 
 def steps_of(

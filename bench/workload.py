@@ -17,6 +17,11 @@ from dotexport.exports.target import Tokens
 
 MOST_GROUPS = 15
 MIN_GROUPS = 2
+MOST = 1 << 30
+BOUNDED = (
+    *("prompt_length", "generation_length", "batch_size", "threads", "concurrency", "rounds"),
+    *("min_iterations", "min_seconds", "min_warmups", "max_warmup_seconds", "seed"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,7 @@ class Workload:
         _at_least(0, min_seconds=self.min_seconds, min_warmups=self.min_warmups, seed=self.seed)
         _at_least(0, max_warmup_seconds=self.max_warmup_seconds)
         _at_least(1, concurrency=self.concurrency, rounds=self.rounds)
+        _at_most(MOST, **{name: getattr(self, name) for name in BOUNDED})
         if self.threads is not None:
             # A process has one thread at least.
             _at_least(self.concurrency, threads=self.threads)
@@ -90,6 +96,12 @@ def _at_least(minimum: int, **values: float) -> None:
     for name, value in values.items():
         if not value >= minimum:
             raise UsageError(f"{name} is {value}; expected at least {minimum}")
+
+
+def _at_most(maximum: int, **values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and value > maximum:
+            raise UsageError(f"{name} is {value}; expected at most {maximum:,}")
 
 
 def usable_cores() -> int:

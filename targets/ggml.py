@@ -127,6 +127,25 @@ class Gguf:
 
         return read_text(folder / FILE, excuse=excuses(load_tokenizer(checkpoint.folder)))
 
+    def wrong_in_file(self, checkpoint: Checkpoint, folder: Path) -> list[str]:
+        """What header and tensors are not the checkpoint's."""
+        from .ggml_weights import wrong_in_file
+
+        arch = ARCHITECTURES[checkpoint.config["architectures"][0]]
+        writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[arch])  # which writes nothing
+        _add_sizes(writer, checkpoint)
+        _add_rope(writer, checkpoint)
+        told = {name: said.value for part in writer.kv_data for name, said in part.items()}
+        names = gguf.get_tensor_name_map(arch, checkpoint.config["num_hidden_layers"])
+        tensors = (
+            (
+                names.get_name(name, try_suffixes=(".weight", ".bias")) or "",
+                _turned(name, checkpoint.tensor(name).float(), checkpoint.config, arch).numpy(),
+            )
+            for name in checkpoint.files
+        )
+        return wrong_in_file(folder / FILE, told, tensors)
+
     def check_options(self, runtime: Mapping[str, Any]) -> None:
         """Raises RuntimeMissingError where `llama_cpp` names no llama.cpp."""
         if where := runtime.get("llama_cpp"):

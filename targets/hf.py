@@ -22,7 +22,8 @@ from dotexport.models.checkpoint import Checkpoint, read_config
 from dotexport.models.config_words import KERNELS
 from dotexport.models.rope import in_all_words, stock_config
 from dotexport.models.weight_files import INDEX, WEIGHTS
-from dotexport.storage.output import read_json, write_json
+from dotexport.storage.files import write_json
+from dotexport.storage.reading import read_json
 
 from .torch_session import DTYPES, TorchSession
 
@@ -62,12 +63,16 @@ class HuggingFace:
         return []
 
     def write(self, checkpoint: Checkpoint, folder: Path, precision: str) -> None:
-        index = checkpoint.folder / INDEX
         for file in [*set(checkpoint.files.values()), *checkpoint.companions()]:
-            shutil.copyfile(file, folder / file.name)
+            place = folder / file.relative_to(checkpoint.folder)  # shards may lie in folders below
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
         write_json(folder / "config.json", in_all_words(checkpoint.config))
-        if index.is_file() and not (folder / WEIGHTS).exists():
-            shutil.copyfile(index, folder / INDEX)
+        if not (folder / WEIGHTS).exists():
+            places = checkpoint.files.items()
+            index = {n: file.relative_to(checkpoint.folder).as_posix() for n, file in places}
+            total = {"total_size": checkpoint.num_bytes}  # transformers does not load without
+            write_json(folder / INDEX, {"metadata": total, "weight_map": index})
 
     def open(
         self,

@@ -28,7 +28,7 @@ from dotexport.exports.parity import Parity, measure
 from dotexport.exports.reference import Reference, compute_reference, load_float32
 from dotexport.exports.target import Logits, Tokens
 from dotexport.exports.text_parity import Conversation, TextSide, load_tokenizer
-from dotexport.exports.verifying import STOCK, changed_files, with_text, write_report
+from dotexport.exports.verifying import STOCK, with_text, write_report
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.storage import manifest
 
@@ -162,7 +162,7 @@ def verify_llama_cpp(out: Path, where: Path) -> list[Parity]:
     for name, entry in files.items():
         asked = (library, out / name, entry["precision"], reference)
         parity = run(*asked, artifact=f"{name}-{NAME}", checkpoint=checkpoint)
-        changed = changed_files(out / name, entry["files"])
+        changed = manifest.changed_files(out / name, entry["files"])
         parities.append(replace(parity, problems=(*changed, *parity.problems)))
     write_report(out, parities, reference)
     return parities
@@ -181,7 +181,8 @@ def run(
 
     With the checkpoint it was made from, its text side is held against transformers' as well.
     """
-    context = max(map(len, reference.sequences)) + NUM_GREEDY
+    far = [reference.long.tokens] if reference.long else []
+    context = max(map(len, (*reference.sequences, *far))) + NUM_GREEDY
     try:
         with LlamaCpp(library, folder / FILE, context=context) as session:
             parity = measure(

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from dotexport.errors import UsageError
+from dotexport.errors import CheckpointError, UsageError
 from dotexport.storage import manifest
-from dotexport.storage.output import read_json
+from dotexport.storage.reading import UnreadableError, parse_yaml, read_json
+from dotexport.storage.schema import validated
 
 from ..result import SCHEMA, BenchResult, options_in_words
 from ..sweep import SCHEMA as SWEEP
+from ..sweep import swept
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class Output:
     def original(self) -> str:
         """The model as the recipe names it, or by its name alone."""
         try:
-            named = yaml.safe_load(self.recipe) if self.recipe else {}
-        except yaml.YAMLError:
+            named = parse_yaml(self.recipe)
+        except UnreadableError:
             named = {}
         return str(named.get("model", self.model)) if isinstance(named, Mapping) else self.model
 
@@ -123,31 +123,40 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _read(folder: Path, name: str) -> Output:
+    from dotexport.storage.manifest_schema import ShrinkReport, VerifyReport
+
+    record = manifest.read(folder)
+    for artifact in record.get("artifacts", {}):
+        if (folder / artifact).is_dir():  # one that was moved away says nothing wrong
+            manifest.require_unchanged(folder / artifact)
     reports = folder / "reports"
     recipe = folder / "recipe.yaml"
     return Output(
         name=name,
         folder=folder,
-        record=manifest.read(folder),
-        shrink=_json(reports / "shrink.json"),
-        verify=_json(reports / "verify.json"),
+        record=record,
+        shrink=_json(reports / "shrink.json", ShrinkReport),
+        verify=_json(reports / "verify.json", VerifyReport),
         benches=tuple(_benches(reports, name)),
-        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+        recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
     )
 
 
-def _json(file: Path) -> dict[str, Any]:
-    return read_json(file, advice="run its verb again") if file.is_file() else {}
+def _json(file: Path, kind: Any = dict[str, Any]) -> dict[str, Any]:
+    again = "run its verb again"
+    stored = read_json(file, advice=again, finite=True) if file.is_file() else {}
+    validated(kind, stored, str(file), error=CheckpointError, advice=again)
+    return stored
 
 
 def _benches(reports: Path, output: str) -> Iterator[Bench]:
     for file in sorted(reports.glob("*.json")):
         stored = _json(file)
         if stored.get("schema") == SCHEMA:
-            yield Bench(output, file.name, BenchResult.from_dict(stored))
+            yield Bench(output, file.name, BenchResult.from_dict(stored, str(file)))
         elif stored.get("schema") == SWEEP:
-            for one in stored.get("results", []):
-                yield Bench(output, file.name, BenchResult.from_dict(one), swept=True)
+            for one in swept(stored, str(file)):
+                yield Bench(output, file.name, BenchResult.from_dict(one, str(file)), swept=True)
 
 
 def several(outputs: Sequence[Output]) -> bool:

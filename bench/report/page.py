@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dotexport.storage.output import write_text
+from dotexport.storage.files import write_text
 from dotexport.version import __version__
 
 from . import figures, tradeoff, words

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure as Canvas
 
 from dotexport.errors import UsageError
-from dotexport.storage.output import write_text
+from dotexport.storage.files import write_text
 
 from ..gate import Limit, figure_of
 from ..history import Entry, read

@@ -384,8 +384,8 @@ MUTATIONS = (
     ),
     # storage, options, diffusion ----------------------------------------------------------------
     mutation(
-        "storage/output.py",
-        'partial = _hidden(path, "partial")\n    try:\n        with partial.open(',
+        "storage/files.py",
+        'partial = hidden(path, "partial")\n    try:\n        with partial.open(',
         "partial = path\n    try:\n        with partial.open(",
         "A file is written in its place and not renamed when it is complete.",
         "storage/test_output.py",

@@ -11,7 +11,7 @@ import typer
 
 from dotexport.models.text_options import TextOptions
 from dotexport.storage import manifest
-from dotexport.storage.output import write_json, write_text
+from dotexport.storage.files import write_json, write_text
 
 Table = list[dict[str, Any]]
 RESULTS = Path("docs/results")

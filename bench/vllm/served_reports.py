@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dotexport.errors import DotexportError, UsageError
-from dotexport.storage.output import read_json
+from dotexport.storage.reading import read_json
 
 from ..statistics import ENOUGH_GROUPS, Comparison, Summary, compare, summarize
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from dotexport.errors import DotexportError, RuntimeMissingError, UsageError
 from dotexport.models.checkpoint import find_model, read_config
-from dotexport.storage.output import write_json
+from dotexport.storage.files import write_json
 
 from ..device import machine
 from ..runner import Progress

@@ -20,9 +20,9 @@ from typer.core import TyperGroup
 
 from dotexport.app.commands import artifacts, chains, comparing, machine, measuring
 from dotexport.app.commands import deciding as sizes
+from dotexport.app.endings import ended
 from dotexport.app.flags import with_options
-from dotexport.app.terminal import show_error, stderr
-from dotexport.errors import DotexportError
+from dotexport.app.terminal import stderr
 from dotexport.version import __version__
 
 
@@ -116,27 +116,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Entry point: errors become one message and the documented exit code."""
     signal.signal(signal.SIGTERM, _interrupt)  # so that a stopped run tidies up like Ctrl-C
-    try:
-        app()
-    except DotexportError as error:
-        show_error(str(error))
-        raise SystemExit(error.exit_code) from error
-    except BrokenPipeError:
-        raise SystemExit(1) from None
-    except OSError as error:
-        show_error(f"{error.strerror or error}: {error.filename or 'the system refused'}")
-        raise SystemExit(DotexportError.exit_code) from error
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        show_error("memory ran out; give fewer --samples, a shorter --seqlen, or --device cpu")
-        raise SystemExit(DotexportError.exit_code) from error
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch has a class for the GPU only; on the CPU its allocator says so in words.
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or "can't allocate memory" in str(error)
+    ended(app)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ from typing import Any
 from dotexport import embedded
 from dotexport.app.door import benches
 from dotexport.app.recipe import Recipe
+from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.app.shrinking import shrink
 from dotexport.app.steps import BenchStep, EvalStep, ServedStep
 from dotexport.axes import AXES
 from dotexport.axes.plan import Plan, SizeOptions, read_model, resized
-from dotexport.errors import CalibrationError, UsageError
+from dotexport.errors import CalibrationError, SizeError, UsageError
 from dotexport.exports.target import parse_spec
 from dotexport.models.checkpoint import find_model, read_config
 from dotexport.models.documents import documents
@@ -28,11 +29,15 @@ from dotexport.models.text_windows import token_windows, window_length
 from dotexport.narrowing.norm_statistics import Progress
 from dotexport.narrowing.prepare import pick_device
 from dotexport.outputs import card
+from dotexport.sizes.budget import plan
 from dotexport.sizes.latency import check_runtime, promise
 from dotexport.sizes.latency_options import LatencyOptions
 from dotexport.sizes.latency_table import cache_file
+from dotexport.sizes.planning import rules_of_target
 from dotexport.storage import manifest
-from dotexport.storage.output import read_json, write_json
+from dotexport.storage.files import write_json
+from dotexport.storage.output import occupied
+from dotexport.storage.reading import read_json
 
 
 def run(
@@ -53,6 +58,13 @@ def run(
     """
     model = source_folder(recipe.model)
     _check_later_steps(recipe, model)
+    with occupied(out):
+        return _run(recipe, model, out, overwrite, device, progress)
+
+
+def _run(
+    recipe: Recipe, model: Path, out: Path, overwrite: bool, device: str, progress: Progress
+) -> dict[str, Any]:
     if overwrite or not _resumable(out, recipe):
         shrink(
             model,
@@ -86,10 +98,13 @@ def source_folder(model: str, *, config_only: bool = False, tokenizer: bool = Fa
 def _check_later_steps(recipe: Recipe, model: Path) -> None:
     """Refuse now what a step would refuse after an hour of narrowing."""
     from dotexport.exports.target import resolve
-    from dotexport.exports.verifying import require_device
+    from dotexport.exports.verifying import require_device, require_runtime
 
-    for spec in (*recipe.export, *(_spec(step) for step in recipe.bench)):
-        require_device(resolve(spec)[0])
+    options = recipe.shrink.options()
+    specs = (*recipe.export, *(_spec(step) for step in recipe.bench))
+    for target, _ in map(resolve, specs):
+        require_runtime(target)
+        require_device(target)
     for step in recipe.bench:
         _workload(step)
         _check_gate(step)
@@ -105,6 +120,29 @@ def _check_later_steps(recipe: Recipe, model: Path) -> None:
         window_length(model, text)
         if next(documents(text.source), None) is None:
             raise CalibrationError(f"{text.source} holds no text; expected UTF-8 documents")
+    _check_sizes(model, options, specs)
+
+
+def _check_sizes(model: Path, options: ShrinkOptions, specs: Sequence[str]) -> None:
+    """Refuse sizes that a target of the recipe cannot hold, where they are known beforehand.
+
+    Raises:
+        SizeError: with every reason of each target.
+    """
+    from dotexport.exports.target import resolve
+
+    measured = options.allocate == "measured" and options.sizes.budgeted
+    if measured or options.sizes.latency is not None:
+        return
+    config = read_config(model)
+    decided = plan(config, options.sizes)
+    rules = [rule for spec in specs for rule in rules_of_target(config, *resolve(spec))]
+    problems = [f"  {rule.name}: {text}" for rule in rules for text in rule.problems(decided)]
+    if problems:
+        raise SizeError(
+            "the sizes of this recipe cannot be exported, which `dotexport plan MODEL --target` "
+            "would see to:\n" + "\n".join(problems)
+        )
 
 
 def _resumable(out: Path, recipe: Recipe) -> bool:
@@ -123,7 +161,7 @@ def _export(recipe: Recipe, out: Path, progress: Progress) -> None:
     from dotexport.exports.target import resolve
 
     wanted = {Request(*resolve(spec)).name: spec for spec in ("hf", *recipe.export)}
-    made = manifest.read(out)["artifacts"]
+    made = manifest.read(out).get("artifacts", {})
     left = [spec for name, spec in wanted.items() if not _proven(made.get(name, {}))]
     if left:
         progress(f"exporting and verifying {len(left)}", 0, 1)
@@ -182,8 +220,7 @@ def bench_into(
     _check_gate(step)
     result = benches().bench(candidate, baseline, step.target, out=report, **asked)
     if manifest.is_output(candidate):
-        measured = manifest.read(candidate).get("bench", {})
-        manifest.update(candidate, bench={**measured, bench_name(step): result.headline()})
+        manifest.merge(candidate, bench={bench_name(step): result.headline()})
         card.write(candidate)
     return result
 
@@ -363,8 +400,7 @@ def bench_vllm_into(
         candidate, baseline, served.python, options, out=report, progress=progress
     )
     if manifest.is_output(candidate):
-        measured = manifest.read(candidate).get("served", {})
-        manifest.update(candidate, served={**measured, options.kind: result.headline()})
+        manifest.merge(candidate, served={options.kind: result.headline()})
         card.write(candidate)
     return result
 

@@ -11,20 +11,25 @@ The keys of each step are the flags of its verb. A step that is left out is not 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import GenericAlias
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import yaml
 
 from dotexport.app.steps import BenchStep, EvalStep, ShrinkStep
 from dotexport.errors import UsageError
 from dotexport.options import build, flags_of, values_of
+from dotexport.storage.reading import brief, read_yaml
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ConfigDict, ValidationError
 
 KEYS = ("model", "shrink", "export", "eval", "bench")
+STEPS: dict[str, type] = {"shrink": ShrinkStep, "eval": EvalStep, "bench": BenchStep}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,30 +49,23 @@ class Recipe:
         Raises:
             UsageError: no such file, not YAML, an unknown key or a value of the wrong kind.
         """
-        try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UsageError(f"{file} cannot be read: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UsageError(f"{file} is not YAML: {error}") from error
-        return cls.parse(content, str(file))
+        return cls.parse(read_yaml(file, what=str(file)), str(file))
 
     @classmethod
     def parse(cls, content: Any, where: str) -> Recipe:
-        fields = _checked(content, where, KEYS, needed=KEYS[:2])
-        fields["model"] = _value(fields["model"], str, f"{where}: model")
-        fields["shrink"] = _step(ShrinkStep, fields["shrink"], f"{where}: shrink")
-        fields["export"] = tuple(
-            _value(spec, str, f"{where}: export")
-            for spec in _list(fields.get("export"), f"{where}: export")
-        )
-        if fields.get("eval") is not None:
-            fields["eval"] = _step(EvalStep, fields["eval"], f"{where}: eval")
-        fields["bench"] = tuple(
-            _step(BenchStep, step, f"{where}: bench")
-            for step in _list(fields.get("bench"), f"{where}: bench")
-        )
-        return cls(**fields)
+        from pydantic import ValidationError
+
+        try:
+            document = _document().model_validate(content)
+        except ValidationError as refused:
+            raise UsageError(_in_words(refused, where)) from refused
+        given = document.model_dump(exclude_unset=True)
+        for name, kind in STEPS.items():
+            if isinstance(given.get(name), Mapping):
+                given[name] = build(kind, **given[name])
+        given["export"] = tuple(given.get("export") or ())
+        given["bench"] = tuple(build(BenchStep, **step) for step in given.get("bench") or ())
+        return cls(**given)
 
     def dump(self) -> str:
         """YAML with every option spelled out, defaults too."""
@@ -81,56 +79,80 @@ class Recipe:
         return yaml.safe_dump(content, sort_keys=False)
 
 
-def _checked(
-    content: Any, where: str, known: Iterable[str], *, needed: Iterable[str]
-) -> dict[str, Any]:
-    if not isinstance(content, Mapping):
-        raise UsageError(f"{where} must be a mapping of keys to values, not {content!r}")
-    if unknown := [str(key) for key in content if key not in known]:
-        raise UsageError(f"{where} has the unknown key {unknown[0]!r}; known: {', '.join(known)}")
-    if missing := [key for key in needed if key not in content]:
-        raise UsageError(f"{where} lacks the key {missing[0]!r}")
-    return dict(content)
+# What a recipe looks like ------------------------------------------------------------------------
 
 
-def _step(kind: type[T], content: Any, where: str) -> T:
-    flags = {flag.key: flag for flag in flags_of(kind)}
-    needed = [key for key, flag in flags.items() if flag.default is MISSING]
-    given = _checked(content, where, flags, needed=needed)
-    values = {k: _value(v, flags[k].kind, f"{where}.{k}") for k, v in given.items()}
-    return build(kind, **values)
+@cache
+def _document() -> type[BaseModel]:
+    """The model of a recipe; those of its steps have the flags of their verbs for fields."""
+    from pydantic import create_model
 
-
-def _value(value: Any, declared: Any, where: str) -> Any:
-    """A YAML value as its flag declares it; YAML reads 1e-2 as a string and 1 as an integer."""
-    allowed = get_args(declared) or (declared,)
-    if value is None and type(None) in allowed:
-        return None
-    kind = allowed[0]
-    if kind is float and isinstance(value, str):
-        value = _number(value)
-    readers: dict[type, tuple[type, ...]] = {
-        bool: (bool,),
-        int: (int,),
-        float: (int, float),
-        str: (str, int, float),
+    text = _read_as(str)
+    fields: dict[str, Any] = {
+        "model": (text, ...),
+        "shrink": (_step(ShrinkStep), ...),
+        "export": (GenericAlias(list, text) | None, None),
+        "eval": (_step(EvalStep) | None, None),
+        "bench": (GenericAlias(list, _step(BenchStep)) | None, None),
     }
-    if isinstance(value, bool) != (kind is bool) or not isinstance(value, readers[kind]):
-        words = " | ".join("None" if one is type(None) else one.__name__ for one in allowed)
-        raise UsageError(f"{where} must be {words}, not {value!r}")
-    return str(value) if kind is str else value
+    return create_model("Recipe", __config__=_strict(), **fields)
 
 
-def _number(text: str) -> float | str:
+def _step(kind: type) -> Any:
+    from pydantic import create_model
+
+    fields: dict[str, Any] = {
+        flag.key: (_read_as(flag.kind), ... if flag.default is MISSING else flag.default)
+        for flag in flags_of(kind)
+    }
+    return create_model(kind.__name__, __config__=_strict(), **fields)
+
+
+def _strict() -> ConfigDict:
+    return {"extra": "forbid", "strict": True, "protected_namespaces": ()}
+
+
+def _read_as(declared: Any) -> Any:
+    """A YAML value as its flag declares it; YAML reads 1e-2 as a string and 5000 as an integer."""
+    from pydantic import BeforeValidator
+
+    readers = {float: _number, str: _spelled}
+    parts = get_args(declared) or (declared,)
+    if reader := readers.get(parts[0]):
+        return Annotated[declared, BeforeValidator(reader)]
+    return declared
+
+
+def _number(value: Any) -> Any:
     try:
-        return float(text)
+        return float(value) if isinstance(value, str) else value
     except ValueError:
-        return text
+        return value
 
 
-def _list(content: Any, where: str) -> list[Any]:
-    if content is None:
-        return []
-    if not isinstance(content, list):
-        raise UsageError(f"{where} must be a list, not {content!r}")
-    return content
+def _spelled(value: Any) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if number else value
+
+
+def _in_words(refused: ValidationError, where: str) -> str:
+    """What is wrong with a recipe, in the words of its flags; unknown keys first."""
+    errors = refused.errors(include_url=False)
+    first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
+    path = [part for part in first["loc"] if isinstance(part, str)]
+    kinds = {flag.key: flag.kind for flag in flags_of(STEPS[path[0]])} if path[1:] else {}
+    if first["type"] in ("extra_forbidden", "missing"):
+        *parents, key = path
+        place = ": ".join([where, *parents])
+        if first["type"] == "missing":
+            return f"{place} lacks the key {key!r}"
+        return f"{place} has the unknown key {brief(key)}; known: {', '.join(kinds or KEYS)}"
+    place = ": ".join([where, ".".join(path)] if path else [where])
+    said = {"model_type": "a mapping of keys to values", "list_type": "a list"}
+    wanted = said.get(first["type"]) or _kind_in_words(kinds[path[-1]] if kinds else str)
+    return f"{place} must be {wanted}, not {brief(first['input'])}"
+
+
+def _kind_in_words(declared: Any) -> str:
+    parts = get_args(declared) or (declared,)
+    return " | ".join("None" if part is type(None) else part.__name__ for part in parts)

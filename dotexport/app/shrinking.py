@@ -43,7 +43,8 @@ from dotexport.outputs import card
 from dotexport.sizes.allocation import Allocation, allocate
 from dotexport.sizes.budget import plan, shortfall
 from dotexport.storage import manifest
-from dotexport.storage.output import new_folder, write_json, write_text
+from dotexport.storage.files import write_json, write_text
+from dotexport.storage.output import new_folder
 from dotexport.vocabulary.trimming import Trimmed, check_rows, trim
 
 RECIPE = "recipe.yaml"
@@ -297,6 +298,7 @@ def open_source(folder: Path) -> Checkpoint:
         )
     checkpoint = Checkpoint.open(folder)
     check_quantised(checkpoint.config)
+    checkpoint.companions()  # refuses links out of the model, which would travel with it
     return checkpoint
 
 

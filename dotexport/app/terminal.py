@@ -248,4 +248,6 @@ def show_json(document: Any) -> None:
 
 
 def show_error(message: str) -> None:
+    """In red; what no UTF-8 can hold, such as a name of another encoding, as an escape."""
+    message = message.encode("utf-8", "backslashreplace").decode()
     stderr.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True, highlight=False)

@@ -73,8 +73,9 @@ class NumHiddenLayers(Axis):
         return {**changed, self.name: after.num_layers}
 
     def story(self, record: Mapping[str, Any]) -> str:
-        left = sorted(set(range(record["sizes"][self.name][0])) - set(record["kept_layers"]))
-        return f"without {', '.join(map(str, left))}" if left else "all of them"
+        kept = set(record.get("kept_layers") or range(record["sizes"][self.name][0]))
+        left = sorted(set(range(record["sizes"][self.name][0])) - kept)
+        return f"without {', '.join(map(str, left))}" if left else "not said which"
 
 
 def _by_layer(config: Mapping[str, Any]) -> dict[str, list[Any]]:

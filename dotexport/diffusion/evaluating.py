@@ -22,7 +22,7 @@ from dotexport.diffusion.pipeline_options import SampleOptions
 from dotexport.diffusion.sampling import batches, component_of, load, read_prompts, sample
 from dotexport.errors import CalibrationError
 from dotexport.storage import manifest
-from dotexport.storage.output import write_json
+from dotexport.storage.files import write_json
 
 logger = logging.getLogger(__name__)
 

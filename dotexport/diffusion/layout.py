@@ -17,7 +17,7 @@ from torch import nn
 from dotexport.diffusion.pipeline_options import LayoutOptions, parse_share
 from dotexport.diffusion.tables import Kind, Site
 from dotexport.errors import SizeError, UsageError
-from dotexport.storage.output import read_json
+from dotexport.storage.reading import read_json
 
 STEP = 8
 """Feed-forward widths are cut to multiples of this, where they are: kernels like it."""

@@ -24,9 +24,12 @@ from dotexport.diffusion.calibration import Progress
 from dotexport.diffusion.pipeline_options import SampleOptions
 from dotexport.diffusion.sampling import INDEX, component_of, load, sample
 from dotexport.errors import RuntimeMissingError, UsageError
-from dotexport.exports.verifying import changed_files, require
+from dotexport.exports.verifying import require
 from dotexport.storage import manifest
-from dotexport.storage.output import check_free, new_folder, read_json, write_json
+from dotexport.storage.files import write_json
+from dotexport.storage.output import new_folder, occupied
+from dotexport.storage.ownership import is_unfinished
+from dotexport.storage.reading import read_json
 
 TARGET = "onnx"
 PRECISIONS = ("fp32", "fp16")
@@ -174,17 +177,17 @@ def export(
     names = []
     for precision in precisions:
         name = f"{TARGET}-{precision}"
-        replaces = overwrite or name not in manifest.read(home).get("artifacts", {})
-        check_free(home / name, overwrite=replaces)
-        with new_folder(home / name, overwrite=replaces) as partial:
-            tried = cases(pipe, manifest.read(home))
-            write_graphs(pipe, home / saving.FOLDER, partial, tried, precision, progress)
-            parity = check(pipe, partial, tried, name, precision) if verify else None
-            if parity is not None:
-                _report(home, [parity])
-                require([parity], note="; it was not kept")
-            files = manifest.hash_files(partial)
-        _record(home, name, precision, files, parity)
+        with occupied(home, shared=True), occupied(home / name):
+            replaces = overwrite or is_unfinished(home / name)
+            with new_folder(home / name, overwrite=replaces) as partial:
+                tried = cases(pipe, manifest.read(home))
+                write_graphs(pipe, home / saving.FOLDER, partial, tried, precision, progress)
+                parity = check(pipe, partial, tried, name, precision) if verify else None
+                if parity is not None:
+                    _report(home, [parity])
+                    require([parity], note="; it was not kept")
+                files = manifest.hash_files(partial)
+            _record(home, name, precision, files, parity)
         names.append(name)
     if "shrink" in manifest.read(home):
         pipeline_card.write(home)
@@ -217,7 +220,12 @@ def _home(folder: Path, out: Path | None, *, overwrite: bool) -> Path:
     component = component_of(load(folder))
     with new_folder(out, overwrite=overwrite) as partial:
         shutil.copytree(folder, partial / saving.FOLDER, ignore=saving.ignore_pickles)
-        manifest.update(partial, kind="diffusion", source=saving.describe_source(folder, component))
+        manifest.update(
+            partial,
+            kind="diffusion",
+            source=saving.describe_source(folder, component),
+            artifacts={saving.FOLDER: saving.artifact(partial / saving.FOLDER)},
+        )
     return out
 
 
@@ -314,7 +322,7 @@ def verify(out: Path, targets: Sequence[str] | None = None) -> list[Parity]:
     parities = []
     for name in wanted:
         parity = check(pipe, out / name, tried, name, made[name]["precision"])
-        changed = changed_files(out / name, made[name]["files"])
+        changed = manifest.changed_files(out / name, made[name]["files"])
         parity = replace(parity, problems=(*changed, *parity.problems))
         parities.append(parity)
         listed[name]["parity"] = parity.as_dict()
@@ -393,5 +401,4 @@ def _record(
         "files": files,
         "parity": parity.as_dict() if parity else None,
     }
-    artifacts = manifest.read(home).get("artifacts", {})
-    manifest.update(home, artifacts={**artifacts, name: entry})
+    manifest.merge(home, artifacts={name: entry})

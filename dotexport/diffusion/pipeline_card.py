@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dotexport.outputs.markdown import front_matter, plain
 from dotexport.storage import manifest
-from dotexport.storage.output import write_text
+from dotexport.storage.files import write_text
 
 Row = tuple[str, str, str, str]
 
@@ -45,22 +46,21 @@ def _quality(quality: Mapping[str, Any]) -> Iterator[tuple[str, float, float, in
 
 def _lines(record: Mapping[str, Any]) -> Iterator[str]:
     source, denoiser, shrink = record["source"], record["denoiser"], record["shrink"]
-    yield "---"
-    yield "library_name: diffusers"
-    yield f"base_model: {source['model']}"
-    if source["licence"]:
-        yield f"license: {source['licence']}"
-    yield "tags: [dotexport, pruned]"
-    yield "---"
+    yield front_matter(
+        library_name="diffusers",
+        base_model=source["model"],
+        license=source["licence"],
+        tags=["dotexport", "pruned"],
+    )
     yield ""
-    yield f"# {source['model']}, pruned by dotexport"
+    yield f"# {plain(source['model'])}, pruned by dotexport"
     yield ""
     yield from _loading(denoiser)
     yield ""
     yield "| | original | pruned | change |"
     yield "|---|---:|---:|---|"
     for row in rows(record):
-        yield f"| {' | '.join(row)} |"
+        yield f"| {' | '.join(map(plain, row))} |"
     yield ""
     yield "## How it was made"
     yield ""
@@ -77,7 +77,7 @@ def _lines(record: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield "## Licence"
     yield ""
-    yield f"That of the original{': ' + source['licence'] if source['licence'] else ''}."
+    yield f"That of the original{': ' + plain(source['licence']) if source['licence'] else ''}."
 
 
 def _loading(denoiser: Mapping[str, Any]) -> Iterator[str]:

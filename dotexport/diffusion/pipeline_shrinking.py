@@ -38,7 +38,8 @@ from dotexport.diffusion.sparse import Pattern
 from dotexport.diffusion.surgery import Widths, layout_of, widths
 from dotexport.diffusion.tables import Site, find_sites
 from dotexport.storage import manifest
-from dotexport.storage.output import check_free, new_folder, write_json
+from dotexport.storage.files import write_json
+from dotexport.storage.output import check_free, new_folder
 
 logger = logging.getLogger(__name__)
 

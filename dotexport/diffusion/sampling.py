@@ -24,7 +24,7 @@ from dotexport.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from dotexport.storage.output import read_json
+from dotexport.storage.reading import read_json
 
 INDEX = "model_index.json"
 COMPONENTS = ("transformer", "unet")

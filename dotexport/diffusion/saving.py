@@ -20,7 +20,8 @@ from dotexport.diffusion.tables import find_sites, find_table
 from dotexport.errors import UsageError
 from dotexport.models.origin import licence, model_name
 from dotexport.storage import manifest
-from dotexport.storage.output import read_json, write_json
+from dotexport.storage.files import write_json
+from dotexport.storage.reading import read_json
 
 FOLDER = "pipeline"
 STANDALONE = "pruned.py"

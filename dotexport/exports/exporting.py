@@ -6,8 +6,9 @@ What a target is stands in target.py.
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dotexport.exports.target import Target, find_target, resolve
 from dotexport.exports.verifying import (
     REPORT,
     STOCK,
+    artifact_name,
     check,
     require,
     require_device,
@@ -28,7 +30,8 @@ from dotexport.exports.verifying import (
 from dotexport.models.checkpoint import Checkpoint, read_config
 from dotexport.models.origin import describe_source
 from dotexport.storage import manifest
-from dotexport.storage.output import check_free, new_folder
+from dotexport.storage.output import check_free, new_folder, occupied
+from dotexport.storage.ownership import is_unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +64,8 @@ class Request:
 
     @property
     def name(self) -> str:
-        """Of its folder below OUT; the stock checkpoint has only one form."""
-        name = self.target.name
-        return name if name == STOCK else f"{name}-{self.precision}"
+        """Of its folder below OUT."""
+        return artifact_name(self.target, self.precision)
 
 
 def export(
@@ -87,16 +89,37 @@ def export(
     """
     requests = list({r.name: r for r in (Request(*resolve(spec)) for spec in specs)}.values())
     home = _output_of(model)
-    _check_home(model, home, out)
-    _check_targets(requests, Checkpoint.open(home / STOCK if home else model), verify=verify)
-    if home is None:
-        assert out is not None  # _check_home saw to it
-        home = _start_output(model, out, overwrite=overwrite)
+    _check_home(model, home, out, overwrite=overwrite)
+    source = Checkpoint.open(home / STOCK if home else model)
+    source.companions()  # refuses links that lead elsewhere
+    _check_targets(requests, source, verify=verify)
+    if home is not None:
+        with occupied(home, shared=True):
+            made = _exported(requests, source, home, verify=verify, overwrite=overwrite)
+        return made.kept(home)
+    assert out is not None  # _check_home saw to it
+    home = out.expanduser().resolve()
+    with new_folder(home, overwrite=overwrite) as partial:
+        _start_output(source, partial)
+        made = _exported(requests, source, partial, verify=verify, overwrite=False)
+        if not made.artifacts:
+            made.kept(None)  # raises: of an output with nothing in it nothing stays
+    return made.kept(home)
+
+
+def _exported(
+    requests: Sequence[Request],
+    source: Checkpoint,
+    home: Path,
+    *,
+    verify: bool,
+    overwrite: bool,
+) -> _Made:
     for request in requests:
         if request.name != STOCK:
             check_free(home / request.name, overwrite=_may_replace(home, request, overwrite))
     exporting = _Exporting(
-        source=Checkpoint.open(model if _output_of(model) is None else home / STOCK),
+        source=source,
         checkpoint=Checkpoint.open(home / STOCK),
         home=home,
         reference=_reference(home, requests) if verify else None,
@@ -113,11 +136,10 @@ def _output_of(model: Path) -> Path | None:
 
 
 def _may_replace(home: Path, request: Request, overwrite: bool) -> bool:
-    # What the manifest does not know was left by a run that ended between the two.
-    return overwrite or request.name not in manifest.read(home).get("artifacts", {})
+    return overwrite or is_unfinished(home / request.name)
 
 
-def _check_home(model: Path, home: Path | None, out: Path | None) -> None:
+def _check_home(model: Path, home: Path | None, out: Path | None, *, overwrite: bool) -> None:
     if home is not None and out is not None and out.resolve() != home:
         raise UsageError(
             f"{model} is an output of dotexport, which takes its artifacts into itself; "
@@ -129,6 +151,11 @@ def _check_home(model: Path, home: Path | None, out: Path | None) -> None:
         raise UsageError(
             f"{model} is a plain model folder, and nothing is written into it; "
             "give an output folder with -o"
+        )
+    if home is None and out is not None and not overwrite and manifest.is_output(out):
+        raise UsageError(
+            f"{out} is an output of dotexport already; to add a target to it, `dotexport export "
+            f"{out} --target ...`, or give another output folder"
         )
 
 
@@ -146,18 +173,19 @@ def _check_targets(requests: Sequence[Request], checkpoint: Checkpoint, *, verif
         raise SizeError(f"{checkpoint.folder} cannot be exported:\n" + "\n".join(problems))
 
 
-def _start_output(model: Path, out: Path, *, overwrite: bool) -> Path:
-    source = Checkpoint.open(model)
-    with new_folder(out, overwrite=overwrite) as partial:
-        (partial / STOCK).mkdir()
-        find_target(STOCK).write(source, partial / STOCK, "as-stored")
-        manifest.update(partial, source=describe_source(source))
-    return out.resolve()
+def _start_output(source: Checkpoint, folder: Path) -> None:
+    stock = folder / STOCK
+    stock.mkdir()
+    find_target(STOCK).write(source, stock, "as-stored")
+    manifest.update(folder, source=describe_source(source))
+    _record(folder, Artifact(STOCK, "as-stored", stock, manifest.hash_files(stock)))
 
 
 def _reference(home: Path, requests: Sequence[Request]) -> Reference:
     rounded = any(request.precision.startswith("int") for request in requests)
-    return compute_reference(Checkpoint.open(home / STOCK), rounded=rounded)
+    precisions = {request.precision for request in requests}
+    checkpoint = Checkpoint.open(home / STOCK)
+    return compute_reference(checkpoint, rounded=rounded, precisions=precisions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +203,7 @@ class _Exporting:
     reference: Reference | None
     overwrite: bool
 
-    def run(self, requests: Sequence[Request]) -> list[Artifact]:
+    def run(self, requests: Sequence[Request]) -> _Made:
         artifacts, failed = [], []
         for request in requests:
             try:
@@ -184,18 +212,26 @@ class _Exporting:
                 failed.append(error.parity)
                 continue
             artifacts.append(artifact)
-            _record(self.home, artifact)
             logger.info("wrote %s: %d bytes", artifact.name, artifact.num_bytes)
-        require(failed, note=f" (an artifact that fails is removed; figures: {self.home / REPORT})")
-        return artifacts
+        return _Made(artifacts, failed)
 
     def write(self, request: Request) -> Artifact:
-        if request.name == STOCK:
-            return self.prove(request, self.home / STOCK)  # every output holds it already
-        overwrite = _may_replace(self.home, request, self.overwrite)
-        with new_folder(self.home / request.name, overwrite=overwrite) as partial:
-            request.target.write(self.checkpoint, partial, request.precision)
-            return self.prove(request, partial)
+        if request.name == STOCK:  # every output holds it already
+            artifact = self.prove(request, self.home / STOCK)
+            _record(self.home, artifact)
+            return artifact
+        folder = self.home / request.name
+        with occupied(folder):  # until it is recorded: a lock that is left says it was not
+            overwrite = _may_replace(self.home, request, self.overwrite)
+            with new_folder(folder, overwrite=overwrite) as partial:
+                request.target.write(self.checkpoint, partial, request.precision)
+                artifact = self.prove(request, partial)
+            try:
+                _record(self.home, artifact)
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+        return artifact
 
     def prove(self, request: Request, folder: Path) -> Artifact:
         """Hold what lies in `folder` against torch before it gets its name."""
@@ -209,6 +245,27 @@ class _Exporting:
                 raise _NotExactError(parity)
         files = manifest.hash_files(folder)
         return Artifact(target.name, precision, self.home / request.name, files, parity)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What came of the requests of one call."""
+
+    artifacts: Sequence[Artifact]
+    failed: Sequence[Parity]
+
+    def kept(self, home: Path | None) -> list[Artifact]:
+        """The artifacts where they lie now.
+
+        Args:
+            home: None where nothing stays.
+
+        Raises:
+            ParityError: for those that failed.
+        """
+        figures = f"; figures: {home / REPORT}" if home else ""
+        require(self.failed, note=f" (an artifact that fails is removed{figures})")
+        return [replace(a, folder=home / a.name) for a in self.artifacts] if home else []
 
 
 class _NotExactError(ParityError):
@@ -227,5 +284,4 @@ def _record(home: Path, artifact: Artifact) -> None:
         "files": artifact.files,
         "parity": artifact.parity.as_dict() if artifact.parity else None,
     }
-    artifacts = manifest.read(home).get("artifacts", {})
-    manifest.update(home, artifacts={**artifacts, artifact.name: entry})
+    manifest.merge(home, artifacts={artifact.name: entry})

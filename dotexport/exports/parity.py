@@ -1,9 +1,10 @@
-"""Does an artifact compute what torch computes? Four ways of asking, each with its limits.
+"""Does an artifact compute what torch computes? Five ways of asking, each with its limits.
 
 The artifact reads every prompt alone (`prefill`), appends torch's greedy tokens through its cache
 (`decode`), and does both again with all prompts in one right-padded batch. Every position is held
 against torch's own logits, and, because rounding hides small faults, against the artifact itself:
-its cache and its padding must not change what it says.
+its cache and its padding must not change what it says. One long prompt is asked at few positions
+(`far`): past sliding windows and the half of a rotary table, at the end of a context within reach.
 
 Shapes: P positions, V vocabulary.
 """
@@ -18,11 +19,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dotexport.exports.reference import Reference
+from dotexport.exports import noise
+from dotexport.exports.noise import BITS, kl_divergence, log_softmax
+from dotexport.exports.reference import NUM_STEPS, PRECISIONS, LongText, Reference
 from dotexport.exports.target import Logits, Session
 
 Float = NDArray[np.float64]
 Said = dict[str, list[Logits]]
+
+LEAST_FLOAT = 4e-6  # of the largest logit: 32 units in the last place of float32
+LEAST_HALF, LEAST_INTEGER = 1e-3, 5e-3
+LEAST_KL = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +135,8 @@ def measure(
     said = _everything_said(session, reference)
     phases = {name: _phase(name, said, reference, limits) for name in _expected(reference)}
     ratio = _perplexity_ratio(said["whole"], reference)
+    if reference.long is not None:
+        phases["far"] = _far(session, reference.long, limits)
     return Parity(
         artifact=artifact,
         target=target,
@@ -140,37 +149,55 @@ def measure(
 
 
 def limits_of(precision: str, reference: Reference, *, exact_rounding: bool = False) -> Limits:
-    """The gates of a precision, for logits of this size.
+    """The gates of a precision, from the error that its rounding causes in torch with this model.
 
-    float32: 1e-3 for logits up to 32, which is generous (1e-5 is usual); the rounding of float32
-    grows with the logits, so larger ones scale it, and for spreads below 1, where 1e-3 would be
-    a large part of the answer, smaller ones do too.
+    float32: ten times what float32 itself is off float64, which sums in another order stay well
+    below. Where that was not measured, 1e-3 for logits up to 32 and a spread of at least 1.
 
-    int4: rounding weights to 16 levels costs some models little and others much, so the limit is
-    taken from the model: three times the KL divergence that the same rounding causes in torch, and
-    never below 0.02 nats. On text sampled from the model the expected log-perplexity ratio IS the
-    KL divergence; the limit adds three standard deviations for the few tokens it is measured on.
-    Where the rounding rule is known, torch with the same rounding is the better yardstick. How a
-    runtime rounds activations to int8 differs by processor, so twice the error that such rounding
-    causes in torch is allowed (0.02 to 0.04 in all; the usual difference is below 0.01).
+    fp16, bf16: three times what rounding all weights and all that modules say costs.
+
+    int8, int6-k: twice what rounding the weights to as many bits and the inputs of products to 8
+    costs, in KL divergence and in the logits.
+
+    int4: rounding weights to 16 levels costs some models little and others much; the limit is twice
+    the KL divergence that the same rounding causes in torch, and never below 0.02 nats. On text
+    sampled from the model the expected log-perplexity ratio IS the KL divergence; the limit adds
+    three standard deviations for the few tokens it is measured on. Where the rounding rule is
+    known, torch with the same rounding is the better yardstick. How a runtime rounds activations to
+    int8 differs by processor, so twice the error that such rounding causes in torch is allowed
+    (0.02 to 0.04 in all; the usual difference is below 0.01).
     """
-    spread = _spread(np.concatenate(reference.logits))
+    spread = noise.spread(np.concatenate(reference.logits))
+    known = reference.noise.get(precision if precision in PRECISIONS else "fp32")
     if precision in ("fp16", "bf16"):
         relative = 1e-2 if precision == "fp16" else 4e-2  # 11 or 8 bits, grown through the layers
+        if known:
+            relative = min(relative, max(LEAST_HALF, 3 * known.relative))
         return Limits(relative=relative, top1=0.99, tie=2 * relative * spread)
     if precision.startswith("int"):
-        kl = max(0.02, 3 * rounding_kl(reference))
+        kl = max(0.02, 2 * rounding_kl(reference))
+        share = None
+        if precision in BITS and known:
+            kl = min(kl, max(LEAST_KL, 2 * known.kl))
+            share = max(LEAST_INTEGER, 2 * known.relative)
         ratio = math.exp(kl + 3 * math.sqrt(2 * kl / _num_text_tokens(reference)))
         rounding = max(0.01, 2 * _rounding_noise(reference)) if exact_rounding else None
-        return Limits(kl=kl, perplexity_ratio=ratio, consistency=0.1, rounding=rounding)
+        return Limits(
+            kl=kl, relative=share, perplexity_ratio=ratio, consistency=0.1, rounding=rounding
+        )
     peak = max(float(np.abs(logits).max()) for logits in reference.logits)
     tolerance = 1e-3 * min(1.0, spread) * max(1.0, peak / 32)
+    if known:
+        tolerance = min(tolerance, max(10 * known.max_abs, LEAST_FLOAT * max(peak, spread)))
     return Limits(max_abs=tolerance, top1=1.0, tie=2 * tolerance)
 
 
 def rounding_kl(reference: Reference) -> float:
-    """Mean KL divergence that 4-bit weights cause in torch itself."""
-    return _kl(np.concatenate(reference.logits), np.concatenate(reference.rounded))
+    """Mean KL divergence that 4-bit weights cause in torch itself, near or far."""
+    near = kl_divergence(np.concatenate(reference.logits), np.concatenate(reference.rounded))
+    long = reference.long
+    far = kl_divergence(long.logits, long.rounded) if long and long.rounded is not None else 0.0
+    return max(near, far)
 
 
 def _rounding_noise(reference: Reference) -> float:
@@ -221,10 +248,32 @@ def _phase(name: str, said: Said, reference: Reference, limits: Limits) -> Phase
         max_abs=float(difference_PV.max()),
         relative=_relative(mine_PV, torch_PV),
         top1=_top1(torch_PV, mine_PV, limits.tie),
-        kl=_kl(torch_PV, mine_PV),
+        kl=kl_divergence(torch_PV, mine_PV),
         nonfinite=int((~np.isfinite(mine_PV)).sum()),
         consistency=_relative(mine_PV, plain_PV),
         rounding=_relative(mine_PV, _rows(reference.rounded_twice, slices)) if rounded else None,
+        num_positions=len(mine_PV),
+    )
+
+
+def _far(session: Session, long: LongText, limits: Limits) -> Phase:
+    """One long prompt, its last tokens through the cache, at few positions."""
+    read = len(long.tokens) - NUM_STEPS
+    start_LV = session.start(long.tokens[None, :read])[0]
+    kept = [start_LV[at] for at in long.positions if at < read]
+    del start_LV
+    steps = [session.step(token[None])[0] for token in long.tokens[read:]]
+    mine_PV = np.stack([*kept, *steps]).astype(np.float64)
+    torch_PV = long.logits.astype(np.float64)
+    twice = None if limits.rounding is None else long.rounded_twice
+    return Phase(
+        max_abs=float(np.abs(mine_PV - torch_PV).max()),
+        relative=_relative(mine_PV, torch_PV),
+        top1=_top1(torch_PV, mine_PV, limits.tie),
+        kl=kl_divergence(torch_PV, mine_PV),
+        nonfinite=int((~np.isfinite(mine_PV)).sum()),
+        consistency=0.0,  # there is no second reading to compare with
+        rounding=None if twice is None else _relative(mine_PV, twice.astype(np.float64)),
         num_positions=len(mine_PV),
     )
 
@@ -235,33 +284,15 @@ def _rows(logits: Sequence[Logits], slices: Sequence[slice]) -> Float:
     return joined
 
 
-def _spread(logits_PV: NDArray[Any]) -> float:
-    """Root mean square of the logits around the mean of their position."""
-    centred_PV = logits_PV - logits_PV.mean(-1, keepdims=True)
-    return float(np.sqrt(np.square(centred_PV, dtype=np.float64).mean()))
-
-
 def _relative(mine_PV: Float, other_PV: Float) -> float:
     error = float(np.sqrt(np.square(mine_PV - other_PV).mean()))
-    return error / max(_spread(other_PV), 1e-30)
+    return error / max(noise.spread(other_PV), 1e-30)
 
 
 def _top1(torch_PV: Float, mine_PV: Float, tie: float) -> float:
     chosen_P = mine_PV.argmax(-1)
     gap_P = torch_PV.max(-1) - np.take_along_axis(torch_PV, chosen_P[:, None], -1)[:, 0]
     return float((gap_P <= tie).mean())
-
-
-def _kl(torch_PV: NDArray[Any], mine_PV: NDArray[Any]) -> float:
-    p, q = _log_softmax(torch_PV), _log_softmax(mine_PV)
-    return float((np.exp(p) * (p - q)).sum(-1).mean())
-
-
-def _log_softmax(logits_PV: NDArray[Any]) -> Float:
-    with np.errstate(invalid="ignore"):  # infinite logits are counted and reported on their own
-        shifted: Float = logits_PV.astype(np.float64) - logits_PV.max(-1, keepdims=True)
-    log_probability: Float = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return log_probability
 
 
 def _perplexity_ratio(whole: Sequence[Logits], reference: Reference) -> float:
@@ -271,7 +302,7 @@ def _perplexity_ratio(whole: Sequence[Logits], reference: Reference) -> float:
         if reference.is_text[i]:
             at = np.arange(reference.prompt_lengths[i] - 1)
             after = tokens_L[at + 1]
-            mine, torchs = _log_softmax(whole[i]), _log_softmax(reference.logits[i])
+            mine, torchs = log_softmax(whole[i]), log_softmax(reference.logits[i])
             gaps.append(torchs[at, after] - mine[at, after])
     return float(np.exp(np.concatenate(gaps).mean()))
 

@@ -10,15 +10,16 @@ Shapes: B sequences, L tokens of one, V vocabulary; O, I outputs and inputs of a
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from dotexport.errors import CheckpointError, UnsupportedModelError
+from dotexport.exports.noise import BITS, HALVES, Noise, measured
 from dotexport.exports.target import QUANTISED_BLOCK, Logits, Tokens
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.rope import stock_config
@@ -29,6 +30,29 @@ from dotexport.models.rope import stock_config
 TEXT_LENGTHS = (24, 17, 9)
 RANDOM_LENGTHS = (40, 6, 1)
 NUM_STEPS = 8
+# Tokens of the long sequence, or past the sliding window where that is not much longer; what a
+# context has beyond is out of reach, for attention would take hours. Logits of all are held once.
+LONGEST, LONGEST_WINDOW, MOST_LOGITS = 1280, 4096, 1 << 27
+NUM_POSITIONS = 24
+PRECISIONS = ("fp32", *HALVES, *BITS)
+
+
+@dataclass(frozen=True)
+class LongText:
+    """One long sequence, judged at few positions: past sliding windows, past the half of a rotary
+    table, at the end of the context where that is within reach.
+
+    Attributes:
+        tokens: of the sequence.
+        positions: that are judged, ascending; the last STEPS of all are decoded one by one.
+        logits, rounded, rounded_twice: as of `Reference`, at these positions.
+    """
+
+    tokens: Tokens
+    positions: tuple[int, ...]
+    logits: Logits
+    rounded: Logits | None = None
+    rounded_twice: Logits | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +67,8 @@ class Reference:
         rounded: the same after rounding the weights to 4 bits in blocks: what int4 costs by itself.
         rounded_twice: with the inputs of every product rounded to 8 bits as well, as runtimes do.
         peak: largest magnitude that goes into or comes out of a product or norm.
+        noise: precision -> what its rounding costs in torch (noise.py).
+        long: a sequence that goes far into the context; None: the others do already.
     """
 
     sequences: tuple[Tokens, ...]
@@ -52,6 +78,8 @@ class Reference:
     rounded: tuple[Logits, ...]
     rounded_twice: tuple[Logits, ...]
     peak: float = 0.0
+    noise: Mapping[str, Noise] = field(default_factory=dict)
+    long: LongText | None = None
 
     @property
     def num_steps(self) -> int:
@@ -59,8 +87,16 @@ class Reference:
 
 
 @torch.inference_mode()
-def compute_reference(checkpoint: Checkpoint, *, rounded: bool = True) -> Reference:
-    """Run the model on a few short prompts; memory holds it once, in float32."""
+def compute_reference(
+    checkpoint: Checkpoint, *, rounded: bool = True, precisions: Iterable[str] = PRECISIONS
+) -> Reference:
+    """Run the model on a few short prompts and a long one; memory holds it once, in float32 (in
+    float64 for a moment, where there is room).
+
+    Args:
+        rounded: what rounding weights to 4 bits costs as well.
+        precisions: what these cost as well (noise.py); that of others is float32's.
+    """
     model = load_float32(checkpoint)
     steps, texts, randoms = _lengths(model.config)
     prompts = [
@@ -68,16 +104,59 @@ def compute_reference(checkpoint: Checkpoint, *, rounded: bool = True) -> Refere
         *_random_prompts(model.config.vocab_size, randoms, seed=0),
     ]
     sequences = _continued_greedily(model, prompts, steps)
+    tokens, positions = _long_text(model.config, sequences)
     with _watched(model) as magnitudes:
         logits = _logits_alone(model, sequences)
+        far = _at(model, tokens, positions)
+    joined = np.concatenate(logits)
+
+    def restore() -> None:
+        for name, parameter in model.named_parameters():
+            _fill(parameter, checkpoint.tensor(name), name)
+
+    def run() -> Logits:
+        return np.concatenate(_logits_alone(model, sequences))
+
+    asked = {name if name in PRECISIONS else "fp32" for name in precisions}
+    noise = {name: measured(name, model, run, joined, restore) for name in sorted(asked)}
+    twice = _rounded_logits(model, sequences, tokens, positions) if rounded else None
     return Reference(
         sequences=tuple(sequences),
         prompt_lengths=tuple(map(len, prompts)),
         is_text=(True,) * len(texts) + (False,) * len(randoms),
         logits=logits,
+        rounded=twice[0][0] if twice else (),
+        rounded_twice=twice[1][0] if twice else (),
         peak=max(magnitudes),
-        **(_rounded_logits(model, sequences) if rounded else {"rounded": (), "rounded_twice": ()}),
+        noise={name: found for name, found in noise.items() if found is not None},
+        long=None
+        if far is None
+        else LongText(
+            tokens, positions, far, twice[0][1] if twice else None, twice[1][1] if twice else None
+        ),
     )
+
+
+def _long_text(config: Any, sequences: Sequence[Tokens]) -> tuple[Tokens, tuple[int, ...]]:
+    """All sequences one after another, again and again, and the positions to judge."""
+    context = getattr(config, "max_position_embeddings", None) or LONGEST
+    window = getattr(config, "sliding_window", None) or 0
+    beyond = window + 2 * NUM_STEPS if window < LONGEST_WINDOW else 0
+    length = min(context, max(LONGEST, beyond), MOST_LOGITS // config.vocab_size)
+    joined = np.concatenate(list(sequences))
+    tokens = np.resize(joined, length)
+    if length <= max(map(len, sequences)):
+        return tokens, ()
+    last = set(range(length - NUM_STEPS, length))
+    near = {at for at in range(window - 1, window + 2) if 0 < at < length}
+    spaced = {round(at) for at in np.linspace(NUM_STEPS, length - 1, NUM_POSITIONS)}
+    return tokens, tuple(sorted(last | near | spaced))
+
+
+def _at(model: Any, tokens: Tokens, positions: Sequence[int]) -> Logits | None:
+    if not positions:
+        return None
+    return _logits_alone(model, [tokens])[0][list(positions)]
 
 
 def load_float32(checkpoint: Checkpoint) -> Any:
@@ -214,15 +293,23 @@ def _logits_alone(model: Any, sequences: Iterable[Tokens]) -> tuple[Logits, ...]
     )
 
 
-def _rounded_logits(model: Any, sequences: Iterable[Tokens]) -> dict[str, tuple[Logits, ...]]:
-    """Rounds the model in place: there may be no room for a second one."""
+Far = tuple[tuple[Logits, ...], Logits | None]
+
+
+def _rounded_logits(
+    model: Any, sequences: Sequence[Tokens], tokens: Tokens, positions: Sequence[int]
+) -> tuple[Far, Far]:
+    """Weights rounded, then inputs as well: logits of the sequences and of the long one.
+
+    Rounds the model in place: there may be no room for a second one.
+    """
     products = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     for product in products:
         product.weight.data = rounded_to_4_bits(product.weight.data)
-    rounded = _logits_alone(model, sequences)
+    once = _logits_alone(model, sequences), _at(model, tokens, positions)
     for product in products:
         product.register_forward_pre_hook(lambda _, inputs: rounded_to_8_bits(inputs[0]))
-    return {"rounded": rounded, "rounded_twice": _logits_alone(model, sequences)}
+    return once, (_logits_alone(model, sequences), _at(model, tokens, positions))
 
 
 def rounded_to_4_bits(weight_OI: torch.Tensor) -> torch.Tensor:

@@ -68,7 +68,9 @@ class Target(Protocol):
     machine lacks to run it, and `rehearse(checkpoint, folder, precision, peak=, threads=)`, a
     `Rehearsal`; `peak` is the largest magnitude among torch's activations. One whose artifacts hold
     a tokenizer of another form than transformers reads has `text(checkpoint, folder)`, what its
-    runtime reads there: a `TextSide` of exports/text_parity.py, or None.
+    runtime reads there: a `TextSide` of exports/text_parity.py, or None. One that can read its
+    files back has `wrong_in_file(checkpoint, folder)`, what in them is not the checkpoint's though
+    logits may not show it.
     """
 
     name: str

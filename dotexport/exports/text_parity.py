@@ -9,7 +9,6 @@ with a tokenizer, transformers again.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,6 +19,7 @@ from typing import Any
 
 from dotexport.exports.target import Target
 from dotexport.models.checkpoint import Checkpoint
+from dotexport.storage.reading import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -322,7 +322,9 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     loader: Any = AutoTokenizer
-    return loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    found = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    found.model_max_length = int(1e30)  # what a config says of it cuts nothing here
+    return found
 
 
 def added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -356,7 +358,8 @@ def stops_of(folder: Path) -> list[int]:
 def _named(folder: Path, key: str) -> list[Any]:
     for name in ("generation_config.json", "config.json"):
         file = folder / name
-        value = json.loads(file.read_text("utf-8")).get(key) if file.is_file() else None
+        said = read_json(file, advice="take a fresh copy") if file.is_file() else {}
+        value = said.get(key)
         if value is not None:
             return value if isinstance(value, list) else [value]
     return []

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from dotexport.errors import ParityError, RuntimeMissingError, UsageError
+from dotexport.errors import CheckpointError, ParityError, RuntimeMissingError, UsageError
 from dotexport.exports.parity import Parity, measure, rounding_kl
 from dotexport.exports.reference import Reference, compute_reference
 from dotexport.exports.target import Rehearsal, Session, Target, find_target, lacking, resolve
 from dotexport.exports.text_parity import check_text
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.storage import manifest
-from dotexport.storage.output import write_json
+from dotexport.storage.files import MANIFEST, write_json
+from dotexport.storage.reading import read_json
+from dotexport.storage.schema import validated
 
 logger = logging.getLogger(__name__)
 
@@ -37,19 +38,21 @@ def verify(out: Path, targets: Sequence[str] | None = None) -> list[Parity]:
     """
     listed = _listed(out)
     picked = _pick(listed, targets)
+    known = {name: named(out, name, entry) for name, entry in picked.items()}
     needs_rounding = any(entry["precision"].startswith("int") for entry in picked.values())
     checkpoint = Checkpoint.open(out / STOCK)
-    reference = compute_reference(checkpoint, rounded=needs_rounding)
+    precisions = {precision for _, precision in known.values()}
+    reference = compute_reference(checkpoint, rounded=needs_rounding, precisions=precisions)
     parities = []
     for name, entry in picked.items():
-        target, precision = find_target(entry["target"]), entry["precision"]
+        target, precision = known[name]
         asked = (target, precision, out / name, reference)
         if absent := lacking(target):
             parity = rehearse(*asked, checkpoint, absent, artifact=name)
         else:
             parity = check(*asked, artifact=name)
         parity = with_text(parity, target, out / name, checkpoint)
-        parities.append(_with_problems(parity, changed_files(out / name, entry["files"])))
+        parities.append(_with_problems(parity, manifest.changed_files(out / name, entry["files"])))
     write_report(out, parities, reference)
     _record(out, parities)
     return parities
@@ -58,10 +61,8 @@ def verify(out: Path, targets: Sequence[str] | None = None) -> list[Parity]:
 def _record(out: Path, parities: Iterable[Parity]) -> None:
     """The manifest says what the last look said: what was spoilt is not good any more."""
     artifacts = manifest.read(out).get("artifacts", {})
-    for parity in parities:
-        if parity.artifact in artifacts:
-            artifacts[parity.artifact]["parity"] = parity.as_dict()
-    manifest.update(out, artifacts=artifacts)
+    told = {p.artifact: p.as_dict() for p in parities if p.artifact in artifacts}
+    manifest.merge(out, artifacts={n: artifacts[n] | {"parity": p} for n, p in told.items()})
 
 
 def check(
@@ -135,12 +136,23 @@ def _or_failed(look: Callable[[], Parity], target: Target, precision: str, artif
 
 def with_text(parity: Parity, target: Target, folder: Path, checkpoint: Checkpoint) -> Parity:
     """Add what comes of holding the artifact's tokenizer, template and ends against those of a
-    checkpoint, where both have one."""
+    checkpoint, where both have one; and the numbers in its files, where the target reads them."""
+    parity = _with_problems(parity, _wrong_in_file(target, folder, checkpoint))
     verdict = check_text(target, folder, checkpoint)
     if verdict is None:
         return parity
     problems = (*parity.problems, *verdict.problems)
     return replace(parity, problems=problems, text=verdict.as_dict())
+
+
+def _wrong_in_file(target: Target, folder: Path, checkpoint: Checkpoint) -> list[str]:
+    """What a target that reads its files back finds there, besides what they compute."""
+    ask = getattr(target, "wrong_in_file", None)
+    try:
+        found: list[str] = ask(checkpoint, folder) if ask else []
+    except Exception as error:  # of a damaged file, each reader raises its own
+        found = [f"its file cannot be read back: {type(error).__name__}: {error}"]
+    return found
 
 
 def require_runtime(target: Target) -> None:
@@ -197,22 +209,10 @@ def _unverified(parity: Verdict) -> str | None:
     return getattr(parity, "unverified", None)
 
 
-def changed_files(folder: Path, expected: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What differs from the bytes and hashes that the manifest recorded."""
-    problems = []
-    for name, entry in expected.items():
-        file = folder / name
-        if not file.is_file():
-            problems.append(f"{name} is missing; export it again")
-        elif file.stat().st_size != entry["bytes"] or manifest.sha256(file) != entry["sha256"]:
-            problems.append(f"{name} was changed after the export; export it again")
-    return problems
-
-
 def write_report(out: Path, parities: Iterable[Parity], reference: Reference) -> None:
     """Add these figures to reports/verify.json, keeping those of other artifacts."""
     file = out / REPORT
-    report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    report = _stored(file)
     artifacts = report.get("artifacts", {}) | {p.artifact: p.as_dict() for p in parities}
     workload = {
         "prompt_lengths": reference.prompt_lengths,
@@ -224,10 +224,43 @@ def write_report(out: Path, parities: Iterable[Parity], reference: Reference) ->
     write_json(file, report | sections)
 
 
+def _stored(file: Path) -> dict[str, Any]:
+    """The report so far; one that cannot be read is started again, as all can be measured."""
+    try:
+        report = read_json(file, advice="") if file.is_file() else {}
+        validated(dict[str, dict[str, Any]], report, str(file), error=CheckpointError, advice="")
+    except CheckpointError as error:
+        logger.warning("%s: it is written anew", str(error).rstrip("; "))
+        return {}
+    return report
+
+
 def _listed(out: Path) -> dict[str, dict[str, Any]]:
     artifacts: dict[str, dict[str, Any]] = manifest.read(out).get("artifacts", {})
     stock = {"target": STOCK, "precision": "as-stored", "files": {}}
     return {STOCK: stock} | artifacts
+
+
+def named(out: Path, name: str, entry: Mapping[str, Any]) -> tuple[Target, str]:
+    """Target and precision of a listed artifact; they decide what it is held to.
+
+    Raises:
+        CheckpointError: no such precision, or not that of an artifact of this name.
+    """
+    target, precision = find_target(entry["target"]), entry["precision"]
+    expected = artifact_name(target, precision)
+    if precision not in target.precisions or name != expected:
+        raise CheckpointError(
+            f"{out / MANIFEST} says that {name} is of target {target.name} and precision "
+            f"{precision!r}; expected one of {', '.join(target.precisions)}, and its name to be "
+            f"{expected}: it was edited, export again"
+        )
+    return target, precision
+
+
+def artifact_name(target: Target, precision: str) -> str:
+    """Of its folder below OUT; the stock checkpoint has only one form."""
+    return target.name if target.name == STOCK else f"{target.name}-{precision}"
 
 
 def _pick(

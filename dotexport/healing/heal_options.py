@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # it takes seconds, and options are read without
 PRECISIONS = ("auto", "bf16", "fp32")
 # Instructions that multiply bfloat16; without one of them the CPU takes it apart, ten times slower.
 CPU_BF16 = ("amx_bf16", "avx512_bf16", "bf16")
+MOST = 1 << 30  # steps, windows, tokens of one
 RATE_BY_WIDTH = 0.2  # measured on widths 64 and 192: three times as much is too much
 
 
@@ -58,6 +59,8 @@ class HealOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"{name} of healing must be at least {least}, not {value}")
+            if value is not None and value > MOST:
+                raise UsageError(f"{name} of healing must be at most {MOST:,}, not {value}")
         for name in ("rate", "clip"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

@@ -29,7 +29,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dotexport.errors import CheckpointError, UsageError
-from dotexport.storage.output import read_json, write_json
+from dotexport.storage.files import write_json
+from dotexport.storage.reading import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from dotexport.models.weight_files import (
     same_values,
     tensor_files,
 )
-from dotexport.storage.output import read_json
+from dotexport.storage.reading import read_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -132,9 +132,16 @@ class Checkpoint:
         return tensor
 
     def companions(self) -> list[Path]:
-        """Tokenizer, generation config and licence files, which travel unchanged."""
+        """Tokenizer, generation config and licence files, which travel unchanged.
+
+        Raises:
+            CheckpointError: one is a link to a file that is not the model's.
+        """
         found = {file for glob in COMPANIONS for file in self.folder.glob(glob)}
-        return sorted(file for file in found if file.is_file())
+        files = sorted(file for file in found if file.is_file())
+        for file in files:
+            _check_inside(file)
+        return files
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -150,7 +157,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             "expected a transformers checkpoint (config.json and *.safetensors) or a diffusers "
             "pipeline (model_index.json)"
         )
-    config = settled(read_json(file, advice="take a fresh copy"), of=folder)
+    config = settled(read_json(file, advice="take a fresh copy", finite=True), of=folder)
     if config.get("tie_word_embeddings") and _has_own_head(folder):
         config["tie_word_embeddings"] = False
         say_once(
@@ -158,6 +165,18 @@ def read_config(folder: Path) -> dict[str, Any]:
             "values: it is kept, as transformers 5 does"
         )
     return config
+
+
+def _check_inside(file: Path) -> None:
+    """Refuse a link out of a model: what it leads to would travel with all that is made of it."""
+    folder = file.parent.resolve()
+    # snapshots/REVISION of the hub's cache holds links into blobs/ beside it.
+    home = folder.parent.parent if folder.parent.name == "snapshots" else folder
+    if not (target := file.resolve()).is_relative_to(home):
+        raise CheckpointError(
+            f"{file} is a link to {target}, outside of the model; put a copy of the file in its "
+            "place if it belongs to it"
+        )
 
 
 def _has_own_head(folder: Path) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dotexport import embedded
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.storage import manifest
+from dotexport.storage.reading import UnreadableError, parse_yaml
+
+FRONT_MATTER = 1 << 18  # characters: an index of results may stand in it, and no more
 
 
 def describe_source(source: Checkpoint) -> dict[str, Any]:
@@ -38,12 +39,14 @@ def licence(folder: Path) -> str | None:
     card = folder / "README.md"
     if not card.is_file():
         return None
-    text = card.read_text(encoding="utf-8", errors="replace")
+    with card.open(encoding="utf-8", errors="replace") as stream:
+        text = stream.read(FRONT_MATTER)
     if not text.startswith("---\n"):
         return None
     try:
-        front = yaml.safe_load(text[4:].partition("\n---")[0])
-    except yaml.YAMLError:
+        front = parse_yaml(text[4:].partition("\n---")[0])
+    except UnreadableError:
         return None
     named = front.get("license") if isinstance(front, dict) else None
-    return str(named) if named else None
+    several = named if isinstance(named, list) else [named]
+    return ", ".join(str(one) for one in several if isinstance(one, str)) or None

@@ -12,6 +12,9 @@ from typing import Any
 from dotexport.errors import CheckpointError
 from dotexport.models.family import ALWAYS, Family, Linear
 
+MOST_NEURONS = 1 << 24
+MOST = {"num_layers": 10_000}
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -149,6 +152,11 @@ def _size(named: Any, key: str, *, default: int | None = None) -> int:
         value = getattr(named, key)
     except AttributeError:  # absent, or null: the class has a default for it
         value = default
+    if type(value) is int and value > MOST.get(key, MOST_NEURONS):
+        raise CheckpointError(
+            f"config.json gives {key} = {value:,}, more than {MOST.get(key, MOST_NEURONS):,}, "
+            "which no model has; take the config.json that belongs to these weights"
+        )
     if type(value) is not int or value <= 0:
         raise CheckpointError(
             f"config.json gives {key} = {value!r}; expected a positive integer: "

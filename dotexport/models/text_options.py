@@ -12,6 +12,8 @@ SOURCES = (
     "(field text), a folder of .txt, a dataset id, embedded:calibration or embedded:evaluation."
 )
 
+MOST = 1 << 30  # windows, and tokens of one
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
@@ -41,3 +43,5 @@ class TextOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"{name} must be at least {least}, not {value}")
+            if value is not None and value > MOST:
+                raise UsageError(f"{name} must be at most {MOST:,}, not {value}")

@@ -7,10 +7,9 @@ refused, because other readers take the other one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -18,9 +17,11 @@ from safetensors import SafetensorError, safe_open
 
 from dotexport.errors import CheckpointError
 from dotexport.models.config_words import say_once
+from dotexport.storage.reading import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+AGAIN = "expected a weight_map from tensor names to files in this folder: download it again"
 PICKLED = ("pytorch_model*.bin", "*.pth", "*.pt")
 ROWS = 16384  # of two tensors that are compared: as a whole they may not fit
 
@@ -82,13 +83,22 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _shard_files(index: Path) -> list[Path]:
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return sorted(index.parent / name for name in names)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        stored = read_json(index, advice=AGAIN)
+        names = set(stored["weight_map"].values())
+        wrong = sorted(str(name) for name in names if not _is_below(name))
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{index} cannot be read ({type(error).__name__}: {error}); expected a weight_map from "
-            "tensor names to files: download it again"
+            f"{index} cannot be read ({type(error).__name__}: {error}); {AGAIN}"
         ) from error
+    if wrong or not names:
+        found = f"{wrong[0]!r} is no file of this folder" if wrong else "no file is named"
+        raise CheckpointError(f"{index}: {found}; {AGAIN}")
+    return sorted(index.parent / name for name in names)
+
+
+def _is_below(name: object) -> bool:
+    path = PurePosixPath(name) if isinstance(name, str) and "\0" not in name else None
+    return bool(path and path.parts and not path.is_absolute() and ".." not in path.parts)
 
 
 def _places(files: Sequence[Path]) -> dict[str, Path]:

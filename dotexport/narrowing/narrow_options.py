@@ -11,6 +11,7 @@ from dotexport.options import group, option
 
 MERGE_METHODS = ("dot", "obs", "select")
 BASES = ("dot", "learned", "obs", "pca", "select")
+LARGEST_SEED = (1 << 63) - 1  # that torch takes
 AUTO = "auto"
 """All bases that a class allows are measured."""
 
@@ -98,3 +99,5 @@ class NarrowOptions:
             raise UsageError(f"ridge must be at least 0, not {self.ridge}")
         if self.seed < 0:
             raise UsageError(f"seed must be at least 0, not {self.seed}")
+        if self.seed > LARGEST_SEED:
+            raise UsageError(f"seed must be at most {LARGEST_SEED}, not {self.seed}")

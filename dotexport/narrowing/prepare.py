@@ -21,7 +21,7 @@ from dotexport.narrowing.norm_statistics import Progress
 from dotexport.narrowing.original import Original
 from dotexport.narrowing.run import REHEARSED, REHEARSED_LENGTH, Narrowing, Nowhere, Writer
 from dotexport.narrowing.streams import Streams
-from dotexport.storage.output import write_json
+from dotexport.storage.files import write_json
 
 
 def prepare(

@@ -9,8 +9,9 @@ from typing import Any
 from dotexport.axes import AXES
 from dotexport.axes.axis import Axis
 from dotexport.outputs import summary
+from dotexport.outputs.markdown import Markup, code, front_matter, plain
 from dotexport.storage import manifest
-from dotexport.storage.output import write_text
+from dotexport.storage.files import write_text
 
 
 def write(out: Path) -> None:
@@ -27,11 +28,20 @@ def write(out: Path) -> None:
         lstrip_blocks=True,
         keep_trailing_newline=True,
         autoescape=False,
+        finalize=plain,
     )
+    environment.filters["code"] = code
+    source = record["source"]
     text = environment.get_template("card.md.j2").render(
+        front=front_matter(
+            library_name="transformers",
+            base_model=source["model"],
+            license=source["licence"],
+            tags=["dotexport", "pruned"],
+        ),
         record=record,
         rows=list(summary.rows(record)),
-        stories=[(axis.name, axis.story(record)) for axis in AXES if cut(axis, record)],
+        stories=[(axis.name, Markup(axis.story(record))) for axis in AXES if cut(axis, record)],
         unverified=summary.unverified(record),
         licences=_licences(out),
     )

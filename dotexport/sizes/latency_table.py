@@ -31,10 +31,12 @@ from dotexport.axes.axis import Axis
 from dotexport.errors import UsageError
 from dotexport.models.shapes import Sizes
 from dotexport.storage import manifest
-from dotexport.storage.output import read_json
+from dotexport.storage.reading import read_json
+from dotexport.storage.schema import validated
 
 SCHEMA = "dotexport.latency/1"
 METRICS = ("decode", "prefill")
+AGAIN = "measure it again with `dotexport latency`"
 # What a table depends on besides the device: first letters of a target -> of distributions.
 RUNTIMES = {
     "ort": ("onnxruntime",),
@@ -140,12 +142,15 @@ class LatencyTable:
             raise UsageError(
                 f"{file} is no latency table; make one with `dotexport latency MODEL -o {file}`"
             )
-        content = read_json(file, advice="measure it again with `dotexport latency`")
+        content = read_json(file, advice=AGAIN, finite=True)
         if content.get("schema") != SCHEMA:
             raise UsageError(
                 f"{file} is no latency table: schema is {content.get('schema')!r}, expected "
                 f"{SCHEMA!r}; make one with `dotexport latency MODEL -o FILE`"
             )
+        from dotexport.sizes.table_schema import Table
+
+        validated(Table, content, str(file), error=UsageError, advice=AGAIN)
         return cls(file, content)
 
     @property

@@ -10,6 +10,7 @@ import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from dotexport.axes.plan import Plan, SizeOptions
 from dotexport.errors import UsageError
 from dotexport.options import build
 from dotexport.sizes.budget import plan
-from dotexport.storage.output import read_json
+from dotexport.storage.reading import read_json
+from dotexport.storage.schema import validated
 
 KEY = "shrink"
 """Of the plan: flags of shrink that give its sizes, spelled as the keys of a recipe."""
@@ -66,16 +68,15 @@ def read_plan(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if not file.is_file():
         raise UsageError(f"--plan {file}: no such file; {EXPECTED}")
     content = read_json(file, advice=EXPECTED)
-    flags = content.get(KEY)
-    if not isinstance(flags, dict) or not _is_plan(flags):
-        raise UsageError(f"{file} is no plan; {EXPECTED}")
+    validated(_document(), content, f"{file} is no plan", error=UsageError, advice=EXPECTED)
+    flags: dict[str, Any] = content[KEY]
     if content.get("config_sha256") != fingerprint(config):
         raise UsageError(
             f"{file} was made for another model: its config.json is not the one here; {EXPECTED}"
         )
     sizes = build(SizeOptions, **{k: v for k, v in flags.items() if k not in VOCABULARY})
     asked = replace(sizes, vocab_size=flags.get("vocab"))
-    told, found = content.get("parameters"), plan(config, asked).as_dict()["parameters"]
+    told, found = content["parameters"], plan(config, asked).as_dict()["parameters"]
     if told != found:
         raise UsageError(
             f"{file} says {told} for parameters before and after, and its sizes give {found}: it "
@@ -84,10 +85,20 @@ def read_plan(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return flags
 
 
-def _is_plan(flags: Mapping[str, Any]) -> bool:
-    axes = {axis.flag for axis in AXES}
-    sizes = all(type(flags.get(name)) is int for name in axes)
-    tokens = all(type(flags[name]) is kind for name, kind in VOCABULARY.items() if name in flags)
-    switches = set(flags) - axes - VOCABULARY.keys()
-    known = switches <= set(SWITCHES) and all(type(flags[s]) is bool for s in switches)
-    return sizes and tokens and known
+@cache
+def _document() -> Any:
+    """What a plan must hold: a size of every axis, the switches that are on, and which tokens
+    stay."""
+    from pydantic import create_model
+
+    strict: Any = {"extra": "forbid", "strict": True}
+    sizes: dict[str, Any] = {axis.flag: (int, ...) for axis in AXES}
+    switches: dict[str, Any] = dict.fromkeys(SWITCHES, (bool, False))
+    tokens: dict[str, Any] = {name: (kind, None) for name, kind in VOCABULARY.items()}
+    flags = create_model("Flags", __config__=strict, **sizes, **switches, **tokens)
+    fields: dict[str, Any] = {
+        KEY: (flags, ...),
+        "config_sha256": (str, ...),
+        "parameters": (list[int], ...),
+    }
+    return create_model("PlanFile", __config__={"extra": "allow", "strict": True}, **fields)

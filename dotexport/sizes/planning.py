@@ -118,7 +118,10 @@ def choose(config: Mapping[str, Any], asked: SizeOptions, where: Deployment) -> 
         UsageError, UnsupportedModelError, RuntimeMissingError.
     """
     targets = [resolve_for_plan(spec) for spec in where.targets]
-    rules = [*_splitting(where), *(rule for pair in targets for rule in _of_target(config, *pair))]
+    rules = [
+        *_splitting(where),
+        *(rule for pair in targets for rule in rules_of_target(config, *pair)),
+    ]
     decided, plans = _decide(_candidates(config, asked), rules)
     if decided is not None:
         binding = [
@@ -207,7 +210,8 @@ def _torn(group: int, devices: int, decided: Plan) -> list[str]:
     return [text for axis in AXES for text in axis.torn(decided.after, group, devices)]
 
 
-def _of_target(config: Mapping[str, Any], target: Target, precision: str) -> list[Rule]:
+def rules_of_target(config: Mapping[str, Any], target: Target, precision: str) -> list[Rule]:
+    """What sizes must satisfy for an artifact of this precision."""
     name = _name(target, precision)
     rules = []
     ask = getattr(target, "config_problems", None)  # of a third party's, the exporter asks more

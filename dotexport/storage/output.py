@@ -1,4 +1,4 @@
-"""Folders and files that appear whole or not at all.
+"""Output folders that appear whole or not at all, one writer at a time.
 
 Everything is written beside its place under a hidden name and renamed when it is complete, so
 a killed run, a full disk or an exception never leaves something half that looks finished.
@@ -7,21 +7,16 @@ a killed run, a full disk or an exception never leaves something half that looks
 from __future__ import annotations
 
 import errno
-import json
-import os
-import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from glob import escape
 from pathlib import Path
-from typing import Any
 
-import psutil
-
-from dotexport.errors import CheckpointError, DotexportError, UsageError
-
-MANIFEST = "dotexport.json"
+from dotexport.errors import UsageError
+from dotexport.storage.files import MANIFEST, explain_full_disk, hidden
+from dotexport.storage.locking import TakenError, locked
+from dotexport.storage.ownership import foreign_files
 
 
 @contextmanager
@@ -29,69 +24,54 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside `path`; it takes the name `path` when the block ends well.
 
     Raises:
-        UsageError: `path` is taken, is a file, or cannot be made.
+        UsageError: `path` is taken, is a file, cannot be made, or another run is writing it.
         DotexportError: the disk is full.
     """
     path = path.expanduser().resolve()
-    partial = _hidden(path, "partial")
+    partial = hidden(path, "partial")
     try:
         check_free(path, overwrite=overwrite)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _clear_stale(path)
-        partial.mkdir()
     except OSError as error:
-        _explain_full_disk(error, path)
-        raise UsageError(
-            f"{path} cannot be made ({error.strerror}: {error.filename}); "
-            "give an output folder whose parent is a writable folder"
-        ) from error
-    try:
-        yield partial
-        check_free(path, overwrite=overwrite)  # hours may have passed
-        _put_in_place(partial, path)
-    except BaseException as error:
-        written = folder_bytes(partial)
-        shutil.rmtree(partial, ignore_errors=True)
-        _explain_full_disk(error, path, written=written)
-        raise
+        raise _cannot_be_made(path, error) from error
+    with occupied(path):
+        try:
+            _clear_stale(path)
+            partial.mkdir()
+        except OSError as error:
+            raise _cannot_be_made(path, error) from error
+        try:
+            yield partial
+            check_free(path, overwrite=overwrite)  # hours may have passed
+            _put_in_place(partial, path)
+        except BaseException as error:
+            written = folder_bytes(partial)
+            shutil.rmtree(partial, ignore_errors=True)
+            explain_full_disk(error, path, written=written)
+            raise
 
 
-def read_json(path: Path, *, advice: str) -> dict[str, Any]:
-    """A JSON object from a file; `advice` is what to do about one that is damaged.
+@contextmanager
+def occupied(path: Path, *, shared: bool = False) -> Iterator[None]:
+    """Nobody else writes `path` during the block; `shared`: nobody else replaces it.
 
     Raises:
-        CheckpointError: not JSON, or not an object.
+        UsageError: somebody does, or no lock can be made beside it.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); {advice}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path} must hold a JSON object, not a {type(content).__name__}; {advice}"
-        )
-    return content
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file in one step: a reader sees the old or the new one, never a piece."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _hidden(path, "partial")
-    try:
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        _explain_full_disk(error, path)
-        raise
-
-
-def write_json(path: Path, obj: Any) -> None:
-    """Replace a JSON file in one step. NaN and infinity are refused: JSON has neither."""
-    write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    path = path.expanduser().resolve()
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(path, shared=shared))
+        except TakenError as error:
+            raise UsageError(
+                f"another run is writing {path} at this moment; wait until it has ended, or give "
+                "another output folder"
+            ) from error
+        except OSError as error:
+            # What lies in a folder that may not be written cannot be replaced either.
+            if not (shared and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)):
+                raise _cannot_be_made(path, error) from error
+        yield
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:
@@ -113,6 +93,12 @@ def check_free(path: Path, *, overwrite: bool) -> None:
             f"{path} was not written by dotexport (no {MANIFEST}), so --overwrite does not touch "
             "it; give another folder, or empty this one yourself"
         )
+    if foreign := foreign_files(path):
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise UsageError(
+            f"{path} holds what dotexport did not write: {', '.join(foreign[:3])}{more}; "
+            "--overwrite would delete it, so move it elsewhere first, or give another folder"
+        )
 
 
 def folder_bytes(folder: Path) -> int:
@@ -125,33 +111,24 @@ def _is_ours(path: Path) -> bool:
     return (path / MANIFEST).is_file() or (path.parent / MANIFEST).is_file()
 
 
-def _hidden(path: Path, role: str) -> Path:
-    return path.parent / f".{path.name}.{role}-{os.getpid()}"
-
-
 def _clear_stale(path: Path) -> None:
-    """Remove what killed runs left beside `path`; give back an old output they had set aside."""
+    """Remove what killed runs left beside `path`; give back an old output they had set aside.
+
+    Whoever holds the lock of `path` is alone: none of it can be of a run that goes on.
+    """
     for role in ("old", "partial"):
         for sibling in path.parent.glob(f".{escape(path.name)}.{role}-*"):
-            pid = re.fullmatch(r"\d+", sibling.name.rpartition("-")[2])
-            if pid is None or _runs_elsewhere(int(pid[0])):
-                continue
             if role == "old" and not path.exists():
                 sibling.rename(path)
             else:
                 shutil.rmtree(sibling, ignore_errors=True)
 
 
-def _runs_elsewhere(pid: int) -> bool:
-    # Our own number can only be a leftover: containers hand out the same few numbers again.
-    return pid != os.getpid() and psutil.pid_exists(pid)
-
-
 def _put_in_place(partial: Path, path: Path) -> None:
     if not path.exists():
         partial.rename(path)
         return
-    old = _hidden(path, "old")
+    old = hidden(path, "old")
     path.rename(old)
     try:
         partial.rename(path)
@@ -161,19 +138,9 @@ def _put_in_place(partial: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _explain_full_disk(error: BaseException, path: Path, *, written: int = 0) -> None:
-    """Raise the error a user can act on, if this one means that the disk is full."""
-    if not _means_full_disk(error):
-        return
-    parent = next(folder for folder in path.parents if folder.exists())
-    free = shutil.disk_usage(parent).free
-    raise DotexportError(
-        f"the disk that holds {parent} is full: {written / 1e9:.2f} GB of {path.name} were written "
-        f"and removed again, {free / 1e9:.2f} GB are free now; free more, or write to another disk"
-    ) from error
-
-
-def _means_full_disk(error: BaseException) -> bool:
-    # safetensors reports the system's error inside its text, not as an OSError.
-    numbered = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return numbered or "No space left on device" in str(error)
+def _cannot_be_made(path: Path, error: OSError) -> UsageError:
+    explain_full_disk(error, path)
+    return UsageError(
+        f"{path} cannot be made ({error.strerror}: {error.filename}); "
+        "give an output folder whose parent is a writable folder"
+    )

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from dotexport.errors import UnsupportedModelError
-from dotexport.storage.output import read_json
+from dotexport.storage.reading import read_json
 
 TOKENIZER = "tokenizer.json"
 BYTES = frozenset(f"<0x{number:02X}>" for number in range(256))

@@ -24,7 +24,8 @@ import torch
 from dotexport.errors import CheckpointError
 from dotexport.models.checkpoint import HEAD, TABLE, Checkpoint, TensorSpec
 from dotexport.models.documents import documents
-from dotexport.storage.output import read_json, write_json, write_text
+from dotexport.storage.files import write_json, write_text
+from dotexport.storage.reading import read_json
 from dotexport.vocabulary import token_ids
 from dotexport.vocabulary.keeping import Kept, keep, listed
 from dotexport.vocabulary.pieces import TOKENIZER, Bpe

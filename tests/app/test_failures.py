@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,9 +26,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from dotexport.app import cli, pipeline, shrinking
+from dotexport.app.steps import ShrinkStep
 from dotexport.errors import CheckpointError
 from dotexport.exports import exporting
 from dotexport.models import checkpoint
+from dotexport.options import build
 from dotexport.storage import manifest
 from dotexport.targets import BUILT_IN
 from dotexport.targets.hf import HuggingFace
@@ -246,6 +249,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], int, list[str]]] = {
         1,
         ["num_attention_heads = 'four'", "expected a positive integer"],
     ),
+    "more layers than any model": (
+        configured(num_hidden_layers=10**9),
+        1,
+        ["num_layers = 1,000,000,000, more than 10,000"],
+    ),
     "a context that is none": (
         configured(max_position_embeddings="long"),
         1,
@@ -407,6 +415,9 @@ def test_text_that_is_not_there_is_refused(
         ([*NARROW, "--seqlen", 1], 2, ["seqlen must be at least 2, not 1"]),
         ([*NARROW, "--samples", 0], 2, ["samples must be at least 1"]),
         ([*NARROW, "--skip", -1], 2, ["skip must be at least 0"]),
+        ([*NARROW, "--seed", 1 << 70], 2, ["seed must be at most"]),
+        ([*NARROW, "--samples", 1 << 70], 2, ["samples must be at most 1,073,741,824"]),
+        ([*NARROW, "--heal", 1 << 70], 2, ["--heal", "is not known"]),
         ([*NARROW, "--seed", -1], 2, ["seed must be at least 0"]),
         ([*NARROW, "--basis", "x"], 2, ["basis must be one of", "pca", "'x'"]),
         ([*NARROW, "--mlp", "x"], 2, ["mlp must be one of", "dot", "'x'"]),
@@ -680,7 +691,8 @@ def test_a_killed_run_leaves_only_what_the_next_one_clears(
 ) -> None:
     run = shrinking_of(model, text, tmp_path / "out", *NARROW)
     stopped(HALFWAY, signal.SIGKILL, tmp_path / "there", run)
-    (partial,) = set(names(tmp_path)) - {"model", "text.txt"}
+    assert ".out.lock" in names(tmp_path)  # which nobody holds
+    (partial,) = set(names(tmp_path)) - {"model", "text.txt", ".out.lock"}
     assert partial.startswith(".out.partial-")
     assert not manifest.is_output(tmp_path / partial)
     assert dotexport(*run).code == 0
@@ -786,6 +798,13 @@ def test_the_recipe_a_shrink_prints_is_the_one_it_records(
         ({"bench": [{"target": "hf"}, {"target": "hf"}]}, 2, ["two bench steps measure hf"]),
         ({"eval": {"text": "/no/such.txt"}}, 1, ["/no/such.txt does not exist"]),
         ({"eval": {"text": "embedded:evaluation", "seqlen": 999}}, 2, ["context of 512"]),
+        ({"bench": [{"target": "hf", "rounds": 1 << 70}]}, 2, ["rounds is", "at most"]),
+        (
+            {"export": ["ort-cpu"], "shrink": {"calib": "embedded:calibration", "heal": "soon"}},
+            2,
+            [],
+        ),
+        ({"export": ["gguf:int4-k"]}, 5, ["cannot be exported", "gguf-int4-k", "plan MODEL"]),
         ({"unknown": 1}, 2, ["unknown key 'unknown'", "known: model, shrink"]),
         ({"shrink": {"params": "0.7x"}}, 2, ["lacks the key 'calib'"]),
     ],
@@ -868,3 +887,257 @@ def test_an_export_can_be_asked_of_the_checkpoint_inside(
     assert outcome.code == 0, outcome.err
     assert json.loads(outcome.out)["hf"]["parity"]["passed"]
     assert "README.md" not in names(out / "hf")
+
+
+# What nobody foresaw ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [KeyError("hidden"), RecursionError("deep"), ValueError()])
+def test_what_nobody_foresaw_is_one_sentence_and_a_file(
+    dotexport: Command,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def failing(*_: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(checkpoint.CheckpointWriter, "write", failing)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    outcome = dotexport(*shrinking_of(model, text, tmp_path / "out", *NARROW))
+    refused(outcome, 1, f"error: {type(error).__name__}", "report it with that file")
+    assert outcome.err.strip().splitlines()[-1].startswith("error: ")
+    (saved,) = tmp_path.glob("dotexport-traceback-*.txt")
+    assert f"The traceback is in {saved}:" in outcome.err
+    assert "in failing\n    raise error" in saved.read_text()
+    assert names(tmp_path) == [saved.name, "model", "text.txt"]
+
+
+def test_a_traceback_that_cannot_be_saved_is_still_one_sentence(
+    dotexport: Command, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object, **__: object) -> NoReturn:
+        raise KeyError("hidden")
+
+    monkeypatch.setattr(checkpoint, "settled", failing)
+    monkeypatch.setattr(tempfile, "mkstemp", disk_full)
+    refused(dotexport("plan", model, *NARROW), 1, "KeyError: 'hidden'", "No space left")
+
+
+def test_a_name_that_no_text_can_hold_is_told(dotexport: Command, tmp_path: Path) -> None:
+    refused(dotexport("plan", tmp_path / "caf\udce9", *NARROW), 1, "is neither a folder nor a hub")
+
+
+SHAPES: dict[str, Any] = {
+    "nothing": None,
+    "a list": [],
+    "a text": "x",
+    "a number": 7,
+    "a deep list": [[[[{}]]]],
+    "an object": {"x": {"y": []}},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "section",
+    [
+        *("artifacts", "source", "sizes", "shrink", "calibration", "quality", "bench", "served"),
+        *("environment", "healing", "latency", "recipe", "architecture", "kind"),
+    ],
+)
+def test_a_manifest_of_any_shape_is_read_or_refused(
+    dotexport: Command, shrunk: Path, section: str, shape: str
+) -> None:
+    file = shrunk / manifest.MANIFEST
+    written(file, json.dumps(json.loads(file.read_text()) | {section: SHAPES[shape]}))
+    for verb in (["report", shrunk], ["verify", shrunk, "--target", "nope"]):
+        outcome = dotexport(*verb)
+        assert outcome.code in (0, 1, 2), outcome
+        assert "did not expect" not in outcome.err
+
+
+@pytest.fixture
+def shrunk(whole: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(whole, tmp_path / "shrunk")
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_llama: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output that was narrowed and verified."""
+    folder = tmp_path_factory.mktemp("whole")
+    text = written(folder / "text.txt", "w1 w2 w3 w4 " * 100)
+    step = build(ShrinkStep, calib=str(text), samples=2, seqlen=32, intermediate=40)
+    shrinking.shrink(tiny_llama("wide-heads"), folder / "out", step.options())
+    exporting.export(folder / "out", ["hf"])
+    return folder / "out"
+
+
+def test_a_damaged_report_of_verification_is_started_again(
+    dotexport: Command, shrunk: Path
+) -> None:
+    for content in ("{", "[]", '{"artifacts": 7}', "[" * 9999):
+        written(shrunk / "reports" / "verify.json", content)
+        assert dotexport("verify", shrunk).code == 0
+        told = json.loads((shrunk / "reports" / "verify.json").read_text())
+        assert told["artifacts"]["hf"]["passed"]
+
+
+# Files of users ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt(), MemoryError()])
+@pytest.mark.parametrize("before", [False, True])
+def test_of_an_export_that_fails_nothing_stays_and_what_was_there_does(
+    dotexport: Command,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    before: bool,
+) -> None:
+    def broken(*_: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setitem(BUILT_IN, "copy", f"{__name__}:Copy")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "model"))
+    out = tmp_path / "out"
+    if before:
+        assert dotexport("export", model, "--target", "hf", "-o", out).code == 0
+    told = manifest.read(out) if before else None
+    monkeypatch.setattr(Copy, "write", broken)
+    outcome = dotexport("export", model, "--target", "copy", "-o", out, "--overwrite")
+    assert outcome.code in (1, 130)
+    assert names(tmp_path) == (["model", "out"] if before else ["model"])
+    assert not before or manifest.read(out) == told
+
+
+def test_a_second_target_is_added_by_naming_the_output(
+    dotexport: Command, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BUILT_IN, "copy", f"{__name__}:Copy")
+    out = tmp_path / "out"
+    assert dotexport("export", model, "--target", "hf", "-o", out).code == 0
+    outcome = dotexport("export", model, "--target", "copy", "-o", out)
+    refused(outcome, 2, "an output of dotexport already", f"`dotexport export {out} --target ...`")
+    assert "--overwrite" not in outcome.err
+    assert dotexport("export", out, "--target", "copy").code == 0
+    assert set(manifest.read(out)["artifacts"]) == {"hf", "copy-plain"}
+
+
+def test_a_folder_of_the_user_with_the_name_of_an_artifact_is_kept(
+    dotexport: Command, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BUILT_IN, "copy", f"{__name__}:Copy")
+    out = tmp_path / "out"
+    assert dotexport("export", model, "--target", "hf", "-o", out).code == 0
+    (out / "copy-plain").mkdir()
+    written(out / "copy-plain" / "letter.txt", "dear")
+    refused(dotexport("export", out, "--target", "copy"), 2, "exists and is not empty")
+    outcome = dotexport("export", out, "--target", "copy", "--overwrite")
+    refused(outcome, 2, "holds what dotexport did not write: letter.txt")
+    assert names(out / "copy-plain") == ["letter.txt"]
+
+
+def in_shards(model: Path, *shards: str) -> None:
+    """The tensors dealt out to files of these names, and an index of them."""
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    parts: dict[str, dict[str, torch.Tensor]] = {shard: {} for shard in shards}
+    for number, (name, tensor) in enumerate(sorted(tensors.items())):
+        parts[shards[number % len(shards)]][name] = tensor
+    for shard, part in parts.items():
+        (model / shard).parent.mkdir(parents=True, exist_ok=True)
+        save_file(part, model / shard, metadata={"format": "pt"})
+    places = {name: shard for shard, part in parts.items() for name in part}
+    written(model / checkpoint.INDEX, json.dumps({"weight_map": places}))
+
+
+@pytest.mark.parametrize(
+    "shards", [("a.safetensors", "b b.safetensors"), ("x/w.safetensors", "y/w.safetensors")]
+)
+def test_shards_of_odd_names_are_exported_whole(
+    dotexport: Command, model: Path, tmp_path: Path, shards: tuple[str, ...]
+) -> None:
+    in_shards(model, *shards)
+    out = tmp_path / "out"
+    outcome = dotexport("export", model, "--target", "hf", "-o", out)
+    assert outcome.code == 0, outcome.err
+    assert set(shards) < set(manifest.read(out)["artifacts"]["hf"]["files"])
+    assert manifest.read(out)["artifacts"]["hf"]["parity"]["passed"]
+
+
+@pytest.mark.parametrize("verb", ["export", "shrink"])
+@pytest.mark.parametrize("shard", ["../w.safetensors", "{}/w.safetensors", "a/../../w.safetensors"])
+def test_shards_outside_of_the_model_are_refused(
+    dotexport: Command, model: Path, text: Path, tmp_path: Path, shard: str, verb: str
+) -> None:
+    (model / "a").mkdir()
+    in_shards(model, shard.format(tmp_path))
+    run = (
+        ["export", model, "--target", "hf", "-o", tmp_path / "out"]
+        if verb == "export"
+        else shrinking_of(model, text, tmp_path / "out", *NARROW)
+    )
+    refused(dotexport(*run), 1, "w.safetensors' is no file of this folder", "download it again")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["export", "shrink"])
+def test_a_companion_that_is_a_link_out_of_the_model_is_refused_at_once(
+    dotexport: Command,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    verb: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written(tmp_path / "secret", "mine")
+    (model / "LICENSE").symlink_to(tmp_path / "secret")
+    monkeypatch.setattr(shrinking, "prepare", lambda *_: pytest.fail("worked first"))
+    run = (
+        ["export", model, "--target", "hf", "-o", tmp_path / "out"]
+        if verb == "export"
+        else shrinking_of(model, text, tmp_path / "out", *NARROW)
+    )
+    refused(dotexport(*run), 1, "LICENSE is a link to", "outside of the model", "put a copy")
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_of_the_hubs_cache_are_the_models_own(
+    dotexport: Command, model: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "models--a--b"
+    snapshot = home / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (home / "blobs").mkdir()
+    for number, file in enumerate(model.iterdir()):
+        shutil.copy(file, home / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    outcome = dotexport("export", snapshot, "--target", "hf", "-o", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "out/hf/tokenizer.json").is_file()
+    assert not any(file.is_symlink() for file in (tmp_path / "out").rglob("*"))
+
+
+def test_two_runs_into_one_output_do_not_meet(
+    dotexport: Command, model: Path, text: Path, tmp_path: Path
+) -> None:
+    run = shrinking_of(model, text, tmp_path / "out", *NARROW)
+    marker = tmp_path / "there"
+    command = [sys.executable, "-c", STALLED, *HALFWAY, str(marker), *map(str, run)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as first:
+        try:
+            while not marker.exists():
+                assert first.poll() is None
+                time.sleep(0.02)
+            for second in (run, [*run, "--overwrite"]):
+                refused(dotexport(*second), 2, "another run is writing", "wait until it has ended")
+            assert first.poll() is None
+        finally:
+            first.kill()
+    marker.unlink()
+    assert dotexport(*run).code == 0
+    assert names(tmp_path) == ["model", "out", "text.txt"]

@@ -12,9 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 from dotexport.bench import Workload, bench
+from dotexport.bench.report.collected import collect
 from dotexport.bench.subject import choose_precision, find_subject
-from dotexport.errors import UnsupportedModelError, UsageError
+from dotexport.errors import CheckpointError, UnsupportedModelError, UsageError
+from dotexport.exports.exporting import export
 from dotexport.exports.target import find_target
+from dotexport.storage import manifest
 
 Plant = Callable[..., Path]
 
@@ -100,9 +103,31 @@ def test_the_report_lands_in_the_output_of_the_candidate(
 ) -> None:
     out = tmp_path / "out"
     plant("out/planted-slow")
-    (out / "dotexport.json").write_text("{}", encoding="utf-8")
+    manifest.update(out)
     baseline = checkpoint(tmp_path / "model", planted={"step_ms": 8})
     bench(out, baseline, "planted", workload=small)
     report = json.loads((out / "reports" / "bench.json").read_text(encoding="utf-8"))
     assert report["precision"] == "slow"
     assert "faster" in report["comparisons"]["tpot"]["verdict"]
+
+
+@pytest.mark.parametrize("damage", ["changed", "added", "missing"])
+def test_what_was_changed_since_it_was_exported_is_not_measured(
+    tiny_llama: Callable[[str], Path], tmp_path: Path, damage: str
+) -> None:
+    out = tmp_path / "out"
+    export(tiny_llama("wide-heads"), ["hf"], out=out, verify=False)
+    target = find_target("hf")
+    assert find_subject("candidate", out, target, "as-stored", tmp_path).artifact == out / "hf"
+    file = out / "hf" / "tokenizer.json"
+    if damage == "changed":
+        file.write_text(file.read_text() + " ")
+    elif damage == "added":
+        (out / "hf" / "adapter_config.json").write_text("{}")
+    else:
+        file.unlink()
+    for folder in (out, out / "hf"):
+        with pytest.raises(CheckpointError, match="is not what was exported"):
+            find_subject("candidate", folder, target, "as-stored", tmp_path)
+    with pytest.raises(CheckpointError, match="is not what was exported"):
+        collect([out])

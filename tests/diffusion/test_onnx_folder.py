@@ -18,7 +18,8 @@ from dotexport.diffusion.sampling import component_of, load, sample
 from dotexport.errors import ParityError, UnsupportedModelError, UsageError
 from dotexport.exports.verifying import require
 from dotexport.storage import manifest
-from dotexport.storage.output import read_json, write_json
+from dotexport.storage.files import write_json
+from dotexport.storage.reading import read_json
 
 pytest.importorskip("onnxscript", reason="needs the extra [diffusion]")
 Tiny = Callable[[str], Path]

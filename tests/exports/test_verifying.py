@@ -32,6 +32,7 @@ from dotexport.exports.target import find_target
 from dotexport.exports.verifying import check, require, verify
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.storage import manifest
+from dotexport.storage.locking import lock_file
 
 pytest.importorskip("onnxruntime_genai")
 ir: Any = pytest.importorskip("onnx_ir")
@@ -176,6 +177,7 @@ def test_an_artifact_is_replaced_only_on_request(copied: Path) -> None:
 def test_an_artifact_that_was_never_recorded_is_written_again(copied: Path) -> None:
     artifacts = manifest.read(copied)["artifacts"]
     manifest.update(copied, artifacts={"hf": artifacts["hf"]})
+    lock_file(copied / "ort-cpu-fp32").touch()  # as a run leaves it that is killed in between
     export(copied, ["ort-cpu"], verify=False)
     assert list(manifest.read(copied)["artifacts"]) == ["hf", "ort-cpu-fp32"]
 
@@ -413,3 +415,48 @@ def test_a_real_model_is_exported_exactly(assets: Path, tmp_path: Path) -> None:
     assert fp32.max_abs < 1e-4
     # int4 costs this tiny model much; what it computes is still exactly the rounded model.
     assert max(phase.rounding or 0 for phase in int4.phases.values()) < 0.01
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "chat_template.jinja", "deep/tokenizer.json", "notes.txt"]
+)
+def test_a_file_that_was_added_later_fails(copied: Path, name: str) -> None:
+    file = copied / "hf" / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("{}")
+    (parity,) = verify(copied, ["hf"])
+    assert f"{name} was added after the export; remove it" in parity.problems
+    file.unlink()
+    (copied / "hf" / ".cache").mkdir()
+    (copied / "hf" / ".cache" / "x").touch()  # which nobody reads
+    assert verify(copied, ["hf"])[0].passed
+
+
+def test_the_checkpoint_of_a_plain_export_is_hashed_though_nobody_asked_for_it(
+    tiny_llama: Callable[[str], Path], tmp_path: Path
+) -> None:
+    export(tiny_llama("wide-heads"), ["ort-cpu"], out=tmp_path / "out", verify=False)
+    files = manifest.read(tmp_path / "out")["artifacts"]["hf"]["files"]
+    assert files == manifest.hash_files(tmp_path / "out" / "hf")
+    with (tmp_path / "out" / "hf" / "config.json").open("a") as stream:
+        stream.write(" ")
+    (parity,) = verify(tmp_path / "out", ["hf"])
+    assert "config.json was changed" in "; ".join(parity.problems)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("ort-cpu-fp32", {"precision": "int4"}),  # which would be held to less
+        ("ort-cpu-fp32", {"precision": "any"}),
+        ("hf", {"precision": "int4"}),
+        ("hf", {"target": "ort-cpu", "precision": "fp32"}),
+    ],
+)
+def test_precisions_that_are_not_those_of_the_artifact_are_refused(
+    copied: Path, name: str, change: dict[str, str]
+) -> None:
+    artifacts = manifest.read(copied)["artifacts"]
+    manifest.merge(copied, artifacts={name: artifacts[name] | change})
+    with pytest.raises(CheckpointError, match=f"says that {name} is of target .* was edited"):
+        verify(copied)

@@ -19,13 +19,18 @@ import pytest
 from dotexport import __version__
 from dotexport.errors import CheckpointError
 from dotexport.storage import manifest
-from dotexport.storage.output import MANIFEST
+from dotexport.storage.files import MANIFEST, write_json
+
+
+def stored(size: int) -> dict[str, Any]:
+    """An artifact."""
+    return {"target": "hf", "precision": "as-stored", "bytes": size, "files": {}, "parity": None}
 
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     """An output with two sections."""
-    manifest.update(tmp_path / "out", recipe={"hidden": 48}, artifacts={"hf": {"bytes": 7}})
+    manifest.update(tmp_path / "out", recipe="48", artifacts={"hf": stored(7)})
     return tmp_path / "out"
 
 
@@ -39,13 +44,14 @@ def names(folder: Path) -> list[str]:
 def test_an_update_replaces_its_sections_and_keeps_every_other_one(out: Path) -> None:
     before = manifest.read(out)
     assert before["dotexport"] == __version__
-    manifest.update(out, artifacts={"onnx-fp32": {}}, quality={"kl": 0.1 + 0.2, "who": "Łukasz ×"})
+    told = {"kl": 0.1 + 0.2, "who": "Łukasz ×"}
+    manifest.update(out, artifacts={"onnx-fp32": stored(1)}, told=told)
     # Replaced, not merged below the first level: an artifact that went must not come back.
     assert manifest.read(out) == before | {
-        "artifacts": {"onnx-fp32": {}},
-        "quality": {"kl": 0.1 + 0.2, "who": "Łukasz ×"},
+        "artifacts": {"onnx-fp32": stored(1)},
+        "told": told,
     }
-    assert list(manifest.read(out)) == [*before, "quality"]
+    assert list(manifest.read(out)) == [*before, "told"]
     assert names(out) == [MANIFEST]
 
 
@@ -188,3 +194,75 @@ def test_a_library_that_is_not_there_is_left_out(monkeypatch: pytest.MonkeyPatch
     libraries = manifest.environment()["libraries"]
     assert list(libraries) == ["numpy", "dotexport"]
     assert libraries["numpy"] == version("numpy")
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "a section of another kind": ({"artifacts": ["hf"]}, "artifacts must be a valid dictionary"),
+    "an artifact without files": (
+        {"artifacts": {"hf": {"target": "hf"}}},
+        "artifacts.hf.precision is not there",
+    ),
+    "a number in quotes": (
+        {"artifacts": {"hf": stored(1) | {"bytes": "1"}}},
+        "artifacts.hf.bytes must be a valid integer, not '1'",
+    ),
+    "an artifact elsewhere": (
+        {"artifacts": {"/etc": stored(1)}},
+        "must be the name of a folder in the output, not '/etc'",
+    ),
+    "an artifact above": ({"artifacts": {"..": stored(1)}}, "must be the name of a folder"),
+    "a file above its artifact": (
+        {"artifacts": {"hf": stored(1) | {"files": {"../x": {"bytes": 1, "sha256": "ab" * 32}}}}},
+        "must be a path below its folder, not '../x'",
+    ),
+    "no hash": (
+        {"artifacts": {"hf": stored(1) | {"files": {"x": {"bytes": 1, "sha256": "ab"}}}}},
+        "artifacts.hf.files.x.sha256",
+    ),
+    "figures that are none": ({"quality": {"perplexity": None}}, "quality.perplexity"),
+    "half of a shrink": (
+        {
+            "shrink": {
+                "narrow": {"mlp": "obs", "heads": "obs", "refit": True, "local": None, "seed": 0}
+            }
+        },
+        "source",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_manifest_that_says_what_none_of_ours_does_is_refused(out: Path, name: str) -> None:
+    sections, said = WRONG[name]
+    write_json(out / MANIFEST, json.loads((out / MANIFEST).read_text()) | sections)
+    with pytest.raises(CheckpointError, match=re.escape(said)) as refused:
+        manifest.read(out)
+    assert str(refused.value).startswith(f"{out / MANIFEST}: ")
+    assert "export again" in str(refused.value)
+
+
+# Several at once --------------------------------------------------------------------------------
+
+ADDING = """
+import sys
+from pathlib import Path
+from dotexport.storage import manifest
+out, name = Path(sys.argv[1]), sys.argv[2]
+for number in range(25):
+    entry = {"target": "t", "precision": "p", "bytes": 1, "files": {}, "parity": None}
+    manifest.merge(out, artifacts={f"{name}{number}": entry})
+"""
+
+
+def test_nothing_that_several_write_at_once_is_lost(out: Path) -> None:
+    runs = [subprocess.Popen([sys.executable, "-c", ADDING, str(out), name]) for name in "abc"]
+    assert [run.wait() for run in runs] == [0, 0, 0]
+    added = {f"{name}{number}" for name in "abc" for number in range(25)}
+    assert set(manifest.read(out)["artifacts"]) == {"hf", *added}
+    assert names(out) == [MANIFEST]
+
+
+def test_what_a_killed_write_left_is_cleared_by_the_next(out: Path) -> None:
+    (out / f".{MANIFEST}.partial-0a1b").write_text("{")
+    manifest.update(out, told=1)
+    assert names(out) == [MANIFEST]

@@ -200,13 +200,13 @@ def test_verify_says_that_it_did_not_and_ends_with_6(without_gpu: None, written:
 
 
 def test_a_model_card_names_what_nobody_verified(tmp_path: Path) -> None:
-    shrink = {"narrow": {"mlp": "obs", "heads": "obs", "refit": True, "local": True, "seed": 0}}
-    entry = {"bytes": 1, "parity": None}
+    shrink = {"narrow": {"mlp": "obs", "heads": "obs", "refit": True, "local": None, "seed": 0}}
+    entry = {"target": "ort-cuda", "precision": "fp16", "bytes": 1, "files": {}, "parity": None}
     manifest.update(
         tmp_path,
-        source={"model": "a-model", "licence": None},
+        source={"model": "a-model", "licence": None, "bytes": 1},
         shrink=shrink,
-        sizes={},
+        sizes={"parameters": [2, 1]},
         basis={"method": "pca"},
         calibration={"windows": 1, "seqlen": 8, "source": "text"},
         artifacts={"ort-cuda-fp16": entry},

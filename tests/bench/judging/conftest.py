@@ -14,7 +14,7 @@ import pytest
 from dotexport.bench import BenchResult, Measurement, Sample, Workload
 from dotexport.bench.report import write_report
 from dotexport.storage import manifest
-from dotexport.storage.output import write_json
+from dotexport.storage.files import write_json
 
 MACHINE = {
     "python": "3.11.7",
@@ -109,13 +109,19 @@ def output_at(folder: Path, make: Make, **section: Any) -> Path:
         "limits": {"max_abs": 1e-3, "kl": None, "perplexity_ratio": None},
         "perplexity_ratio": 1.0,
     }
-    weights = {"model.safetensors": {"bytes": 6_000_000, "sha256": "ab" * 32}}
+    (folder / "hf").mkdir(parents=True)
+    with (folder / "hf" / "model.safetensors").open("wb") as stream:
+        stream.truncate(6_000_000)
+    weights = manifest.hash_files(folder / "hf")
     manifest.update(
         folder,
         **{
-            "source": {"model": folder.name, "bytes": 10_000_000, "sha256": {"config.json": "00"}},
+            "source": {"model": folder.name, "licence": None, "bytes": 10_000_000},
             "sizes": {"hidden_size": [64, 48], "parameters": [5_000_000, 3_000_000]},
-            "shrink": {"narrow": {"mlp": "obs", "seed": 0}},
+            "shrink": {
+                "narrow": {"mlp": "obs", "heads": "obs", "refit": True, "local": None, "seed": 0}
+            },
+            "basis": {"method": "pca"},
             "calibration": {"source": "c.txt", "windows": 4, "seqlen": 64, "sha256": "cd" * 32},
             "environment": {k: v for k, v in MACHINE.items() if k != "threads"},
             "artifacts": {
@@ -127,6 +133,7 @@ def output_at(folder: Path, make: Make, **section: Any) -> Path:
             "quality": {
                 "text": "t.txt",
                 "num_windows": 32,
+                "num_tokens": 2016,
                 "perplexity": 8.0,
                 "baseline_perplexity": 7.5,
                 "kl": 0.05,

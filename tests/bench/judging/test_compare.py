@@ -283,3 +283,42 @@ def test_a_gate_of_the_bench_verb_cannot_be_misspelt_after_an_hour(
     code = call("bench", tmp_path, "--baseline", tmp_path, "--gate", tmp_path / "none.yaml")
     assert code == 2
     assert "none.yaml cannot be read" in squeezed(capsys.readouterr().err)
+
+
+BROKEN: dict[str, tuple[tuple[str | int, ...], Any]] = {
+    "no samples": (("candidate", "samples"), []),
+    "samples in text": (("candidate", "samples"), "many"),
+    "a sample without tokens": (("candidate", "samples", 0, "itl_ms"), []),
+    "time that stood still": (("baseline", "samples", 0, "ttft_ms"), 0),
+    "time that ran back": (("baseline", "samples", 0, "itl_ms"), [-1.0]),
+    "a group that only one has": (("candidate", "samples", 0, "group"), 99),
+    "groups of other sizes": (("candidate", "samples", 0, "group"), 1),
+    "a machine that is none": (("environment",), "fast"),
+    "cores that are none": (("environment", "cores"), 7),
+    "a workload of nothing": (("workload",), {"prompt_length": "long"}),
+    "a workload of another kind": (("workload",), []),
+    "rates without memory": (("rates",), {"device": "cpu", "memory": [], "arithmetic": {}}),
+    "bytes below nothing": (("candidate", "artifact_bytes"), -1),
+    "one model": (("candidate",), None),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_report_of_any_shape_is_refused_in_a_sentence(
+    call: Call, write: Write, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write()
+    assert call("compare", file) == 0
+    path, value = BROKEN[name]
+    stored = json.loads(file.read_text())
+    place = stored
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    file.write_text(json.dumps(stored))
+    capsys.readouterr()
+    assert call("compare", file) == 1
+    said = capsys.readouterr().err
+    assert str(file) in said.replace("\n", "")
+    assert "measure again with `dotexport bench`" in said
+    assert "did not expect" not in said

@@ -22,7 +22,7 @@ from dotexport.bench.report.collected import collect
 from dotexport.bench.report.page import draw, render, write_figures
 from dotexport.errors import CheckpointError, UsageError
 from dotexport.storage import manifest
-from dotexport.storage.output import write_json
+from dotexport.storage.files import write_json
 
 Fill = Callable[..., Path]
 VOID = {"meta", "link", "br", "img", "input", "hr"}

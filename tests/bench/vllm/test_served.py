@@ -251,7 +251,7 @@ def test_the_bench_verb_leaves_report_and_headline_in_an_output(
     out = tmp_path / "out"
     out.mkdir()
     models[0].rename(out / "hf")
-    manifest.update(out, source={"model": "m"})
+    manifest.update(out, source={"model": "m", "licence": None, "bytes": 1})
     flags = ("--baseline", models[1], "--target", "vllm", "--vllm-python", pretend())
     assert call(monkeypatch, out, *flags) == 0
     *table, last = capsys.readouterr().out.strip().splitlines()
