@@ -41,7 +41,7 @@ class Plan:
         """Whether tokens leave and nothing else changes, the class neither."""
         return self.before != self.after == self.on_kept_tokens.before
 
-    @property
+    @cached_property
     def carrier(self) -> Family:
         """The class that is written: of those that compute the same, the first that can hold it."""
         if self.vocabulary_alone:

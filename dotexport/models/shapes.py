@@ -80,13 +80,22 @@ def shapes(family: Family, sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]
 def num_parameters(family: Family, sizes: Sizes) -> int:
     """Distinct weights; a tied embedding counts once."""
     # All layers are alike, and a search over sizes asks this thousands of times.
-    repeated, once = 0, 0
-    for name, shape in shapes(family, replace(sizes, num_layers=1)):
-        if name.startswith(family.layer_name(0, "")):
-            repeated += math.prod(shape)
-        else:
-            once += math.prod(shape)
-    return once + sizes.num_layers * repeated
+    layer = sum(_layer_parameters(family, sizes))
+    tables = sizes.vocab_size * sizes.hidden_size * (1 if sizes.tied else 2)
+    return tables + sizes.hidden_size + sizes.num_layers * layer
+
+
+def _layer_parameters(family: Family, sizes: Sizes) -> Iterator[int]:
+    """Of each tensor of a layer, as `shapes` has them."""
+    width = sizes.spaces
+    for sublayer in family.sublayers:
+        yield sizes.hidden_size * sum(n is not None for n in (sublayer.norm, sublayer.output_norm))
+        rows = {linear.name: sum(sizes.rows(linear)) for linear in sublayer.readers}
+        for norm in sublayer.inner_norms:
+            yield sizes.head_dim if norm.per_head else rows[norm.reader]
+        rows[sublayer.writer.name] = width[sublayer.writer.out]
+        for linear in (*sublayer.readers, sublayer.writer):
+            yield rows[linear.name] * (width[linear.in_] + sizes.has_bias(linear))
 
 
 def num_multiplications(family: Family, sizes: Sizes) -> int:
