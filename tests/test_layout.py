@@ -189,7 +189,8 @@ def test_no_two_files_have_one_name() -> None:
 
 # What knows one axis by its name, and why: its own file; the sizes of a model and the tables of its
 # shapes; what is said of the residual stream, whose basis and norm are one axis' own; the pair of
-# --square; the parts of runtimes and results that read a config.json.
+# --square; the depth of models that are timed; the parts of runtimes and results that read a
+# config.json.
 def test_budgets_tables_and_reports_name_no_axis() -> None:
     from dotexport.axes import AXES
 
@@ -200,7 +201,7 @@ def test_budgets_tables_and_reports_name_no_axis() -> None:
     ]
     names = {axis.name for axis in AXES}
     naming = [str(f.relative_to(ROOT)) for f in walking if any(n in code_of(f) for n in names)]
-    assert naming == ["dotexport/sizes/square.py"]
+    assert naming == ["dotexport/sizes/square.py", f"{BENCH}/latency_sizes.py"]
 
 
 def test_the_walk_sees_what_it_should(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from dotexport.exports.two_vocabularies import evaluate_across
 from dotexport.models.documents import DOCUMENT_END, documents
 from dotexport.models.text_options import TextOptions
 from dotexport.vocabulary.proving import prove
-from dotexport.vocabulary.reading import Reading
+from dotexport.vocabulary.segmenting import Reading
 from dotexport.vocabulary.vocabulary_options import VocabularyOptions
 
 from .result_files import RESULTS, Out, Table, save

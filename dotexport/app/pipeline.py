@@ -185,7 +185,7 @@ def evaluate_into(
     """Evaluate OUT/hf beside the original and record it in OUT."""
     from dotexport.exports.quality import evaluate
     from dotexport.exports.two_vocabularies import evaluate_across
-    from dotexport.vocabulary.reading import have_one_vocabulary
+    from dotexport.vocabulary.segmenting import have_one_vocabulary
 
     manifest.read(out)  # refuses what is no output
     asked: dict[str, Any] = {"device": str(pick_device(device)), "progress": progress}

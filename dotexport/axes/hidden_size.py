@@ -26,9 +26,7 @@ class HiddenSize(Axis):
     def grids(self, family: Family, before: Sizes) -> list[list[int]]:
         width = before.hidden_size
         found = [(step, multiples(step, width)) for step in steps(width)]
-        # No carrier that asks for a multiple of the heads can hold a width of 1.
-        divides = find_carrier(family, self.resized(before, 1)).divides
-        heads = before.num_attention_heads if divides else 1
+        heads = before.num_attention_heads if family.divides else 1
         coarse = (n for n, (step, _) in enumerate(found) if _leaves_a_choice(step, heads, width))
         first = next(coarse, len(found) - 1)
         return [sorted({*sizes, width}) for _, sizes in found[first:]]

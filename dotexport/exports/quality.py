@@ -18,7 +18,7 @@ from torch.nn.functional import kl_div, log_softmax, nll_loss
 from dotexport.errors import CalibrationError, CheckpointError, DotexportError, UsageError
 from dotexport.exports.reference import load_float32
 from dotexport.models.checkpoint import Checkpoint
-from dotexport.vocabulary.reading import have_one_vocabulary
+from dotexport.vocabulary.segmenting import have_one_vocabulary
 
 LOGITS_BYTES = 256 << 20  # of one batch's logits, which decides how many windows run at once
 CHUNK_BYTES = 64 << 20  # of one chunk's log-probabilities; a few of these exist at a time

@@ -31,7 +31,7 @@ from dotexport.models.documents import documents
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import CHARACTERS, DOUBTFUL, window_length
 from dotexport.vocabulary.aligning import Aligned, align
-from dotexport.vocabulary.reading import Reading
+from dotexport.vocabulary.segmenting import Reading
 
 AT_ONCE = 256  # boundaries whose predictions are compared together
 

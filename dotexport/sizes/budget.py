@@ -16,6 +16,7 @@ from dotexport.axes import AXES
 from dotexport.axes.axis import LEAST_SHARE, Axis
 from dotexport.axes.plan import Plan, SizeOptions, read_model, resized
 from dotexport.errors import SizeError, UsageError
+from dotexport.models.families import find_carrier
 from dotexport.models.family import Family
 from dotexport.models.shapes import Sizes
 from dotexport.sizes import square
@@ -33,7 +34,7 @@ def plan(config: Mapping[str, Any], asked: SizeOptions) -> Plan:
         UsageError: nothing was asked for.
         UnsupportedModelError: no family table, or weights that are quantised already.
     """
-    family, before = read_model(config, keep_class=asked.keep_class)
+    family, before = read_asked(config, asked)
     if not asked.explicit and not asked.budgeted and asked.vocab_size is None:
         flags = [f"--{axis.flag.replace('_', '-')} N" for axis in AXES]
         raise UsageError(
@@ -44,6 +45,23 @@ def plan(config: Mapping[str, Any], asked: SizeOptions) -> Plan:
     if not asked.budgeted:
         return Plan(family, before, asked.finished(family, resized(before, asked.sizes)))
     return closest(config, asked, sorted(within_budget(config, asked), key=preference))
+
+
+def read_asked(config: Mapping[str, Any], asked: SizeOptions) -> tuple[Family, Sizes]:
+    """Family table and sizes; the table without carriers where the original's class is to stay.
+
+    Raises:
+        UsageError, UnsupportedModelError: as `dotexport.axes.plan.read_model`.
+    """
+    family, before = read_model(config, keep_class=asked.keep_class)
+    # Layers are timed in the class that they have.
+    timed = asked.latency is not None and family.architecture in family.carriers
+    return (family.uncarried() if timed else family), before
+
+
+def _leaves_its_class(family: Family, sizes: Sizes) -> bool:
+    """Whether a model that is written as itself where it can be is not at these sizes."""
+    return family.architecture in family.carriers and find_carrier(family, sizes) is not family
 
 
 def strain(decided: Plan) -> float:
@@ -104,7 +122,7 @@ def within_budget(config: Mapping[str, Any], asked: SizeOptions, *, rung: int = 
         SizeError: there is none.
         UsageError: a budget that is none.
     """
-    family, before = read_model(config, keep_class=asked.keep_class)
+    family, before = read_asked(config, asked)
     whole = Plan(family, before, before)
     grid = combinations(family, before, asked, rung)
     plans = [Plan(family, before, asked.finished(family, sizes)) for sizes in grid]
@@ -122,7 +140,7 @@ def within_budget(config: Mapping[str, Any], asked: SizeOptions, *, rung: int = 
 
 def num_rungs(config: Mapping[str, Any], asked: SizeOptions) -> int:
     """How many grids there are, from the coarsest that leaves a choice to the finest."""
-    family, before = read_model(config, keep_class=asked.keep_class)
+    family, before = read_asked(config, asked)
     return max(len(axis.grids(family, before)) for axis in AXES)
 
 
@@ -151,6 +169,8 @@ def _combined(
     axis, *others = axes
     for size in grid_of(axis, family, before, asked, rung):
         after = axis.resized(sizes, size)
+        if not asked.sizes and axis.everywhere and _leaves_its_class(family, after):
+            continue
         if axis.problem(family, before, after) is None:
             yield from _combined(family, before, after, others, asked, rung)
 
@@ -208,7 +228,9 @@ def filled(
         return decided
     cost, limit = _budget(config, decided, [decided], asked)
     while cost(decided) < CLOSE * limit:
-        wider = [p for p in _widened(decided, asked) if cost(p) <= limit and accept(p)]
+        fitting = [p for p in _widened(decided, asked) if cost(p) <= limit and accept(p)]
+        same = [p for p in fitting if p.carrier is decided.carrier]
+        wider = same or fitting
         if not wider:
             break
         decided = max(wider, key=lambda p: (min(cost(p), CLOSE * limit), _roundness(p), cost(p)))

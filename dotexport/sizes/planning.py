@@ -18,7 +18,7 @@ from typing import Any
 
 from dotexport.axes import AXES
 from dotexport.axes.carrying import planned_config
-from dotexport.axes.plan import Plan, SizeOptions, read_model
+from dotexport.axes.plan import Plan, SizeOptions
 from dotexport.errors import SizeError, UnsupportedModelError
 from dotexport.exports.target import Target, resolve_for_plan
 from dotexport.models.family import Family
@@ -30,6 +30,7 @@ from dotexport.sizes.budget import (
     num_rungs,
     plan,
     preference,
+    read_asked,
     shortfall,
     strain,
     within_budget,
@@ -179,7 +180,7 @@ def _candidates(config: Mapping[str, Any], asked: SizeOptions) -> Iterable[list[
     if not asked.budgeted:
         yield [plan(config, asked)]
         return
-    asked = check_sizes(*read_model(config, keep_class=asked.keep_class), asked)
+    asked = check_sizes(*read_asked(config, asked), asked)
     for rung in range(num_rungs(config, asked)):
         yield sorted(within_budget(config, asked, rung=rung), key=preference)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from dotexport.errors import CheckpointError
 from dotexport.vocabulary.aligning import Aligned, Ids, align
-from dotexport.vocabulary.reading import Reading
+from dotexport.vocabulary.segmenting import Reading
 
 MOST = 1 << 20  # characters of a text that are read twice
 # What user's text may lack: scripts, joined and decomposed characters, code, runs.

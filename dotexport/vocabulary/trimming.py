@@ -30,7 +30,7 @@ from dotexport.vocabulary import token_ids
 from dotexport.vocabulary.keeping import Kept, keep, listed
 from dotexport.vocabulary.pieces import TOKENIZER, Bpe
 from dotexport.vocabulary.proving import OTHER, check_names, prove
-from dotexport.vocabulary.reading import Reading
+from dotexport.vocabulary.segmenting import Reading
 from dotexport.vocabulary.using import count, template_texts
 from dotexport.vocabulary.vocabulary_options import VocabularyOptions
 

@@ -8,7 +8,7 @@ import pytest
 
 from dotexport.axes import AXES
 from dotexport.axes.axis import FLOOR
-from dotexport.axes.plan import SizeOptions, resized
+from dotexport.axes.plan import SizeOptions, read_model, resized
 from dotexport.errors import SizeError, UnsupportedModelError, UsageError
 from dotexport.models.families import find_family
 from dotexport.models.shapes import num_parameters, read_sizes
@@ -129,7 +129,8 @@ def test_sizes_are_what_kernels_like(name: str) -> None:
 
 @pytest.mark.parametrize("config", [LLAMA_2_7B, LLAMA_3_1_70B])
 def test_both_axes_share_a_cut_and_the_stream_gives_less(config: dict[str, Any]) -> None:
-    after = plan(config, SizeOptions(params="0.5x")).after
+    widths = "hidden_size,intermediate_size,num_key_value_heads"
+    after = plan(config, SizeOptions(params="0.5x", axes=widths)).after
     kept_hidden = after.hidden_size / config["hidden_size"]
     kept_mlp = after.intermediate_size / config["intermediate_size"]
     assert kept_mlp < kept_hidden < 0.9
@@ -147,7 +148,9 @@ def test_query_heads_leave_with_their_group() -> None:
     after = plan(LLAMA_3_1_70B, SizeOptions(num_key_value_heads=6, hidden_size=6144)).after
     assert (after.num_attention_heads, after.num_key_value_heads) == (48, 6)
     with pytest.raises(SizeError, match="48 attention heads"):  # 8192 is no multiple of 48
-        plan(LLAMA_3_1_70B, SizeOptions(num_key_value_heads=6))
+        plan(LLAMA_3_1_70B, SizeOptions(num_key_value_heads=6, keep_class=True))
+    carried = plan(LLAMA_3_1_70B, SizeOptions(num_key_value_heads=6))
+    assert carried.architectures == ["LlamaForCausalLM", "MistralForCausalLM"]
     with pytest.raises(SizeError, match="9 is more than the original's 8; the nearest legal: 8"):
         plan(LLAMA_3_1_70B, SizeOptions(num_key_value_heads=9))
     with pytest.raises(SizeError, match="0 is not between 1 and the original's 8"):
@@ -205,8 +208,7 @@ def test_an_illegal_width_is_refused_with_the_nearest_legal_ones(
     hidden: int, heads: int, asked: int, nearest: str
 ) -> None:
     config = TINY | {"hidden_size": hidden, "num_attention_heads": heads, "head_dim": 8}
-    family = find_family(config)
-    sizes = read_sizes(family, config)
+    family, sizes = read_model(config, keep_class=True)
     width = next(axis for axis in AXES if axis.name == "hidden_size")
     with pytest.raises(SizeError, match=rf"the nearest legal: {nearest}$"):
         width.check(family, sizes, resized(sizes, {"hidden_size": asked}))

@@ -155,8 +155,9 @@ def test_a_target_of_one_class_alone_decides_the_carrier_and_is_named_as_binding
     only_llama: None,
 ) -> None:
     published = PUBLISHED["Qwen2.5-7B"][0]
-    free = choose(published, SizeOptions(params="0.7x"), Deployment())
-    bound = choose(published, SizeOptions(params="0.7x"), Deployment(targets=("gguf:int4",)))
+    asked = SizeOptions(params="0.7x", axes="hidden_size,intermediate_size,num_key_value_heads")
+    free = choose(published, asked, Deployment())
+    bound = choose(published, asked, Deployment(targets=("gguf:int4",)))
     assert free.plan.carrier.architecture == "GraniteForCausalLM"
     assert bound.plan.carrier.architecture == "LlamaForCausalLM"
     assert bound.plan.after.hidden_size % 28 == 0

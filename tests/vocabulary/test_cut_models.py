@@ -36,7 +36,7 @@ from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.streams import held_out_windows
 from dotexport.storage import manifest
-from dotexport.vocabulary.reading import Reading
+from dotexport.vocabulary.segmenting import Reading
 from dotexport.vocabulary.vocabulary_options import VocabularyOptions
 
 TEXT = TextOptions(source="embedded:calibration", samples=8, seqlen=128)

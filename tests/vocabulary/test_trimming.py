@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dotexport.errors import CheckpointError, SizeError, UnsupportedModelError, UsageError
 from dotexport.models.checkpoint import Checkpoint, read_config
 from dotexport.vocabulary import proving
-from dotexport.vocabulary.reading import Reading
+from dotexport.vocabulary.segmenting import Reading
 from dotexport.vocabulary.trimming import Trimmed, choose_tokens, trim
 from dotexport.vocabulary.vocabulary_options import MULTIPLE, VocabularyOptions
 

@@ -75,8 +75,10 @@ def find_carrier(family: Family, sizes: Sizes) -> Family:
         carrier = family if architecture == family.architecture else SUPPORTED[architecture]
         whole_heads = not carrier.divides or sizes.hidden_size % sizes.num_attention_heads == 0
         windows = carrier.windows or not sizes.windowed
-        if whole_heads and windows and (
-            carrier is family or _has_place_for_biases(family, carrier, sizes)
+        if (
+            whole_heads
+            and windows
+            and (carrier is family or _has_place_for_biases(family, carrier, sizes))
         ):
             return carrier
     return family
