@@ -78,4 +78,5 @@ def _errors(found_RI: NDArray[Any], true_RI: NDArray[Any]) -> tuple[float, float
     gap_R = np.linalg.norm(found_RI - true_RI, axis=-1)
     # Rows of hardly anything are rounded with their neighbours' sizes in mind.
     error = float((gap_R / np.maximum(size_R, max(1e-2 * typical, 1e-30))).max())
-    return error, float((found_RI * true_RI).sum() / max(np.square(true_RI).sum(), 1e-30))
+    energy = float(np.square(true_RI).sum())
+    return error, float((found_RI * true_RI).sum()) / energy if energy else 1.0

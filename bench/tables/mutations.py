@@ -205,8 +205,8 @@ MUTATIONS = (
     ),
     mutation(
         "sizes/allocation.py",
-        "best, _ = min(checked, key=lambda pair: pair[1])",
-        "best, _ = checked[0]",
+        "taken, _ = min(checked, key=lambda pair: pair[1])",
+        "taken, _ = checked[0]",
         "Sizes are taken as predicted, whatever was measured of them together.",
         "sizes/test_allocation.py",
     ),
@@ -376,8 +376,8 @@ MUTATIONS = (
         "exports/test_quality.py",
     ),
     mutation(
-        "exports/verifying.py",
-        'file.stat().st_size != entry["bytes"] or manifest.sha256(file) != entry["sha256"]',
+        "storage/manifest.py",
+        'file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]',
         'file.stat().st_size != entry["bytes"]',
         "The hash of an artifact's files is not checked.",
         "exports/test_verifying.py",

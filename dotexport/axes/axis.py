@@ -78,6 +78,9 @@ class Axis(ABC):
     """Whether every matrix has it: what other axes cost at one of its sizes says nothing of what
     they cost at another."""
 
+    timed: ClassVar[bool] = True
+    """Whether tables of latency measure it, and budgets of time may cut it."""
+
     # Sizes ------------------------------------------------------------------------------------
 
     def size(self, sizes: Sizes) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from dotexport.axes.axis import LEAST_SHARE, Axis
 from dotexport.models.family import Family
@@ -25,6 +25,8 @@ SEARCHED = (6, 12)
 
 class NumHiddenLayers(Axis):
     """Depth."""
+
+    timed: ClassVar[bool] = False
 
     def size(self, sizes: Sizes) -> int:
         return sizes.num_layers

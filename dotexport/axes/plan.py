@@ -285,7 +285,9 @@ class SizeOptions:
 
     def may_cut(self, axis: Axis) -> bool:
         """Whether a budget may cut an axis."""
-        return self.axes is None or axis.name in self.axes.split(",")
+        if self.axes is None:
+            return axis.timed or self.latency is None
+        return axis.name in self.axes.split(",")
 
     @property
     def budgeted(self) -> bool:

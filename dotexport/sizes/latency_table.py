@@ -272,8 +272,8 @@ def times_of(content: Mapping[str, Any], metric: str, batch: int) -> Times:
 
 
 def table_axes() -> list[Axis]:
-    """All axes, the one that every matrix has first."""
-    return sorted(AXES, key=lambda axis: not axis.everywhere)
+    """All axes that are timed, the one that every matrix has first."""
+    return sorted((axis for axis in AXES if axis.timed), key=lambda axis: not axis.everywhere)
 
 
 def key_of(sizes: Sizes) -> Key:
@@ -298,7 +298,7 @@ def describe(architecture: str, sizes: Sizes) -> dict[str, Any]:
     others = ("num_attention_heads", "head_dim", "num_layers", "vocab_size")
     return {
         "architecture": architecture,
-        **{axis.name: axis.size(sizes) for axis in AXES},
+        **{axis.name: axis.size(sizes) for axis in AXES if axis.timed},
         **{name: getattr(sizes, name) for name in others},
     }
 

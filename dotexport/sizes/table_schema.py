@@ -30,7 +30,7 @@ class Judged(Measured):
     predicted: Ratio
 
 
-_SIZES: dict[str, Any] = {axis.name: (PositiveInt, ...) for axis in AXES}
+_SIZES: dict[str, Any] = {axis.name: (PositiveInt, ...) for axis in AXES if axis.timed}
 _Sizes = create_model("_Sizes", __base__=Stored, **_SIZES)
 
 

@@ -47,7 +47,9 @@ CONFIG: dict[str, Any] = settled(
     },
     of="the test",
 )
-SIZES = SizeOptions(hidden_size=192, intermediate_size=512, num_key_value_heads=3)
+SIZES = SizeOptions(
+    hidden_size=192, intermediate_size=512, num_key_value_heads=3, num_hidden_layers=3
+)
 # What people add to a budget -> the switches that the sizes alone do not say.
 SWITCHES: dict[str, dict[str, bool]] = {
     "": {},

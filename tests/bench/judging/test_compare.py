@@ -93,7 +93,7 @@ def test_a_machine_that_moved_is_told(
     ("change", "difference"),
     [
         ({"machine": {"cpu": "Another CPU"}}, "cpu: Test CPU against Another CPU"),
-        ({"machine": {"cores": {"usable": 1}}}, "cores: 2 against 1"),
+        ({"machine": {"cores": {"physical": 1, "usable": 1}}}, "cores: 2 against 1"),
         ({"machine": {"gpus": [{"name": "G"}]}}, "gpus: not recorded against name G"),
         (
             {"machine": {"libraries": {"onnxruntime": "1.26.0"}}},
