@@ -157,9 +157,9 @@ def limits_of(precision: str, reference: Reference, *, exact_rounding: bool = Fa
     compute in half precision throughout were up to five times off.
 
     Integers: rounding weights to 16 levels costs some models little and others much; the limit is
-    twice the KL divergence that the same rounding causes in torch, and never below 0.02 nats. On text
-    sampled from the model the expected log-perplexity ratio IS the KL divergence; the limit adds
-    three standard deviations for the few tokens it is measured on. Where the rounding rule is
+    twice the KL divergence that the same rounding causes in torch, and never below 0.02 nats. On
+    text sampled from the model the expected log-perplexity ratio IS the KL divergence; the limit
+    adds three standard deviations for the few tokens it is measured on. Where the rounding rule is
     known, torch with the same rounding is the better yardstick. How a runtime rounds activations to
     int8 differs by processor, so twice the error that such rounding causes in torch is allowed
     (0.02 to 0.04 in all; the usual difference is below 0.01).

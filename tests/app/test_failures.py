@@ -391,7 +391,7 @@ def test_text_that_is_not_there_is_refused(
         (["--intermediate", 0], 5, ["the nearest legal: 8"]),
         (["--intermediate", 96], 5, ["more than the original's 88"]),
         (["--params", "0.01x"], 5, ["no legal sizes", "hidden 16, intermediate 24", "0.07x"]),
-        (["--params", "0.3x", "--hidden", 48], 5, ["no legal sizes", "hidden 48", "0.46x"]),
+        (["--params", "0.1x", "--hidden", 48], 5, ["no legal sizes", "hidden 48", "layers 1"]),
         (["--params", "banana"], 2, ["'banana' is no budget", "0.7x, 5.2M"]),
         (["--params", "1.2.3x"], 2, ["is no budget"]),
         (["--params", "0.7"], 2, ["did you mean 0.7x?"]),
