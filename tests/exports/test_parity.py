@@ -247,6 +247,13 @@ def test_limits_are_a_small_multiple_of_what_a_precision_costs_in_torch(
     assert {name: getattr(limits, name) for name in said} == pytest.approx(said)
 
 
+def test_int8_is_allowed_twice_what_int4_is() -> None:
+    rough = replace(TORCH, rounded=tuple(-one for one in LOGITS), rounded_twice=LOGITS)
+    four, eight = (limits_of(precision, rough).kl for precision in ("int4", "int8"))
+    assert four is not None
+    assert eight == pytest.approx(2 * four)
+
+
 def test_a_measured_error_never_loosens_a_limit() -> None:
     noise = dict.fromkeys(("fp32", "fp16", "bf16", "int8"), Noise(9, 9, 9))
     for precision in noise:
