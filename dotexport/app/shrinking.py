@@ -125,8 +125,6 @@ def shrink(
         decided = plan(config, sizes)
         progress("reading the calibration text", 0, 1)
         windows_NL = token_windows(source.folder, options.text)
-        if short := shortfall(config, sizes, decided):
-            logger.warning("%s", short)
         allocation = None
         depths = Depths(source, windows_NL, options.narrow.seed, pick_device(device), progress)
         if options.allocate == "measured" and sizes.budgeted:
@@ -135,6 +133,8 @@ def shrink(
                 config, sizes, lambda p: rehearse(depths.settled(p).on_kept_tokens), progress
             )
             decided = allocation.plan
+        if short := shortfall(config, sizes, decided):
+            logger.warning("%s", short)
         decided = depths.settled(decided)
         closed, healing, workspace = _narrowed(
             source, decided, out, folder, windows_NL, options, device, overwrite, progress

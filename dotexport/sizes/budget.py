@@ -253,8 +253,9 @@ def shortfall(config: Mapping[str, Any], asked: SizeOptions, decided: Plan) -> s
     beyond = [p for p in wider if cost(p) > limit]
     near = [decided, *sorted(beyond, key=cost)[:1]]
     return (
-        f"no legal sizes come within 1 % of {_budget_text(asked)}; the nearest are "
+        f"no legal sizes that were found come within 1 % of {_budget_text(asked)}; the nearest are "
         + " and ".join(f"{p.in_words()} ({p.ratio:.3f}x)" for p in near)
+        + "; give sizes by number for others"
     )
 
 

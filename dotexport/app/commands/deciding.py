@@ -54,6 +54,8 @@ def plan(
         show_json(chosen.as_dict() | timed)
         return
     show_rows("sizes", {"sizes": chosen.plan.as_dict(), **timed})
+    if chosen.shortfall:
+        typer.echo(chosen.shortfall, err=True)
     show_shares(chosen.plan)
     show_costs(chosen)
 
