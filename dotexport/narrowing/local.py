@@ -11,7 +11,7 @@ Shapes: T tokens, B windows of a batch, L tokens per window, K width of the narr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,7 @@ import torch
 from torch import Tensor
 
 from dotexport.narrowing.narrow_options import LocalOptions
-from dotexport.narrowing.streams import Streams
-
-Step = Callable[[Tensor], Tensor]
+from dotexport.narrowing.streams import Step, Streams
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ def heal(
     parameters: list[Tensor],
     step: Step,
     streams: Streams,
-    E_DK: Tensor,
+    goal: Step,
     options: LocalOptions,
     *,
     tokenwise: bool,
@@ -52,11 +50,12 @@ def heal(
         parameters: leaves that `step` reads.
         step: the narrowed sublayer, stream (B, L, K) to stream (B, L, K).
         streams: the original's behind the sublayer, the narrowed one before it.
+        goal: X+ to E^T X+.
         tokenwise: whether `step` treats tokens alone, so that a batch may mix those of all windows.
 
     Each token counts by one over the mean square of its X+, as in the writer's closed form.
     """
-    batches = _Batches(streams, E_DK.float(), tokenwise)
+    batches = _Batches(streams, goal, tokenwise)
     best, before = [p.detach().clone() for p in parameters], batches.held_out_error(step)
     least, steps = before, options.num_steps(batches.num_tokens)
     optimiser = _adam(parameters, options)
@@ -103,7 +102,7 @@ class _Batches:
     """What healing reads: (narrowed stream before, E^T X+, weight), in float32 on the device."""
 
     streams: Streams
-    E_DK: Tensor
+    goal: Step
     tokenwise: bool
 
     def __post_init__(self) -> None:
@@ -144,5 +143,4 @@ class _Batches:
         x = self.streams.original_NLD[windows, positions].to(device)
         r = self.streams.narrowed_NLK[windows, positions].to(device)
         weight = x.square().mean(-1, keepdim=True).clamp_min(1e-12).reciprocal()
-        goal = x @ self.E_DK
-        return tuple(part.reshape(batch, -1, part.shape[-1]) for part in (r, goal, weight))  # type: ignore[return-value]
+        return tuple(part.reshape(batch, -1, part.shape[-1]) for part in (r, self.goal(x), weight))  # type: ignore[return-value]

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from dotexport.merging.ot.cost import Array
+from dotexport.merging.refit import gram
 from dotexport.models.family import Sublayer
 from dotexport.models.layers import Layer
-from dotexport.narrowing.original import Original, embed, gram
+from dotexport.narrowing.original import Original, embed, metric
 from dotexport.narrowing.streams import Streams, check_finite, inverse_rms
 
 Progress = Callable[[str, int, int], None]
@@ -105,7 +106,7 @@ def look(original: Original, streams: Streams, progress: Progress) -> Sight:
             streams.advance_original(partial(layer.after, sublayer))
         progress("reading the original", number + 1, layers)
     final_DD, peaks_D = _moment(streams, original.stock.norm(streams.device))
-    collected.add(final_DD, gram(original.folded_head()), apart=True)
+    collected.add(final_DD, metric(original.folded_head()), apart=True)
     massive = _massive(torch.maximum(spikes_D.to(peaks_D), peaks_D))
     return Sight(collected.moments, collected.metrics, collected.counts, massive, final_DD)
 
@@ -129,8 +130,7 @@ def _moment(streams: Streams, normalise: Callable[[Tensor], Tensor]) -> tuple[Te
         size_BL = raw_BLD.square().mean(-1).sqrt()
         quiet_BL = size_BL <= SINK * size_BL.median()
         quiet_BL[:, 0] = False
-        x_TD = normalise(raw_BLD)[quiet_BL].double()
-        moment_DD += x_TD.T @ x_TD
+        moment_DD += gram(normalise(raw_BLD)[quiet_BL])
     check_finite(moment_DD.trace())
     return moment_DD / moment_DD.trace().clamp_min(1e-30), peaks_D
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dotexport.merging.refit import gram
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.family import Family
 from dotexport.models.layers import Layer, Stock, layer_tensors
@@ -80,10 +81,10 @@ def embed(table_VX: Tensor, streams: Streams, stream_NLX: Tensor) -> None:
         stream_NLX[rows] = table_VX[tokens_BL].to(stream_NLX.device)
 
 
-def gram(weights_OI: Tensor) -> Tensor:
+def metric(weights_OI: Tensor) -> Tensor:
     """W^T W in float64, a block of rows at a time."""
     size = weights_OI.shape[1]
     total_II = torch.zeros(size, size, dtype=torch.float64, device=weights_OI.device)
     for block_OI in torch.split(weights_OI, ROWS):
-        total_II += block_OI.double().T @ block_OI.double()
+        total_II += gram(block_OI.double())
     return total_II

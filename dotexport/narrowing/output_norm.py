@@ -72,7 +72,8 @@ class Behind:
 
     def spread(self, inside_TI: Tensor, folded_KI: Tensor) -> Tensor:
         """z / size(W z)."""
-        return inside_TI / size(inside_TI @ self.unfolded(folded_KI).T, self.epsilon)
+        weights_KI = self.unfolded(folded_KI).to(inside_TI)
+        return inside_TI / size(inside_TI @ weights_KI.T, self.epsilon)
 
     def where_it_matters(self, fitted_KI: Tensor, prior_KI: Tensor) -> Tensor:
         """The fit, but for outputs with hardly any gamma: what they give decides what the others

@@ -32,7 +32,7 @@ from dotexport.narrowing.basis import Basis, best_of, check_basis, find_basis, m
 from dotexport.narrowing.judging import Head, divergences
 from dotexport.narrowing.narrow_options import AUTO, NarrowOptions
 from dotexport.narrowing.norm_statistics import Progress, Sight, look
-from dotexport.narrowing.original import ROWS, Original, embed, gram
+from dotexport.narrowing.original import ROWS, Original, embed, metric
 from dotexport.narrowing.output_norm import merged
 from dotexport.narrowing.site import Site
 from dotexport.narrowing.streams import Streams
@@ -177,7 +177,7 @@ class Narrowing:
     def _turn_of_tied_head(self, basis: Basis, sight: Sight) -> Tensor:
         """R: eigenvectors of the best symmetric matrix in the place of the final norm's gamma."""
         E_DK = torch.from_numpy(basis.matrix_DK).to(self.streams.device)
-        metric_DD, moment_DD = gram(self.original.table()), sight.final
+        metric_DD, moment_DD = metric(self.original.table()), sight.final
         assert moment_DD is not None
         gamma_D = self.original.gamma().double()
         ridge = 1e-9 * torch.eye(E_DK.shape[1], dtype=torch.float64, device=E_DK.device)
@@ -338,9 +338,9 @@ class Narrowing:
         train, held = self.streams.moments(
             lambda rows: (
                 after(self.streams.narrowed(rows)),
-                before(self.streams.original(rows)) * gamma_D,
+                (before(self.streams.original(rows)) * gamma_D).float(),
             ),
-            metric_OO=gram(head_VD),
+            metric_OO=metric(head_VD),
         )
         fitted = fit(train, held, analytic_DK, ridge=self.options.ridge, solve=solve)
         norm = self.original.family.final_norm

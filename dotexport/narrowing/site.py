@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,14 +20,14 @@ from torch.nn.functional import linear as apply_linear
 from torch.nn.functional import pad
 
 from dotexport.merging.ot.coupling import Coupling
-from dotexport.merging.refit import Fit, Moments, compensate, fit, gain_solve
+from dotexport.merging.refit import Fit, Moments, compensate, fit, gain_solve, gram
 from dotexport.merging.units import Choice, Units
 from dotexport.models.family import Linear, Sublayer
 from dotexport.models.layers import Layer
 from dotexport.narrowing import local
 from dotexport.narrowing.narrow_options import LocalOptions, NarrowOptions
 from dotexport.narrowing.output_norm import Behind, FewerFeatures, size
-from dotexport.narrowing.streams import Rows, Streams, inverse_rms
+from dotexport.narrowing.streams import Rows, Step, Streams, inverse_rms, onto
 
 REWEIGHINGS = 3  # of a writer behind which a norm lies, at most
 
@@ -118,6 +118,11 @@ class Site:
 
     # Neurons and writer -----------------------------------------------------------------------
 
+    @cached_property
+    def _goal(self) -> Step:
+        """E^T x for tokens x of the original's stream."""
+        return onto(self.E_DK)
+
     @property
     def _bias(self) -> Tensor | None:
         return self.student.tensors().get(f"{self.sublayer.writer.name}.bias")
@@ -192,8 +197,7 @@ class Site:
         total_KK = torch.zeros((), device=weight_NK.device)
         for rows in self.streams.batches():
             normed_BLK = self.student.normalise(self.sublayer, self.streams.narrowed(rows))
-            y_TK = normed_BLK.flatten(0, 1).double()
-            total_KK = total_KK + y_TK.T @ y_TK
+            total_KK = total_KK + gram(normed_BLK.flatten(0, 1)).double()
         return weight_NK @ total_KK @ weight_NK.T
 
     def _count(self, choice: Choice) -> int:
@@ -213,18 +217,18 @@ class Site:
             if self._behind:
                 inside_BLI = self._behind.spread(inside_BLI, analytic_KI)
             if not (self.options.refit and self.options.feedback):
-                target_BLK = inside_BLI @ analytic_KI.T
+                target_BLK = inside_BLI @ analytic_KI.T.float()
             return inside_BLI * weight_BL1, target_BLK * weight_BL1
 
         return self.streams.moments(read)
 
     def _asked_of_writer(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """What it sees, what is missing behind it, and how much each token counts."""
-        after_BLD, before_BLK = self.streams.original(rows).double(), self.streams.narrowed(rows)
-        inside_BLI = self.student.inside(self.sublayer, before_BLK).double()
+        after_BLD, before_BLK = self.streams.original(rows), self.streams.narrowed(rows)
+        inside_BLI = self.student.inside(self.sublayer, before_BLK)
         if self._bias is not None:
             inside_BLI = pad(inside_BLI, (0, 1), value=1.0)
-        return inside_BLI, after_BLD @ self.E_DK - before_BLK, inverse_rms(after_BLD)
+        return inside_BLI, self._goal(after_BLD) - before_BLK, inverse_rms(after_BLD)
 
     def _fit(self, train: Moments, held: Moments, prior_KI: Tensor) -> Fit:
         if not self.options.refit:
@@ -267,7 +271,7 @@ class Site:
 
         def read(rows: Rows) -> tuple[Tensor, Tensor]:
             inside_BLI, target_BLK, weight_BL1 = self._asked_of_writer(rows)
-            written_BLK = inside_BLI @ weights_KI.T
+            written_BLK = inside_BLI @ weights_KI.T.float()
             normed_BLK = written_BLK / size(written_BLK, behind.epsilon)
             return normed_BLK * weight_BL1, target_BLK * weight_BL1
 
@@ -358,7 +362,7 @@ class Site:
             leaves,
             lambda r: self.student.after(self.sublayer, r),
             self.streams,
-            self.E_DK,
+            self._goal,
             options,
             tokenwise=self.units.tokenwise,
             seed=self.options.seed,

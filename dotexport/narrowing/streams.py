@@ -26,6 +26,7 @@ TOKENS_PER_BATCH = 4096
 MEMORY_SHARE = 0.25
 Rows = slice
 Read = Callable[[Rows], tuple[Tensor, Tensor]]
+Step = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -93,12 +94,12 @@ class Streams:
     def narrowed(self, rows: Rows) -> Tensor:
         return self.narrowed_NLK[rows].to(self.device)
 
-    def advance_original(self, step: Callable[[Tensor], Tensor]) -> None:
+    def advance_original(self, step: Step) -> None:
         """Replace the original's stream by what lies behind its next sublayer."""
         for rows in self.batches():
             self.original_NLD[rows] = step(self.original(rows)).to(self.original_NLD.device)
 
-    def advance_narrowed(self, step: Callable[[Tensor], Tensor]) -> None:
+    def advance_narrowed(self, step: Step) -> None:
         """The same for the narrowed model."""
         for rows in self.batches():
             self.narrowed_NLK[rows] = step(self.narrowed(rows)).to(self.narrowed_NLK.device)
@@ -127,6 +128,14 @@ def inverse_rms(stream_BLD: Tensor) -> Tensor:
     """One over the root mean square of each token, (B, L, 1)."""
     inverse_BL1: Tensor = stream_BLD.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
     return inverse_BL1
+
+
+def onto(E_DK: Tensor) -> Step:
+    """x E, tokens of the original's stream in the basis of the narrowed one."""
+    if torch.equal(E_DK, torch.eye(len(E_DK)).to(E_DK)):
+        return lambda x_BLD: x_BLD
+    narrow_DK = E_DK.float()
+    return lambda x_BLD: x_BLD @ narrow_DK
 
 
 def check_finite(energy: Tensor) -> None:

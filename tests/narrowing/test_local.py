@@ -8,7 +8,7 @@ import torch
 from dotexport.errors import UsageError
 from dotexport.narrowing.local import Healed, heal
 from dotexport.narrowing.narrow_options import LocalOptions
-from dotexport.narrowing.streams import Streams
+from dotexport.narrowing.streams import Streams, onto
 
 WIDTH = 6
 
@@ -34,8 +34,8 @@ def layer(
 def healed(options: LocalOptions, made: Streams) -> tuple[list[torch.Tensor], Healed]:
     random = torch.Generator().manual_seed(1)
     leaves = [torch.randn(3, WIDTH, generator=random).requires_grad_() for _ in range(3)]
-    eye = torch.eye(WIDTH, dtype=torch.float64)
-    result = heal(leaves, lambda x: layer(x, *leaves), made, eye, options, tokenwise=True, seed=0)
+    same = onto(torch.eye(WIDTH, dtype=torch.float64))
+    result = heal(leaves, lambda x: layer(x, *leaves), made, same, options, tokenwise=True, seed=0)
     return leaves, result
 
 
