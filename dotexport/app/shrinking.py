@@ -38,7 +38,13 @@ from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.basis import whole
 from dotexport.narrowing.depth import Depths
 from dotexport.narrowing.norm_statistics import Progress
-from dotexport.narrowing.prepare import pick_device, prepare, rehearsals, tensor_specs
+from dotexport.narrowing.prepare import (
+    dtype_of_passes,
+    pick_device,
+    prepare,
+    rehearsals,
+    tensor_specs,
+)
 from dotexport.outputs import card
 from dotexport.sizes.allocation import Allocation, allocate
 from dotexport.sizes.budget import plan, shortfall
@@ -126,9 +132,11 @@ def shrink(
         progress("reading the calibration text", 0, 1)
         windows_NL = token_windows(source.folder, options.text)
         allocation = None
-        depths = Depths(source, windows_NL, options.narrow.seed, pick_device(device), progress)
+        where = pick_device(device)
+        passes = dtype_of_passes(source, options.narrow, where)
+        depths = Depths(source, windows_NL, options.narrow.seed, where, passes, progress)
         if options.allocate == "measured" and sizes.budgeted:
-            rehearse = rehearsals(source, windows_NL, options.narrow, pick_device(device))
+            rehearse = rehearsals(source, windows_NL, options.narrow, where)
             allocation = allocate(
                 config, sizes, lambda p: rehearse(depths.settled(p).on_kept_tokens), progress
             )
@@ -158,7 +166,7 @@ def shrink(
         if recipe:
             write_text(folder / RECIPE, recipe)
             manifest.update(folder, recipe=hashlib.sha256(recipe.encode()).hexdigest())
-        _describe(folder, original, options, shrunk, windows_NL, closed)
+        _describe(folder, original, options, shrunk, windows_NL, closed, passes)
         if isinstance(source, Trimmed):
             write_json(folder / "reports" / "vocabulary.json", {"original_ids": source.kept.ids})
     if workspace:
@@ -360,6 +368,7 @@ def _describe(
     shrunk: Shrunk,
     windows_NL: torch.Tensor,
     closed: ClosedForm,
+    passes: torch.dtype,
 ) -> None:
     recipe = json.loads(json.dumps(asdict(options)))
     manifest.update(
@@ -379,7 +388,8 @@ def _describe(
         **({"vocabulary": shrunk.vocabulary} if shrunk.vocabulary else {}),
         artifacts={"hf": _artifact(folder / "hf")},
         timings={"shrink_seconds": round(shrunk.seconds, 2)},
-        environment=manifest.environment() | {"device": closed.device},
+        environment=manifest.environment()
+        | {"device": closed.device, "passes": str(passes).removeprefix("torch.")},
         **({"healing": shrunk.healing} if shrunk.healing else {}),
     )
     write_json(folder / "reports" / "shrink.json", shrunk.as_dict())

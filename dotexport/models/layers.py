@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,8 @@ class Stock:
     Attributes:
         rotary_local: of layers that attend to a window, where the class keeps two (Gemma 3 in
             transformers 4; later one is asked by the kind of layer).
+        passes: dtype of the products of a pass through a layer; streams, norms and sums stay
+            float32.
     """
 
     config: Any
@@ -35,9 +38,15 @@ class Stock:
     norm_class: Callable[..., nn.Module]
     rotary: nn.Module
     rotary_local: nn.Module | None = None
+    passes: torch.dtype = torch.float32
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], device: torch.device) -> Stock:
+    def of(
+        cls,
+        config: Mapping[str, Any],
+        device: torch.device,
+        passes: torch.dtype = torch.float32,
+    ) -> Stock:
         """Look the classes up from a config.json; builds one layer without memory.
 
         Raises:
@@ -51,7 +60,7 @@ class Stock:
         local: Any = getattr(decoder, "rotary_emb_local", None)
         if local is not None:
             local = type(local)(config=local.config).to(device)
-        return cls(stock, type(decoder.layers[0]), type(decoder.norm), rotary, local)
+        return cls(stock, type(decoder.layers[0]), type(decoder.norm), rotary, local, passes)
 
     def layer(self, number: int) -> nn.Module:
         """A layer without memory behind its weights; assign them before use."""
@@ -197,21 +206,33 @@ class Layer:
         normed_BLD = self.normalise(sublayer, stream_BLD)
         module = self.module.get_submodule(sublayer.module)
         if sublayer.module != "self_attn":
-            neurons_BLI: Tensor = module(normed_BLD)
-            return neurons_BLI
+            with self._passing(normed_BLD):
+                neurons_BLI: Tensor = module(normed_BLD)
+            return neurons_BLI.float()
         mask = self.stock.mask(self.number, normed_BLD.shape[1])
-        heads_BLI: Tensor = module(
-            hidden_states=normed_BLD,
-            position_embeddings=self.stock.positions(normed_BLD, self.number),
-            attention_mask=None if mask is None else mask.to(normed_BLD.device),
-        )[0]
-        return heads_BLI
+        positions = self.stock.positions(normed_BLD, self.number)
+        with self._passing(normed_BLD):
+            heads_BLI: Tensor = module(
+                hidden_states=normed_BLD,
+                position_embeddings=positions,
+                attention_mask=None if mask is None else mask.to(normed_BLD.device),
+            )[0]
+        return heads_BLI.float()
+
+    def _passing(self, example: Tensor) -> AbstractContextManager[Any]:
+        """Products in the dtype of passes."""
+        dtype = self.stock.passes
+        if dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(example.device.type, dtype)
 
     def write(self, sublayer: Sublayer, inside_BLI: Tensor) -> Tensor:
         """What the writer gives."""
         name = sublayer.writer.name
         bias = self._tensors.get(f"{name}.bias")
-        return apply_linear(inside_BLI, self._tensors[f"{name}.weight"], bias)
+        with self._passing(inside_BLI):
+            written_BLD = apply_linear(inside_BLI, self._tensors[f"{name}.weight"], bias)
+        return written_BLD.float()
 
     def after(self, sublayer: Sublayer, stream_BLD: Tensor) -> Tensor:
         """The stream behind this sublayer."""

@@ -56,6 +56,7 @@ class Depths:
     windows_NL: Tensor
     seed: int
     device: torch.device
+    passes: torch.dtype = torch.float32
     progress: Progress = lambda stage, done, total: None
     left: list[int] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
@@ -93,7 +94,7 @@ class Depths:
             before = decided.on_kept_tokens.before
             plan = replace(decided, before=before, after=before, layers=None)
             source, whole = carry(self.source, plan)
-            stock = Stock.of(source.config, self.device)
+            stock = Stock.of(source.config, self.device, self.passes)
             original = Original(source, whole.family, whole.before, stock, self.device)
             self._made = Stack(original, *_parts(self.windows_NL, self.seed))
         return self._made

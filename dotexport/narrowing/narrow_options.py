@@ -11,6 +11,7 @@ from dotexport.options import group, option
 
 MERGE_METHODS = ("dot", "obs", "select")
 BASES = ("dot", "learned", "obs", "pca", "select")
+PASSES = ("auto", "bfloat16", "float32")
 LARGEST_SEED = (1 << 63) - 1  # that torch takes
 AUTO = "auto"
 """All bases that a class allows are measured."""
@@ -61,6 +62,9 @@ class NarrowOptions:
             one that is best on held-out windows.
         transport: how plans are found.
         local: steps on each narrowed sublayer's own weights after its refit; None takes none.
+        passes: dtype of the products of a pass through a layer, `bfloat16` or `float32`; `auto`:
+            bfloat16 where weights are stored in it, the device multiplies it natively and
+            hidden_size is at least 512. Streams, norms, sums and solves are not touched by it.
         seed: which calibration windows are held out to choose ridges and accept merges.
     """
 
@@ -85,6 +89,11 @@ class NarrowOptions:
         None, help="Of every refit; default: per solve the best on held-out windows."
     )
     local: LocalOptions | None = field(default_factory=LocalOptions)
+    passes: str = option(
+        "auto",
+        help="Products of passes over the text: bfloat16 (faster), float32 (exact), or auto: "
+        "bfloat16 for weights stored so, hidden sizes from 512 on, and devices that have it.",
+    )
     seed: int = option(0, help="Same seed, same bytes.")
 
     def __post_init__(self) -> None:
@@ -97,6 +106,9 @@ class NarrowOptions:
             raise UsageError(f"basis must be one of {known}, not {self.basis!r}")
         if self.ridge is not None and not 0 <= self.ridge < math.inf:
             raise UsageError(f"ridge must be at least 0, not {self.ridge}")
+        if self.passes not in PASSES:
+            known = ", ".join(PASSES)
+            raise UsageError(f"passes must be one of {known}, not {self.passes!r}")
         if self.seed < 0:
             raise UsageError(f"seed must be at least 0, not {self.seed}")
         if self.seed > LARGEST_SEED:

@@ -16,12 +16,14 @@ from dotexport.models.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
 from dotexport.models.layers import Stock
 from dotexport.models.shapes import shapes
 from dotexport.narrowing.basis import check_basis
-from dotexport.narrowing.narrow_options import NarrowOptions
+from dotexport.narrowing.narrow_options import AUTO, NarrowOptions
 from dotexport.narrowing.norm_statistics import Progress
 from dotexport.narrowing.original import Original
 from dotexport.narrowing.run import REHEARSED, REHEARSED_LENGTH, Narrowing, Nowhere, Writer
 from dotexport.narrowing.streams import Streams
 from dotexport.storage.files import write_json
+
+WIDE = 512  # hidden_size from which on a pass takes the time of its products
 
 
 def prepare(
@@ -98,16 +100,35 @@ def _assemble(
     options: NarrowOptions,
     progress: Progress,
 ) -> Narrowing:
-    stock = Stock.of(source.config, streams.device)
+    passes = dtype_of_passes(source, options, streams.device)
+    stock = Stock.of(source.config, streams.device, passes)
     return Narrowing(
         Original(source, decided.family, decided.before, stock, streams.device),
         decided,
-        Stock.of(decided.config(source.config), streams.device),
+        Stock.of(decided.config(source.config), streams.device, passes),
         streams,
         writer,
         options,
         progress,
     )
+
+
+def dtype_of_passes(
+    source: Checkpoint, options: NarrowOptions, device: torch.device
+) -> torch.dtype:
+    """What `--passes` comes to for this model on this device."""
+    if options.passes != AUTO:
+        return torch.bfloat16 if options.passes == "bfloat16" else torch.float32
+    stored = {spec.dtype for spec in source.specs.values() if len(spec.shape) == 2}
+    worth_it = source.config["hidden_size"] >= WIDE and stored == {torch.bfloat16}
+    return torch.bfloat16 if worth_it and _multiplies_bfloat16(device) else torch.float32
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(has.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 def pick_device(name: str) -> torch.device:
