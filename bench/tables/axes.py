@@ -1,40 +1,85 @@
-"""What each axis is worth at one budget: width, depth, and what the allocation makes of all."""
+"""What each axis is worth at one budget: width, depth, vocabulary, and what the allocation makes
+of all; beside them two published ways to drop layers."""
 
 from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.app.shrinking import shrink
 from dotexport.axes.plan import SizeOptions
 from dotexport.bench.tables.fidelity import Notes
+from dotexport.bench.tables.last_words import accuracy
+from dotexport.bench.tables.layer_rivals import RIVALS, without_layers
 from dotexport.bench.tables.result_files import RESULTS, Out, save
 from dotexport.exports.quality import evaluate
+from dotexport.exports.two_vocabularies import evaluate_across
+from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.narrow_options import LocalOptions, NarrowOptions
+from dotexport.sizes.budget import plan
+from dotexport.vocabulary.vocabulary_options import VocabularyOptions
 
 WIDTH = "hidden_size,intermediate_size,num_key_value_heads"
+DEPTH = "num_hidden_layers"
 WAYS: dict[str, Mapping[str, Any]] = {
     "width": {"axes": WIDTH},
     "width, class kept": {"axes": WIDTH, "keep_class": True},
     "MLP alone": {"axes": "intermediate_size"},
-    "depth alone": {"axes": "num_hidden_layers"},
-    "depth alone, dropped": {"axes": "num_hidden_layers", "refit": False},
+    "depth alone": {"axes": DEPTH},
+    "depth alone, dropped": {"axes": DEPTH, "refit": False},
     "all, by the rule": {},
     "all, measured": {"allocate": "measured"},
+    "vocabulary alone": {"vocab": True, "alone": True},
+    "all and vocabulary": {"vocab": True},
+    **{name: {"rival": name} for name in RIVALS},
 }
 """Name -> what differs from the defaults."""
 
 app = typer.Typer()
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What a narrowed model is held against.
+
+    Attributes:
+        texts: by the words that a column starts with.
+        passages: LAMBADA's, and how many of them; None: not asked.
+    """
+
+    model: Path
+    texts: Mapping[str, TextOptions]
+    passages: tuple[Path, int] | None
+
+    def of(self, narrowed: Path) -> dict[str, float | None]:
+        row: dict[str, float | None] = {}
+        rows_before, rows_after = (
+            Checkpoint.open(folder).config["vocab_size"] for folder in (self.model, narrowed)
+        )
+        for name, text in self.texts.items():
+            if rows_before == rows_after:
+                windows_NL = token_windows(self.model, text)
+                quality = evaluate(narrowed, self.model, windows_NL)
+            else:
+                quality = evaluate_across(narrowed, self.model, text)
+            row |= {
+                f"{name}perplexity": quality.perplexity,
+                f"{name}ratio": quality.ratio,
+                f"{name}KL": quality.kl,
+            }
+        if self.passages is not None:
+            row["LAMBADA"] = accuracy(narrowed, *self.passages)
+        return row
 
 
 @app.command()
@@ -45,10 +90,14 @@ def axes(
     other: Annotated[str, typer.Option(help="Text of another domain.")],
     params: Annotated[list[str] | None, typer.Option(help="Budget; repeat it.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="A way; repeat it.")] = None,
+    vocab: Annotated[int, typer.Option(help="Tokens where the vocabulary shrinks.")] = 16384,
     samples: int = 48,
     seqlen: int = 512,
     windows: Annotated[int, typer.Option(help="Of each text, at its start.")] = 12,
     length: Annotated[int, typer.Option(help="Tokens of these windows.")] = 1024,
+    lambada: Annotated[Path | None, typer.Option(help="LAMBADA's passages, JSON lines.")] = None,
+    passages: Annotated[int, typer.Option(help="How many of them.")] = 200,
+    passes: Annotated[str, typer.Option(help="As shrink --passes.")] = "auto",
     local: Annotated[bool, typer.Option("--local", help="Heal locally, as shrink does.")] = False,
     out: Out = RESULTS,
 ) -> None:
@@ -56,81 +105,106 @@ def axes(
     if strange := set(only or ()) - set(WAYS):
         raise typer.BadParameter(f"--only {sorted(strange)[0]} is none of {', '.join(WAYS)}")
     notes = Notes(out / ".axes.jsonl")
-    texts = {
-        name: _first(model, text, windows, length) for name, text in _domains(test, other).items()
-    }
+    judge = Judge(
+        model,
+        {
+            name: TextOptions(source=text, samples=windows, seqlen=length)
+            for name, text in {"": test, "other ": other}.items()
+        },
+        (lambada, passages) if lambada else None,
+    )
     asked = ShrinkOptions(
         text=TextOptions(source=calib, samples=samples, seqlen=seqlen),
-        narrow=NarrowOptions(local=LocalOptions() if local else None),
+        narrow=NarrowOptions(local=LocalOptions() if local else None, passes=passes),
     )
-    rows = []
+    rows = [{"budget": "1x", "way": "the original", **_original(notes, judge)}]
     for budget in params or ["0.79x"]:
         for way in only or WAYS:
             known = notes.read(budget)
             if way not in known:
-                row = _measured(model, _options(asked, budget, WAYS[way]), texts)
+                row = _measured(judge, asked, budget, WAYS[way], vocab)
                 notes.add({"budget": budget, "step": way, "row": row})
                 typer.echo(json.dumps({"budget": budget, "way": way, **row}), err=True)
                 known = notes.read(budget)
             rows.append({"budget": budget, "way": way, **known[way]["row"]})
-    healing = "local healing" if local else "closed form alone, no healing"
     protocol = PROTOCOL.format(
         model=model.name,
         samples=samples,
         seqlen=seqlen,
         windows=windows,
         length=length,
-        healing=healing,
+        healing="local healing" if local else "closed form alone, no healing",
+        passes=passes,
+        passages=f"; LAMBADA on its first {passages} passages" if lambada else "",
     )
     save(out / "axes", "What each axis is worth", protocol, rows)
     notes.file.unlink()
 
 
-PROTOCOL = """{model}, calibrated on {samples} windows of {seqlen} tokens; {healing}. Perplexity,
-its ratio to the original's and KL divergence from the original (nats per token) on the first
-{windows} windows of {length} tokens of two texts: of the calibration's domain, and of another one.
-Seconds are of the whole shrink, the choice of layers and of sizes included."""
+PROTOCOL = """{model}, calibrated on {samples} windows of {seqlen} tokens; {healing}; passes
+{passes}. Perplexity, its ratio to the original's and KL divergence from the original (nats per
+token) on the first {windows} windows of {length} tokens of two texts: of the calibration's domain,
+and of another one{passages}. Where tokens left, perplexity is per token of the original, over all
+of the text. Seconds are of the whole shrink, the choice of layers and of sizes included. ShortGPT
+and ReplaceMe drop as many layers as depth alone, and see the same text."""
 
 
-def _domains(test: str, other: str) -> dict[str, str]:
-    return {"": test, "other ": other}
+def _original(notes: Notes, judge: Judge) -> Mapping[str, Any]:
+    if not (known := notes.read("1x")):
+        row = {"sizes": "", "class": "", "parameters": "1x", **judge.of(judge.model), "seconds": ""}
+        notes.add({"budget": "1x", "step": "the original", "row": row})
+        known = notes.read("1x")
+    found: Mapping[str, Any] = known["the original"]["row"]
+    return found
 
 
-def _first(model: Path, text: str, count: int, length: int) -> torch.Tensor:
-    return token_windows(model, TextOptions(source=text, samples=count, seqlen=length))
-
-
-def _options(asked: ShrinkOptions, budget: str, way: Mapping[str, Any]) -> ShrinkOptions:
+def _options(
+    asked: ShrinkOptions, budget: str, way: Mapping[str, Any], vocab: int
+) -> ShrinkOptions:
     sizes = {key: value for key, value in way.items() if key in ("axes", "keep_class")}
+    tokens = vocab if way.get("vocab") else None
     return replace(
         asked,
-        sizes=SizeOptions(params=budget, **sizes),
+        sizes=SizeOptions() if way.get("alone") else SizeOptions(params=budget, **sizes),
+        vocabulary=VocabularyOptions(vocab=tokens),
         narrow=replace(asked.narrow, refit=way.get("refit", True)),
         allocate=way.get("allocate", "rule"),
     )
 
 
 def _measured(
-    model: Path, asked: ShrinkOptions, texts: Mapping[str, torch.Tensor]
+    judge: Judge, asked: ShrinkOptions, budget: str, way: Mapping[str, Any], vocab: int
 ) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
-        shrunk = shrink(model, Path(scratch) / "out", asked)
-        found = {
-            name: evaluate(Path(scratch) / "out" / "hf", model, windows_NL)
-            for name, windows_NL in texts.items()
-        }
-    row: dict[str, Any] = {
-        "sizes": shrunk.plan.in_words(),
-        "class": shrunk.plan.architectures[1].removesuffix("ForCausalLM"),
-        "parameters": f"{shrunk.plan.ratio:.3f}x",
+        folder = Path(scratch) / "out"
+        if "rival" in way:
+            row, narrowed = _rival(judge.model, asked, budget, way["rival"], folder), folder
+        else:
+            shrunk = shrink(judge.model, folder, _options(asked, budget, way, vocab))
+            narrowed = folder / "hf"
+            row = {
+                "sizes": shrunk.plan.in_words(),
+                "class": shrunk.plan.architectures[1].removesuffix("ForCausalLM"),
+                "parameters": f"{shrunk.plan.ratio:.3f}x",
+                "seconds": shrunk.seconds,
+            }
+        seconds = row.pop("seconds")
+        return row | judge.of(narrowed) | {"seconds": seconds}
+
+
+def _rival(
+    model: Path, asked: ShrinkOptions, budget: str, name: str, folder: Path
+) -> dict[str, Any]:
+    decided = plan(Checkpoint.open(model).config, SizeOptions(params=budget, axes=DEPTH))
+    count = decided.before.num_layers - decided.after.num_layers
+    started = time.perf_counter()
+    words = without_layers(name, model, folder, count, token_windows(model, asked.text))
+    return {
+        "sizes": words,
+        "class": decided.architectures[0].removesuffix("ForCausalLM"),
+        "parameters": f"{decided.ratio:.3f}x",
+        "seconds": time.perf_counter() - started,
     }
-    for name, quality in found.items():
-        row |= {
-            f"{name}perplexity": quality.perplexity,
-            f"{name}ratio": quality.ratio,
-            f"{name}KL": quality.kl,
-        }
-    return row | {"seconds": shrunk.seconds}
 
 
 if __name__ == "__main__":
