@@ -1,11 +1,10 @@
-"""What people see: progress on stderr, tables and JSON on stdout."""
+"""What people see: tables and JSON on stdout, notes on stderr."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,46 +18,10 @@ if TYPE_CHECKING:
     from dotexport.axes.plan import Plan
     from dotexport.exports.parity import Parity
     from dotexport.exports.target import TargetRow
-    from dotexport.narrowing.norm_statistics import Progress
     from dotexport.sizes.allocation import Allocation
     from dotexport.sizes.planning import Choice
 
 stderr = Console(stderr=True)
-
-
-@contextmanager
-def progress() -> Iterator[Progress]:
-    """A bar per stage on stderr, with time taken and time left; a plain stream gets nothing."""
-    from rich import progress as bars
-
-    columns = (
-        bars.TextColumn("{task.description:<44}"),
-        bars.BarColumn(bar_width=24),
-        bars.TaskProgressColumn(),
-        bars.TimeElapsedColumn(),
-        bars.TimeRemainingColumn(),
-    )
-    with bars.Progress(*columns, console=stderr) as shown:
-        current: list[tuple[str, bars.TaskID]] = []
-
-        def show(stage: str, done: int, total: int) -> None:
-            # What follows a colon is news of the same stage, and the bar goes on.
-            name = stage.partition(":")[0]
-            if not current or current[-1][0] != name:
-                _finish(shown, current)
-                current.append((name, shown.add_task(stage, total=None)))
-            shown.update(current[-1][1], description=stage)
-            # Nothing done yet says nothing about how long it takes: the bar pulses until it does.
-            shown.update(current[-1][1], completed=done, total=total if done else None)
-
-        yield show
-        _finish(shown, current)
-
-
-def _finish(shown: Any, current: list[tuple[str, Any]]) -> None:
-    """The stage before this one is over, whether or not it said so."""
-    if current:
-        shown.update(current[-1][1], completed=1, total=1)
 
 
 def show_summary(out: Path, title: str) -> None:
@@ -129,7 +92,7 @@ def show_costs(chosen: Choice) -> None:
         table.add_row(f"{name}, KV cache per token, KB", *(f"{size / 1e3:,.2f}" for size in sizes))
     table.add_row("disk for hf/ and artifacts, MB", "", f"{costs.disk / 1e6:,.2f}")
     table.add_row("peak memory of shrink, MB", "", f"{costs.shrink_memory / 1e6:,.0f}")
-    table.add_row("time of shrink here", "", _duration(costs.shrink_seconds))
+    table.add_row("time of shrink here", "", duration(costs.shrink_seconds))
     console.print(table)
     before, after = chosen.plan.architectures
     if before != after:
@@ -182,16 +145,16 @@ def _latency_cells(row: Mapping[str, Any]) -> Iterator[str]:
         yield f"{found['ratio']:.3f} ({found['low']:.3f} to {found['high']:.3f}){said}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """To the precision of an estimate.
 
-    >>> _duration(42.3), _duration(500), _duration(90_000)
-    ('42 s', '8.3 min', '25 h')
+    >>> duration(42.3), duration(250), duration(500), duration(90_000), duration(900_000)
+    ('42 s', '4.2 min', '8.3 min', '25 h', '250 h')
     """
-    for least, unit, name in ((36_000, 3600, "h"), (300, 60, "min")):
-        if seconds >= least:
-            return f"{seconds / unit:.2g} {name}"
-    return f"{seconds:.2g} s"
+    scales = ((6000, 3600, "h"), (100, 60, "min"), (0, 1, "s"))
+    unit, name = next((unit, name) for least, unit, name in scales if seconds >= least)
+    value = seconds / unit
+    return f"{value:.0f} {name}" if value >= 100 else f"{value:.2g} {name}"
 
 
 def show_parities(parities: Iterable[Parity]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,7 +120,14 @@ def dtype_of_passes(
     if options.passes != AUTO:
         return torch.bfloat16 if options.passes == "bfloat16" else torch.float32
     stored = {spec.dtype for spec in source.specs.values() if len(spec.shape) == 2}
-    worth_it = source.config["hidden_size"] >= WIDE and stored == {torch.bfloat16}
+    return usual_passes(source.config["hidden_size"], stored, device)
+
+
+def usual_passes(
+    hidden_size: int, stored: Collection[torch.dtype], device: torch.device
+) -> torch.dtype:
+    """bfloat16 for matrices that are stored so, where it saves time; else float32."""
+    worth_it = hidden_size >= WIDE and set(stored) == {torch.bfloat16}
     return torch.bfloat16 if worth_it and _multiplies_bfloat16(device) else torch.float32
 
 

@@ -1,9 +1,9 @@
 """How long narrowing takes: its operations over the rates of this machine.
 
-Operations are counted for shrink's defaults, from the passes over the text (float32) and the sums
-and solves over it (float64) as narrowing/ and merging/ make them; what a
-pass moves through memory besides is counted by a rule of thumb. Rates are measured in a fraction
-of a second, on matrices as wide as the model is, up to 1024.
+Operations are counted for shrink's defaults, from the passes over the text (in the dtype of
+passes), the products of tokens (float32) and the solves (float64) as narrowing/ and merging/ make
+them; what a pass moves through memory besides is counted by a rule of thumb. Rates are measured in
+a fraction of a second, on matrices as wide as the model is, up to 1024.
 
 Shapes: T tokens, L tokens of a window, D width of the stream before, K after, R rows of a
 sublayer's readers, N inputs of its writer before, J after.
@@ -19,7 +19,7 @@ from functools import cache
 import torch
 
 from dotexport.axes.plan import Plan
-from dotexport.merging.refit import RIDGES
+from dotexport.merging.refit import PANEL
 from dotexport.models.family import Family, Sublayer
 from dotexport.models.shapes import Sizes
 from dotexport.narrowing.basis import LEARNING_STEPS
@@ -29,7 +29,8 @@ from dotexport.narrowing.run import JUDGED
 
 HELD_OUT = 1 / 8  # of the windows
 BACKWARD = 3  # a forward and a backward pass cost three forward ones
-# Times that activations pass through memory: norms, nonlinearities and conversions to float64.
+STRENGTHS = 4  # of a ridge that a fit tries, usually
+# Times that activations pass through memory: norms, nonlinearities and copies.
 TOUCHED = 10
 MEASURED_SECONDS = 0.05  # per rate, at least
 LEAST_WIDTH, MOST_WIDTH = 128, 1024  # of matrices that are timed
@@ -40,7 +41,8 @@ class Work:
     """Operations by kind.
 
     Attributes:
-        passes: multiplications and additions of matrix products in float32.
+        passes: multiplications and additions of matrix products in the dtype of passes.
+        products: the same in float32.
         sums: the same in float64.
         factors: of Cholesky factors and triangular solves, in float64.
         eigen: n^3 of every symmetric eigenproblem, in float64.
@@ -48,6 +50,7 @@ class Work:
     """
 
     passes: float = 0.0
+    products: float = 0.0
     sums: float = 0.0
     factors: float = 0.0
     eigen: float = 0.0
@@ -65,13 +68,19 @@ class Work:
         return float(sum(count / rate for count, rate in pairs))
 
 
-def shrink_seconds(decided: Plan, *, samples: int = 128, seqlen: int = 2048) -> float:
+def shrink_seconds(
+    decided: Plan,
+    *,
+    samples: int = 128,
+    seqlen: int = 2048,
+    passes: torch.dtype = torch.float32,
+) -> float:
     """Estimated time of narrowing on this machine, with calibration text of so many windows.
 
     Without distillation, and without reading and writing files.
     """
     widths = (decided.before.spaces["residual"], decided.after.spaces["residual"])
-    return work_of(decided, samples, seqlen).seconds(rates(max(widths)))
+    return work_of(decided, samples, seqlen).seconds(rates(max(widths), passes))
 
 
 def work_of(decided: Plan, samples: int, seqlen: int) -> Work:
@@ -104,12 +113,12 @@ class _Site:
         D, K = _stream(self.before), _stream(self.after)
         rows, N, J = self._rows(self.before), self._inside(self.before), self._inside(self.after)
         T = self.samples * self.seqlen
-        seen = self._pass(D, rows, N) * T + Work(sums=2 * T * D**2 + 2 * rows * D**2)
+        seen = self._pass(D, rows, N) * T + Work(products=T * _gram(D), sums=2 * rows * D**2)
         readers = _moments(T, K, D, metric=True) + _fit(K, D, metric=True)
         readers += Work(sums=2 * rows * D**2 + 4 * rows * D * K)
         # The readers of the student run at full width for the choice, its writer not at all.
         writer = _moments(T, N, K) + Work(passes=T * (2 * K * rows + self._mixing(N)))
-        writer += Work(sums=2 * T * D * K + 2 * N * D * K) + _fit(J, K)
+        writer += Work(products=2 * T * D * K if K < D else 0, sums=2 * N * D * K) + _fit(J, K)
         if J < N:
             writer += _choice(N, J, K)
         walks = self._pass(D, rows, N) + self._pass(K, self._rows(self.after), J)
@@ -146,17 +155,23 @@ class _Site:
         return self._pass(K, rows, J) * (BACKWARD * steps * each + looks)
 
 
+def _gram(width: int) -> int:
+    """Operations per token of a Gram matrix, of which a little more than half is computed."""
+    return width**2 + width * min(width, PANEL)
+
+
 def _moments(T: int, inputs: int, outputs: int, *, metric: bool = False) -> Work:
-    products = 2 * inputs**2 + 2 * inputs * outputs + (2 * outputs**2 if metric else 0)
-    return Work(sums=T * products, moved=T * 8 * TOUCHED * (inputs + outputs) / 2)
+    products = _gram(inputs) + 2 * inputs * outputs + (2 * outputs**2 if metric else 0)
+    return Work(products=T * products, moved=T * 4 * TOUCHED * (inputs + outputs) / 2)
 
 
 def _fit(inputs: int, outputs: int, *, metric: bool = False) -> Work:
-    """A solve for every ridge and a last one; all but that are judged, and so is the prior."""
+    """A solve for every ridge that is tried and a last one; what is tried is judged, as is the
+    prior."""
     solve = Work(factors=inputs**3 / 3 + 2 * outputs * inputs**2, sums=2 * outputs * inputs**2)
     weigh = 2 * outputs**2 * inputs if metric else 0
     judge = Work(sums=2 * outputs * inputs**2 + weigh)
-    return solve * (len(RIDGES) + 1) + judge * (len(RIDGES) + 1)
+    return solve * (STRENGTHS + 1) + judge * (STRENGTHS + 1)
 
 
 def _choice(N: int, J: int, K: int) -> Work:
@@ -188,13 +203,13 @@ def _basis(before: Sizes, after: Sizes) -> Work:
 # Rates ------------------------------------------------------------------------------------------
 
 
-def rates(width: int) -> Work:
+def rates(width: int, passes: torch.dtype = torch.float32) -> Work:
     """Operations of each kind per second here, on matrices about so wide."""
-    return _measured(min(max(width, LEAST_WIDTH), MOST_WIDTH))
+    return _measured(min(max(width, LEAST_WIDTH), MOST_WIDTH), passes)
 
 
 @cache
-def _measured(n: int) -> Work:
+def _measured(n: int, passes: torch.dtype) -> Work:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     random = torch.Generator().manual_seed(0)
     x_TN = torch.randn(2048, n, generator=random).to(device)
@@ -202,9 +217,11 @@ def _measured(n: int) -> Work:
     x64_TN, gram_NN = x_TN.double(), w_NN.double() @ w_NN.double().T
     gram_NN.diagonal().add_(n)
     product = 2 * 2048 * n**2
+    passing_TN, passed_NN = x_TN.to(passes), w_NN.to(passes)
     here, there = torch.zeros(2, 1 << 22, device=device)
     return Work(
-        passes=product / _time(lambda: x_TN @ w_NN),
+        passes=product / _time(lambda: passing_TN @ passed_NN),
+        products=product / _time(lambda: x_TN.T @ x_TN),
         sums=product / _time(lambda: x64_TN.T @ x64_TN),
         factors=n**3 / 3 / _time(lambda: torch.linalg.cholesky(gram_NN)),
         eigen=LEAST_WIDTH**3

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
+import torch
+
 from dotexport.axes import AXES
 from dotexport.axes.carrying import planned_config
 from dotexport.axes.plan import Plan, SizeOptions
@@ -23,6 +25,7 @@ from dotexport.errors import SizeError, UnsupportedModelError
 from dotexport.exports.target import Target, resolve_for_plan
 from dotexport.models.family import Family
 from dotexport.models.shapes import Sizes, cached_numbers, shapes
+from dotexport.narrowing.prepare import pick_device, usual_passes
 from dotexport.sizes.budget import (
     bytes_per_parameter,
     check_sizes,
@@ -258,7 +261,9 @@ def _costs(
             for name, each in cache_bytes.items()
         },
         shrink_memory(config, decided.on_kept_tokens),
-        shrink_seconds(decided.on_kept_tokens, seqlen=_window(config)),
+        shrink_seconds(
+            decided.on_kept_tokens, seqlen=_window(config), passes=_passes(config, decided)
+        ),
         sum(pair[1] for pair in artifacts.values()),
     )
 
@@ -306,6 +311,13 @@ def shrink_memory(
     solves = 8 * SOLVED * widest**2
     layer = 4 * (_layer(decided.family, before) + _layer(decided.carrier, after))
     return LOADED + streams + layer + max(table, solves)
+
+
+def _passes(config: Mapping[str, Any], decided: Plan) -> torch.dtype:
+    """What passes over the text multiply in, where config.json says how weights are stored."""
+    name = str(config.get("dtype") or config.get("torch_dtype"))
+    stored = torch.bfloat16 if name == "bfloat16" else torch.float32
+    return usual_passes(decided.before.hidden_size, {stored}, pick_device("auto"))
 
 
 def _window(config: Mapping[str, Any]) -> int:

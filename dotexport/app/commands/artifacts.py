@@ -13,8 +13,9 @@ from dotexport.app.commands.shared_options import (
     Output,
     Overwrite,
 )
+from dotexport.app.progress import progress
 from dotexport.app.steps import EvalStep
-from dotexport.app.terminal import progress, show_json, show_parities, show_rows, stderr
+from dotexport.app.terminal import show_json, show_parities, show_rows, stderr
 from dotexport.errors import UsageError
 
 

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from dotexport.app.commands.shared_options import Device, Json, Out, Overwrite
-from dotexport.app.terminal import progress, show_json, show_summary
+from dotexport.app.progress import progress
+from dotexport.app.terminal import show_json, show_summary
 
 
 def demo(

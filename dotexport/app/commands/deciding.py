@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
+from dotexport.app.progress import progress
 from dotexport.app.steps import ShrinkStep
 from dotexport.app.terminal import (
-    progress,
     show_allocation,
     show_costs,
     show_json,

@@ -12,8 +12,9 @@ from rich.console import Console
 
 from dotexport.app.commands.shared_options import Json, Model
 from dotexport.app.door import benches
+from dotexport.app.progress import progress
 from dotexport.app.steps import BenchStep, ServedStep
-from dotexport.app.terminal import progress, show_json, show_latency, stderr
+from dotexport.app.terminal import show_json, show_latency, stderr
 from dotexport.errors import UsageError
 from dotexport.sizes.latency_options import LatencyOptions
 

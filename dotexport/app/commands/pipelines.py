@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dotexport.app.flags import with_options
-from dotexport.app.terminal import progress, show_json, stderr
+from dotexport.app.progress import progress
+from dotexport.app.terminal import show_json, stderr
 from dotexport.diffusion.pipeline_options import PruneStep, SampleOptions, parse_extra
 
 from .shared_options import Json, Out, Overwrite
