@@ -91,6 +91,12 @@ class _Built:
         stops = ends if isinstance(ends, list) else [] if ends is None else [ends]
         return read_folder(folder, start=model.get("bos_token_id"), stops=stops)
 
+    def wrong_in_file(self, checkpoint: Checkpoint, folder: Path) -> list[str]:
+        """Epsilons that are not the checkpoint's."""
+        from .onnx_numbers import wrong_epsilons
+
+        return wrong_epsilons(folder / "model.onnx", checkpoint.config)
+
     def answers(self, config: Mapping[str, Any], precision: str) -> dict[str, bool]:
         """What the builder asks itself, and what it is told: its own answer would not run."""
         # The attention operator refuses to rotate heads that are no multiple of 16 itself.

@@ -117,7 +117,11 @@ def _kinds(name: str) -> Mapping[str, Callable[[Path, random.Random], object]]:
     if name == "generation_config.json":
         return {"another end": _set("eos_token_id", 7)}
     if name == "genai_config.json":
-        return {"another end": _set("model.eos_token_id", 7), "half of the context": _halved}
+        return {
+            "another end": _set("model.eos_token_id", 7),
+            "another start": _set("model.bos_token_id", 7),
+            "half of the context": _halved,
+        }
     return {}
 
 

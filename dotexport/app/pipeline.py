@@ -30,6 +30,7 @@ from dotexport.app.steps import EvalStep
 from dotexport.axes import AXES
 from dotexport.axes.plan import Plan, SizeOptions, read_model, resized
 from dotexport.errors import CalibrationError, SizeError, UsageError
+from dotexport.exports.target import parse_spec
 from dotexport.models.checkpoint import find_model, read_config
 from dotexport.models.documents import documents
 from dotexport.models.text_windows import token_windows, window_length

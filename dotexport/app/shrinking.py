@@ -58,8 +58,9 @@ class Shrunk:
     """What shrink made.
 
     Attributes:
-        divergence: held-out KL divergence from the original, nats per token of calibration text; on
-            the tokens that stay, and 0 where nothing but tokens left.
+        divergence: held-out KL divergence of the closed form from the original, nats per token of
+            calibration text; on the tokens that stay, and 0 where nothing but tokens left.
+        perplexity_ratio: its perplexity on that text over the original's.
         vocabulary: which tokens stay, and what the smaller tokenizer was held to.
     """
 
@@ -67,12 +68,20 @@ class Shrunk:
     plan: Plan
     basis: dict[str, Any]
     divergence: float
+    perplexity_ratio: float
     seconds: float
     num_windows: int
     sites: list[dict[str, Any]]
     allocation: Allocation | None = None
     healing: dict[str, Any] | None = None
     vocabulary: Mapping[str, Any] | None = None
+
+    def cost(self) -> dict[str, float]:
+        """Against the original on held-out windows of the calibration text, healing included."""
+        if self.healing is None:
+            return {"kl": self.divergence, "perplexity_ratio": self.perplexity_ratio}
+        after, before = self.healing["perplexity"][1], self.healing["original_perplexity"]
+        return {"kl": self.healing["kl"][1], "perplexity_ratio": after / before}
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -82,6 +91,7 @@ class Shrunk:
             "architecture": self.plan.architectures,
             "basis": self.basis,
             "held_out_kl": self.divergence,
+            "held_out_perplexity_ratio": self.perplexity_ratio,
             "seconds": round(self.seconds, 2),
             "calibration_windows": self.num_windows,
             "sites": self.sites,
@@ -146,6 +156,7 @@ def shrink(
             decided,
             closed.basis,
             closed.divergence,
+            closed.perplexity_ratio,
             seconds,
             len(windows_NL),
             closed.sites,
@@ -239,7 +250,7 @@ def _copied(source: Trimmed, decided: Plan, folder: Path, options: ShrinkOptions
     check_rows(Checkpoint.open(hf), source)
     width = decided.before.spaces["residual"]
     basis, behind = whole(width).as_dict(), decided.answered_layers
-    return ClosedForm(torch.eye(width).double(), basis, 0.0, [], "cpu", behind)
+    return ClosedForm(torch.eye(width).double(), basis, 0.0, 1.0, [], "cpu", behind)
 
 
 def _closed_form(
@@ -267,7 +278,8 @@ def _closed_form(
     E_DK = torch.from_numpy(basis.matrix_DK)
     where = str(run.streams.device)
     behind = decided.answered_layers
-    return ClosedForm(E_DK, basis.as_dict(), run.divergence, run.records, where, behind)
+    cost = run.divergence, run.perplexity_ratio
+    return ClosedForm(E_DK, basis.as_dict(), *cost, run.records, where, behind)
 
 
 def _warn_if_thin(windows_NL: torch.Tensor, decided: Plan) -> None:
@@ -376,6 +388,7 @@ def _describe(
         kept_layers=shrunk.plan.kept_layers,
         architecture=shrunk.plan.architectures,
         basis=closed.basis,
+        **({} if shrunk.plan.vocabulary_alone else {"held_out": shrunk.cost()}),
         **({"vocabulary": shrunk.vocabulary} if shrunk.vocabulary else {}),
         artifacts={"hf": _artifact(folder / "hf")},
         timings={"shrink_seconds": round(shrunk.seconds, 2)},

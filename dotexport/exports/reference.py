@@ -242,7 +242,8 @@ def _sampled_prompts(model: Any, lengths: tuple[int, ...], *, seed: int) -> list
     model on such text is exactly its KL divergence."""
     random = torch.Generator().manual_seed(seed)
     start = model.config.bos_token_id
-    tokens_BL = torch.full((len(lengths), 1), start if isinstance(start, int) else 0)
+    known = isinstance(start, int) and 0 <= start < model.config.vocab_size
+    tokens_BL = torch.full((len(lengths), 1), start if known else 0)
     while tokens_BL.shape[1] < max(lengths):
         probability_BV = model(input_ids=tokens_BL, use_cache=False).logits[:, -1].softmax(-1)
         next_B1 = torch.multinomial(probability_BV, 1, generator=random)

@@ -9,6 +9,7 @@ with a tokenizer, transformers again.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,6 +25,7 @@ from dotexport.storage.reading import read_json
 logger = logging.getLogger(__name__)
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
+GENERATION = "generation_config.json"
 NUM_SHOWN = 2  # examples of one kind of difference
 
 Conversation = list[dict[str, str]]
@@ -150,6 +152,8 @@ class TextSide:
         own_stops: tokens at which a runtime may stop in any model, whatever the file says.
         excuse: why no artifact could hold this text's tokens; None: it should. Told in a warning,
             and never asked for conversations.
+        pieces: its vocabulary and merges as tokenizers stores them, for a piece that no text of
+            ours needs; None: it is of another form.
     """
 
     encode: Callable[[str], list[int]]
@@ -158,6 +162,7 @@ class TextSide:
     stops: frozenset[int]
     own_stops: frozenset[int] = frozenset()
     excuse: Callable[[str], str | None] = _never
+    pieces: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -193,7 +198,19 @@ def check_text(target: Target, folder: Path, checkpoint: Checkpoint) -> TextVerd
         return TextVerdict((f"text: its tokenizer cannot be read: {error}; export it again",))
     if found is None:
         return None
-    return hold(found, wanted, special=special_tokens(tokenizer))
+    verdict = hold(found, wanted, special=special_tokens(tokenizer))
+    return replace(verdict, problems=(*verdict.problems, *_told_ends(folder, wanted)))
+
+
+def _told_ends(folder: Path, wanted: TextSide) -> Iterator[str]:
+    """What a generation_config.json beside the artifact says, whoever reads it."""
+    if wanted.stops and (folder / GENERATION).is_file():
+        said = set(stops_of(folder))
+        if said != wanted.stops:
+            yield (
+                f"stop tokens: {GENERATION} beside it says {_listed(said) or 'none'}, and "
+                f"transformers has {_listed(wanted.stops)}"
+            )
 
 
 def hold(found: TextSide, wanted: TextSide, *, special: Iterable[str] = ()) -> TextVerdict:
@@ -213,6 +230,7 @@ def hold(found: TextSide, wanted: TextSide, *, special: Iterable[str] = ()) -> T
         logger.warning("tokens differ from transformers': %s", reason)
     problems = [
         *_token_problems(found, wanted, different, len(texts)),
+        *_piece_problems(found.pieces, wanted.pieces),
         *_conversation_problems(found, wanted),
         *_end_problems(found, wanted),
     ]
@@ -240,6 +258,16 @@ def _token_problems(
             for text in different[:NUM_SHOWN]
         )
         yield f"text: tokens of {len(different)} of {number} texts differ: {shown}"
+
+
+def _piece_problems(
+    found: Mapping[str, Any] | None, wanted: Mapping[str, Any] | None
+) -> Iterator[str]:
+    if found is None or wanted is None:
+        return
+    other = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+    if other:
+        yield f"text: {', '.join(other)} of its tokenizer.json are not the checkpoint's"
 
 
 def _conversation_problems(found: TextSide, wanted: TextSide) -> Iterator[str]:
@@ -303,7 +331,13 @@ def _text_side(tokenizer: Any, folder: Path) -> TextSide:
         render=partial(_rendered, tokenizer),
         start=start_of(folder, tokenizer),
         stops=frozenset(stops_of(folder)),
+        pieces=_pieces(tokenizer),
     )
+
+
+def _pieces(tokenizer: Any) -> Mapping[str, Any] | None:
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    return None if fast is None else json.loads(fast.to_str())["model"]
 
 
 def find_tokenizer(folder: Path) -> Any:
@@ -356,7 +390,7 @@ def stops_of(folder: Path) -> list[int]:
 
 
 def _named(folder: Path, key: str) -> list[Any]:
-    for name in ("generation_config.json", "config.json"):
+    for name in (GENERATION, "config.json"):
         file = folder / name
         said = read_json(file, advice="take a fresh copy") if file.is_file() else {}
         value = said.get(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ def rows(record: Mapping[str, Any]) -> Iterator[Row]:
     yield from _size(record)
     if quality := record.get("quality"):
         yield from _quality(quality)
+    elif held_out := record.get("held_out"):
+        yield from _held_out(held_out)
     if latency := record.get("latency"):
         yield _promise(latency)
     for name, measured in record.get("bench", {}).items():
@@ -71,6 +74,13 @@ def _quality(quality: Mapping[str, Any]) -> Iterator[Row]:
     kept = ", on the tokens that stayed" if across else ""
     yield Row(f"KL to the original, nats/token{kept}", "0", f"{quality['kl']:.4f}", "")
     yield Row("top-1 agreement", "100 %", f"{100 * quality['top1_agreement']:.1f} %", "")
+
+
+def _held_out(cost: Mapping[str, Any]) -> Iterator[Row]:
+    """What narrowing itself measured, until somebody evaluates on other text."""
+    text = "held-out calibration text"
+    yield Row(f"perplexity, {text}", "", "", f"{cost['perplexity_ratio']:.3f}x")
+    yield Row(f"KL to the original, nats/token, {text}", "0", f"{cost['kl']:.4f}", "")
 
 
 def _speed(name: str, measured: Mapping[str, Any]) -> Iterator[Row]:
@@ -154,3 +164,16 @@ def paths(out: Path) -> Iterator[tuple[str, Path]]:
     ):
         if (out / name).exists():
             yield label, out / name
+
+
+def next_commands(out: Path, model: str) -> Iterator[tuple[str, str]]:
+    """What nobody has done yet with an output of shrink, and the command that does it."""
+    record, here = manifest.read(out), shlex.quote(str(out))
+    artifacts = record.get("artifacts", {})
+    if unverified(record):
+        yield "prove that hf/ loads and computes", f"dotexport verify {here}"
+    if "quality" not in record:
+        asked = f"--baseline {shlex.quote(model)} --text FILE"
+        yield "quality on text of your own", f"dotexport eval {here} {asked}"
+    if set(artifacts) <= {"hf"}:
+        yield "for a runtime", f"dotexport export {here} --target ort-cpu:int4"

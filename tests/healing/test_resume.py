@@ -33,7 +33,7 @@ def closed_form() -> ClosedForm:
     random = torch.Generator().manual_seed(0)
     sites: list[dict[str, Any]] = [{"site": "mlp.0", "error": 0.1 + 0.2, "ridge": None}]
     E_DK = torch.randn(6, 4, generator=random, dtype=torch.float64)
-    return ClosedForm(E_DK, {"kind": "learned", "energy": 1 / 3}, 0.1, sites, "cpu", [0, 2])
+    return ClosedForm(E_DK, {"kind": "learned", "energy": 1 / 3}, 0.1, 1.2, sites, "cpu", [0, 2])
 
 
 def checkpoint(folder: Path, content: bytes = b"weights \x00\xff") -> Path:

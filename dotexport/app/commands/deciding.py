@@ -14,6 +14,7 @@ from dotexport.app.terminal import (
     show_allocation,
     show_costs,
     show_json,
+    show_next,
     show_rows,
     show_shares,
     show_summary,
@@ -113,3 +114,4 @@ def shrink(
     if shrunk.allocation:
         show_allocation(shrunk.allocation)
     show_summary(out, f"narrowed in {shrunk.seconds:.0f} s")
+    show_next(out, model)
