@@ -42,6 +42,7 @@ from dotexport.narrowing.prepare import pick_device, prepare, rehearsals, tensor
 from dotexport.outputs import card
 from dotexport.sizes.allocation import Allocation, allocate
 from dotexport.sizes.budget import plan, shortfall
+from dotexport.sizes.frozen import frozen
 from dotexport.storage import manifest
 from dotexport.storage.files import write_json, write_text
 from dotexport.storage.output import new_folder
@@ -143,8 +144,9 @@ def shrink(
                 config, sizes, lambda p: rehearse(depths.settled(p).on_kept_tokens), progress
             )
             decided = allocation.plan
-        if short := shortfall(config, sizes, decided):
-            logger.warning("%s", short)
+        for sentence in (shortfall(config, sizes, decided), *frozen(config, sizes, decided, {})):
+            if sentence:
+                logger.warning("%s", sentence)
         decided = depths.settled(decided)
         closed, healing, workspace = _narrowed(
             source, decided, out, folder, windows_NL, options, device, overwrite, progress

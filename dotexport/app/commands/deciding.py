@@ -55,8 +55,8 @@ def plan(
         show_json(chosen.as_dict() | timed)
         return
     show_rows("sizes", {"sizes": chosen.plan.as_dict(), **timed})
-    if chosen.shortfall:
-        typer.echo(chosen.shortfall, err=True)
+    for sentence in filter(None, (chosen.shortfall, *chosen.frozen)):
+        typer.echo(sentence, err=True)
     show_shares(chosen.plan)
     show_costs(chosen)
 
