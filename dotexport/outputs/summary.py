@@ -91,7 +91,7 @@ def _speed(name: str, measured: Mapping[str, Any]) -> Iterator[Row]:
             f"{name} {label}",
             f"{before[metric]:,.0f}",
             f"{after[metric]:,.0f}",
-            _faster(times),
+            _faster(after[metric] / before[metric], times),
         )
     for metric, label in (("artifact_bytes", "file, MB"), ("peak_rss_bytes", "peak memory, MB")):
         pair = (before[metric], after[metric])
@@ -124,10 +124,15 @@ def _served(kind: str, measured: Mapping[str, Any]) -> Iterator[Row]:
         yield Row(label, f"{before:.2f}", f"{after:.2f}", interval)
 
 
-def _faster(times: Mapping[str, Any]) -> str:
-    """A ratio of times as a ratio of rates, with its interval; no gain is said in words."""
+def _faster(ratio: float, times: Mapping[str, Any]) -> str:
+    """The ratio of two rates, with the interval of that of the times at equal pace; no gain is said
+    in words, and so is a pace that changed between the two."""
     low, high = 1 / times["high"], 1 / times["low"]
-    figures = f"{1 / times['ratio']:.2f}x ({low:.2f} to {high:.2f})"
+    figures = f"{ratio:.2f}x ({low:.2f} to {high:.2f})"
+    if not low <= ratio <= high:
+        figures = (
+            f"{ratio:.2f}x; the machine changed its pace, at equal pace {low:.2f} to {high:.2f}"
+        )
     return f"{figures}, no measurable gain" if low <= 1 <= high else figures
 
 
