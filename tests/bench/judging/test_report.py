@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import csv
 import html
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -20,7 +22,8 @@ import pytest
 from dotexport.bench.report import write_report
 from dotexport.bench.report.collected import collect
 from dotexport.bench.report.page import draw, render, write_figures
-from dotexport.errors import CheckpointError, UsageError
+from dotexport.errors import CheckpointError, DotexportError, UsageError
+from dotexport.outputs import card, summary
 from dotexport.storage import manifest
 from dotexport.storage.files import write_json
 
@@ -218,3 +221,40 @@ def test_a_bench_is_reproduced_with_the_options_it_ran_with(output: Path) -> Non
     for flags in ("--dtype bf16 --compile --llama-cpp PATH", "--concurrency 2 --rounds 3"):
         assert flags in told
     assert "/opt" not in told
+
+
+def _holders(document: Any) -> list[tuple[dict[str, Any], str]]:
+    """Every key of a document; of a list, those of its first entry."""
+    if isinstance(document, list):
+        return _holders(document[0]) if document else []
+    if not isinstance(document, dict):
+        return []
+    below = [found for value in document.values() for found in _holders(value)]
+    return [*((document, key) for key in document), *below]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dotexport.json", *(f"reports/{n}.json" for n in ("shrink", "verify", "bench-ort-cpu-fp32"))],
+)
+def test_a_record_that_lost_a_key_is_told_or_refused(name: str, fill: Fill, tmp_path: Path) -> None:
+    folder = fill(tmp_path / "out")
+    artifacts = manifest.read(folder)["artifacts"].items()
+    verified = {artifact: entry["parity"] for artifact, entry in artifacts}
+    write_json(folder / "reports/verify.json", {"artifacts": verified})
+    file = folder / name
+    document = json.loads(file.read_text(encoding="utf-8"))
+    tried = 0
+    for holder, key in _holders(document):
+        value = holder.pop(key)
+        file.write_text(json.dumps(document), encoding="utf-8")
+        with suppress(DotexportError):
+            found = collect([folder])
+            draw(found)
+            render(found, [])
+            card.write(folder)
+            assert list(summary.rows(found[0].record))
+            assert list(summary.paths(folder))
+        holder[key] = value
+        tried += 1
+    assert tried > 3
