@@ -16,24 +16,17 @@ from typing import Any
 
 import torch
 
+from dotexport.app.opening import check_apart, check_tensors, open_source
 from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.axes.carrying import carry
 from dotexport.axes.plan import Plan, SizeOptions, read_model
-from dotexport.errors import (
-    CheckpointError,
-    UnsupportedModelError,
-    UsageError,
-)
 from dotexport.healing.heal import heal_into, workspace_of
 from dotexport.healing.healing_text import healing_text
 from dotexport.healing.resume import ClosedForm, Workspace, settle_others
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter, find_model
-from dotexport.models.families import check_quantised
-from dotexport.models.family import Family
 from dotexport.models.layers import Stock
 from dotexport.models.origin import describe_source
 from dotexport.models.rope import in_all_words
-from dotexport.models.shapes import Sizes, check_shapes, shapes
 from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.basis import whole
 from dotexport.narrowing.depth import Depths
@@ -126,11 +119,11 @@ def shrink(
     """
     started = time.perf_counter()
     original = open_source(find_model(str(model)))
-    _check_tensors(original, *read_model(original.config))
+    check_tensors(original, *read_model(original.config))
     Stock.of(original.config, torch.device("cpu"))  # refuses what transformers cannot build
     if not options.vocabulary.asked:
         plan(original.config, options.sizes)  # refuses what cannot be, before anything is made
-    _check_apart(original.folder, out)
+    check_apart(original.folder, out)
     with new_folder(out, overwrite=overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
         source, config, sizes = _on_kept_tokens(original, options, Path(scratch), progress)
         decided = plan(config, sizes)
@@ -296,61 +289,6 @@ def _warn_if_thin(windows_NL: torch.Tensor, decided: Plan) -> None:
             len(windows_NL),
             tokens,
             widest,
-        )
-
-
-def open_source(folder: Path) -> Checkpoint:
-    """A model that can be narrowed, or the reason why it cannot.
-
-    Raises:
-        CheckpointError, UnsupportedModelError.
-    """
-    if not (folder / "config.json").is_file() and (library := library_of(folder)):
-        raise UnsupportedModelError(
-            f"{folder} is a model of the library {library}; this verb narrows decoder LLMs of "
-            "transformers (config.json and *.safetensors)"
-        )
-    checkpoint = Checkpoint.open(folder)
-    check_quantised(checkpoint.config)
-    checkpoint.companions()  # refuses links out of the model, which would travel with it
-    return checkpoint
-
-
-def library_of(folder: Path) -> str | None:
-    """The library that a folder without config.json belongs to, if Optimum knows it."""
-    from transformers.utils import logging as theirs
-
-    verbosity = theirs.get_verbosity()
-    theirs.set_verbosity_error()  # optimum imports all of diffusers, which tells what it lacks
-    from optimum.exporters.tasks import TasksManager
-
-    theirs.set_verbosity(verbosity)
-    try:
-        return str(TasksManager.infer_library_from_model(str(folder)))
-    except ValueError:
-        return None
-
-
-def _check_tensors(source: Checkpoint, family: Family, sizes: Sizes) -> None:
-    found = {name: spec.shape for name, spec in source.specs.items()}
-    check_shapes(family, sizes, found, source.folder)
-    expected = {name for name, _ in shapes(family, sizes)}
-    # Old Llama files store rotary frequencies, and some tied ones the shared table twice.
-    harmless = (".rotary_emb.inv_freq", f"{family.head.name}.weight")
-    foreign = [n for n in found if n not in expected and not n.endswith(harmless)]
-    if foreign:
-        raise CheckpointError(
-            f"{source.folder} holds tensors that {family.architecture} has no place for "
-            f"({len(foreign)}, first {foreign[0]}); merge adapters into the model first, or take "
-            "the config.json that belongs to these weights"
-        )
-
-
-def _check_apart(model: Path, out: Path) -> None:
-    if model.resolve().is_relative_to(out.expanduser().resolve()):
-        raise UsageError(
-            f"the model {model} lies inside the output {out}, which would replace it; "
-            "give another output folder"
         )
 
 

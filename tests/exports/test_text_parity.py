@@ -13,9 +13,8 @@ import pytest
 
 from dotexport import embedded
 from dotexport.exports.exporting import export
+from dotexport.exports.nasty_texts import CONVERSATIONS, TEXTS
 from dotexport.exports.text_parity import (
-    CONVERSATIONS,
-    TEXTS,
     TextSide,
     check_text,
     hold,
