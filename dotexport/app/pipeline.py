@@ -41,7 +41,7 @@ from dotexport.sizes.budget import plan
 from dotexport.sizes.latency import check_runtime, promise
 from dotexport.sizes.latency_options import LatencyOptions
 from dotexport.sizes.latency_table import cache_file
-from dotexport.sizes.planning import rules_of_target
+from dotexport.sizes.planning import rules_of_target, ways_out
 from dotexport.storage import manifest
 from dotexport.storage.files import write_json
 from dotexport.storage.output import occupied
@@ -144,12 +144,13 @@ def _check_sizes(model: Path, options: ShrinkOptions, specs: Sequence[str]) -> N
         return
     config = read_config(model)
     decided = plan(config, options.sizes)
-    rules = [rule for spec in specs for rule in rules_of_target(config, *resolve(spec))]
+    targets = [resolve(spec) for spec in specs]
+    rules = [rule for pair in targets for rule in rules_of_target(config, *pair)]
     problems = [f"  {rule.name}: {text}" for rule in rules for text in rule.problems(decided)]
     if problems:
         raise SizeError(
-            "the sizes of this recipe cannot be exported, which `dotexport plan MODEL --target` "
-            "would see to:\n" + "\n".join(problems)
+            "the sizes of this recipe cannot be exported:\n"
+            + "\n".join([*problems, *ways_out(config, [decided], targets, rules)])
         )
 
 

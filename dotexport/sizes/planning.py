@@ -152,11 +152,11 @@ def choose(config: Mapping[str, Any], asked: SizeOptions, where: Deployment) -> 
     wrong = [f"  {rule.name}: {text}" for rule in rules for text in rule.problems(plans[0])]
     raise SizeError(
         f"no sizes satisfy all of what was asked for; {plans[0].in_words()} fail in:\n"
-        + "\n".join([*wrong, *_ways_out(config, plans, targets, rules)])
+        + "\n".join([*wrong, *ways_out(config, plans, targets, rules)])
     )
 
 
-def _ways_out(
+def ways_out(
     config: Mapping[str, Any],
     plans: Sequence[Plan],
     targets: Sequence[tuple[Target, str]],
