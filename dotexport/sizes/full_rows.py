@@ -23,6 +23,8 @@ def advice(config: Mapping[str, Any], group: int) -> str:
     after, torn = largest_full(family, before, group)
     if torn:
         return f"narrowing cannot fill rows of {group}: {'; '.join(torn)} at every smaller size too"
+    if after == before:
+        return f"multiples of {group} are full, as the original's sizes are"
     flags = " ".join(
         f"--{axis.flag.replace('_', '-')} {axis.size(after)}"
         for axis in AXES
