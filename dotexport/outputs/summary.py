@@ -80,7 +80,7 @@ def _held_out(cost: Mapping[str, Any]) -> Iterator[Row]:
     """What narrowing itself measured, until somebody evaluates on other text."""
     text = "held-out calibration text"
     yield Row(f"perplexity, {text}", "", "", f"{cost['perplexity_ratio']:.3f}x")
-    yield Row(f"KL to the original, nats/token, {text}", "0", f"{cost['kl']:.4f}", "")
+    yield Row(f"KL to the original, nats/token, {text}", "0", f"{max(cost['kl'], 0.0):.4f}", "")
 
 
 def _speed(name: str, measured: Mapping[str, Any]) -> Iterator[Row]:

@@ -114,7 +114,7 @@ class Manifest(Section):
         if "shrink" in self.model_fields_set:
             for name in ("shrink", *self.with_shrink):
                 if not getattr(self, name):
-                    raise ValueError(f"it says how it was shrunk and must say {name} as well")
+                    raise ValueError(f"says how it was shrunk and must say {name} as well")
         return self
 
 

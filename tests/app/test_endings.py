@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from safetensors import SafetensorError
 
 from dotexport.models import checkpoint
 
@@ -49,3 +50,15 @@ def test_a_traceback_that_cannot_be_saved_is_still_one_sentence(
 
 def test_a_name_that_no_text_can_hold_is_told(dotexport: Command, tmp_path: Path) -> None:
     refused(dotexport("plan", tmp_path / "caf\udce9", *NARROW), 1, "is neither a folder nor a hub")
+
+
+def test_a_full_disk_that_a_library_in_rust_met_is_told(
+    dotexport: Command, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> NoReturn:
+        raise SafetensorError("Error while serializing: I/O error: too large (os error 27)")
+
+    monkeypatch.setattr(checkpoint.CheckpointWriter, "write", failing)
+    outcome = dotexport(*shrinking_of(model, text, tmp_path / "out", *NARROW))
+    refused(outcome, 1, "error: File too large: the system refused")
+    assert names(tmp_path) == ["model", "text.txt"]

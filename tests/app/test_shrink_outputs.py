@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import torch
 
 from dotexport.app import shrinking
 from dotexport.models import checkpoint
+from dotexport.outputs import summary
 from dotexport.storage import manifest
 
 from .conftest import (
@@ -231,3 +233,30 @@ def test_two_runs_into_one_output_do_not_meet(
     marker.unlink()
     assert dotexport(*run).code == 0
     assert names(tmp_path) == ["model", "out", "text.txt"]
+
+
+def test_the_end_says_what_it_cost_and_what_to_do_next(
+    dotexport: Command, model: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    outcome = dotexport(*shrinking_of(model, text, out, *NARROW))
+    assert outcome.code == 0, outcome.err
+    cost = manifest.read(out)["held_out"]
+    told = json.loads((out / "reports/shrink.json").read_text())
+    assert cost["kl"] == told["held_out_kl"]
+    assert cost["perplexity_ratio"] == told["held_out_perplexity_ratio"]
+    assert f"{cost['perplexity_ratio']:.3f}x" in outcome.out
+    assert f"{max(cost['kl'], 0):.4f}" in outcome.out
+    commands = [line[6:].split("  (")[0] for line in outcome.out.splitlines() if "next: " in line]
+    assert commands == [
+        f"dotexport verify {out}",
+        f"dotexport eval {out} --baseline {model} --text FILE",
+        f"dotexport export {out} --target ort-cpu:int4",
+    ]
+    verify, evaluate, _ = (command.split()[1:] for command in commands)
+    assert dotexport(*verify).code == 0
+    evaluate[-1] = str(text)
+    assert dotexport(*evaluate, "--seqlen", 32).code == 0
+    # What was done is not asked for again, and what was measured stands in the place of this.
+    assert [command for _, command in summary.next_commands(out, str(model))] == commands[2:]
+    assert "held-out calibration text" not in (out / "README.md").read_text()

@@ -32,6 +32,7 @@ from dotexport.exports.reference import (
     Reference,
     _long_text,
     _reach,
+    _sampled_prompts,
     compute_reference,
     load_float32,
 )
@@ -341,3 +342,16 @@ def test_a_small_model_is_asked_to_the_end_of_its_context(
     assert _reach(model) > 4096  # which is more than the least for all models
     model.config.num_hidden_layers = 10_000
     assert _reach(model) < LONGEST
+
+
+@pytest.mark.parametrize("start", [10**30, -1, 90])
+def test_a_start_that_is_no_token_of_the_model_does_not_matter(
+    start: int, tiny_llama: Callable[[str], Path]
+) -> None:
+    model = load_float32(Checkpoint.open(tiny_llama("wide-heads")))
+    prompts = []
+    for number in (start, None):
+        model.config.bos_token_id = number
+        prompts.append(_sampled_prompts(model, (4, 3), seed=0))
+    for mine, other in zip(*prompts, strict=True):
+        np.testing.assert_array_equal(mine, other)

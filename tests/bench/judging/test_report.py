@@ -19,7 +19,8 @@ from urllib.parse import unquote
 
 import pytest
 
-from dotexport.bench.report import write_report
+from dotexport.bench import table
+from dotexport.bench.report import words, write_report
 from dotexport.bench.report.collected import collect
 from dotexport.bench.report.page import draw, render, write_figures
 from dotexport.errors import CheckpointError, DotexportError, UsageError
@@ -258,3 +259,64 @@ def test_a_record_that_lost_a_key_is_told_or_refused(name: str, fill: Fill, tmp_
         holder[key] = value
         tried += 1
     assert tried > 3
+
+
+def test_a_busy_machine_is_the_first_thing_said(fill: Fill, make: Any, tmp_path: Path) -> None:
+    folder = fill(tmp_path / "loud")
+    busy = make(machine={"load_average": [3.5, 2.0, 1.0]})
+    write_json(folder / "reports/bench-ort-cpu-fp32.json", busy.as_dict())
+    (folder / "reports/bench-ort-cpu-fp32-sweep.json").unlink()
+    said = list(words.sentences(collect([folder])[0]))
+    assert said[0].startswith("ort-cpu fp32: other work kept 3.5 processors busy")
+    assert not any("busy" in sentence for sentence in said[1:])
+    lines = [str(line) for line in table.render(busy).renderables[1:]]
+    assert "processors busy" in lines[0]
+    calm = list(words.sentences(collect([fill(tmp_path / "calm")])[0]))
+    assert not any("busy" in sentence for sentence in calm)
+
+
+def test_integers_are_said_to_be_rounded_and_never_equal(fill: Fill, tmp_path: Path) -> None:
+    folder = fill(tmp_path / "int4")
+    artifacts = manifest.read(folder)["artifacts"]
+    rounded = json.loads(json.dumps(artifacts["ort-cpu-fp32"]))
+    rounded["precision"] = "int4"
+    rounded["parity"]["phases"]["prefill"]["kl"] = 0.0123
+    rounded["parity"]["limits"]["kl"] = 0.04
+    manifest.update(folder, artifacts=artifacts | {"ort-cpu-int4": rounded})
+    said = list(words.sentences(collect([folder])[0]))
+    assert "Every artifact computes what torch computes: hf, ort-cpu-fp32." in said
+    assert said[-1] == (
+        "ort-cpu-int4 is torch's model rounded: its predictions are 0.012 nats per token (KL) off, "
+        "within the 0.04 that its precision is allowed."
+    )
+
+
+def test_a_ratio_is_that_of_the_figures_in_its_row(make: Any) -> None:
+    result = make(0.8)
+    shown = {row[0]: row for row in table.rows(result)}
+    _, mine, other, ratio = shown["TPOT p50, ms"]
+    assert float(ratio.split()[0]) == pytest.approx(float(mine) / float(other), abs=2e-3)
+    times = {"ratio": 0.8, "low": 0.78, "high": 0.82}
+    assert summary._faster(1.24, times) == "1.24x (1.22 to 1.28)"
+    # Half of the run was slow, and one model had more of that half.
+    assert summary._faster(1.5, times) == (
+        "1.50x; the machine changed its pace, at equal pace 1.22 to 1.28"
+    )
+    assert summary._faster(1.0, {"low": 0.9, "high": 1.1}).endswith("no measurable gain")
+
+
+def test_what_nothing_is_known_of_has_no_column_and_no_section(fill: Fill, tmp_path: Path) -> None:
+    folder = fill(tmp_path / "bare")
+    shutil.rmtree(folder / "reports")
+    record = manifest.read(folder)
+    (folder / manifest.MANIFEST).unlink()
+    (folder / "recipe.yaml").unlink()
+    stored = {"artifacts": {"ort-cpu-fp32": record["artifacts"]["ort-cpu-fp32"]}}
+    write_json(folder / manifest.MANIFEST, {"dotexport": record["dotexport"], **stored})
+    [output] = collect([folder])
+    (sizes,) = dict(draw([output]))["Size and memory"]
+    assert sizes.columns == ("artifact", "narrowed, MB")
+    parity = words.parity(output)
+    assert parity is not None
+    assert "" not in [cell for column in zip(*parity.rows, strict=True) for cell in set(column)]
+    assert "Environment" not in render([output], [])
