@@ -36,7 +36,7 @@ def render(result: BenchResult | Sweep) -> Group:
         table.add_column(column, justify="right")
     for row in rows(result):
         table.add_row(*row)
-    lines = [*verdicts(result), *conditions(result)]
+    lines = [*busy(result), *verdicts(result), *conditions(result)]
     return Group(table, *(Text(line) for line in lines))
 
 
@@ -47,7 +47,7 @@ def _render_sweep(sweep: Sweep) -> Group:
         table.add_column(column, justify="right")
     for result in sweep.results:
         table.add_row(*sweep_row(result))
-    lines = [sweep.noise_verdict] if sweep.noise_verdict else []
+    lines = [*busy(one), *([sweep.noise_verdict] if sweep.noise_verdict else [])]
     lines += [f"{_shape(result)}: {result.verdict}" for result in sweep.results]
     lines += _machine(one)
     lines += [f"{metric.upper()}: {meaning}" for metric, meaning in METRICS.items()]
@@ -63,7 +63,8 @@ def sweep_row(result: BenchResult) -> list[str]:
     for metric, rate in {"ttft": "prefill_tok_s", "tpot": "decode_tok_s"}.items():
         one = found[metric]
         cells.append(f"{rates[0][rate]:.1f} / {rates[1][rate]:.1f}")
-        cells.append(f"{1 / one.ratio:.2f}x [{1 / one.high:.2f}, {1 / one.low:.2f}]")
+        ratio = rates[0][rate] / rates[1][rate]
+        cells.append(f"{ratio:.2f}x [{1 / one.high:.2f}, {1 / one.low:.2f}]")
     limits = result.roofline and result.roofline.limits
     cells.append(
         " / ".join(f"{100 * limits[name]['decode'].share:.0f} %" for name in limits)
@@ -91,8 +92,8 @@ def rows(result: BenchResult) -> Iterator[Row]:
             mine, other = (getattr(m.summaries[metric], name) for m in (ours, theirs))
             comparison = result.comparisons.get(metric) if name == "p50" else None
             ratio = _ratio(mine, other)
-            if comparison is not None:  # of medians at equal pace, as its interval
-                ratio = f"{comparison.ratio:.3f} [{comparison.low:.3f}, {comparison.high:.3f}]"
+            if comparison is not None:  # the interval is of medians at equal pace
+                ratio += f" [{comparison.low:.3f}, {comparison.high:.3f}]"
             yield f"{metric.upper()} {name}, ms", f"{mine:.3f}", f"{other:.3f}", ratio
     rates, other_rates = (m.throughput(result.workload) for m in (ours, theirs))
     for key, label in {
@@ -173,6 +174,10 @@ def _doubts(result: BenchResult) -> Iterator[str]:
     for model in (result.candidate, result.baseline):
         if not model.warmed_up:
             yield f"note: the {model.name} was not stable after {model.warmups} warm-up requests"
+
+
+def busy(result: BenchResult) -> Iterator[str]:
+    """That other work ran beside the bench, which is said before any figure."""
     load = result.environment["load_average"]
     if load and load[0] > BUSY:
         yield (

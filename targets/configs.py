@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dotexport.models.rope import rope_type as type_of
+from dotexport.models.rope import stock_config
 
 
 def head_dim(config: Any) -> int:
@@ -31,3 +35,22 @@ def window_of(config: Any) -> int | None:
     in_layers = kind in ("mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text")
     window: int | None = config.get("sliding_window", default) if in_layers else None
     return window
+
+
+def rope_words(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Base, factors and the like, wherever config.json has them."""
+    top = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if key in config}
+    return top | (config.get("rope_parameters") or config.get("rope_scaling") or {})
+
+
+def frequencies(config: Mapping[str, Any], kind: str) -> tuple[NDArray[np.float64], float]:
+    """Radians per position of every second feature of a head, and what rotated heads are multiplied
+    with; `kind` is that of the rope."""
+    if kind == "default":
+        rope = rope_words(config)
+        width = int(head_dim(config) * rope.get("partial_rotary_factor", 1.0))
+        return float(rope.get("rope_theta", 10000.0)) ** -(np.arange(0, width, 2) / width), 1.0
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled, gain = ROPE_INIT_FUNCTIONS[kind](stock_config(config), device="cpu")
+    return scaled.double().numpy(), float(gain)

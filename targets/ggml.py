@@ -18,10 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dotexport.errors import CheckpointError
-from dotexport.models.rope import stock_config
 
 from . import kquants
-from .configs import head_dim, rope_type, window_of
+from .configs import frequencies, head_dim, rope_type, rope_words, window_of
 from .ggml_vocab import add_tokenizer, tokenizer_problems
 
 if TYPE_CHECKING:
@@ -233,7 +232,7 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _rope_problems(config: Mapping[str, Any], arch: Any) -> Iterator[str]:
-    kind, rope = rope_type(config), _rope(config)
+    kind, rope = rope_type(config), rope_words(config)
     if kind not in ROPES:
         yield (
             f"rope_type {kind!r} is not written to GGUF; expected one of {', '.join(sorted(ROPES))}"
@@ -255,11 +254,15 @@ def _torn_rows(config: Mapping[str, Any], precision: str) -> list[str]:
         "intermediate_size": config.get("intermediate_size") or 0,
         "heads x head_dim": (config.get("num_attention_heads") or 0) * head_dim(config),
     }
+    torn = {name: width for name, width in rows.items() if width % superblock}
+    if not torn:
+        return []
+    from dotexport.sizes.full_rows import advice
+
+    said = ", ".join(f"{name} {width}" for name, width in torn.items())
     return [
-        f"{name} {width} is no multiple of {superblock}, as rows of K-quants must be; take another "
-        f"precision, or sizes of `dotexport plan --target gguf:{precision}`"
-        for name, width in rows.items()
-        if width % superblock
+        f"{said}: no multiple of {superblock}, as rows of K-quants must be; gguf:int4 takes any "
+        f"width; {advice(config, superblock)}"
     ]
 
 
@@ -289,13 +292,13 @@ def _add_sizes(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
 def _add_rope(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
     from .ggml_reading import FACTORS, yarn_attention
 
-    rope, kind = _rope(checkpoint.config), rope_type(checkpoint.config)
+    rope, kind = rope_words(checkpoint.config), rope_type(checkpoint.config)
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
         writer.add_rope_scaling_factor(float(rope["factor"]))
     if kind == "yarn":
-        _, attention = _frequencies(checkpoint, kind)
+        _, attention = frequencies(checkpoint.config, kind)
         original = rope.get("original_max_position_embeddings")
         context = checkpoint.config["max_position_embeddings"]
         writer.add_rope_scaling_orig_ctx_len(int(original or context))
@@ -304,24 +307,10 @@ def _add_rope(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
         writer.add_tensor(FACTORS, _rope_factors(checkpoint))
 
 
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    top = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if key in config}
-    return top | (config.get("rope_parameters") or config.get("rope_scaling") or {})
-
-
-def _frequencies(checkpoint: Checkpoint, kind: str) -> tuple[NDArray[np.float32], float]:
-    """One for every second feature of a head, and what rotated heads are multiplied with."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    config = stock_config(checkpoint.config)
-    scaled, attention = ROPE_INIT_FUNCTIONS[kind](config, device="cpu")
-    return scaled.numpy(), float(attention)
-
-
 def _rope_factors(checkpoint: Checkpoint) -> NDArray[np.float32]:
     """What each frequency is divided by."""
-    scaled, _ = _frequencies(checkpoint, "llama3")
-    theta, width = _rope(checkpoint.config)["rope_theta"], 2 * len(scaled)
+    scaled, _ = frequencies(checkpoint.config, "llama3")
+    theta, width = rope_words(checkpoint.config)["rope_theta"], 2 * len(scaled)
     plain = theta ** -(np.arange(0, width, 2) / width)
     factors: NDArray[np.float32] = (plain / scaled).astype(np.float32)
     return factors

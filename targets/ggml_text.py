@@ -16,7 +16,8 @@ from typing import Any
 
 import gguf
 
-from dotexport.exports.text_parity import Conversation, TextSide, render
+from dotexport.exports.nasty_texts import Conversation
+from dotexport.exports.text_parity import TextSide, render
 
 from .ggml_splitters import SPLITTERS, cutter
 

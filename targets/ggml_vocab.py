@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import gguf
 
+from dotexport.exports.nasty_texts import TEXTS
 from dotexport.exports.text_parity import (
-    TEXTS,
     added_around,
     find_tokenizer,
     start_of,

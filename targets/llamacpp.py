@@ -24,10 +24,11 @@ import numpy as np
 import torch
 
 from dotexport.errors import UsageError
+from dotexport.exports.nasty_texts import Conversation
 from dotexport.exports.parity import Parity, measure
 from dotexport.exports.reference import Reference, compute_reference, load_float32
 from dotexport.exports.target import Logits, Tokens
-from dotexport.exports.text_parity import Conversation, TextSide, load_tokenizer
+from dotexport.exports.text_parity import TextSide, load_tokenizer
 from dotexport.exports.verifying import STOCK, with_text, write_report
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.storage import manifest

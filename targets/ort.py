@@ -24,7 +24,7 @@ from dotexport.errors import DotexportError, RuntimeMissingError
 from dotexport.exports.target import QUANTISED_BLOCK, Rehearsal, Session
 
 from . import cuda
-from .configs import head_dim, rope_type, window_of
+from .configs import frequencies, head_dim, rope_type, window_of
 from .genai_builder import builder_problems
 from .ort_session import open_decoder
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from dotexport.models.checkpoint import Checkpoint
 
 LEAST_SCALE_ERROR = 1e-4  # relative
+TABLED_ROPE = {"default", "llama3"}  # one table for the whole context
 SILENTLY_WRONG_ROPE = {"linear", "dynamic", "yarn"}  # found by verify
 
 # Runs the builder with some of its answers changed that it has no option for.
@@ -90,6 +91,17 @@ class _Built:
         ends = model.get("eos_token_id")
         stops = ends if isinstance(ends, list) else [] if ends is None else [ends]
         return read_folder(folder, start=model.get("bos_token_id"), stops=stops)
+
+    def wrong_in_file(self, checkpoint: Checkpoint, folder: Path) -> list[str]:
+        """Epsilons and rotary angles that are not the checkpoint's."""
+        from .onnx_numbers import wrong_epsilons, wrong_tables
+
+        file, config = folder / "model.onnx", checkpoint.config
+        problems = wrong_epsilons(file, config)
+        if (kind := rope_type(config)) in TABLED_ROPE and not _differs_by_layer(config):
+            frequencies_F, gain = frequencies(config, kind)
+            problems += wrong_tables(file, frequencies_F, gain, config["max_position_embeddings"])
+        return problems
 
     def answers(self, config: Mapping[str, Any], precision: str) -> dict[str, bool]:
         """What the builder asks itself, and what it is told: its own answer would not run."""

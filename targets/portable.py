@@ -68,6 +68,12 @@ class Portable:
         for file in [checkpoint.folder / "config.json", *checkpoint.companions()]:
             shutil.copyfile(file, folder / file.name)
 
+    def wrong_in_file(self, checkpoint: Checkpoint, folder: Path) -> list[str]:
+        """Epsilons that are not the checkpoint's."""
+        from .onnx_numbers import wrong_epsilons
+
+        return wrong_epsilons(folder / GRAPH, checkpoint.config)
+
     def open(self, folder: Path, *, threads: int | None = None) -> PortableSession:
         return PortableSession(folder, threads=threads)
 

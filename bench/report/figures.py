@@ -58,6 +58,11 @@ def sizes(outputs: Sequence[Output]) -> Iterator[Plot]:
         return
     labels = [str(row[0]) for row in rows]
     groups: dict[str, Any] = {"original": [r[1] for r in rows], "narrowed": [r[2] for r in rows]}
+    columns = ["artifact", "original, MB", "narrowed, MB"]
+    told = rows
+    if all(row[1] is None for row in rows):  # no half of which nothing is known
+        del groups["original"], columns[1]
+        told = [(row[0], row[2]) for row in rows]
     said = "; ".join(
         f"{label} {_pair(*row[1:])} MB" for label, row in zip(labels, rows, strict=True)
     )
@@ -65,8 +70,8 @@ def sizes(outputs: Sequence[Output]) -> Iterator[Plot]:
         name="sizes",
         title="Size of every artifact",
         alt=f"Bars of bytes before and after: {said}.",
-        columns=("artifact", "original, MB", "narrowed, MB"),
-        rows=tuple(rows),
+        columns=tuple(columns),
+        rows=tuple(told),
         draw=lambda canvas: bars(canvas, labels, groups, x="megabytes (10⁶ bytes)"),
         note="hf counts weight files alone. Originals of other artifacts are known where a bench "
         "exported them.",

@@ -12,7 +12,7 @@ from dotexport.outputs import summary
 from dotexport.version import __version__
 
 from ..result import METRICS
-from ..table import conditions, verdicts
+from ..table import busy, conditions, verdicts
 from .collected import Output
 
 
@@ -60,7 +60,10 @@ def cards(output: Output) -> Iterator[Card]:
 
 
 def sentences(output: Output) -> Iterator[str]:
-    """Size, quality and speed in words; what brought nothing is said, too."""
+    """A busy machine first; size, quality and speed in words; what brought nothing is said, too."""
+    for bench in output.benches[:1]:
+        for line in busy(bench.result):
+            yield f"{bench.label}: {line.removeprefix('note: ')}."
     if sizes := output.record.get("sizes", {}).get("parameters"):
         before, after = sizes
         percent = 100 * (1 - after / before)
@@ -91,8 +94,14 @@ def sentences(output: Output) -> Iterator[str]:
     ]
     if failed:
         yield f"Parity failed: {', '.join(failed)} does not compute what torch computes."
-    elif proven := _proven(output):
-        yield f"Every artifact computes what torch computes: {', '.join(proven)}."
+        return
+    proven = output.record.get("artifacts", {})
+    passed = {n: a["parity"] for n, a in proven.items() if (a.get("parity") or {}).get("passed")}
+    rounded = {n: parity for n, parity in passed.items() if "-int" in n}
+    if exact := [name for name in passed if name not in rounded]:
+        yield f"Every artifact computes what torch computes: {', '.join(exact)}."
+    for name, parity in rounded.items():
+        yield _rounding_sentence(name, parity)
 
 
 def overview(output: Output) -> Table:
@@ -123,9 +132,12 @@ def parity(output: Output) -> Table | None:
         "perplexity over torch",
         "verdict",
     )
-    return (
-        Table("Every artifact against torch (limit in brackets)", columns, rows) if rows else None
-    )
+    if not rows:
+        return None
+    told = [n for n in range(len(columns)) if any(row[n] for row in rows)]
+    rows = tuple(tuple(row[n] for n in told) for row in rows)
+    heads = tuple(columns[n] for n in told)
+    return Table("Every artifact against torch (limit in brackets)", heads, rows)
 
 
 def environment(output: Output) -> Table:
@@ -139,6 +151,7 @@ def environment(output: Output) -> Table:
     libraries = list(dict.fromkeys(k for _, e in columns for k in e.get("libraries", {})))
     rows = [(_words(name), *(_said(e.get(name)) for _, e in columns)) for name in names]
     rows += [(n, *(e.get("libraries", {}).get(n, "") for _, e in columns)) for n in libraries]
+    rows = [row for row in rows if any(row[1:])]
     labels = ("", *(name for name, _ in columns))
     return _merged(Table("Where it was made and measured", labels, tuple(rows)))
 
@@ -273,9 +286,18 @@ def _quality_sentence(found: Mapping[str, Any]) -> str:
     return text + "."
 
 
-def _proven(output: Output) -> list[str]:
-    artifacts = output.record.get("artifacts", {})
-    return [n for n, a in artifacts.items() if (a.get("parity") or {}).get("passed")]
+def _rounding_sentence(name: str, parity: Mapping[str, Any]) -> str:
+    """What rounding to integers costs, which is never nothing."""
+    phases = parity.get("phases", {}).values()
+    worst = max((phase["kl"] for phase in phases if phase.get("kl") is not None), default=None)
+    if worst is None:
+        return f"{name} is what torch computes, but for its rounding."
+    limit = parity.get("limits", {}).get("kl")
+    within = "" if limit is None else f", within the {limit:.2g} that its precision is allowed"
+    return (
+        f"{name} is torch's model rounded: its predictions are {worst:.2g} nats per token (KL) "
+        f"off{within}."
+    )
 
 
 def _definitions() -> tuple[str, ...]:

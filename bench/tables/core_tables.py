@@ -26,8 +26,9 @@ import torch
 import typer
 
 from dotexport import embedded
+from dotexport.app.opening import open_source
 from dotexport.app.shrink_options import ShrinkOptions
-from dotexport.app.shrinking import open_source, shrink
+from dotexport.app.shrinking import shrink
 from dotexport.axes.plan import Plan, SizeOptions
 from dotexport.exports.reference import load_float32
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter

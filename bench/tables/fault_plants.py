@@ -11,6 +11,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,16 @@ class Planted:
     what: str
     passed: bool
     said: str
+
+    @property
+    def why(self) -> str:
+        """What puts a fault that passes out of reach."""
+        if "-int" in self.artifact and self.what.partition(": ")[2] in BYTES:
+            return (
+                "out of reach: weights that rounding to integers has moved all are held to a "
+                "distance from torch, and 1 KB of them moves predictions less"
+            )
+        return "not seen"
 
 
 def campaign(seed: int, scratch: Path) -> Iterator[Planted]:
@@ -117,7 +128,11 @@ def _kinds(name: str) -> Mapping[str, Callable[[Path, random.Random], object]]:
     if name == "generation_config.json":
         return {"another end": _set("eos_token_id", 7)}
     if name == "genai_config.json":
-        return {"another end": _set("model.eos_token_id", 7), "half of the context": _halved}
+        return {
+            "another end": _set("model.eos_token_id", 7),
+            "another start": _set("model.bos_token_id", 7),
+            "half of the context": _halved,
+        }
     return {}
 
 
@@ -244,7 +259,8 @@ def _epsilon(factor: float) -> Callable[[Any, random.Random], None]:
         if found:
             found[rng.randrange(len(found))].f *= factor
             return
-        small = [t for t in model.graph.initializer if 0 < _single(t) < 1e-3]
+        # What is far below that keeps a division from zero, and no activation comes near it.
+        small = [t for t in model.graph.initializer if 1e-12 < _single(t) < 1e-3]
         chosen = rng.choice(small)
         _store(chosen, np.array(_single(chosen) * factor, np.float32).reshape(tuple(chosen.dims)))
 
@@ -266,9 +282,16 @@ def _store(tensor: Any, values: Any) -> None:
 
 
 def _node_skipped(model: Any, rng: random.Random) -> None:
-    """Two inputs of an addition or product change places with those of another of its kind."""
+    """An input of an addition or product changes places with that of another one."""
     adds = [n for n in model.graph.node if n.op_type in ("Add", "Mul") and len(n.input) == 2]
-    one, two = rng.sample(adds, 2)
+    # In a product of products, nothing would change.
+    apart = [
+        (one, two)
+        for one, two in permutations(adds, 2)
+        if one.input[1] != two.input[1]
+        and not {*one.output, *two.output} & {*one.input, *two.input}
+    ]
+    one, two = rng.choice(apart)
     one.input[1], two.input[1] = two.input[1], one.input[1]
 
 

@@ -106,7 +106,8 @@ def _inputs(number: int, seed: int, scratch: Path) -> Iterator[tuple[str, str]]:
 
 def _plants(seed: int, scratch: Path) -> Iterator[tuple[str, str]]:
     for case in fault_plants.campaign(seed, scratch):
-        yield f"planted, {case.artifact}: {case.what}", "passed" if case.passed else ""
+        passed = f"passed verification; {case.why}" if case.passed else ""
+        yield f"planted, {case.artifact}: {case.what}", passed
 
 
 # Kills and limits ---------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -39,6 +40,8 @@ def _told(error: Exception) -> str:
         return "memory ran out; give fewer --samples, a shorter --seqlen, or --device cpu"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename or 'the system refused'}"
+    if number := re.search(r"\(os error (\d+)\)", str(error)):  # as libraries in Rust say it
+        return f"{os.strerror(int(number[1]))}: the system refused"
     first = next(iter(str(error).strip().splitlines()), "")
     said = f"{type(error).__name__}: {first}" if first else type(error).__name__
     return (

@@ -14,11 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from dotexport import embedded
+from dotexport.app.benching import (
+    bench_into,
+    bench_name,
+    bench_report,
+    check_gate,
+    spec_of,
+    workload_of,
+)
 from dotexport.app.door import benches
 from dotexport.app.recipe import Recipe
 from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.app.shrinking import shrink
-from dotexport.app.steps import BenchStep, EvalStep, ServedStep
+from dotexport.app.steps import EvalStep
 from dotexport.axes import AXES
 from dotexport.axes.plan import Plan, SizeOptions, read_model, resized
 from dotexport.errors import CalibrationError, SizeError, UsageError
@@ -33,7 +41,7 @@ from dotexport.sizes.budget import plan
 from dotexport.sizes.latency import check_runtime, promise
 from dotexport.sizes.latency_options import LatencyOptions
 from dotexport.sizes.latency_table import cache_file
-from dotexport.sizes.planning import rules_of_target
+from dotexport.sizes.planning import rules_of_target, ways_out
 from dotexport.storage import manifest
 from dotexport.storage.files import write_json
 from dotexport.storage.output import occupied
@@ -101,14 +109,14 @@ def _check_later_steps(recipe: Recipe, model: Path) -> None:
     from dotexport.exports.verifying import require_device, require_runtime
 
     options = recipe.shrink.options()
-    specs = (*recipe.export, *(_spec(step) for step in recipe.bench))
+    specs = (*recipe.export, *(spec_of(step) for step in recipe.bench))
     for target, _ in map(resolve, specs):
         require_runtime(target)
         require_device(target)
     for step in recipe.bench:
-        _workload(step)
-        _check_gate(step)
-        benches().check_options(resolve(_spec(step))[0], step.runtime())
+        workload_of(step)
+        check_gate(step)
+        benches().check_options(resolve(spec_of(step))[0], step.runtime())
     names = [bench_name(step) for step in recipe.bench]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UsageError(
@@ -136,12 +144,13 @@ def _check_sizes(model: Path, options: ShrinkOptions, specs: Sequence[str]) -> N
         return
     config = read_config(model)
     decided = plan(config, options.sizes)
-    rules = [rule for spec in specs for rule in rules_of_target(config, *resolve(spec))]
+    targets = [resolve(spec) for spec in specs]
+    rules = [rule for pair in targets for rule in rules_of_target(config, *pair)]
     problems = [f"  {rule.name}: {text}" for rule in rules for text in rule.problems(decided)]
     if problems:
         raise SizeError(
-            "the sizes of this recipe cannot be exported, which `dotexport plan MODEL --target` "
-            "would see to:\n" + "\n".join(problems)
+            "the sizes of this recipe cannot be exported:\n"
+            + "\n".join([*problems, *ways_out(config, [decided], targets, rules)])
         )
 
 
@@ -200,87 +209,16 @@ def evaluate_into(
     return record
 
 
-def bench_into(
-    candidate: Path,
-    baseline: Path | None,
-    step: BenchStep,
-    *,
-    report: Path | None = None,
-    progress: Progress = lambda stage, done, total: None,
-) -> Any:
-    """Bench a model beside the original; without one, beside itself (the noise check).
-
-    An output of dotexport keeps the report in OUT/reports and the headline in its manifest.
-    """
-    asked = _asked(step, progress) | {"workload": _workload(step)}
-    if baseline is None:
-        return benches().noise_check(candidate, step.target, out=report, **asked)
-    if report is None and manifest.is_output(candidate):
-        report = candidate / _bench_report(step)
-    _check_gate(step)
-    result = benches().bench(candidate, baseline, step.target, out=report, **asked)
-    if manifest.is_output(candidate):
-        manifest.merge(candidate, bench={bench_name(step): result.headline()})
-        card.write(candidate)
-    return result
-
-
 def write_report(out: Path) -> Path:
     """OUT/reports/report.html from what lies in OUT by now."""
     file: Path = benches().write_report([out])
     return file
 
 
-def judge_bench(step: BenchStep, result: Any, candidate: Path) -> Any:
-    """Hold the gate of a step against what it measured, and the quality that `candidate` has."""
-    limits = benches().read_gate(Path(step.gate)) if step.gate else []
-    results = getattr(result, "results", (result,))  # of a sweep, or the one
-    return benches().judge_results(results, limits, candidate / _bench_report(step))
-
-
 def _require_gates(recipe: Recipe, out: Path) -> None:
-    gated = ((step.gate, out / _bench_report(step)) for step in recipe.bench)
+    gated = ((step.gate, out / bench_report(step)) for step in recipe.bench)
     found = (benches().judge([report], gate=Path(gate)).lines for gate, report in gated if gate)
     benches().require([line for lines in found for line in lines])
-
-
-def _check_gate(step: BenchStep) -> None:
-    """Refuse a gate that cannot be read before anything is measured."""
-    if step.gate is not None:
-        benches().read_gate(Path(step.gate))
-
-
-def _bench_report(step: BenchStep) -> Path:
-    return Path("reports", f"bench-{bench_name(step)}.json")
-
-
-def sweep_into(
-    candidate: Path,
-    baseline: Path | None,
-    steps: Sequence[BenchStep],
-    *,
-    report: Path | None = None,
-    progress: Progress = lambda stage, done, total: None,
-) -> Any:
-    """`bench_into` for steps that differ in their workload alone; one report, no manifest entry."""
-    first = steps[0]
-    _check_gate(first)
-    if report is None and baseline is not None and manifest.is_output(candidate):
-        report = candidate / "reports" / f"bench-{bench_name(first)}-sweep.json"
-    workloads = [_workload(step) for step in steps]
-    asked = _asked(first, progress)
-    return benches().sweep(
-        candidate, baseline, first.target, workloads=workloads, out=report, **asked
-    )
-
-
-def _asked(step: BenchStep, progress: Progress) -> dict[str, Any]:
-    return {
-        "precision": step.precision,
-        "runtime": step.runtime(),
-        "roofline": step.roofline,
-        "progress": progress,
-    }
 
 
 def measure_latency(
@@ -361,80 +299,3 @@ def keep_promise(
     write_json(report, read_json(report, advice="shrink again") | section)
     card.write(out)
     return section
-
-
-def bench_vllm_into(
-    candidate: Path,
-    baseline: Path,
-    served: ServedStep,
-    step: BenchStep,
-    shape: Mapping[str, str | None],
-    *,
-    report: Path | None = None,
-    progress: Progress = lambda stage, done, total: None,
-) -> Any:
-    """Run one of vLLM's benchmarks beside the original; an output keeps report and headline.
-
-    Args:
-        shape: of the requests, as flags say it: vLLM's benchmarks take one number and no sweep.
-
-    Raises:
-        UsageError, RuntimeMissingError, DotexportError: as `bench_served`.
-    """
-    numbers = {name: _one(name, text) for name, text in shape.items() if text is not None}
-    options = benches().ServedOptions(
-        kind=served.kind,
-        iterations=step.min_iterations,
-        requests=served.requests,
-        warmups=step.warmups,
-        rounds=served.rounds,
-        request_rate=served.request_rate,
-        precision=step.precision,
-        arguments=benches().parse_arguments(served.arguments),
-        seed=step.seed,
-        **numbers,
-    )
-    if report is None and manifest.is_output(candidate):
-        report = candidate / "reports" / f"bench-vllm-{options.kind}.json"
-    result = benches().bench_served(
-        candidate, baseline, served.python, options, out=report, progress=progress
-    )
-    if manifest.is_output(candidate):
-        manifest.merge(candidate, served={options.kind: result.headline()})
-        card.write(candidate)
-    return result
-
-
-def _one(name: str, text: str) -> int:
-    if not text.isdigit():
-        raise UsageError(f"--target vllm takes one {name} at a time, not {text!r}")
-    return int(text)
-
-
-def _workload(step: BenchStep) -> Any:
-    shape = {
-        "prompt_length": step.prompt,
-        "generation_length": step.generate,
-        "batch_size": step.batch,
-        "threads": step.threads,
-        "concurrency": step.concurrency,
-    }
-    return benches().Workload(
-        **(benches().find_preset(step.preset) if step.preset else {})
-        | {name: value for name, value in shape.items() if value is not None},
-        rounds=step.rounds,
-        min_iterations=step.min_iterations,
-        min_seconds=step.min_seconds,
-        min_warmups=step.warmups,
-        seed=step.seed,
-    )
-
-
-def bench_name(step: BenchStep) -> str:
-    """Key of a bench in the manifest: target, precision and what else it ran as."""
-    words = [_spec(step).replace(":", "-"), *benches().options_in_words(step.runtime())]
-    return "-".join(words).replace(":", "")
-
-
-def _spec(step: BenchStep) -> str:
-    return f"{step.target}:{step.precision}" if step.precision else step.target

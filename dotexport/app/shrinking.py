@@ -16,24 +16,17 @@ from typing import Any
 
 import torch
 
+from dotexport.app.opening import check_apart, check_tensors, open_source
 from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.axes.carrying import carry
 from dotexport.axes.plan import Plan, SizeOptions, read_model
-from dotexport.errors import (
-    CheckpointError,
-    UnsupportedModelError,
-    UsageError,
-)
 from dotexport.healing.heal import heal_into, workspace_of
 from dotexport.healing.healing_text import healing_text
 from dotexport.healing.resume import ClosedForm, Workspace, settle_others
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter, find_model
-from dotexport.models.families import check_quantised
-from dotexport.models.family import Family
 from dotexport.models.layers import Stock
 from dotexport.models.origin import describe_source
 from dotexport.models.rope import in_all_words
-from dotexport.models.shapes import Sizes, check_shapes, shapes
 from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.basis import whole
 from dotexport.narrowing.depth import Depths
@@ -48,6 +41,7 @@ from dotexport.narrowing.prepare import (
 from dotexport.outputs import card
 from dotexport.sizes.allocation import Allocation, allocate
 from dotexport.sizes.budget import plan, shortfall
+from dotexport.sizes.frozen import frozen
 from dotexport.storage import manifest
 from dotexport.storage.files import write_json, write_text
 from dotexport.storage.output import new_folder
@@ -64,8 +58,9 @@ class Shrunk:
     """What shrink made.
 
     Attributes:
-        divergence: held-out KL divergence from the original, nats per token of calibration text; on
-            the tokens that stay, and 0 where nothing but tokens left.
+        divergence: held-out KL divergence of the closed form from the original, nats per token of
+            calibration text; on the tokens that stay, and 0 where nothing but tokens left.
+        perplexity_ratio: its perplexity on that text over the original's.
         vocabulary: which tokens stay, and what the smaller tokenizer was held to.
     """
 
@@ -73,12 +68,20 @@ class Shrunk:
     plan: Plan
     basis: dict[str, Any]
     divergence: float
+    perplexity_ratio: float
     seconds: float
     num_windows: int
     sites: list[dict[str, Any]]
     allocation: Allocation | None = None
     healing: dict[str, Any] | None = None
     vocabulary: Mapping[str, Any] | None = None
+
+    def cost(self) -> dict[str, float]:
+        """Against the original on held-out windows of the calibration text, healing included."""
+        if self.healing is None:
+            return {"kl": self.divergence, "perplexity_ratio": self.perplexity_ratio}
+        after, before = self.healing["perplexity"][1], self.healing["original_perplexity"]
+        return {"kl": self.healing["kl"][1], "perplexity_ratio": after / before}
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -88,6 +91,7 @@ class Shrunk:
             "architecture": self.plan.architectures,
             "basis": self.basis,
             "held_out_kl": self.divergence,
+            "held_out_perplexity_ratio": self.perplexity_ratio,
             "seconds": round(self.seconds, 2),
             "calibration_windows": self.num_windows,
             "sites": self.sites,
@@ -121,11 +125,11 @@ def shrink(
     """
     started = time.perf_counter()
     original = open_source(find_model(str(model)))
-    _check_tensors(original, *read_model(original.config))
+    check_tensors(original, *read_model(original.config))
     Stock.of(original.config, torch.device("cpu"))  # refuses what transformers cannot build
     if not options.vocabulary.asked:
         plan(original.config, options.sizes)  # refuses what cannot be, before anything is made
-    _check_apart(original.folder, out)
+    check_apart(original.folder, out)
     with new_folder(out, overwrite=overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
         source, config, sizes = _on_kept_tokens(original, options, Path(scratch), progress)
         decided = plan(config, sizes)
@@ -141,8 +145,9 @@ def shrink(
                 config, sizes, lambda p: rehearse(depths.settled(p).on_kept_tokens), progress
             )
             decided = allocation.plan
-        if short := shortfall(config, sizes, decided):
-            logger.warning("%s", short)
+        for sentence in (shortfall(config, sizes, decided), *frozen(config, sizes, decided, {})):
+            if sentence:
+                logger.warning("%s", sentence)
         decided = depths.settled(decided)
         closed, healing, workspace = _narrowed(
             source, decided, out, folder, windows_NL, options, device, overwrite, progress
@@ -154,6 +159,7 @@ def shrink(
             decided,
             closed.basis,
             closed.divergence,
+            closed.perplexity_ratio,
             seconds,
             len(windows_NL),
             closed.sites,
@@ -247,7 +253,7 @@ def _copied(source: Trimmed, decided: Plan, folder: Path, options: ShrinkOptions
     check_rows(Checkpoint.open(hf), source)
     width = decided.before.spaces["residual"]
     basis, behind = whole(width).as_dict(), decided.answered_layers
-    return ClosedForm(torch.eye(width).double(), basis, 0.0, [], "cpu", behind)
+    return ClosedForm(torch.eye(width).double(), basis, 0.0, 1.0, [], "cpu", behind)
 
 
 def _closed_form(
@@ -275,7 +281,8 @@ def _closed_form(
     E_DK = torch.from_numpy(basis.matrix_DK)
     where = str(run.streams.device)
     behind = decided.answered_layers
-    return ClosedForm(E_DK, basis.as_dict(), run.divergence, run.records, where, behind)
+    cost = run.divergence, run.perplexity_ratio
+    return ClosedForm(E_DK, basis.as_dict(), *cost, run.records, where, behind)
 
 
 def _warn_if_thin(windows_NL: torch.Tensor, decided: Plan) -> None:
@@ -290,61 +297,6 @@ def _warn_if_thin(windows_NL: torch.Tensor, decided: Plan) -> None:
             len(windows_NL),
             tokens,
             widest,
-        )
-
-
-def open_source(folder: Path) -> Checkpoint:
-    """A model that can be narrowed, or the reason why it cannot.
-
-    Raises:
-        CheckpointError, UnsupportedModelError.
-    """
-    if not (folder / "config.json").is_file() and (library := library_of(folder)):
-        raise UnsupportedModelError(
-            f"{folder} is a model of the library {library}; this verb narrows decoder LLMs of "
-            "transformers (config.json and *.safetensors)"
-        )
-    checkpoint = Checkpoint.open(folder)
-    check_quantised(checkpoint.config)
-    checkpoint.companions()  # refuses links out of the model, which would travel with it
-    return checkpoint
-
-
-def library_of(folder: Path) -> str | None:
-    """The library that a folder without config.json belongs to, if Optimum knows it."""
-    from transformers.utils import logging as theirs
-
-    verbosity = theirs.get_verbosity()
-    theirs.set_verbosity_error()  # optimum imports all of diffusers, which tells what it lacks
-    from optimum.exporters.tasks import TasksManager
-
-    theirs.set_verbosity(verbosity)
-    try:
-        return str(TasksManager.infer_library_from_model(str(folder)))
-    except ValueError:
-        return None
-
-
-def _check_tensors(source: Checkpoint, family: Family, sizes: Sizes) -> None:
-    found = {name: spec.shape for name, spec in source.specs.items()}
-    check_shapes(family, sizes, found, source.folder)
-    expected = {name for name, _ in shapes(family, sizes)}
-    # Old Llama files store rotary frequencies, and some tied ones the shared table twice.
-    harmless = (".rotary_emb.inv_freq", f"{family.head.name}.weight")
-    foreign = [n for n in found if n not in expected and not n.endswith(harmless)]
-    if foreign:
-        raise CheckpointError(
-            f"{source.folder} holds tensors that {family.architecture} has no place for "
-            f"({len(foreign)}, first {foreign[0]}); merge adapters into the model first, or take "
-            "the config.json that belongs to these weights"
-        )
-
-
-def _check_apart(model: Path, out: Path) -> None:
-    if model.resolve().is_relative_to(out.expanduser().resolve()):
-        raise UsageError(
-            f"the model {model} lies inside the output {out}, which would replace it; "
-            "give another output folder"
         )
 
 
@@ -385,6 +337,7 @@ def _describe(
         kept_layers=shrunk.plan.kept_layers,
         architecture=shrunk.plan.architectures,
         basis=closed.basis,
+        **({} if shrunk.plan.vocabulary_alone else {"held_out": shrunk.cost()}),
         **({"vocabulary": shrunk.vocabulary} if shrunk.vocabulary else {}),
         artifacts={"hf": _artifact(folder / "hf")},
         timings={"shrink_seconds": round(shrunk.seconds, 2)},

@@ -32,6 +32,17 @@ def show_summary(out: Path, title: str) -> None:
     show_rows(title, manifest.read(out), summary.paths(out))
 
 
+def show_next(out: Path, model: str) -> None:
+    """What can be done now, each with its command."""
+    from dotexport.outputs import summary
+
+    console = Console()
+    for purpose, command in summary.next_commands(out, model):
+        console.print(
+            f"next: {command}  ({purpose})", soft_wrap=True, highlight=False, markup=False
+        )
+
+
 def show_rows(
     title: str, record: Mapping[str, Any], paths: Iterable[tuple[str, Path]] = ()
 ) -> None:

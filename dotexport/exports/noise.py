@@ -3,7 +3,7 @@
 The model that artifacts are held against is run once more with the rounding of the precision, in
 weights and in what runs between them. fp32 is held against float64.
 
-Shapes: P positions, V vocabulary; O, I outputs and inputs of a matrix product.
+Shapes: P positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ import torch
 from numpy.typing import NDArray
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-# Bits of a weight, and how many of a row share a scale: all, where some runtimes do it so.
-BITS = {"int8": (8, None), "int6-k": (6, 32)}
 
 Run = Callable[[], NDArray[Any]]
 
@@ -32,12 +30,10 @@ class Noise:
     Attributes:
         max_abs: largest difference of a logit.
         relative: root mean square difference over the spread of torch's logits.
-        kl: mean KL divergence from torch's next-token distribution, in nats.
     """
 
     max_abs: float
     relative: float
-    kl: float
 
     @classmethod
     def of(cls, mine_PV: NDArray[Any], torch_PV: NDArray[Any]) -> Noise:
@@ -45,7 +41,6 @@ class Noise:
         return cls(
             float(np.abs(gap_PV).max()),
             float(np.sqrt(np.square(gap_PV).mean())) / max(spread(torch_PV), 1e-30),
-            kl_divergence(torch_PV, mine_PV),
         )
 
 
@@ -67,66 +62,33 @@ def measured(
         found = Noise.of(run(), torch_PV)
         model.float()
         return found
-    if precision not in (*HALVES, *BITS):
-        return None
-    rounding = _in_halves if precision in HALVES else _in_integers
     try:
-        with rounding(model, precision):
+        with _in_halves(model, HALVES[precision]):
             return Noise.of(run(), torch_PV)
     finally:
         restore()
 
 
 @contextmanager
-def _in_halves(model: Any, precision: str) -> Iterator[None]:
-    kind = HALVES[precision]
+def _in_halves(model: Any, kind: torch.dtype) -> Iterator[None]:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(kind).float()
     leaves = [module for module in model.modules() if not any(module.children())]
-    with _hooked(
-        module.register_forward_hook(lambda _, inputs, output: _through(output, kind))
-        for module in leaves
-    ):
+    handles = [
+        leaf.register_forward_hook(lambda _, inputs, output: _through(output, kind))
+        for leaf in leaves
+    ]
+    try:
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _through(output: Any, kind: torch.dtype) -> Any:
     if isinstance(output, torch.Tensor) and output.is_floating_point():
         return output.to(kind).float()
     return output
-
-
-@contextmanager
-def _in_integers(model: Any, precision: str) -> Iterator[None]:
-    products = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    for product in products:
-        product.weight.data = rounded_to_bits(product.weight.data, *BITS[precision])
-    with _hooked(
-        product.register_forward_pre_hook(lambda _, inputs: rounded_to_bits(inputs[0], 8, None))
-        for product in products
-    ):
-        yield
-
-
-@contextmanager
-def _hooked(handles: Iterator[Any]) -> Iterator[None]:
-    held = list(handles)
-    try:
-        yield
-    finally:
-        for handle in held:
-            handle.remove()
-
-
-def rounded_to_bits(x_OI: torch.Tensor, bits: int, block: int | None) -> torch.Tensor:
-    """Nearest of 2^bits - 1 levels around zero, per block of the last axis or all of it."""
-    block = block or x_OI.shape[-1]
-    padded = torch.nn.functional.pad(x_OI, (0, -x_OI.shape[-1] % block))
-    blocks = padded.reshape(*x_OI.shape[:-1], -1, block)
-    largest = blocks.abs().amax(-1, keepdim=True)
-    scale = torch.where(largest == 0, 1, largest / (2 ** (bits - 1) - 1))
-    rounded = (blocks / scale).round() * scale
-    return rounded.reshape(*x_OI.shape[:-1], -1)[..., : x_OI.shape[-1]]
 
 
 def spread(logits_PV: NDArray[Any]) -> float:

@@ -10,6 +10,7 @@ Shapes: B sequences, L tokens of one, V vocabulary; O, I outputs and inputs of a
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from dotexport.errors import CheckpointError, UnsupportedModelError
-from dotexport.exports.noise import BITS, HALVES, Noise, measured
+from dotexport.exports.noise import HALVES, Noise, measured
 from dotexport.exports.target import QUANTISED_BLOCK, Logits, Tokens
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.rope import stock_config
@@ -30,11 +31,13 @@ from dotexport.models.rope import stock_config
 TEXT_LENGTHS = (24, 17, 9)
 RANDOM_LENGTHS = (40, 6, 1)
 NUM_STEPS = 8
-# Tokens of the long sequence, or past the sliding window where that is not much longer; what a
-# context has beyond is out of reach, for attention would take hours. Logits of all are held once.
-LONGEST, LONGEST_WINDOW, MOST_LOGITS = 1280, 4096, 1 << 27
+# The long sequence is as long as the context, or as a pass of so many multiplications allows; at
+# least this many tokens, or past the sliding window where that is not much longer. Its logits and
+# the scores of one layer are held once.
+WORK, LONGEST, LONGEST_WINDOW = 1 << 36, 1280, 4096
+MOST_LOGITS, MOST_SCORES = 1 << 27, 1 << 28
 NUM_POSITIONS = 24
-PRECISIONS = ("fp32", *HALVES, *BITS)
+PRECISIONS = ("fp32", *HALVES)
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,20 @@ class LongText:
     Attributes:
         tokens: of the sequence.
         positions: that are judged, ascending; the last STEPS of all are decoded one by one.
+        context: that config.json states; what lies behind the sequence is not asked.
         logits, rounded, rounded_twice: as of `Reference`, at these positions.
     """
 
     tokens: Tokens
     positions: tuple[int, ...]
     logits: Logits
+    context: int = 0
     rounded: Logits | None = None
     rounded_twice: Logits | None = None
+
+    def reach(self) -> dict[str, Any]:
+        """How far it goes, and of what."""
+        return {"tokens": len(self.tokens), "context": self.context, "positions": self.positions}
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,8 @@ def compute_reference(
 
     Args:
         rounded: what rounding weights to 4 bits costs as well.
-        precisions: what these cost as well (noise.py); that of others is float32's.
+        precisions: what these cost as well (noise.py): that of a name like `as-stored` is
+            float32's, and integers are held to `rounded`.
     """
     model = load_float32(checkpoint)
     steps, texts, randoms = _lengths(model.config)
@@ -104,7 +114,7 @@ def compute_reference(
         *_random_prompts(model.config.vocab_size, randoms, seed=0),
     ]
     sequences = _continued_greedily(model, prompts, steps)
-    tokens, positions = _long_text(model.config, sequences)
+    tokens, positions = _long_text(model.config, sequences, _reach(model))
     with _watched(model) as magnitudes:
         logits = _logits_alone(model, sequences)
         far = _at(model, tokens, positions)
@@ -117,7 +127,8 @@ def compute_reference(
     def run() -> Logits:
         return np.concatenate(_logits_alone(model, sequences))
 
-    asked = {name if name in PRECISIONS else "fp32" for name in precisions}
+    floats = (name for name in precisions if not name.startswith("int"))
+    asked = {name if name in PRECISIONS else "fp32" for name in floats}
     noise = {name: measured(name, model, run, joined, restore) for name in sorted(asked)}
     twice = _rounded_logits(model, sequences, tokens, positions) if rounded else None
     return Reference(
@@ -132,25 +143,51 @@ def compute_reference(
         long=None
         if far is None
         else LongText(
-            tokens, positions, far, twice[0][1] if twice else None, twice[1][1] if twice else None
+            tokens,
+            positions,
+            far,
+            getattr(model.config, "max_position_embeddings", None) or 0,
+            twice[0][1] if twice else None,
+            twice[1][1] if twice else None,
         ),
     )
 
 
-def _long_text(config: Any, sequences: Sequence[Tokens]) -> tuple[Tokens, tuple[int, ...]]:
-    """All sequences one after another, again and again, and the positions to judge."""
+def _long_text(
+    config: Any, sequences: Sequence[Tokens], reach: int
+) -> tuple[Tokens, tuple[int, ...]]:
+    """All sequences one after another, again and again, and the positions to judge.
+
+    Args:
+        reach: tokens that a pass can have (`_reach`).
+    """
     context = getattr(config, "max_position_embeddings", None) or LONGEST
     window = getattr(config, "sliding_window", None) or 0
     beyond = window + 2 * NUM_STEPS if window < LONGEST_WINDOW else 0
-    length = min(context, max(LONGEST, beyond), MOST_LOGITS // config.vocab_size)
+    length = min(context, max(LONGEST, beyond, reach), MOST_LOGITS // config.vocab_size)
     joined = np.concatenate(list(sequences))
     tokens = np.resize(joined, length)
     if length <= max(map(len, sequences)):
         return tokens, ()
     last = set(range(length - NUM_STEPS, length))
-    near = {at for at in range(window - 1, window + 2) if 0 < at < length}
+    edges = (edge + step for edge in (window, context // 2) for step in (-1, 0, 1))
+    near = {at for at in edges if 0 < at < length}
     spaced = {round(at) for at in np.linspace(NUM_STEPS, length - 1, NUM_POSITIONS)}
     return tokens, tuple(sorted(last | near | spaced))
+
+
+def _reach(model: Any) -> int:
+    """Tokens L of a pass of WORK multiplications, whose scores can be held.
+
+    One takes W multiplications, and A for each token that it attends to: W L + A L^2 = WORK.
+    """
+    config = model.config
+    heads = int(config.num_attention_heads)
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    linears = (m for m in model.modules() if isinstance(m, torch.nn.Linear))
+    each, pair = sum(m.weight.numel() for m in linears), 2 * config.num_hidden_layers * width
+    within = (math.sqrt(each * each + 4 * pair * WORK) - each) / (2 * pair)
+    return min(int(within), math.isqrt(MOST_SCORES // heads))
 
 
 def _at(model: Any, tokens: Tokens, positions: Sequence[int]) -> Logits | None:
@@ -242,7 +279,8 @@ def _sampled_prompts(model: Any, lengths: tuple[int, ...], *, seed: int) -> list
     model on such text is exactly its KL divergence."""
     random = torch.Generator().manual_seed(seed)
     start = model.config.bos_token_id
-    tokens_BL = torch.full((len(lengths), 1), start if isinstance(start, int) else 0)
+    known = isinstance(start, int) and 0 <= start < model.config.vocab_size
+    tokens_BL = torch.full((len(lengths), 1), start if known else 0)
     while tokens_BL.shape[1] < max(lengths):
         probability_BV = model(input_ids=tokens_BL, use_cache=False).logits[:, -1].softmax(-1)
         next_B1 = torch.multinomial(probability_BV, 1, generator=random)

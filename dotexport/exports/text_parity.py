@@ -9,6 +9,7 @@ with a tokenizer, transformers again.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dotexport.exports.nasty_texts import CONVERSATIONS, TEXTS, Conversation
 from dotexport.exports.target import Target
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.storage.reading import read_json
@@ -24,113 +26,8 @@ from dotexport.storage.reading import read_json
 logger = logging.getLogger(__name__)
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
+GENERATION = "generation_config.json"
 NUM_SHOWN = 2  # examples of one kind of difference
-
-Conversation = list[dict[str, str]]
-
-CONVERSATIONS: tuple[Conversation, ...] = (
-    [{"role": "user", "content": "What is 2 + 2?"}],
-    [
-        {"role": "system", "content": "Answer in one word."},
-        {"role": "user", "content": "  Name a colour.\n"},
-        {"role": "assistant", "content": "Blue"},
-        {"role": "user", "content": "Another, s'il vous pla\u00eet \U0001f600"},
-    ],
-    [
-        {"role": "user", "content": "def f(x):\n\treturn x  # 1234567"},
-        {"role": "assistant", "content": ""},
-        {"role": "user", "content": "\u6771\u4eac\u306f\uff1f"},
-    ],
-)
-
-# Nasty in one way each; `_texts` joins them.
-WORDS = (
-    *("Hello", "don't", "I'LL", "we've", "it's", "HELLO", "camelCaseWord", "snake_case", "x"),
-    *("caf\u00e9", "na\u00efve", "\u00c9COLE", "Stra\u00dfe", "\u0130stanbul", "\u01c5", "\u017fs"),
-    *("cafe\u0301", "\ufb01ne", "\u212b", "\u1100\u1161", "A\u030a\u0323"),  # not in NFC or NFKC
-    *("\u041f\u0440\u0438\u0432\u0435\u0442", "\u03b5\u03bb\u03bb\u03b7\u03bd\u03b9\u03ba\u03ac"),
-    *("\u6771\u4eac", "\u65e5\u672c\u8a9e\u3067\u3059", "\u3072\u3089\u30ab\u30bf", "\ud55c\uad6d"),
-    *("\u0645\u0631\u062d\u0628\u0627", "\u05e9\u05dc\u05d5\u05dd", "\u0e2a\u0e27\u0e31\u0e2a"),
-    *("\u0939\u093f\u0928\u094d\u0926\u0940", "\u0b95\u0bcd\u0b95", "\u1f71"),
-    *("\U0001f600", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f1e9\U0001f1ea"),
-    *("\u2764\ufe0f", "\U0001d518", "\U00020000", "\u200b", "\ufeff", "\u202e", "\ue000", "\x00"),
-)
-DIGITS = (
-    *("0", "12", "123", "1234", "12345", "1234567890", "3.14", "1,000,000", "-42", "1e-9", "0x1F"),
-    *("2024-01-31", "12:30", "v1.2.3", "a1b2", "7x", "x7", "100%", "$5", "\u0663\u0664", "\u00bd"),
-    *("\u00b2", "\u2167", "\u3007\u4e8c", "\uff11\uff12"),
-)
-SPACES = (
-    *(" ", "  ", "   ", "    ", " " * 7, " " * 17, "\t", "\t\t", " \t ", "\n", "\n\n", "\n\n\n"),
-    *("\r\n", "\r", " \n", "\n ", "  \n  ", "\n\t\n", "\u00a0", "\u3000", "\u2003", "\x0b", "\x0c"),
-    *("\u2028", "\u0085", "\u2581", "\u2581\u2581"),
-)
-MARKS = (
-    *(
-        ".",
-        "...",
-        "!?",
-        "--",
-        "==",
-        "!=",
-        "=>",
-        "<<",
-        "//",
-        "/*",
-        "()",
-        "[]",
-        "{}",
-        "}}",
-        "'",
-        "''",
-    ),
-    *('"', "`", "```", "\\", "\\n", "@", "#", "~", "^", "|", "$", "&&", "+", "%", "_", "__", "'s"),
-    *(
-        "\u2026",
-        "\u201cx\u201d",
-        "\u00bf",
-        "\u3002",
-        "\uff01",
-        "\u2014",
-        "\u20ac",
-        "\u00a7",
-        "\u2192",
-    ),
-)
-LINES = (
-    "The quick brown fox jumps over 13 lazy dogs.",
-    "def f(x: int) -> str:\n    return f'{x!r}' * 3\n",
-    "for i in range(10):\n\tprint(i)\n\n\nif x==1 :  y+=2",
-    '{"a": [1, 2.50, null], "b\\n": "\\u00e9"}',
-    "<div class='x'>&nbsp;</div><!-- 100 -->",
-    "https://example.org/a?b=1&c=%20#d user@example.org",
-    "SELECT * FROM t WHERE a>=10 AND b<>'it''s';",
-    "\\frac{1}{2}\\sum_{i=0}^{n} x_i^2",
-    "x =  12",
-    " a b  c   d    e",
-    "leading\n  indented\n    more\n\tand tab",
-    'He said:"No!"(twice),then left...',
-    "\u6771\u4eac 42 km, caf\u00e9 & \u041c\u043e\u0441\u043a\u0432\u0430\u2014\u03b1\u03b2 123",
-    "abc\u0434\u0435\u0444\u6f22\u5b57\U0001f600xyz",
-    "a" * 50,
-    "=" * 40,
-    "1" * 40,
-    "\U0001f600" * 5,
-    " hello world ",
-    "\ttab first",
-    "\nnewline first",
-)
-
-
-def _texts() -> tuple[str, ...]:
-    """About 200: words alone, digits and marks against words, spaces between them."""
-    between = [f"a{space}b{space}" for space in SPACES]
-    inside = [f"no{mark}Yes {mark}1" for mark in MARKS]
-    numbers = [f"{digits} x{digits}" for digits in DIGITS]
-    return tuple(dict.fromkeys(("", *WORDS, *numbers, *SPACES, *between, *inside, *LINES)))
-
-
-TEXTS = _texts()
 
 
 def _never(text: str) -> str | None:
@@ -150,6 +47,8 @@ class TextSide:
         own_stops: tokens at which a runtime may stop in any model, whatever the file says.
         excuse: why no artifact could hold this text's tokens; None: it should. Told in a warning,
             and never asked for conversations.
+        pieces: its vocabulary and merges as tokenizers stores them, for a piece that no text of
+            ours needs; None: it is of another form.
     """
 
     encode: Callable[[str], list[int]]
@@ -158,6 +57,7 @@ class TextSide:
     stops: frozenset[int]
     own_stops: frozenset[int] = frozenset()
     excuse: Callable[[str], str | None] = _never
+    pieces: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -193,7 +93,19 @@ def check_text(target: Target, folder: Path, checkpoint: Checkpoint) -> TextVerd
         return TextVerdict((f"text: its tokenizer cannot be read: {error}; export it again",))
     if found is None:
         return None
-    return hold(found, wanted, special=special_tokens(tokenizer))
+    verdict = hold(found, wanted, special=special_tokens(tokenizer))
+    return replace(verdict, problems=(*verdict.problems, *_told_ends(folder, wanted)))
+
+
+def _told_ends(folder: Path, wanted: TextSide) -> Iterator[str]:
+    """What a generation_config.json beside the artifact says, whoever reads it."""
+    if wanted.stops and (folder / GENERATION).is_file():
+        said = set(stops_of(folder))
+        if said != wanted.stops:
+            yield (
+                f"stop tokens: {GENERATION} beside it says {_listed(said) or 'none'}, and "
+                f"transformers has {_listed(wanted.stops)}"
+            )
 
 
 def hold(found: TextSide, wanted: TextSide, *, special: Iterable[str] = ()) -> TextVerdict:
@@ -213,6 +125,7 @@ def hold(found: TextSide, wanted: TextSide, *, special: Iterable[str] = ()) -> T
         logger.warning("tokens differ from transformers': %s", reason)
     problems = [
         *_token_problems(found, wanted, different, len(texts)),
+        *_piece_problems(found.pieces, wanted.pieces),
         *_conversation_problems(found, wanted),
         *_end_problems(found, wanted),
     ]
@@ -240,6 +153,16 @@ def _token_problems(
             for text in different[:NUM_SHOWN]
         )
         yield f"text: tokens of {len(different)} of {number} texts differ: {shown}"
+
+
+def _piece_problems(
+    found: Mapping[str, Any] | None, wanted: Mapping[str, Any] | None
+) -> Iterator[str]:
+    if found is None or wanted is None:
+        return
+    other = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+    if other:
+        yield f"text: {', '.join(other)} of its tokenizer.json are not the checkpoint's"
 
 
 def _conversation_problems(found: TextSide, wanted: TextSide) -> Iterator[str]:
@@ -303,7 +226,13 @@ def _text_side(tokenizer: Any, folder: Path) -> TextSide:
         render=partial(_rendered, tokenizer),
         start=start_of(folder, tokenizer),
         stops=frozenset(stops_of(folder)),
+        pieces=_pieces(tokenizer),
     )
+
+
+def _pieces(tokenizer: Any) -> Mapping[str, Any] | None:
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    return None if fast is None else json.loads(fast.to_str())["model"]
 
 
 def find_tokenizer(folder: Path) -> Any:
@@ -356,7 +285,7 @@ def stops_of(folder: Path) -> list[int]:
 
 
 def _named(folder: Path, key: str) -> list[Any]:
-    for name in ("generation_config.json", "config.json"):
+    for name in (GENERATION, "config.json"):
         file = folder / name
         said = read_json(file, advice="take a fresh copy") if file.is_file() else {}
         value = said.get(key)

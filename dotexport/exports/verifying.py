@@ -218,6 +218,7 @@ def write_report(out: Path, parities: Iterable[Parity], reference: Reference) ->
         "prompt_lengths": reference.prompt_lengths,
         "sampled_from_model": reference.is_text,
         "decode_steps": reference.num_steps,
+        "far": reference.long.reach() if reference.long else None,
         "int4_rounding_kl": rounding_kl(reference) if reference.rounded else None,
     }
     sections = {"environment": manifest.environment(), "prompts": workload, "artifacts": artifacts}

@@ -46,6 +46,7 @@ class ClosedForm:
         E_DK: basis of the residual stream, float64.
         basis: what the manifest says about it.
         divergence: held-out KL divergence from the original, nats per token.
+        perplexity_ratio: held-out perplexity over the original's.
         sites: reports of every solve.
         device: where it was computed.
         behind: the original's layer that each of the narrowed model's answers for.
@@ -54,6 +55,7 @@ class ClosedForm:
     E_DK: Tensor
     basis: dict[str, Any]
     divergence: float
+    perplexity_ratio: float
     sites: list[dict[str, Any]]
     device: str
     behind: list[int]
@@ -82,7 +84,13 @@ class Workspace:
             E_DK = file.get_tensor("E_DK")
         shutil.copytree(closed / "hf", hf)
         logger.info("going on from %s", self.folder)
-        return ClosedForm(E_DK, **record)
+        try:
+            return ClosedForm(E_DK, **record)
+        except TypeError as error:  # of another release
+            raise CheckpointError(
+                f"{closed / RECORD} is not what is written there ({error}); remove {self.folder} "
+                "to start afresh"
+            ) from error
 
     def keep_closed_form(self, closed_form: ClosedForm, hf: Path) -> None:
         """Keep the narrowed checkpoint in `hf`; its record comes last, when the rest is whole."""

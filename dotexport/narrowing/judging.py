@@ -39,12 +39,34 @@ Said = tuple[Head, Tensor]
 
 def divergences(original: Said, narrowed: Sequence[Said]) -> list[float]:
     """Of each of these models from the original, nats, summed over the tokens."""
+    return [kl for kl, _ in compared(original, narrowed)]
+
+
+def compared(
+    original: Said, narrowed: Sequence[Said], tokens_T: Tensor | None = None
+) -> list[tuple[float, float]]:
+    """Divergence of each of these models from the original, and how much more it is surprised by
+    the tokens that follow; nats, summed.
+
+    Args:
+        tokens_T: of the text that was read; nothing follows the last one. None: nothing does.
+    """
     head, stream_TD = original
-    totals = [0.0] * len(narrowed)
+    totals = [(0.0, 0.0)] * len(narrowed)
     for start in range(0, len(stream_TD), JUDGED_AT_ONCE):
         some = slice(start, start + JUDGED_AT_ONCE)
         theirs_TV = log_softmax(head.logits(stream_TD[some]), -1)
+        next_S = None if tokens_T is None else tokens_T[1:][some].to(theirs_TV.device)
         for number, (other, other_TK) in enumerate(narrowed):
             ours_TV = log_softmax(other.logits(other_TK[some]), -1)
-            totals[number] += float(kl_div(ours_TV, theirs_TV, reduction="sum", log_target=True))
+            kl = float(kl_div(ours_TV, theirs_TV, reduction="sum", log_target=True))
+            excess = 0.0 if next_S is None else _surprise(ours_TV, next_S)
+            excess -= 0.0 if next_S is None else _surprise(theirs_TV, next_S)
+            before = totals[number]
+            totals[number] = before[0] + kl, before[1] + excess
     return totals
+
+
+def _surprise(said_TV: Tensor, next_S: Tensor) -> float:
+    """Of the tokens that follow the first S of these T positions."""
+    return -float(said_TV[: len(next_S)].gather(-1, next_S[:, None]).sum())

@@ -29,7 +29,7 @@ from dotexport.models.family import Sublayer
 from dotexport.models.layers import Layer, Stock
 from dotexport.models.shapes import Sizes
 from dotexport.narrowing.basis import Basis, best_of, check_basis, find_basis, methods_for, whole
-from dotexport.narrowing.judging import Head, divergences
+from dotexport.narrowing.judging import Head, compared
 from dotexport.narrowing.narrow_options import AUTO, NarrowOptions
 from dotexport.narrowing.norm_statistics import Progress, Sight, look
 from dotexport.narrowing.original import ROWS, Original, embed, metric
@@ -79,6 +79,7 @@ class Narrowing:
         writer: takes every tensor as soon as it is final.
         progress: told what is being done, steps done, steps in all.
         divergence: once run, held-out KL divergence from the original, nats per token.
+        perplexity_ratio: once run, held-out perplexity over the original's.
     """
 
     original: Original
@@ -90,6 +91,7 @@ class Narrowing:
     progress: Progress = lambda stage, done, total: None
     records: list[dict[str, Any]] = field(default_factory=list)
     divergence: float = math.nan
+    perplexity_ratio: float = math.nan
 
     @torch.no_grad()
     def run(self, basis: Basis | None = None) -> Basis:
@@ -306,7 +308,7 @@ class Narrowing:
             gamma_K = self._shared_head_gamma()
             narrow_VK = self._table_VK
         self.writer.write(norm, gamma_K - float(family.unit_offset))
-        self.divergence = self._divergence(head_VD, narrow_VK.float() * gamma_K.float())
+        self._judge(head_VD, narrow_VK.float() * gamma_K.float())
 
     def _head_projection(self, head_VD: Tensor) -> Tensor:
         """P of `W' = W P`, for a head that is free."""
@@ -352,18 +354,21 @@ class Narrowing:
         device = self.streams.device
         return self.stock.norm(device), self.original.stock.norm(device)
 
-    def _divergence(self, head_VD: Tensor, narrow_VK: Tensor) -> float:
-        """Mean KL divergence of the narrowed model from the original on held-out windows."""
+    def _judge(self, head_VD: Tensor, narrow_VK: Tensor) -> None:
+        """Hold the narrowed model against the original on held-out windows."""
         theirs, ours = Head(self.original.stock, head_VD), Head(self.stock, narrow_VK)
-        total, count = 0.0, 0
+        divergence, surprise, count, predicted = 0.0, 0.0, 0, 0
         for window in sorted(self.streams.held_out) or [0]:
             rows = slice(window, window + 1)
             x_LD, y_LK = self.streams.original(rows)[0], self.streams.narrowed(rows)[0]
-            total += divergences((theirs, x_LD), [(ours, y_LK)])[0]
-            count += len(x_LD)
+            tokens_L = self.streams.windows_NL[window]
+            [(kl, excess)] = compared((theirs, x_LD), [(ours, y_LK)], tokens_L)
+            divergence, surprise = divergence + kl, surprise + excess
+            count, predicted = count + len(x_LD), predicted + len(x_LD) - 1
             if count >= JUDGED:
                 break
-        return total / count
+        self.divergence = divergence / count
+        self.perplexity_ratio = math.exp(min(surprise / max(predicted, 1), 700.0))
 
     def _product(self, name: str, table_VD: Tensor, map_DK: Tensor) -> Tensor:
         """A table of the vocabulary times a map, in float64 block by block, rounded as stored."""

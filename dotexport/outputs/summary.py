@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ def rows(record: Mapping[str, Any]) -> Iterator[Row]:
     yield from _size(record)
     if quality := record.get("quality"):
         yield from _quality(quality)
+    elif held_out := record.get("held_out"):
+        yield from _held_out(held_out)
     if latency := record.get("latency"):
         yield _promise(latency)
     for name, measured in record.get("bench", {}).items():
@@ -73,6 +76,13 @@ def _quality(quality: Mapping[str, Any]) -> Iterator[Row]:
     yield Row("top-1 agreement", "100 %", f"{100 * quality['top1_agreement']:.1f} %", "")
 
 
+def _held_out(cost: Mapping[str, Any]) -> Iterator[Row]:
+    """What narrowing itself measured, until somebody evaluates on other text."""
+    text = "held-out calibration text"
+    yield Row(f"perplexity, {text}", "", "", f"{cost['perplexity_ratio']:.3f}x")
+    yield Row(f"KL to the original, nats/token, {text}", "0", f"{max(cost['kl'], 0.0):.4f}", "")
+
+
 def _speed(name: str, measured: Mapping[str, Any]) -> Iterator[Row]:
     before, after = measured["baseline"], measured["candidate"]
     for metric, label in (("prefill_tok_s", "prefill tok/s"), ("decode_tok_s", "decode tok/s")):
@@ -81,7 +91,7 @@ def _speed(name: str, measured: Mapping[str, Any]) -> Iterator[Row]:
             f"{name} {label}",
             f"{before[metric]:,.0f}",
             f"{after[metric]:,.0f}",
-            _faster(times),
+            _faster(after[metric] / before[metric], times),
         )
     for metric, label in (("artifact_bytes", "file, MB"), ("peak_rss_bytes", "peak memory, MB")):
         pair = (before[metric], after[metric])
@@ -114,10 +124,15 @@ def _served(kind: str, measured: Mapping[str, Any]) -> Iterator[Row]:
         yield Row(label, f"{before:.2f}", f"{after:.2f}", interval)
 
 
-def _faster(times: Mapping[str, Any]) -> str:
-    """A ratio of times as a ratio of rates, with its interval; no gain is said in words."""
+def _faster(ratio: float, times: Mapping[str, Any]) -> str:
+    """The ratio of two rates, with the interval of that of the times at equal pace; no gain is said
+    in words, and so is a pace that changed between the two."""
     low, high = 1 / times["high"], 1 / times["low"]
-    figures = f"{1 / times['ratio']:.2f}x ({low:.2f} to {high:.2f})"
+    figures = f"{ratio:.2f}x ({low:.2f} to {high:.2f})"
+    if not low <= ratio <= high:
+        figures = (
+            f"{ratio:.2f}x; the machine changed its pace, at equal pace {low:.2f} to {high:.2f}"
+        )
     return f"{figures}, no measurable gain" if low <= 1 <= high else figures
 
 
@@ -154,3 +169,16 @@ def paths(out: Path) -> Iterator[tuple[str, Path]]:
     ):
         if (out / name).exists():
             yield label, out / name
+
+
+def next_commands(out: Path, model: str) -> Iterator[tuple[str, str]]:
+    """What nobody has done yet with an output of shrink, and the command that does it."""
+    record, here = manifest.read(out), shlex.quote(str(out))
+    artifacts = record.get("artifacts", {})
+    if unverified(record):
+        yield "prove that hf/ loads and computes", f"dotexport verify {here}"
+    if "quality" not in record:
+        asked = f"--baseline {shlex.quote(model)} --text FILE"
+        yield "quality on text of your own", f"dotexport eval {here} {asked}"
+    if set(artifacts) <= {"hf"}:
+        yield "for a runtime", f"dotexport export {here} --target ort-cpu:int4"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,6 +22,8 @@ from dotexport.options import build
 from dotexport.sizes.budget import plan
 from dotexport.storage.reading import read_json
 from dotexport.storage.schema import validated
+
+logger = logging.getLogger(__name__)
 
 KEY = "shrink"
 """Of the plan: flags of shrink that give its sizes, spelled as the keys of a recipe."""
@@ -82,6 +85,8 @@ def read_plan(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
             f"{file} says {told} for parameters before and after, and its sizes give {found}: it "
             f"was edited, or another version made it; {EXPECTED}"
         )
+    for sentence in content.get("frozen", ()):
+        logger.warning("%s", sentence)
     return flags
 
 
@@ -100,5 +105,6 @@ def _document() -> Any:
         KEY: (flags, ...),
         "config_sha256": (str, ...),
         "parameters": (list[int], ...),
+        "frozen": (list[str], []),
     }
     return create_model("PlanFile", __config__={"extra": "allow", "strict": True}, **fields)

@@ -11,7 +11,7 @@ widest refit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
@@ -40,6 +40,8 @@ from dotexport.sizes.budget import (
 )
 from dotexport.sizes.deployment import Deployment
 from dotexport.sizes.effort import shrink_seconds
+from dotexport.sizes.frozen import frozen
+from dotexport.sizes.full_rows import advice
 from dotexport.sizes.plan_file import KEY, as_flags, fingerprint
 
 BUDGET = "the budget"
@@ -86,6 +88,7 @@ class Choice:
         flags: of shrink, for the sizes of the plan (plan_file.py).
         config_sha256: which model it is a plan of.
         shortfall: in words, that it is more than 1 % below its budget.
+        frozen: in words, each axis that could not be cut, and why (frozen.py).
         vocabulary: which tokens stay, where some leave (vocabulary_first.py).
     """
 
@@ -95,6 +98,7 @@ class Choice:
     flags: Mapping[str, Any]
     config_sha256: str
     shortfall: str | None = None
+    frozen: Sequence[str] = ()
     vocabulary: Mapping[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -105,6 +109,7 @@ class Choice:
             "architecture": self.plan.architectures,
             "binding": list(self.binding),
             **({"shortfall": self.shortfall} if self.shortfall else {}),
+            **({"frozen": list(self.frozen)} if self.frozen else {}),
             "artifact_bytes": {k: list(v) for k, v in self.costs.artifacts.items()},
             "kv_cache_bytes_per_token": {k: list(v) for k, v in self.costs.cache_per_token.items()},
             "shrink_memory_bytes": self.costs.shrink_memory,
@@ -144,13 +149,38 @@ def choose(config: Mapping[str, Any], asked: SizeOptions, where: Deployment) -> 
         costs = _costs(config, decided, targets)
         flags = as_flags(decided, asked)
         short = shortfall(config, asked, decided)
-        return Choice(decided, binding, costs, flags, fingerprint(config), short)
+        whole = frozen(config, asked, decided, {rule.name: rule.problems for rule in rules})
+        return Choice(decided, binding, costs, flags, fingerprint(config), short, whole)
     # The finest grid has none either: say what is wrong with the sizes that come nearest.
     wrong = [f"  {rule.name}: {text}" for rule in rules for text in rule.problems(plans[0])]
     raise SizeError(
         f"no sizes satisfy all of what was asked for; {plans[0].in_words()} fail in:\n"
-        + "\n".join(wrong)
+        + "\n".join([*wrong, *ways_out(config, plans, targets, rules)])
     )
+
+
+def ways_out(
+    config: Mapping[str, Any],
+    plans: Sequence[Plan],
+    targets: Sequence[tuple[Target, str]],
+    rules: Sequence[Rule],
+) -> Iterator[str]:
+    """For each target that no plan satisfies: other precisions that some do, and sizes that would
+    fill the rows of this one."""
+    for target, precision in targets:
+        mine = {rule.name for rule in rules_of_target(config, target, precision)}
+        others = [rule for rule in rules if rule.name not in mine]
+        if _first(plans, others) is None or _first(plans, rules) is not None:
+            continue
+        takes = [
+            f"{target.name}:{other}"
+            for other in getattr(target, "precisions", ())
+            if _first(plans, [*others, *rules_of_target(config, target, other)]) is not None
+        ]
+        if takes:
+            yield f"{', '.join(takes)}: there are such sizes"
+        if group := getattr(target, "row_groups", {}).get(precision):
+            yield f"{target.name}:{precision}: {advice(config, group)}"
 
 
 def _decide(grids: Iterable[list[Plan]], rules: Sequence[Rule]) -> tuple[Plan | None, list[Plan]]:

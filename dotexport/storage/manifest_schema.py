@@ -114,7 +114,7 @@ class Manifest(Section):
         if "shrink" in self.model_fields_set:
             for name in ("shrink", *self.with_shrink):
                 if not getattr(self, name):
-                    raise ValueError(f"it says how it was shrunk and must say {name} as well")
+                    raise ValueError(f"says how it was shrunk and must say {name} as well")
         return self
 
 
@@ -127,7 +127,7 @@ class VerifyReport(Section):
 class Site(Section):
     """A refit; of the head `layer` is null."""
 
-    layer: int | None = None
+    layer: int | None
     site: str
     error: Number | None = None
     analytic_error: Number | None = None
@@ -182,6 +182,13 @@ class Quality(Section):
     num_tokens: NonNegativeInt
     text: str
     log_ratio_error: Number | None = None
+
+
+class HeldOut(Section):
+    """What narrowing cost on windows of the calibration text that were not fitted on."""
+
+    kl: Number
+    perplexity_ratio: Positive
 
 
 class Figures(Section):
@@ -291,6 +298,7 @@ class DecoderManifest(Manifest):
     shrink: Shrink | None = None
     basis: Basis | None = None
     calibration: Calibration | None = None
+    held_out: HeldOut | None = None
     quality: Quality | None = None
     bench: dict[str, Headline] = {}
     served: dict[str, Served] = {}

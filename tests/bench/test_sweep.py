@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from dotexport.app.benching import bench_name, workload_of
 from dotexport.app.cli import main
-from dotexport.app.pipeline import _workload, bench_name
 from dotexport.app.steps import BenchStep
 from dotexport.bench import BenchResult, Sweep, Workload, bench, noise_check, sweep
 from dotexport.bench.presets import PRESETS, find_preset
@@ -34,18 +34,18 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_a_workload_and_flags_override_it(name: str) -> None:
-    asked = _workload(BenchStep(preset=name, generate=7))
+    asked = workload_of(BenchStep(preset=name, generate=7))
     expected = find_preset(name) | {"generation_length": 7}
     assert {field: getattr(asked, field) for field in expected} == expected
 
 
 def test_without_preset_and_flags_the_workload_is_the_default() -> None:
-    assert _workload(BenchStep()) == Workload()
+    assert workload_of(BenchStep()) == Workload()
 
 
 def test_an_unknown_preset_is_refused() -> None:
     with pytest.raises(UsageError, match=r"no preset is called 'poetry'.*chat, rag"):
-        _workload(BenchStep(preset="poetry"))
+        workload_of(BenchStep(preset="poetry"))
 
 
 def test_a_bench_in_another_precision_of_torch_has_a_name_of_its_own() -> None:

@@ -7,15 +7,15 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dotexport import embedded
 from dotexport.exports.exporting import export
+from dotexport.exports.nasty_texts import CONVERSATIONS, TEXTS
 from dotexport.exports.text_parity import (
-    CONVERSATIONS,
-    TEXTS,
     TextSide,
     check_text,
     hold,
@@ -112,6 +112,23 @@ def test_a_stock_checkpoint_that_lost_its_template_is_found(model: Path, tmp_pat
     verdict = check_text(target, folder, Checkpoint.open(model))
     assert verdict is not None
     assert "chat template: conversation 1 becomes None" in verdict.problems[0]
+
+
+def test_a_merge_that_no_text_needs_and_an_end_that_nobody_reads_are_held_too(
+    model: Path, tmp_path: Path
+) -> None:
+    target: Any = SimpleNamespace(text=lambda _, folder: read_folder(folder, stops=[0]))
+    folder = Path(shutil.copytree(model, tmp_path / "copy"))
+    stored = json.loads((folder / "tokenizer.json").read_text())
+    stored["model"]["merges"].pop()
+    (folder / "tokenizer.json").write_text(json.dumps(stored))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    verdict = check_text(target, folder, Checkpoint.open(model))
+    assert verdict is not None
+    assert verdict.problems == (
+        "text: merges of its tokenizer.json are not the checkpoint's",
+        "stop tokens: generation_config.json beside it says 7, and transformers has 0",
+    )
 
 
 def test_a_tokenizer_that_cannot_be_read_is_a_problem(model: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ was only half kept is never taken, and nothing of another command is lost withou
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -33,7 +34,7 @@ def closed_form() -> ClosedForm:
     random = torch.Generator().manual_seed(0)
     sites: list[dict[str, Any]] = [{"site": "mlp.0", "error": 0.1 + 0.2, "ridge": None}]
     E_DK = torch.randn(6, 4, generator=random, dtype=torch.float64)
-    return ClosedForm(E_DK, {"kind": "learned", "energy": 1 / 3}, 0.1, sites, "cpu", [0, 2])
+    return ClosedForm(E_DK, {"kind": "learned", "energy": 1 / 3}, 0.1, 1.2, sites, "cpu", [0, 2])
 
 
 def checkpoint(folder: Path, content: bytes = b"weights \x00\xff") -> Path:
@@ -210,3 +211,15 @@ def test_a_name_is_no_pattern_for_the_unfinished_work_of_others(tmp_path: Path) 
     settle_others(tmp_path / "out[1]", None, overwrite=True)
     assert not mine.exists()
     assert theirs.exists()
+
+
+def test_the_record_of_another_release_is_refused_by_name(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    workspace.keep_closed_form(closed_form(), checkpoint(tmp_path / "hf"))
+    record = workspace.folder / "closed" / "record.json"
+    stored = json.loads(record.read_text())
+    del stored["perplexity_ratio"]
+    record.write_text(json.dumps(stored))
+    with pytest.raises(CheckpointError, match=r"record\.json is not what is written there"):
+        workspace.closed_form(tmp_path / "again")

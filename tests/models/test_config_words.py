@@ -25,7 +25,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dotexport.app.shrinking import _check_tensors, open_source
+from dotexport.app.opening import check_tensors, open_source
 from dotexport.axes.carrying import carry
 from dotexport.axes.plan import SizeOptions, read_model
 from dotexport.errors import CheckpointError, DotexportError, UnsupportedModelError
@@ -107,7 +107,7 @@ def logits(folder: Path) -> torch.Tensor:
 def read_twice(folder: Path, out: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """As dotexport reads the folder: written again under its carrier, and layer by layer."""
     source = open_source(folder)
-    _check_tensors(source, *read_model(source.config))
+    check_tensors(source, *read_model(source.config))
     Stock.of(source.config, torch.device("cpu"))
     wanted = SizeOptions(intermediate_size=source.config["intermediate_size"])
     carried, decided = carry(source, plan(source.config, wanted))

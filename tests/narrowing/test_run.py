@@ -349,3 +349,31 @@ def test_a_trained_llama_keeps_its_perplexity_floor(
     test_NL = token_windows(model, TextOptions(source=str(text), samples=100, seqlen=256))
     found = perplexity(tmp_path / "out" / "hf", test_NL)
     assert 4.116 < found <= floor
+
+
+def test_held_out_figures_are_those_of_the_models_on_the_held_out_windows(
+    tiny_llama: TinyLlama, tmp_path: Path
+) -> None:
+    source = open_source(tiny_llama("wide-heads"))
+    text = TextOptions(source=str(words(tmp_path)), samples=8, seqlen=64)
+    (tmp_path / "hf").mkdir()
+    windows_NL = token_windows(source.folder, text)
+    cut = plan(source.config, SizeOptions(hidden_size=40, intermediate_size=48))
+    run = prepare(source, cut, tmp_path, windows_NL, NarrowOptions(local=None))
+    run.run()
+    run.writer.finish()
+    held_BL = windows_NL[sorted(run.streams.held_out)]
+    said = []
+    for folder in (source.folder, tmp_path / "hf"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.inference_mode():
+            said.append(model(input_ids=held_BL).logits.log_softmax(-1))
+    theirs_BLV, ours_BLV = said
+    kl = (theirs_BLV.exp() * (theirs_BLV - ours_BLV)).sum(-1).mean()
+    surprise = [
+        -x_BLV[:, :-1].gather(-1, held_BL[:, 1:, None]).mean() for x_BLV in (theirs_BLV, ours_BLV)
+    ]
+    assert run.divergence == pytest.approx(float(kl), rel=1e-3)
+    ratio = math.exp(surprise[1] - surprise[0])
+    assert abs(ratio - 1) > 1e-3
+    assert run.perplexity_ratio == pytest.approx(ratio, rel=1e-4)

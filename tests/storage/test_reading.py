@@ -36,13 +36,13 @@ def test_yaml_of_any_shape_is_refused_in_a_sentence(name: str, tmp_path: Path) -
     text, said = YAML[name]
     file = tmp_path / "r.yaml"
     file.write_text(text)
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(UsageError) as refused:
         read_yaml(file, what="recipe r")
     assert str(refused.value).startswith("recipe r is not YAML: ")
     assert said in str(refused.value)
     assert len(str(refused.value)) < 1000
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 JSON = {

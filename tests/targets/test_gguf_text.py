@@ -152,7 +152,7 @@ UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 def test_a_pattern_has_the_name_that_llama_cpp_gives_it(pattern: str, name: str) -> None:
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-    from dotexport.exports.text_parity import TEXTS
+    from dotexport.exports.nasty_texts import TEXTS
     from dotexport.targets.ggml_splitters import find_splitter
 
     tokenizer: Any = Tokenizer(models.BPE())
@@ -300,7 +300,7 @@ def test_every_pre_tokenizer_is_llama_cpps(
 ) -> None:
     from tokenizers import pre_tokenizers
 
-    from dotexport.exports.text_parity import TEXTS
+    from dotexport.exports.nasty_texts import TEXTS
     from dotexport.targets import ggml_vocab
     from dotexport.targets.ggml_splitters import SPLITTERS
     from dotexport.targets.ggml_text import read_text

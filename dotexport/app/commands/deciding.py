@@ -14,6 +14,7 @@ from dotexport.app.terminal import (
     show_allocation,
     show_costs,
     show_json,
+    show_next,
     show_rows,
     show_shares,
     show_summary,
@@ -54,8 +55,8 @@ def plan(
         show_json(chosen.as_dict() | timed)
         return
     show_rows("sizes", {"sizes": chosen.plan.as_dict(), **timed})
-    if chosen.shortfall:
-        typer.echo(chosen.shortfall, err=True)
+    for sentence in filter(None, (chosen.shortfall, *chosen.frozen)):
+        typer.echo(sentence, err=True)
     show_shares(chosen.plan)
     show_costs(chosen)
 
@@ -113,3 +114,4 @@ def shrink(
     if shrunk.allocation:
         show_allocation(shrunk.allocation)
     show_summary(out, f"narrowed in {shrunk.seconds:.0f} s")
+    show_next(out, model)

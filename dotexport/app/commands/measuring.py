@@ -78,7 +78,8 @@ def bench(
         return
     if noise == (baseline is not None):
         raise UsageError("expected either --baseline MODEL, or --noise-check without a baseline")
-    from dotexport.app.pipeline import bench_into, judge_bench, source_folder, sweep_into
+    from dotexport.app.benching import bench_into, judge_bench, sweep_into
+    from dotexport.app.pipeline import source_folder
 
     if step.llama_cpp is not None:
         step = replace(step, llama_cpp=str(Path(step.llama_cpp).resolve()))
@@ -158,7 +159,8 @@ def _bench_vllm(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    from dotexport.app.pipeline import bench_vllm_into, source_folder
+    from dotexport.app.benching import bench_vllm_into
+    from dotexport.app.pipeline import source_folder
 
     if baseline is None or served.python is None:
         raise UsageError("--target vllm needs --baseline MODEL and --vllm-python PATH")

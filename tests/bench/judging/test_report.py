@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import csv
 import html
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -17,10 +19,12 @@ from urllib.parse import unquote
 
 import pytest
 
-from dotexport.bench.report import write_report
+from dotexport.bench import table
+from dotexport.bench.report import words, write_report
 from dotexport.bench.report.collected import collect
 from dotexport.bench.report.page import draw, render, write_figures
-from dotexport.errors import CheckpointError, UsageError
+from dotexport.errors import CheckpointError, DotexportError, UsageError
+from dotexport.outputs import card, summary
 from dotexport.storage import manifest
 from dotexport.storage.files import write_json
 
@@ -218,3 +222,101 @@ def test_a_bench_is_reproduced_with_the_options_it_ran_with(output: Path) -> Non
     for flags in ("--dtype bf16 --compile --llama-cpp PATH", "--concurrency 2 --rounds 3"):
         assert flags in told
     assert "/opt" not in told
+
+
+def _holders(document: Any) -> list[tuple[dict[str, Any], str]]:
+    """Every key of a document; of a list, those of its first entry."""
+    if isinstance(document, list):
+        return _holders(document[0]) if document else []
+    if not isinstance(document, dict):
+        return []
+    below = [found for value in document.values() for found in _holders(value)]
+    return [*((document, key) for key in document), *below]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dotexport.json", *(f"reports/{n}.json" for n in ("shrink", "verify", "bench-ort-cpu-fp32"))],
+)
+def test_a_record_that_lost_a_key_is_told_or_refused(name: str, fill: Fill, tmp_path: Path) -> None:
+    folder = fill(tmp_path / "out")
+    artifacts = manifest.read(folder)["artifacts"].items()
+    verified = {artifact: entry["parity"] for artifact, entry in artifacts}
+    write_json(folder / "reports/verify.json", {"artifacts": verified})
+    file = folder / name
+    document = json.loads(file.read_text(encoding="utf-8"))
+    tried = 0
+    for holder, key in _holders(document):
+        value = holder.pop(key)
+        file.write_text(json.dumps(document), encoding="utf-8")
+        with suppress(DotexportError):
+            found = collect([folder])
+            draw(found)
+            render(found, [])
+            card.write(folder)
+            assert list(summary.rows(found[0].record))
+            assert list(summary.paths(folder))
+        holder[key] = value
+        tried += 1
+    assert tried > 3
+
+
+def test_a_busy_machine_is_the_first_thing_said(fill: Fill, make: Any, tmp_path: Path) -> None:
+    folder = fill(tmp_path / "loud")
+    busy = make(machine={"load_average": [3.5, 2.0, 1.0]})
+    write_json(folder / "reports/bench-ort-cpu-fp32.json", busy.as_dict())
+    (folder / "reports/bench-ort-cpu-fp32-sweep.json").unlink()
+    said = list(words.sentences(collect([folder])[0]))
+    assert said[0].startswith("ort-cpu fp32: other work kept 3.5 processors busy")
+    assert not any("busy" in sentence for sentence in said[1:])
+    lines = [str(line) for line in table.render(busy).renderables[1:]]
+    assert "processors busy" in lines[0]
+    calm = list(words.sentences(collect([fill(tmp_path / "calm")])[0]))
+    assert not any("busy" in sentence for sentence in calm)
+
+
+def test_integers_are_said_to_be_rounded_and_never_equal(fill: Fill, tmp_path: Path) -> None:
+    folder = fill(tmp_path / "int4")
+    artifacts = manifest.read(folder)["artifacts"]
+    rounded = json.loads(json.dumps(artifacts["ort-cpu-fp32"]))
+    rounded["precision"] = "int4"
+    rounded["parity"]["phases"]["prefill"]["kl"] = 0.0123
+    rounded["parity"]["limits"]["kl"] = 0.04
+    manifest.update(folder, artifacts=artifacts | {"ort-cpu-int4": rounded})
+    said = list(words.sentences(collect([folder])[0]))
+    assert "Every artifact computes what torch computes: hf, ort-cpu-fp32." in said
+    assert said[-1] == (
+        "ort-cpu-int4 is torch's model rounded: its predictions are 0.012 nats per token (KL) off, "
+        "within the 0.04 that its precision is allowed."
+    )
+
+
+def test_a_ratio_is_that_of_the_figures_in_its_row(make: Any) -> None:
+    result = make(0.8)
+    shown = {row[0]: row for row in table.rows(result)}
+    _, mine, other, ratio = shown["TPOT p50, ms"]
+    assert float(ratio.split()[0]) == pytest.approx(float(mine) / float(other), abs=2e-3)
+    times = {"ratio": 0.8, "low": 0.78, "high": 0.82}
+    assert summary._faster(1.24, times) == "1.24x (1.22 to 1.28)"
+    # Half of the run was slow, and one model had more of that half.
+    assert summary._faster(1.5, times) == (
+        "1.50x; the machine changed its pace, at equal pace 1.22 to 1.28"
+    )
+    assert summary._faster(1.0, {"low": 0.9, "high": 1.1}).endswith("no measurable gain")
+
+
+def test_what_nothing_is_known_of_has_no_column_and_no_section(fill: Fill, tmp_path: Path) -> None:
+    folder = fill(tmp_path / "bare")
+    shutil.rmtree(folder / "reports")
+    record = manifest.read(folder)
+    (folder / manifest.MANIFEST).unlink()
+    (folder / "recipe.yaml").unlink()
+    stored = {"artifacts": {"ort-cpu-fp32": record["artifacts"]["ort-cpu-fp32"]}}
+    write_json(folder / manifest.MANIFEST, {"dotexport": record["dotexport"], **stored})
+    [output] = collect([folder])
+    (sizes,) = dict(draw([output]))["Size and memory"]
+    assert sizes.columns == ("artifact", "narrowed, MB")
+    parity = words.parity(output)
+    assert parity is not None
+    assert "" not in [cell for column in zip(*parity.rows, strict=True) for cell in set(column)]
+    assert "Environment" not in render([output], [])

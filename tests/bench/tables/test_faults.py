@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dotexport.bench.tables import faults
+from dotexport.bench.tables import fault_plants, faults
 from dotexport.bench.tables.damage import damaged
 from dotexport.bench.tables.fault_inputs import small_model, subjects
 from dotexport.bench.tables.forked import HUNG, KILLED, dotexport, forked
@@ -71,3 +71,27 @@ def test_an_input_that_is_not_damaged_is_taken(tmp_path: Path, name: str) -> Non
     ending = dotexport(*words)
     assert ending.code == 0, ending.said
     assert found.right(found.folder) == ""
+
+
+def test_nothing_but_kilobytes_of_rounded_weights_is_called_out_of_reach() -> None:
+    def why(artifact: str, what: str) -> str:
+        return fault_plants.Planted(artifact, what, True, "").why
+
+    assert why("ort-cpu-int4", "model.onnx.data: 1 KB zeroed").startswith("out of reach")
+    assert why("ort-cpu-fp32", "model.onnx.data: 1 KB zeroed") == "not seen"
+    assert why("ort-cpu-int4", "model.onnx: ten times an epsilon") == "not seen"
+
+
+def test_factors_of_one_product_do_not_change_places() -> None:
+    onnx = pytest.importorskip("onnx")
+    make = onnx.helper
+    for seed in range(20):
+        nodes = [
+            make.make_node("Mul", inputs, [output])
+            for inputs, output in ((["a", "b"], "ab"), (["ab", "c"], "abc"), (["d", "e"], "de"))
+        ]
+        model = make.make_model(make.make_graph(nodes, "g", [], []))
+        fault_plants._node_skipped(model, random.Random(seed))
+        left, of_it, apart = ([*node.input] for node in model.graph.node)
+        assert apart != ["d", "e"]  # it is one of the two
+        assert (left == ["a", "b"]) != (of_it == ["ab", "c"])
