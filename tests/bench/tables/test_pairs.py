@@ -19,14 +19,12 @@ from dotexport.bench.tables.pairs import (
     NARROWED,
     WAYS,
     Judge,
-    Merger,
-    Side,
     _groups,
     _made,
     _opened,
-    leaning,
     pairs,
 )
+from dotexport.bench.tables.side_by_side import Merger, Side, Way, leaning
 from dotexport.errors import UsageError
 from dotexport.merging.refit import Moments, ridge_solve
 from dotexport.narrowing.depth import Stack
@@ -115,11 +113,12 @@ def test_neurons_of_both_answer_for_the_stream_better_than_those_of_one(
     stack, _ = opened(tiny_model(**FOUR), text)
     some = slice(len(stack.fitted_NL))
 
-    def off(way: str) -> float:
-        gap_NLD = Merger(stack).behind([1, 2], stack.streams[1], WAYS[way]) - stack.streams[3]
+    def off(way: Way) -> float:
+        gap_NLD = Merger(stack).behind([1, 2], stack.streams[1], way) - stack.streams[3]
         return float(gap_NLD[some].square().sum())
 
-    assert off("MLPs alone, by OBS") < off(DROPPED)
+    one, repaired = Way(both=(), refit=False), WAYS[DROPPED]
+    assert off(WAYS["MLPs alone, by OBS"]) < off(repaired) < off(one)
 
 
 def test_least_squares_of_leaning_sums_are_those_of_the_ridge() -> None:
@@ -140,24 +139,26 @@ def test_the_table_says_all_ways_and_goes_on_where_it_was_stopped(
     tiny_model: Tiny, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = {"windows": 16, "judged": 4, "length": 32, "out": tmp_path / "out"}
-    asked = {"pair": [1], "without": ["3,2"], "only": [DROPPED, "narrowed by OBS"]}
+    asked = {"pair": [1], "without": ["3,2"], "by": [DROPPED, "narrowed by OBS"]}
     monkeypatch.setattr("dotexport.bench.tables.pairs.save", _stopped)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError):
         pairs(tiny_model(**FOUR), text, text, text, **asked, **sizes)
     monkeypatch.undo()
     monkeypatch.setattr("dotexport.bench.tables.pairs._made", _stopped)
     pairs(tiny_model(**FOUR), text, text, text, **asked, **sizes)
     rows = json.loads((tmp_path / "out/pairs.json").read_text())["rows"]
-    ways = [DROPPED, "narrowed by OBS"]
-    assert [(row["layers"], row["way"]) for row in rows] == [
-        (layers, way) for layers in ("without 3,2", "1 and 2") for way in ways
-    ]
+    whole = rows.pop(0)
+    assert (whole["way"], whole["KL"]) == ("the original", 0)
+    assert whole["perplexity"] > 1
+    many = [("without 3,2", way) for way in asked["by"]]
+    one = [("1 and 2", way) for way in WAYS]
+    assert [(row["layers"], row["way"]) for row in rows] == many + one
     assert all(row["KL"] == pytest.approx(row["other KL"]) for row in rows)
     assert not (tmp_path / "out/.pairs.jsonl").exists()
 
 
 def _stopped(*args: Any, **named: Any) -> None:
-    raise KeyboardInterrupt
+    raise RuntimeError("stopped")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def _stopped(*args: Any, **named: Any) -> None:
     [
         ({"pair": [3]}, "pairs start with 0 to 2"),
         ({"without": ["0,1"]}, "layers 1 to 3 can leave"),
-        ({"only": ["by magic"]}, "is none of"),
+        ({"by": ["side by side"]}, "is none of"),
     ],
 )
 def test_what_cannot_be_tried_is_refused(
