@@ -114,18 +114,24 @@ def pairs(
             row = notes.read(tried.what)[name]["row"]
             rows.append({"layers": tried.what, "way": name, **row})
     protocol = PROTOCOL.format(
-        model=model.name, windows=windows, judged=judged, length=length, calm=CALM
+        model=model.name,
+        calib=Path(calib).name,
+        texts=" and of ".join(Path(text).name for text in (test, other)),
+        windows=windows,
+        judged=judged,
+        length=length,
+        calm=CALM,
     )
     save(out / "pairs", "One layer made of two", protocol, rows)
     notes.file.unlink()
 
 
-PROTOCOL = """{model}, fitted on {windows} windows of {length} tokens. KL divergence from the
-original (nats per token) and perplexity on {judged} windows of each of two texts: of the
-calibration's domain, and of another one. A single pair is followed by the original's layers as they
-are; behind the first of many every layer has its readers and writers refitted. Of a block of more
-than two layers the first and the last are laid side by side. Units are chosen under a ridge of
-{calm}."""
+PROTOCOL = """{model}, fitted on {windows} windows of {length} tokens of {calib}. KL divergence from
+the original (nats per token) and perplexity on {judged} windows each of {texts}, the calibration's
+domain and another one. A single pair is followed by the original's layers as they are; behind the
+first of many every layer has its readers and writers refitted. Of a block of more than two layers
+the first and the last are laid side by side. Units are chosen under a ridge of {calm}. Seconds of
+one thread."""
 
 
 @dataclass(frozen=True)
