@@ -17,6 +17,7 @@ TABLES = {
     "matrix": "matrix",
     "mutations": "mutations",
     "optimum": "optimum",
+    "pairs": "pairs",
     "targets": "artifacts_written",
     "trust": "trust",
     "vocabulary": "smaller_vocabularies",

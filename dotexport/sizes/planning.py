@@ -347,7 +347,7 @@ def _passes(config: Mapping[str, Any], decided: Plan) -> torch.dtype:
     """What passes over the text multiply in, where config.json says how weights are stored."""
     name = str(config.get("dtype") or config.get("torch_dtype"))
     stored = torch.bfloat16 if name == "bfloat16" else torch.float32
-    return usual_passes(decided.before.hidden_size, {stored}, pick_device("auto"))
+    return usual_passes(decided.before.spaces["residual"], {stored}, pick_device("auto"))
 
 
 def _window(config: Mapping[str, Any]) -> int:
