@@ -14,8 +14,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from dotexport.app.opening import open_source
 from dotexport.app.shrink_options import ShrinkOptions
-from dotexport.app.shrinking import open_source, shrink
+from dotexport.app.shrinking import shrink
 from dotexport.axes.carrying import carry
 from dotexport.axes.plan import SizeOptions
 from dotexport.errors import UnsupportedModelError

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM
 
+from dotexport.app.opening import open_source
 from dotexport.app.shrink_options import ShrinkOptions
-from dotexport.app.shrinking import open_source, shrink
+from dotexport.app.shrinking import shrink
 from dotexport.axes.plan import Plan, SizeOptions
 from dotexport.healing.heal_options import HealOptions
 from dotexport.merging.refit import Moments, ridge_solve

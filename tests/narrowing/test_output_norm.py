@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from dotexport.app.opening import open_source
 from dotexport.app.shrink_options import ShrinkOptions
-from dotexport.app.shrinking import Shrunk, open_source, shrink
+from dotexport.app.shrinking import Shrunk, shrink
 from dotexport.axes.plan import SizeOptions, read_model
 from dotexport.errors import UsageError
 from dotexport.models.family import Family

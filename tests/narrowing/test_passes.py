@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from dotexport.app.opening import open_source
 from dotexport.app.shrink_options import ShrinkOptions
-from dotexport.app.shrinking import open_source, shrink
+from dotexport.app.shrinking import shrink
 from dotexport.axes.plan import SizeOptions, read_model
 from dotexport.embedded import MODEL_DIR
 from dotexport.errors import UsageError

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from dotexport.app.opening import open_source
 from dotexport.app.shrink_options import ShrinkOptions
-from dotexport.app.shrinking import open_source, shrink
+from dotexport.app.shrinking import shrink
 from dotexport.axes.plan import SizeOptions
 from dotexport.embedded import MODEL_DIR
 from dotexport.models.origin import licence, model_name

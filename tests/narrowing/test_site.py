@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dotexport.app.shrinking import open_source
+from dotexport.app.opening import open_source
 from dotexport.axes.plan import SizeOptions
 from dotexport.merging.heads import Groups
 from dotexport.merging.neurons import Neurons

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from dotexport.app.shrinking import open_source
+from dotexport.app.opening import open_source
 from dotexport.axes.plan import Plan, SizeOptions
 from dotexport.narrowing.narrow_options import LocalOptions, NarrowOptions
 from dotexport.narrowing.prepare import prepare
@@ -69,19 +69,13 @@ def decided(**changes: Any) -> Plan:
 
 
 @pytest.mark.parametrize(
-    ("cut", "samples", "seqlen", "near"),
-    [
-        ("every axis", 24, 64, 0.1),
-        ("stream", 24, 64, 0.1),
-        ("MLP", 24, 64, 0.03),
-        ("MLP", 2, 8, 0.03),
-    ],
+    ("cut", "samples", "seqlen"),
+    [("every axis", 24, 64), ("stream", 24, 64), ("MLP", 24, 64), ("MLP", 2, 8)],
 )
 def test_products_of_a_run_are_those_that_are_counted(
     cut: str,
     samples: int,
     seqlen: int,
-    near: float,
     tiny_llama: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
@@ -96,9 +90,11 @@ def test_products_of_a_run_are_those_that_are_counted(
     expected = work_of(chosen, samples, seqlen)
     # A backward pass is taken for two forward ones, though no gradient of inputs is asked for, and
     # attention for half of what the unfused one does.
-    assert counted.products[torch.float32] == pytest.approx(expected.passes, rel=0.2)
-    # The same of a basis, whose loss asks for no gradient of moments; all else is counted closely.
-    assert counted.products[torch.float64] == pytest.approx(expected.sums, rel=near)
+    in_float32 = expected.passes + expected.products
+    assert counted.products[torch.float32] == pytest.approx(in_float32, rel=0.25)
+    # The same of a basis, whose loss asks for no gradient of moments. A fit tries as many strengths
+    # of its ridge as it takes to get downhill: on noise more often than the usual four or fewer.
+    assert counted.products[torch.float64] == pytest.approx(expected.sums, rel=0.25)
 
 
 def test_the_products_of_a_sublayer_are_those_of_its_matrices_and_half_of_all_scores(
@@ -122,7 +118,7 @@ def test_the_products_of_a_sublayer_are_those_of_its_matrices_and_half_of_all_sc
 
 def test_passes_and_sums_grow_with_text_and_solves_do_not() -> None:
     once, twice, thrice = (work_of(decided(), samples, 2048) for samples in (64, 128, 192))
-    for kind in ("passes", "sums", "moved"):
+    for kind in ("passes", "products", "moved"):
         first, second, third = (getattr(work, kind) for work in (once, twice, thrice))
         # Steps of healing are whole.
         assert third - second == pytest.approx(second - first, rel=1e-3)
@@ -130,14 +126,17 @@ def test_passes_and_sums_grow_with_text_and_solves_do_not() -> None:
     # All of a pass is for tokens; what moves besides are tables of the vocabulary.
     assert twice.passes == pytest.approx(2 * once.passes, rel=0.01)
     assert twice.moved == pytest.approx(2 * once.moved, rel=0.1)
-    assert (twice.factors, twice.eigen) == (once.factors, once.eigen)
+    assert twice.products == pytest.approx(2 * once.products, rel=1e-9)
+    solves = [(work.sums, work.factors, work.eigen) for work in (once, twice)]
+    assert solves[0] == solves[1]
 
 
 def test_tokens_of_longer_windows_cost_more_in_attention_only() -> None:
     """The same text in windows twice as long."""
     short, long = work_of(decided(), 128, 1024), work_of(decided(), 64, 2048)
     assert short.passes < long.passes < 1.5 * short.passes
-    assert (short.sums, short.factors) == pytest.approx((long.sums, long.factors), rel=1e-6)
+    assert (short.products, short.sums) == pytest.approx((long.products, long.sums), rel=1e-6)
+    assert short.factors == long.factors
 
 
 def test_healing_is_a_forward_and_a_backward_pass_over_what_is_fitted(
@@ -185,11 +184,12 @@ def test_no_count_is_negative_and_what_is_left_alone_costs_no_search_and_no_heal
 
 
 def test_time_is_the_sum_of_all_kinds_over_their_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    work, per_second = Work(2.0, 6.0, 12.0, 20.0, 30.0), Work(1.0, 2.0, 3.0, 4.0, 5.0)
-    assert work.seconds(per_second) == 2 + 3 + 4 + 5 + 6
-    assert (work * 3).seconds(per_second) == (work + work + work).seconds(per_second) == 60
+    work = Work(2.0, 6.0, 12.0, 20.0, 30.0, 42.0)
+    per_second = Work(1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
+    assert work.seconds(per_second) == 2 + 3 + 4 + 5 + 6 + 7
+    assert (work * 3).seconds(per_second) == (work + work + work).seconds(per_second) == 81
     widths: list[int] = []
-    monkeypatch.setattr(effort, "rates", lambda width: widths.append(width) or per_second)
+    monkeypatch.setattr(effort, "rates", lambda width, passes: widths.append(width) or per_second)
     expected = work_of(decided(), 7, 300).seconds(per_second)
     assert shrink_seconds(decided(), samples=7, seqlen=300) == expected
     assert widths == [2048]  # matrices as wide as the original
