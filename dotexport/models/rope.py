@@ -6,7 +6,8 @@ so these are said as well, in what is written and in what is handed to a class.
 
 Where the words disagree, release 5 decides (`modeling_rope_utils.py`): `rope_scaling` replaces
 `rope_parameters`, base and all; what is in the one that wins replaces `rope_theta` and
-`partial_rotary_factor` beside it. Gemma 3 alone adds `rope_scaling` to what is said of full
+`partial_rotary_factor` beside it, and `original_max_position_embeddings` beside it replaces the one
+that is in there. Gemma 3 alone adds `rope_scaling` to what is said of full
 attention.
 """
 
@@ -20,6 +21,8 @@ from dotexport.errors import CheckpointError
 
 # Release 5 keeps these among the parameters; before, they had keys of their own.
 TOP_LEVEL = ("rope_theta", "partial_rotary_factor")
+# The context before a model was stretched beyond it, for types that ask for it.
+ORIGINAL, STRETCHED = "original_max_position_embeddings", ("llama3", "yarn", "longrope")
 # Sets of their own for two kinds of layers.
 BY_KIND = "gemma3_text"
 
@@ -37,6 +40,8 @@ def in_all_words(config: Mapping[str, Any]) -> dict[str, Any]:
         return dict(config)
     top = {key: config[key] for key in TOP_LEVEL if key in config}
     rope = top | _one_type(scaling or parameters)
+    if ORIGINAL in config and rope_type(rope) in STRETCHED:
+        rope[ORIGINAL] = config[ORIGINAL]
     # Old words alone are read by both.
     newer = {"rope_parameters": rope} if parameters else {}
     return {**config, **newer, **_older(rope)}

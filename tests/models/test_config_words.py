@@ -195,6 +195,16 @@ def test_a_scaling_of_gemma_3_is_added_to_what_is_said_of_full_attention(tmp_pat
     assert_read_alike(folder, tmp_path / "out")
 
 
+@pytest.mark.skipif(not NEW, reason="release 4.57 reads the other of the two")
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])  # as itself, and under another class
+@pytest.mark.parametrize("inside", [YARN, {k: v for k, v in YARN.items() if "original" not in k}])
+def test_a_context_before_stretching_that_stands_at_the_top_wins(
+    kind: str, inside: dict[str, Any], tmp_path: Path
+) -> None:
+    words = {"rope_parameters": DEFAULT | inside, "original_max_position_embeddings": 32}
+    assert_read_alike(made(tmp_path, kind, **words), tmp_path / "out")
+
+
 def test_two_names_of_a_type_that_disagree_are_refused(tmp_path: Path) -> None:
     words = {"rope_scaling": LINEAR | {"type": "dynamic"}}
     (tmp_path / "config.json").write_text(
