@@ -159,6 +159,25 @@ def choose(config: Mapping[str, Any], asked: SizeOptions, where: Deployment) -> 
     )
 
 
+def calibrated(
+    config: Mapping[str, Any], chosen: Choice, samples: int, seqlen: int | None
+) -> Choice:
+    """The choice with the time and memory of narrowing on so many windows of so many tokens.
+
+    Args:
+        seqlen: None: what shrink takes by default.
+    """
+    window, decided = seqlen or _window(config), chosen.plan.on_kept_tokens
+    costs = replace(
+        chosen.costs,
+        shrink_memory=shrink_memory(config, decided, samples=samples, seqlen=window),
+        shrink_seconds=shrink_seconds(
+            decided, samples=samples, seqlen=window, passes=_passes(config, decided)
+        ),
+    )
+    return replace(chosen, costs=costs)
+
+
 def ways_out(
     config: Mapping[str, Any],
     plans: Sequence[Plan],

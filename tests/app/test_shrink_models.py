@@ -192,6 +192,18 @@ def test_planning_refuses_what_shrinking_would(dotexport: Command, model: Path) 
     refused(dotexport("plan", model, "--params", "0.7x"), 5, "already quantised")
 
 
+def test_planning_estimates_for_the_text_that_will_be_read(dotexport: Command, model: Path) -> None:
+    found = {}
+    for samples in ("16", "4096"):
+        outcome = dotexport(
+            "plan", model, *NARROW, "--samples", samples, "--seqlen", "64", "--json"
+        )
+        found[samples] = json.loads(outcome.out)
+    for cost in ("shrink_seconds", "shrink_memory_bytes"):
+        assert found["16"][cost] < found["4096"][cost]
+    refused(dotexport("plan", model, *NARROW, "--samples", "0"), 2, "samples")
+
+
 def test_a_value_that_half_precision_cannot_hold_is_refused(tmp_path: Path) -> None:
     writer = checkpoint.CheckpointWriter(
         tmp_path, {"w": checkpoint.TensorSpec((2,), torch.float16)}

@@ -20,6 +20,7 @@ from dotexport.app.terminal import (
     show_summary,
 )
 from dotexport.axes.plan import SizeOptions
+from dotexport.models.text_options import MOST
 from dotexport.sizes.deployment import Deployment
 from dotexport.vocabulary.vocabulary_options import VocabularyOptions
 
@@ -31,6 +32,14 @@ def plan(
     sizes: SizeOptions,
     vocabulary: VocabularyOptions,
     where: Deployment,
+    samples: Annotated[
+        int,
+        typer.Option(help="Windows of calibration text, for the estimates.", min=1, max=MOST),
+    ] = 128,
+    seqlen: Annotated[
+        int | None,
+        typer.Option(help="Their tokens; default: 2048 or the context.", min=2, max=MOST),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show sizes that all named targets take, and what they cost. Reads no weights.
@@ -39,7 +48,7 @@ def plan(
     """
     from dotexport.app.pipeline import planned_time, source_folder
     from dotexport.models.checkpoint import read_config
-    from dotexport.sizes.planning import choose
+    from dotexport.sizes.planning import calibrated, choose
 
     folder = source_folder(model, config_only=True, tokenizer=vocabulary.asked)
     config = read_config(folder)
@@ -50,6 +59,7 @@ def plan(
         sizes = replace(sizes, vocab_size=chosen.plan.after.vocab_size)
     else:
         chosen = choose(config, sizes, where)
+    chosen = calibrated(config, chosen, samples, seqlen)
     timed = planned_time(chosen.plan, sizes, where.targets)
     if as_json:
         show_json(chosen.as_dict() | timed)
