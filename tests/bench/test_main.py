@@ -14,7 +14,7 @@ import pytest
 from dotexport.app.cli import main
 from dotexport.bench import BenchResult
 from dotexport.bench.result import METRICS
-from dotexport.bench.table import conditions, rows, verdicts
+from dotexport.bench.table import busy, conditions, rows, verdicts
 
 Plant = Callable[..., Path]
 Measured = tuple[BenchResult, dict[str, Any], list[tuple[str, int, int]]]
@@ -100,7 +100,7 @@ def test_a_busy_machine_is_told(measured: Measured) -> None:
     result = measured[0]
     for load, doubted in ((0.1, False), (2.0, True)):
         machine = result.environment | {"load_average": [load] * 3}
-        said = "\n".join(conditions(replace(result, environment=machine)))
+        said = "\n".join(busy(replace(result, environment=machine)))
         assert ("other work" in said) == doubted
 
 
