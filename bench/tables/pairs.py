@@ -127,11 +127,11 @@ def pairs(
 
 
 PROTOCOL = """{model}, fitted on {windows} windows of {length} tokens of {calib}. KL divergence from
-the original (nats per token) and perplexity on {judged} windows each of {texts}, the calibration's
-domain and another one. A single pair is followed by the original's layers as they are; behind the
-first of many every layer has its readers and writers refitted. Of a block of more than two layers
-the first and the last are laid side by side. Units are chosen under a ridge of {calm}. Seconds of
-one thread."""
+the original (nats per token) and perplexity on {judged} windows each of {texts}: of the
+calibration's domain, and of another one. A single pair is followed by the original's layers as they
+are; behind the first of many every layer has its readers and writers refitted. Of a block of more
+than two layers the first and the last are laid side by side. Units are chosen under a ridge of
+{calm}."""
 
 
 @dataclass(frozen=True)

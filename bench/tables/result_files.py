@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +32,7 @@ def stories() -> tuple[Path, str]:
 def save(file: Path, title: str, protocol: str, rows: Table, *, command: str = "") -> None:
     """FILE.md and FILE.json: the table, how it was taken, and on what."""
     machine = manifest.environment()
-    command = command or f"python -m dotexport.bench {' '.join(sys.argv[1:])}"
+    command = command or f"python -m dotexport.bench {shlex.join(sys.argv[1:])}"
     libraries = ", ".join(f"{name} {v}" for name, v in machine["libraries"].items())
     text = f"# {title}\n\n{protocol}\n\n    {command}\n\n{_markdown(rows)}\n"
     text += f"Machine: {machine['cpu']}, {machine['cores']['usable']} cores, "
