@@ -28,12 +28,11 @@ def without_layers(rival: str, source: Path, out: Path, count: int, windows_NL: 
     """Write OUT, the model without `count` layers; says which left."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     layers = model.model.layers
+    seen = _Seen.of(model, windows_NL)
     if rival == "ShortGPT":
-        seen = _Seen.of(model, windows_NL)
         alike = [seen.alike(number, number + 1) for number in range(len(layers))]
         gone = sorted(sorted(range(len(layers)), key=alike.__getitem__)[-count:])
     else:
-        seen = _Seen.of(model, windows_NL)
         starts = range(1, len(layers) - count + 1)
         first = max(starts, key=lambda start: seen.alike(start, start + count))
         gone = list(range(first, first + count))
