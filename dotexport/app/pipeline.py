@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,18 +30,19 @@ from dotexport.app.steps import EvalStep
 from dotexport.axes import AXES
 from dotexport.axes.plan import Plan, SizeOptions, read_model, resized
 from dotexport.errors import CalibrationError, SizeError, UsageError
-from dotexport.exports.target import parse_spec
+from dotexport.exports.target import Target, parse_spec
 from dotexport.models.checkpoint import find_model, read_config
 from dotexport.models.documents import documents
 from dotexport.models.text_windows import token_windows, window_length
 from dotexport.narrowing.norm_statistics import Progress
 from dotexport.narrowing.prepare import pick_device
 from dotexport.outputs import card
+from dotexport.sizes.allocation import accepted
 from dotexport.sizes.budget import plan
 from dotexport.sizes.latency import check_runtime, promise
 from dotexport.sizes.latency_options import LatencyOptions
 from dotexport.sizes.latency_table import cache_file
-from dotexport.sizes.planning import rules_of_target, ways_out
+from dotexport.sizes.planning import Rule, rules_of_target, ways_out
 from dotexport.storage import manifest
 from dotexport.storage.files import write_json
 from dotexport.storage.output import occupied
@@ -82,6 +83,7 @@ def _run(
             device=device,
             recipe=recipe.dump(),
             progress=progress,
+            accept=_accepted_by(_rules(model, _specs(recipe))),
         )
     if "latency" not in manifest.read(out):
         keep_promise(out, model, recipe.shrink.options().sizes, progress=progress)
@@ -108,8 +110,7 @@ def _check_later_steps(recipe: Recipe, model: Path) -> None:
     from dotexport.exports.target import resolve
     from dotexport.exports.verifying import require_device, require_runtime
 
-    options = recipe.shrink.options()
-    specs = (*recipe.export, *(spec_of(step) for step in recipe.bench))
+    options, specs = recipe.shrink.options(), _specs(recipe)
     for target, _ in map(resolve, specs):
         require_runtime(target)
         require_device(target)
@@ -137,21 +138,36 @@ def _check_sizes(model: Path, options: ShrinkOptions, specs: Sequence[str]) -> N
     Raises:
         SizeError: with every reason of each target.
     """
-    from dotexport.exports.target import resolve
-
-    measured = options.allocate == "measured" and options.sizes.budgeted
-    if measured or options.sizes.latency is not None:
+    if options.sizes.latency is not None:
         return
-    config = read_config(model)
+    config, rules = read_config(model), _rules(model, specs)
     decided = plan(config, options.sizes)
-    targets = [resolve(spec) for spec in specs]
-    rules = [rule for pair in targets for rule in rules_of_target(config, *pair)]
-    problems = [f"  {rule.name}: {text}" for rule in rules for text in rule.problems(decided)]
-    if problems:
+    if options.allocate == "measured" and options.sizes.budgeted:
+        decided, *_ = [*accepted(config, options.sizes, _accepted_by(rules)), decided]
+    if problems := [f"  {rule.name}: {text}" for rule in rules for text in rule.problems(decided)]:
         raise SizeError(
             "the sizes of this recipe cannot be exported:\n"
-            + "\n".join([*problems, *ways_out(config, [decided], targets, rules)])
+            + "\n".join([*problems, *ways_out(config, [decided], _targets(specs), rules)])
         )
+
+
+def _specs(recipe: Recipe) -> Sequence[str]:
+    return (*recipe.export, *(spec_of(step) for step in recipe.bench))
+
+
+def _targets(specs: Sequence[str]) -> list[tuple[Target, str]]:
+    from dotexport.exports.target import resolve
+
+    return [resolve(spec) for spec in specs]
+
+
+def _rules(model: Path, specs: Sequence[str]) -> list[Rule]:
+    config = read_config(model)
+    return [rule for pair in _targets(specs) for rule in rules_of_target(config, *pair)]
+
+
+def _accepted_by(rules: Sequence[Rule]) -> Callable[[Plan], bool]:
+    return lambda decided: not any(rule.problems(decided) for rule in rules)
 
 
 def _resumable(out: Path, recipe: Recipe) -> bool:

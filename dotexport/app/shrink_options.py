@@ -11,7 +11,7 @@ from dotexport.models.text_options import TextOptions
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.vocabulary.vocabulary_options import VocabularyOptions
 
-ALLOCATIONS = ("rule", "measured")
+ALLOCATIONS = ("measured", "rule")
 MAX_SHARD_BYTES = 4 << 30
 
 
@@ -24,8 +24,8 @@ class ShrinkOptions:
         vocabulary: which tokens stay.
         text: calibration text.
         narrow: methods.
-        allocate: how a budget is shared between the axes: `rule` reads config.json only, `measured`
-            cuts each axis alone and looks (sizes/allocation.py).
+        allocate: how a budget is shared between the axes: `measured` cuts each axis alone and looks
+            (sizes/allocation.py), `rule` reads config.json only.
         heal: distillation after the closed form; None: none.
         max_shard_bytes: largest weight file.
     """
@@ -34,7 +34,7 @@ class ShrinkOptions:
     vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
     text: TextOptions
     narrow: NarrowOptions = field(default_factory=NarrowOptions)
-    allocate: str = "rule"
+    allocate: str = "measured"
     heal: HealOptions | None = None
     max_shard_bytes: int = MAX_SHARD_BYTES
 

@@ -8,7 +8,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -110,6 +110,7 @@ def shrink(
     device: str = "auto",
     recipe: str = "",
     progress: Progress = lambda stage, done, total: None,
+    accept: Callable[[Plan], bool] = lambda plan: True,
 ) -> Shrunk:
     """Narrow a model and write OUT/hf, OUT/dotexport.json, OUT/README.md and OUT/reports.
 
@@ -119,6 +120,7 @@ def shrink(
     Args:
         recipe: what OUT/recipe.yaml will say; it appears with the rest, so that a run which is
             killed right afterwards is known again.
+        accept: what else sizes that are measured must satisfy, as targets do.
 
     Raises:
         CheckpointError, CalibrationError, UnsupportedModelError, SizeError, UsageError.
@@ -142,7 +144,12 @@ def shrink(
         if options.allocate == "measured" and sizes.budgeted:
             rehearse = rehearsals(source, windows_NL, options.narrow, where)
             allocation = allocate(
-                config, sizes, lambda p: rehearse(depths.settled(p).on_kept_tokens), progress
+                config,
+                sizes,
+                lambda p: rehearse(depths.settled(p).on_kept_tokens),
+                progress,
+                courses={"num_hidden_layers": depths.course},
+                accept=accept,
             )
             decided = allocation.plan
         for sentence in (shortfall(config, sizes, decided), *frozen(config, sizes, decided, {})):

@@ -27,9 +27,9 @@ class ShrinkStep:
     sizes: SizeOptions = group(SizeOptions)
     vocabulary: VocabularyOptions = group(VocabularyOptions)
     allocate: str = option(
-        "rule",
-        help="How a budget is shared between the axes: rule, or measured, which cuts each alone "
-        "first and takes minutes.",
+        "measured",
+        help="How a budget of parameters or bytes is shared between the axes: measured cuts each "
+        "alone first (plan says how long that takes); rule reads config.json only.",
     )
     text: TextOptions = group(source={"key": "calib", "help": f"Calibration text. {SOURCES}"})
     narrow: NarrowOptions = group(NarrowOptions)
@@ -56,7 +56,7 @@ class ShrinkStep:
         given = values_of(self)
         flags = [*flags_of(SizeOptions), *flags_of(VocabularyOptions)]
         sizes = [flag for flag in flags if flag.key not in OF_LATENCY]
-        defaults = {flag.key: flag.default for flag in sizes} | {"allocate": "rule"}
+        defaults = {flag.key: flag.default for flag in sizes} | {"allocate": "measured"}
         besides = [key for key, default in defaults.items() if given[key] != default]
         if besides:
             flag = "--" + besides[0].replace("_", "-")

@@ -104,7 +104,15 @@ def show_costs(chosen: Choice) -> None:
     table.add_row("disk for hf/ and artifacts, MB", "", f"{costs.disk / 1e6:,.2f}")
     table.add_row("peak memory of shrink, MB", "", f"{costs.shrink_memory / 1e6:,.0f}")
     table.add_row("time of shrink here", "", duration(costs.shrink_seconds))
+    if costs.allocation_seconds:
+        table.add_row("and of measuring cuts first", "", duration(costs.allocation_seconds))
     console.print(table)
+    if costs.allocation_seconds:
+        console.print(
+            "these sizes are the rule's; shrink measures cuts first and may take others within the "
+            "same budget: --plan FILE or --allocate rule keeps to these",
+            soft_wrap=True,
+        )
     before, after = chosen.plan.architectures
     if before != after:
         console.print(f"written as {after}, which computes the same as {before}", soft_wrap=True)

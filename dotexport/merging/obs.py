@@ -66,9 +66,8 @@ class _State:
     @classmethod
     def of(cls, problem: Problem) -> _State:
         # Silent columns say nothing: without their weights they are the first to leave.
-        weight_OI = problem.weight_OI
-        if problem.silent_I is not None:
-            weight_OI = weight_OI.masked_fill(problem.silent_I, 0.0)
+        silent_I = problem.silent_I if problem.silent_I is not None else torch.tensor(False)
+        weight_OI = problem.weight_OI.masked_fill(silent_I.to(problem.weight_OI.device), 0.0)
         return cls(weight_OI, _inverse(problem.hessian_II), problem.groups_NS)
 
     def scores(self, alive: Tensor) -> Tensor:
@@ -79,15 +78,16 @@ class _State:
             diagonal_A = self.inverse_II.diagonal()[groups_AS[:, 0]]
             return weight_ASO[:, 0].square().sum(1) / diagonal_A
         inverse_ASS = self.inverse_II[groups_AS[:, :, None], groups_AS[:, None, :]]
-        solved_ASO: Tensor = torch.linalg.solve(inverse_ASS, weight_ASO)
+        # One by one: with several threads MKL fails on a batch of matrices this large.
+        solved_ASO = torch.stack(list(map(torch.linalg.solve, inverse_ASS, weight_ASO)))
         return (weight_ASO * solved_ASO).sum((1, 2))
 
     def remove(self, groups: Tensor) -> None:
         columns = self.groups_NS[groups].flatten()
         block_CC, rows_CI = self.inverse_II[columns][:, columns], self.inverse_II[columns]
         solved_CI = torch.linalg.solve(block_CC, rows_CI)
-        self.weight_OI = self.weight_OI - self.weight_OI[:, columns] @ solved_CI
-        self.inverse_II = self.inverse_II - self.inverse_II[:, columns] @ solved_CI
+        self.weight_OI.addmm_(self.weight_OI[:, columns], solved_CI, alpha=-1)
+        self.inverse_II.addmm_(self.inverse_II[:, columns], solved_CI, alpha=-1)
 
     def only(self, groups: Tensor) -> _State:
         """The same problem on these groups alone; scores and removals among them stay exact."""
@@ -112,7 +112,7 @@ def greedy(problems: Sequence[Problem], count: int, *, block: int | None = None)
     the downdate of all the others one product of matrices.
     """
     states = [_State.of(problem) for problem in problems]
-    block = block or max(1, len(problems[0].groups_NS) // 256)
+    block = block or max(1, len(problems[0].groups_NS) // 128)
     return _greedy(states, count, block)
 
 

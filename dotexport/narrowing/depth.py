@@ -74,6 +74,13 @@ class Depths:
         kept = tuple(layer for layer in range(before) if layer not in gone)
         return replace(decided, layers=kept)
 
+    def course(self, decided: Plan) -> dict[int, float]:
+        """What every number of layers down to the plan's diverges by, as the search sees it."""
+        before = decided.before.num_layers
+        self.settled(decided)
+        counts = range(1, before - decided.after.num_layers + 1)
+        return {before - count: self.divergences[count - 1] for count in counts}
+
     def _search(self, decided: Plan, count: int) -> None:
         """Let `count` layers leave, one after another."""
         before = decided.before.num_layers

@@ -1,14 +1,15 @@
 """Allocation: one budget shared between the axes by what cuts were measured to cost.
 
-Each axis is cut alone to a few sizes, and the divergence from the original is measured on held-out
-windows. Costs of axes add up to first order, which ranks the legal sizes within the budget; the
-best few are then measured together, because cuts do interact, and the best of these is taken.
+Each axis is cut alone, about half as far as it would have to go to meet the budget by itself, and
+the divergence from the original is measured on held-out windows. Costs of axes add up to first
+order, which ranks the legal sizes within the budget; the best few are then measured together,
+because cuts do interact, and the best of these is taken.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -19,14 +20,15 @@ from scipy.interpolate import PchipInterpolator
 from dotexport.axes import AXES
 from dotexport.axes.axis import Axis
 from dotexport.axes.plan import Plan, SizeOptions
+from dotexport.errors import SizeError
 from dotexport.models.shapes import Sizes
-from dotexport.sizes.budget import filled, is_legal, preference, within_budget
+from dotexport.sizes.budget import filled, is_legal, num_rungs, preference, within_budget
 
-POINTS = 2  # of each curve besides the original
 LOOKED_AT = 64  # plans predicted best, of which those that are apart are measured
 CHECKED = 3  # predicted best ones that are measured together, besides the rule's
 
 Measure = Callable[[Plan], float]
+Course = Callable[[Plan], Mapping[int, float]]
 Progress = Callable[[str, int, int], None]
 
 
@@ -85,24 +87,33 @@ def allocate(
     asked: SizeOptions,
     measure: Measure,
     progress: Progress = lambda stage, done, total: None,
+    *,
+    courses: Mapping[str, Course] | None = None,
+    accept: Callable[[Plan], bool] = lambda plan: True,
 ) -> Allocation:
     """Choose sizes within a budget.
 
     Args:
         asked: has a budget; axes with an explicit size are not searched.
         measure: held-out divergence of a plan from the original.
+        courses: by axis, how divergence rises with its cut, where that is known up to a factor:
+            from a plan that cuts it alone to a value for every size on the way there.
+        accept: what else the plan must satisfy.
 
     Raises:
-        SizeError, UsageError: as `dotexport.sizes.budget.plan`.
+        SizeError: no sizes meet the budget, or none of those are accepted.
+        UsageError: as `dotexport.sizes.budget.plan`.
     """
-    plans = within_budget(config, asked)
+    plans = accepted(config, asked, accept)
+    if not plans:
+        raise SizeError("no sizes within the budget are such that every target takes them")
     before = plans[0].before
-    points = [point for axis in AXES for point in _points(axis, plans, before)]
-    measured: dict[tuple[str, int], float] = {}
-    for number, (axis, size, plan) in enumerate(points):
-        progress(f"measuring cuts: {axis} {size}", number, len(points) + CHECKED + 1)
-        measured[axis, size] = measure(plan)
-    curves = {axis.name: _curve(axis, points, measured, before) for axis in AXES}
+    points = {axis.name: found for axis in AXES if (found := alone(axis, plans))}
+    curves = {axis.name: Curve(axis.name, (axis.size(before),), (0.0,), (0,)) for axis in AXES}
+    for number, (name, plan) in enumerate(points.items()):
+        size = _axis(name).size(plan.after)
+        progress(f"measuring cuts: {name} {size}", number, len(points) + CHECKED + 1)
+        curves[name] = _curve(_axis(name), plan, measure(plan), (courses or {}).get(name))
     # No cut of these could be measured.
     flat = [axis for axis in AXES if len(curves[axis.name].sizes) == 1]
     plans = [p for p in plans if all(_same(p, axis) for axis in flat)] or plans
@@ -114,7 +125,7 @@ def allocate(
 
     plans.sort(key=lambda p: (expected(p), -p.parameters_after))
     rule = min(plans, key=preference)
-    widest = partial(filled, config, asked)
+    widest = partial(filled, config, asked, accept=accept)
     finalists = list(
         {p.after: p for p in (*_apart(map(widest, plans[:LOOKED_AT])), widest(rule))}.values()
     )
@@ -131,37 +142,62 @@ def _same(plan: Plan, axis: Axis) -> bool:
     return axis.size(plan.after) == axis.size(plan.before)
 
 
-def _points(axis: Axis, plans: Iterable[Plan], before: Sizes) -> list[tuple[str, int, Plan]]:
-    """A few sizes of this axis alone, from the largest cut that plans make to a small one."""
-    plans = list(plans)
-    whole = axis.size(before)
-    sizes = sorted({axis.size(p.after) for p in plans} - {whole})
-    # No plan worth the name empties one axis: 2.5 times the share that the budget takes is enough.
-    share = 1 - max(p.ratio for p in plans)
-    sizes = [s for s in sizes if s >= whole * max(1 - 2.5 * share, 0.2)] or sizes[-1:]
+def accepted(
+    config: Mapping[str, Any], asked: SizeOptions, accept: Callable[[Plan], bool]
+) -> list[Plan]:
+    """All accepted plans within the budget on the coarsest grid that has any.
+
+    Raises:
+        SizeError, UsageError: as `within_budget`.
+    """
+    grids = (within_budget(config, asked, rung=rung) for rung in range(num_rungs(config, asked)))
+    return next(filter(None, (list(filter(accept, plans)) for plans in grids)), [])
+
+
+def rehearsals(decided: Plan, plans: Sequence[Plan]) -> list[Plan]:
+    """Plans such as `allocate` will measure, where the rule has decided for one of these."""
+    cuts = [found for axis in AXES if (found := alone(axis, plans))]
+    return [p.on_kept_tokens for p in (*cuts, *[decided] * (CHECKED + 1))]
+
+
+def alone(axis: Axis, plans: Sequence[Plan]) -> Plan | None:
+    """This axis cut alone, about half as far as the budget asks where nothing else is cut; None: no
+    plan cuts it.
+
+    What a budget leaves to one axis of several is rarely more, and a curve is best known there.
+    """
     like = plans[0]
+    before, family = like.before, like.family
     same = {name: getattr(like.after, name) for name in ("tied", "biases", "vocab_size")}
     uncut = replace(before, **same)
-    alone = {s: replace(like, after=axis.resized(uncut, s)) for s in sizes}
-    legal = [s for s in sizes if is_legal(like.family, before, alone[s].after)]
-    spread = sorted({legal[round(n)] for n in np.linspace(0, len(legal) - 1, POINTS) if legal})
-    return [(axis.name, size, alone[size]) for size in spread]
+    whole = axis.size(before)
+    cuts = {size: axis.resized(uncut, size) for size in {axis.size(p.after) for p in plans}}
+    legal = [size for size, sizes in cuts.items() if is_legal(family, before, sizes)]
+    if not (sizes := sorted(set(legal) - {whole})):
+        return None
+    enough = [size for size in sizes if any(p.after == cuts[size] for p in plans)]
+    half = (whole + max(enough, default=sizes[0])) / 2
+    size = min(sizes, key=lambda size: abs(size - half))
+    return replace(like, after=cuts[size])
 
 
-def _curve(
-    axis: Axis,
-    points: list[tuple[str, int, Plan]],
-    measured: Mapping[tuple[str, int], float],
-    before: Sizes,
-) -> Curve:
-    mine = [
-        (size, measured[name, size], p.parameters_after)
-        for name, size, p in points
-        if name == axis.name
-    ]
-    parameters = points[0][2].parameters_before if points else 0
-    sizes, divergences, counts = zip(*mine, (axis.size(before), 0.0, parameters), strict=True)
-    return Curve(axis.name, sizes, divergences, counts)
+def _curve(axis: Axis, plan: Plan, divergence: float, course: Course | None) -> Curve:
+    """Through what was measured; between it and the original as the course says."""
+    size, whole = axis.size(plan.after), axis.size(plan.before)
+    way = dict(course(plan)) if course else {size: 1.0}
+    scale = divergence / way[size] if way[size] > 0 else 0.0
+    sizes = sorted(way)
+    counts = (replace(plan, after=axis.resized(plan.after, s)).parameters_after for s in sizes)
+    return Curve(
+        axis.name,
+        (*sizes, whole),
+        (*(scale * way[s] for s in sizes), 0.0),
+        (*counts, plan.parameters_before),
+    )
+
+
+def _axis(name: str) -> Axis:
+    return next(axis for axis in AXES if axis.name == name)
 
 
 def _apart(plans: Iterable[Plan]) -> list[Plan]:

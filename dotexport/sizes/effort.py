@@ -11,8 +11,9 @@ sublayer's readers, N inputs of its writer before, J after.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from functools import cache
 
@@ -23,9 +24,11 @@ from dotexport.merging.refit import PANEL
 from dotexport.models.family import Family, Sublayer
 from dotexport.models.shapes import Sizes
 from dotexport.narrowing.basis import LEARNING_STEPS
+from dotexport.narrowing.depth import FITTED, LENGTH, LOOKED_AT
+from dotexport.narrowing.depth import JUDGED as JUDGED_TOKENS
 from dotexport.narrowing.narrow_options import LocalOptions
 from dotexport.narrowing.norm_statistics import MOST_SITES
-from dotexport.narrowing.run import JUDGED
+from dotexport.narrowing.run import JUDGED, REHEARSED, REHEARSED_LENGTH
 
 HELD_OUT = 1 / 8  # of the windows
 BACKWARD = 3  # a forward and a backward pass cost three forward ones
@@ -77,24 +80,70 @@ def shrink_seconds(
 ) -> float:
     """Estimated time of narrowing on this machine, with calibration text of so many windows.
 
-    Without distillation, and without reading and writing files.
+    The choice of layers included; without distillation, and without reading and writing files.
     """
-    widths = (decided.before.spaces["residual"], decided.after.spaces["residual"])
-    return work_of(decided, samples, seqlen).seconds(rates(max(widths), passes))
+    work = work_of(decided, samples, seqlen) + work_of_choosing_layers(decided, seqlen)
+    return work.seconds(rates(_stream(decided.before), passes))
 
 
-def work_of(decided: Plan, samples: int, seqlen: int) -> Work:
-    """What narrowing with shrink's defaults computes."""
-    family, before, after = decided.family, decided.before, decided.after
-    layer = sum(
-        (_Site(family, s, before, after, samples, seqlen).work for s in family.sublayers), Work()
+def allocation_seconds(
+    rehearsed: Sequence[Plan], *, seqlen: int = 2048, passes: torch.dtype = torch.float32
+) -> float:
+    """Estimated time of measuring these plans before one is taken (allocation.py); 0 for none."""
+    if not rehearsed:
+        return 0.0
+    seqlen = min(seqlen, REHEARSED_LENGTH)
+    samples = math.ceil(1.5 * REHEARSED / seqlen)  # half as many are held out
+    work = sum((work_of(p, samples, seqlen, local=False) for p in rehearsed), Work())
+    deepest = min(rehearsed, key=lambda p: p.after.num_layers)
+    work += work_of_choosing_layers(deepest, seqlen)
+    return work.seconds(rates(_stream(deepest.before), passes))
+
+
+def work_of(decided: Plan, samples: int, seqlen: int, *, local: bool = True) -> Work:
+    """What narrowing with shrink's defaults computes, the layers that stay being known.
+
+    Args:
+        local: with local healing.
+    """
+    before, after = decided.before, decided.after
+    sites = _sites(decided, samples, seqlen)
+    kept = sum((s.work + (s.healing if local else Work()) for s in sites), Work())
+    left = sum((s.passed for s in sites), Work()) * (samples * seqlen)
+    return (
+        kept * after.num_layers
+        + left * (before.num_layers - after.num_layers)
+        + _ends(before, after, samples * seqlen)
     )
-    return layer * before.num_layers + _ends(before, after, samples * seqlen)
+
+
+def work_of_choosing_layers(decided: Plan, seqlen: int) -> Work:
+    """What the search for layers that leave computes (narrowing/depth.py): every round walks
+    through all of the layers once, and with every candidate through those behind it."""
+    before = decided.before
+    depth, count = before.num_layers, before.num_layers - decided.after.num_layers
+    if count == 0:
+        return Work()
+    D, V, tokens = _stream(before), before.vocab_size, FITTED + JUDGED_TOKENS
+    *_, last = sites = _sites(decided, 1, min(seqlen, LENGTH))
+    layer = sum((site.passed for site in sites), Work())
+    trials = depth - 1 + sum(min(LOOKED_AT, depth - n - 1) for n in range(1, count))
+    heads = Work(passes=2 * D * V * JUDGED_TOKENS) * (trials + count)
+    N = last.inside
+    fit = _moments(FITTED, N, D) + Work(factors=N**3 / 3 + 2 * D * N**2, sums=2 * D * N**2)
+    fits = trials + count * (count - 1) // 2  # layers that left are fitted over in each round
+    walks = (count + 1) * depth * tokens + trials * depth / 2 * JUDGED_TOKENS
+    return layer * walks + heads + fit * fits
 
 
 def _stream(sizes: Sizes) -> int:
     """Width of the residual stream."""
     return sizes.spaces["residual"]
+
+
+def _sites(decided: Plan, samples: int, seqlen: int) -> list[_Site]:
+    family, sizes = decided.family, (decided.before, decided.after)
+    return [_Site(family, s, *sizes, samples, seqlen) for s in family.sublayers]
 
 
 @dataclass(frozen=True)
@@ -107,6 +156,19 @@ class _Site:
     after: Sizes
     samples: int
     seqlen: int
+
+    @property
+    def passed(self) -> Work:
+        """A token through the original's sublayer."""
+        return self._pass(_stream(self.before), self._rows(self.before), self.inside)
+
+    @property
+    def inside(self) -> int:
+        return self._inside(self.before)
+
+    @property
+    def healing(self) -> Work:
+        return self._healing(self._inside(self.after) < self.inside)
 
     @property
     def work(self) -> Work:
@@ -122,7 +184,7 @@ class _Site:
         if J < N:
             writer += _choice(N, J, K)
         walks = self._pass(D, rows, N) + self._pass(K, self._rows(self.after), J)
-        total = readers + writer + walks * T + self._healing(J < N)
+        total = readers + writer + walks * T
         return total + seen if K < D else total
 
     def _rows(self, sizes: Sizes) -> int:

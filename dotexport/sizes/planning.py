@@ -26,6 +26,7 @@ from dotexport.exports.target import Target, resolve_for_plan
 from dotexport.models.family import Family
 from dotexport.models.shapes import Sizes, cached_numbers, shapes
 from dotexport.narrowing.prepare import pick_device, usual_passes
+from dotexport.sizes.allocation import rehearsals
 from dotexport.sizes.budget import (
     bytes_per_parameter,
     check_sizes,
@@ -39,7 +40,7 @@ from dotexport.sizes.budget import (
     within_budget,
 )
 from dotexport.sizes.deployment import Deployment
-from dotexport.sizes.effort import shrink_seconds
+from dotexport.sizes.effort import allocation_seconds, shrink_seconds
 from dotexport.sizes.frozen import frozen
 from dotexport.sizes.full_rows import advice
 from dotexport.sizes.plan_file import KEY, as_flags, fingerprint
@@ -70,6 +71,8 @@ class Costs:
         cache_per_token: NAME-PRECISION -> of keys and values of one token of one sequence.
         shrink_memory: peak of narrowing it, estimated.
         shrink_seconds: of narrowing it on this machine, estimated (effort.py).
+        allocation_seconds: of measuring cuts before that, where a budget is shared so; the sizes
+            may then be others than those of the plan.
         disk: weights in hf/ and all artifacts after narrowing.
     """
 
@@ -77,6 +80,7 @@ class Costs:
     cache_per_token: Mapping[str, tuple[int, int]]
     shrink_memory: int
     shrink_seconds: float
+    allocation_seconds: float
     disk: int
 
 
@@ -114,6 +118,7 @@ class Choice:
             "kv_cache_bytes_per_token": {k: list(v) for k, v in self.costs.cache_per_token.items()},
             "shrink_memory_bytes": self.costs.shrink_memory,
             "shrink_seconds": round(self.costs.shrink_seconds, 1),
+            "allocation_seconds": round(self.costs.allocation_seconds, 1),
             "disk_bytes": self.costs.disk,
             **({"vocabulary": self.vocabulary} if self.vocabulary else {}),
         }
@@ -146,7 +151,8 @@ def choose(config: Mapping[str, Any], asked: SizeOptions, where: Deployment) -> 
             binding.append("square")
         if asked.budgeted:
             binding.append(BUDGET)
-        costs = _costs(config, decided, targets)
+        rehearsed = rehearsals(decided, plans) if asked.budgeted else []
+        costs = _costs(config, decided, targets, rehearsed)
         flags = as_flags(decided, asked)
         short = shortfall(config, asked, decided)
         whole = frozen(config, asked, decided, {rule.name: rule.problems for rule in rules})
@@ -291,7 +297,10 @@ def _name(target: Target, precision: str) -> str:
 
 
 def _costs(
-    config: Mapping[str, Any], decided: Plan, targets: Sequence[tuple[Target, str]]
+    config: Mapping[str, Any],
+    decided: Plan,
+    targets: Sequence[tuple[Target, str]],
+    rehearsed: Sequence[Plan],
 ) -> Costs:
     stored = bytes_per_parameter(config)
     before, after = decided.before, decided.carried_after
@@ -313,6 +322,7 @@ def _costs(
         shrink_seconds(
             decided.on_kept_tokens, seqlen=_window(config), passes=_passes(config, decided)
         ),
+        allocation_seconds(rehearsed, seqlen=_window(config), passes=_passes(config, decided)),
         sum(pair[1] for pair in artifacts.values()),
     )
 

@@ -115,5 +115,5 @@ def test_a_curve_runs_through_what_was_measured_and_falls_with_size() -> None:
 
 
 def test_unknown_ways_to_allocate_are_refused() -> None:
-    with pytest.raises(UsageError, match="rule, measured"):
+    with pytest.raises(UsageError, match="measured, rule"):
         ShrinkOptions(text=TextOptions(source="text.txt"), sizes=ASKED, allocate="guess")

@@ -21,11 +21,19 @@ from torch.utils.flop_counter import flop_registry
 
 from dotexport.app.opening import open_source
 from dotexport.axes.plan import Plan, SizeOptions
+from dotexport.narrowing.depth import Depths
 from dotexport.narrowing.narrow_options import LocalOptions, NarrowOptions
 from dotexport.narrowing.prepare import prepare
 from dotexport.sizes import effort
 from dotexport.sizes.budget import plan
-from dotexport.sizes.effort import Work, rates, shrink_seconds, work_of
+from dotexport.sizes.effort import (
+    Work,
+    allocation_seconds,
+    rates,
+    shrink_seconds,
+    work_of,
+    work_of_choosing_layers,
+)
 
 LLAMA_3_2_1B = {
     "architectures": ["LlamaForCausalLM"],
@@ -114,6 +122,38 @@ def test_the_products_of_a_sublayer_are_those_of_its_matrices_and_half_of_all_sc
         passes, unseen = site._pass(48, rows, inside).passes, site._mixing(inside)
         assert counted.products[torch.float32] == (passes + unseen) * WINDOWS_NL.numel()
         assert (unseen > 0) == (sublayer.module == "self_attn")
+
+
+@pytest.mark.parametrize("layers", [3, 1])
+def test_products_of_choosing_layers_are_those_that_are_counted(
+    layers: int, tiny_llama: Callable[[str], Path]
+) -> None:
+    source = open_source(tiny_llama("square"))
+    chosen = plan(source.config, SizeOptions(num_hidden_layers=layers))
+    windows_NL = torch.randint(0, 90, (136, 64), generator=torch.Generator().manual_seed(0))
+    with sdpa_kernel(SDPBackend.MATH), Counted() as counted:
+        Depths(source, windows_NL, 0, torch.device("cpu")).settled(chosen)
+    expected = work_of_choosing_layers(chosen, 64)
+    # An average of what lies behind a candidate; attention for half of what the unfused one does.
+    in_float32 = expected.passes + expected.products
+    assert counted.products[torch.float32] == pytest.approx(in_float32, rel=0.25)
+    assert counted.products[torch.float64] == pytest.approx(expected.sums, rel=0.25)
+
+
+def test_measuring_cuts_costs_every_rehearsal_and_one_search_for_layers() -> None:
+    """On less text than the narrowing itself, and without healing."""
+    mlp, depth = (
+        plan(LLAMA_3_2_1B, SizeOptions(**{key: size}))
+        for key, size in (("intermediate_size", 6144), ("num_hidden_layers", 12))
+    )
+    once, twice, deep = (
+        allocation_seconds(plans) for plans in ([mlp], [mlp, mlp], [mlp, mlp, depth])
+    )
+    assert 0 < once < shrink_seconds(mlp)
+    assert twice == pytest.approx(2 * once, rel=1e-9)
+    search = work_of_choosing_layers(depth, 512).seconds(rates(2048))
+    assert deep - twice > search > 0
+    assert allocation_seconds([]) == 0
 
 
 def test_passes_and_sums_grow_with_text_and_solves_do_not() -> None:
