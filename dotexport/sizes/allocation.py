@@ -175,7 +175,8 @@ def alone(axis: Axis, plans: Sequence[Plan]) -> Plan | None:
     legal = [size for size, sizes in cuts.items() if is_legal(family, before, sizes)]
     if not (sizes := sorted(set(legal) - {whole})):
         return None
-    enough = [size for size in sizes if any(p.after == cuts[size] for p in plans)]
+    meeting = {p.after for p in plans}
+    enough = [size for size in sizes if cuts[size] in meeting]
     half = (whole + max(enough, default=sizes[0])) / 2
     size = min(sizes, key=lambda size: abs(size - half))
     return replace(like, after=cuts[size])
