@@ -37,8 +37,8 @@ WAYS: dict[str, Mapping[str, Any]] = {
     "MLP alone": {"axes": "intermediate_size"},
     "depth alone": {"axes": DEPTH},
     "depth alone, dropped": {"axes": DEPTH, "refit": False},
-    "all, by the rule": {},
-    "all, measured": {"allocate": "measured"},
+    "all, by the rule": {"allocate": "rule"},
+    "all": {},
     "vocabulary alone": {"vocab": True, "alone": True},
     "all and vocabulary": {"vocab": True},
     **{name: {"rival": name} for name in RIVALS},
@@ -168,7 +168,7 @@ def _options(
         sizes=SizeOptions() if way.get("alone") else SizeOptions(params=budget, **sizes),
         vocabulary=VocabularyOptions(vocab=tokens),
         narrow=replace(asked.narrow, refit=way.get("refit", True)),
-        allocate=way.get("allocate", "rule"),
+        allocate=way.get("allocate", "measured"),
     )
 
 

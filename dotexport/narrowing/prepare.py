@@ -19,7 +19,14 @@ from dotexport.narrowing.basis import check_basis
 from dotexport.narrowing.narrow_options import AUTO, NarrowOptions
 from dotexport.narrowing.norm_statistics import Progress
 from dotexport.narrowing.original import Original
-from dotexport.narrowing.run import REHEARSED, REHEARSED_LENGTH, Narrowing, Nowhere, Writer
+from dotexport.narrowing.run import (
+    REHEARSED,
+    REHEARSED_LENGTH,
+    REHEARSED_PER_AXIS,
+    Narrowing,
+    Nowhere,
+    Writer,
+)
 from dotexport.narrowing.streams import Streams
 from dotexport.storage.files import write_json
 
@@ -58,7 +65,7 @@ def rehearsals(
     would be learned or searched, no transport, no healing.
     """
     windows_NL = windows_NL[:, :REHEARSED_LENGTH]
-    fitted_on = -(-REHEARSED // windows_NL.shape[1])
+    fitted_on = -(-rehearsed_tokens(source.config["hidden_size"]) // windows_NL.shape[1])
     cheap = replace(options, mlp="obs", heads="obs", local=None)
 
     def measure(planned: Plan) -> float:
@@ -73,6 +80,11 @@ def rehearsals(
         return run.divergence
 
     return measure
+
+
+def rehearsed_tokens(hidden_size: int) -> int:
+    """How many tokens a rehearsal fits on."""
+    return max(REHEARSED, REHEARSED_PER_AXIS * hidden_size)
 
 
 def _streams(

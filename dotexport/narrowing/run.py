@@ -39,7 +39,9 @@ from dotexport.narrowing.streams import Streams
 
 logger = logging.getLogger(__name__)
 
-REHEARSED = 8192  # tokens to fit on where several sizes are measured before one is taken
+# Tokens to fit on where several sizes are measured before one is taken, at least, and per axis of
+# the stream.
+REHEARSED, REHEARSED_PER_AXIS = 4096, 8
 REHEARSED_LENGTH = 512  # of their windows, at most
 COMPARED = 64  # the same for several bases, which are closer together than sizes
 JUDGED = 8192  # held-out tokens that decide

@@ -145,12 +145,14 @@ def _same(plan: Plan, axis: Axis) -> bool:
 def accepted(
     config: Mapping[str, Any], asked: SizeOptions, accept: Callable[[Plan], bool]
 ) -> list[Plan]:
-    """All accepted plans within the budget on the coarsest grid that has any.
+    """All accepted plans within the budget on the coarsest grid that has any, in whichever class
+    can carry them.
 
     Raises:
         SizeError, UsageError: as `within_budget`.
     """
-    grids = (within_budget(config, asked, rung=rung) for rung in range(num_rungs(config, asked)))
+    rungs = range(num_rungs(config, asked))
+    grids = (within_budget(config, asked, rung=rung, carried=True) for rung in rungs)
     return next(filter(None, (list(filter(accept, plans)) for plans in grids)), [])
 
 

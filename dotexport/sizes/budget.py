@@ -112,11 +112,14 @@ def is_legal(family: Family, before: Sizes, after: Sizes) -> bool:
     return all(axis.problem(family, before, after) is None for axis in AXES)
 
 
-def within_budget(config: Mapping[str, Any], asked: SizeOptions, *, rung: int = 0) -> list[Plan]:
+def within_budget(
+    config: Mapping[str, Any], asked: SizeOptions, *, rung: int = 0, carried: bool = False
+) -> list[Plan]:
     """All plans on the legal grid that meet the budget.
 
     Args:
         rung: of the grids of every axis, 0 the coarsest that leaves a choice.
+        carried: also those whose sizes the original's class cannot hold, but a carrier can.
 
     Raises:
         SizeError: there is none.
@@ -124,7 +127,7 @@ def within_budget(config: Mapping[str, Any], asked: SizeOptions, *, rung: int = 
     """
     family, before = read_asked(config, asked)
     whole = Plan(family, before, before)
-    grid = combinations(family, before, asked, rung)
+    grid = combinations(family, before, asked, rung, carried=carried)
     plans = [Plan(family, before, asked.finished(family, sizes)) for sizes in grid]
     cost, limit = _budget(config, whole, plans, asked)
     fitting = [p for p in plans if cost(p) <= limit]
@@ -144,7 +147,9 @@ def num_rungs(config: Mapping[str, Any], asked: SizeOptions) -> int:
     return max(len(axis.grids(family, before)) for axis in AXES)
 
 
-def combinations(family: Family, before: Sizes, asked: SizeOptions, rung: int) -> Iterator[Sizes]:
+def combinations(
+    family: Family, before: Sizes, asked: SizeOptions, rung: int, *, carried: bool = False
+) -> Iterator[Sizes]:
     """Every combination of legal sizes, where an axis is not given."""
     axes = sorted(AXES, key=lambda axis: bool(axis.depends))
     starts = [before]
@@ -152,7 +157,7 @@ def combinations(family: Family, before: Sizes, asked: SizeOptions, rung: int) -
         starts = square.starts(before, asked.sizes, least=LEAST_SHARE)
         axes = [axis for axis in axes if axis.name not in square.COUPLED]
     for start in starts:
-        yield from _combined(family, before, start, axes, asked, rung)
+        yield from _combined(family, before, start, axes, asked, rung, carried)
 
 
 def _combined(
@@ -162,6 +167,7 @@ def _combined(
     axes: Sequence[Axis],
     asked: SizeOptions,
     rung: int,
+    carried: bool,
 ) -> Iterator[Sizes]:
     if not axes:
         yield sizes
@@ -169,10 +175,11 @@ def _combined(
     axis, *others = axes
     for size in grid_of(axis, family, before, asked, rung):
         after = axis.resized(sizes, size)
-        if not asked.sizes and axis.everywhere and _leaves_its_class(family, after):
+        free = carried or asked.sizes or not axis.everywhere
+        if not free and _leaves_its_class(family, after):
             continue
         if axis.problem(family, before, after) is None:
-            yield from _combined(family, before, after, others, asked, rung)
+            yield from _combined(family, before, after, others, asked, rung, carried)
 
 
 def grid_of(

@@ -28,7 +28,8 @@ from dotexport.narrowing.depth import FITTED, LENGTH, LOOKED_AT
 from dotexport.narrowing.depth import JUDGED as JUDGED_TOKENS
 from dotexport.narrowing.narrow_options import LocalOptions
 from dotexport.narrowing.norm_statistics import MOST_SITES
-from dotexport.narrowing.run import JUDGED, REHEARSED, REHEARSED_LENGTH
+from dotexport.narrowing.prepare import rehearsed_tokens
+from dotexport.narrowing.run import JUDGED, REHEARSED_LENGTH
 
 HELD_OUT = 1 / 8  # of the windows
 BACKWARD = 3  # a forward and a backward pass cost three forward ones
@@ -93,7 +94,8 @@ def allocation_seconds(
     if not rehearsed:
         return 0.0
     seqlen = min(seqlen, REHEARSED_LENGTH)
-    samples = math.ceil(1.5 * REHEARSED / seqlen)  # half as many are held out
+    tokens = rehearsed_tokens(_stream(rehearsed[0].before))
+    samples = math.ceil(1.5 * tokens / seqlen)  # half as many are held out
     work = sum((work_of(p, samples, seqlen, local=False) for p in rehearsed), Work())
     deepest = min(rehearsed, key=lambda p: p.after.num_layers)
     work += work_of_choosing_layers(deepest, seqlen)
