@@ -9,7 +9,7 @@ Shapes: B sequences of a batch, L prompt tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,11 +106,11 @@ def find_cost(
         return None
     table = sizes.vocab_size * sizes.hidden_size
     looked_up = 0 if sizes.tied else table
-    bits: tuple[float, float] | None = getattr(target, "weight_bits", {}).get(precision)
+    bits: Sequence[float] | None = getattr(target, "weight_bits", {}).get(precision)
     if number is not None:
         bits = (8.0 * NUMBER_BYTES[number],) * 2
-    if bits is not None:
-        read = weight_bytes(family, sizes, *bits) - round(looked_up * bits[1] / 8)
+    if bits is not None:  # a head is read as all matrices are, whatever lies beside it
+        read = weight_bytes(family, sizes, bits[:2]) - round(looked_up * bits[1] / 8)
     elif own := getattr(target, "read_bytes", None):
         read = own(family, sizes, precision)
     else:

@@ -67,7 +67,8 @@ class ExecuTorch:
     name = "executorch"
     summary = "ExecuTorch program for phones (XNNPACK; int4 is 8da4w), its KV cache inside"
     precisions = ("fp32", "int4")
-    weight_bits: ClassVar = {"fp32": (32, 32), "int4": (4.5, 16)}
+    # int4 stores a shared table twice: to be looked up, and as the head's matrix.
+    weight_bits: ClassVar = {"fp32": (32, 32), "int4": (4.5, 16, 20.5)}
     row_groups: ClassVar = {"int4": QUANTISED_BLOCK}
     exact_rounding = ()  # scales are rounded to bfloat16, activations per token
 

@@ -3,9 +3,9 @@
 Inputs input_ids, attention_mask, position_ids and past_key_values.N.key/value, outputs logits and
 present.N.key/value, standard operators only. int8 rounds weights per output and
 activations per token (MatMulInteger), so that neither padding nor the rest of a batch changes what
-a token gets; a tied table stays in float32, because the embedding reads it too.
+a token gets. Tables are rounded per token; of a tied one, tokens are columns of the head's matrix.
 
-Shapes: B sequences, L new tokens, P tokens in the cache, T = P + L, V vocabulary.
+Shapes: B sequences, L new tokens, P tokens in the cache, T = P + L, V vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Portable:
     summary = "portable ONNX graph with KV cache, in the layout of Optimum and transformers.js"
     precisions = ("fp32", "int8")
     exact_rounding = ()
-    weight_bits: ClassVar = {"fp32": (32, 32), "int8": (8, 32)}
+    weight_bits: ClassVar = {"fp32": (32, 32), "int8": (8, 8)}
 
     def missing(self) -> list[str]:
         return []  # without onnxscript this file cannot be imported
@@ -63,7 +63,8 @@ class Portable:
         _turn_matrices(model.graph)
         _share_tables(model.graph)
         if precision == "int8":
-            _round_products(model.graph)
+            _look_up_columns(model.graph)
+            _round_tables(model.graph, _round_products(model.graph))
         _save(model, folder)
         for file in [checkpoint.folder / "config.json", *checkpoint.companions()]:
             shutil.copyfile(file, folder / file.name)
@@ -166,8 +167,50 @@ def _save(model: Any, folder: Path) -> None:
     ir.save(model, folder / GRAPH, external_data=WEIGHTS if num_bytes > ONE_FILE else None)
 
 
-def _round_products(graph: Any) -> None:
-    """Multiply integers wherever a stored matrix is multiplied with."""
+def _look_up_columns(graph: Any) -> None:
+    """Of a table that is turned for a product, store the matrix that is multiplied with alone."""
+    for node in [node for node in graph if node.op_type == "Gather"]:
+        table, tokens = node.inputs
+        turns = [reader for reader, _ in table.uses() if reader.op_type == "Transpose"]
+        if not turns or not table.is_initializer():
+            continue
+        table_DV = np.ascontiguousarray(table.const_value.numpy().T)
+        matrix = _constant(graph, f"{table.name}_turned", table_DV)
+        columns = ir.node("Gather", [matrix, tokens], {"axis": 1})
+        rows = ir.node("Transpose", columns.outputs, {"perm": [1, 2, 0]})
+        graph.insert_before(node, [columns, rows])
+        for old, new in [(node, rows.outputs[0]), *((turn, matrix) for turn in turns)]:
+            ir.convenience.replace_all_uses_with(old.outputs[0], new)
+            graph.remove(old, safe=True)
+        graph.initializers.pop(table.name)
+
+
+def _round_tables(graph: Any, rounded: Mapping[Any, tuple[Any, Any]]) -> None:
+    """Look up integers, and the step of each token: those of a product where there is one."""
+    for node in [node for node in graph if node.op_type == "Gather"]:
+        table, tokens = node.inputs
+        stored = table.is_initializer() and len(table.shape) == 2
+        if table not in rounded and not stored:
+            continue
+        level, step_V = rounded.get(table) or _round_outputs(graph, table, inputs=1)
+        found = ir.node("Gather", [level, tokens], dict(node.attributes))
+        real = ir.node("Cast", found.outputs, {"to": ir.DataType.FLOAT})
+        made = [found, real, step := ir.node("Gather", [step_V, tokens])]
+        if table not in rounded:  # rows (B, L, D), else columns (D, B, L)
+            last = _constant(graph, f"{table.name}_last", np.array([-1]))
+            made.append(step := ir.node("Unsqueeze", [step.outputs[0], last]))
+        made.append(product := ir.node("Mul", [real.outputs[0], step.outputs[0]]))
+        graph.insert_before(node, made)
+        ir.convenience.replace_all_uses_with(node.outputs[0], product.outputs[0])
+        graph.remove(node, safe=True)
+
+
+def _round_products(graph: Any) -> dict[Any, tuple[Any, Any]]:
+    """Multiply integers wherever a stored matrix is multiplied with.
+
+    Returns: matrices that were rounded -> levels, and the step of each output.
+    """
+    matrices: dict[Any, tuple[Any, Any]] = {}
     rounded: dict[Any, tuple[Any, Any]] = {}  # query, key and value read one input
     for node in list(graph):
         if node.op_type != "MatMul" or not node.inputs[1].is_initializer():
@@ -176,7 +219,7 @@ def _round_products(graph: Any) -> None:
         if x not in rounded:
             rounded[x] = _round_tokens(graph, node, x)
         level, scale = rounded[x]
-        weight, step_O = _round_outputs(graph, matrix)
+        weight, step_O = matrices[matrix] = _round_outputs(graph, matrix)
         whole = ir.node("MatMulInteger", [level, weight])
         real = ir.node("Cast", whole.outputs, {"to": ir.DataType.FLOAT})
         steps = ir.node("Mul", [scale, step_O])
@@ -187,6 +230,7 @@ def _round_products(graph: Any) -> None:
         ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
         after.name = before.name
         graph.remove(node, safe=True)
+    return matrices
 
 
 def _round_tokens(graph: Any, before: Any, x: Any) -> tuple[Any, Any]:
@@ -205,16 +249,20 @@ def _round_tokens(graph: Any, before: Any, x: Any) -> tuple[Any, Any]:
     return level.outputs[0], scale.outputs[0]
 
 
-def _round_outputs(graph: Any, matrix: Any) -> tuple[Any, Any]:
-    """The matrix in 255 levels with one step per output; the float one leaves the graph."""
-    weight_IO = matrix.const_value.numpy()
-    largest_O = np.abs(weight_IO).max(0)
-    step_O = np.where(largest_O == 0, 1, largest_O / 127).astype(np.float32)
-    level_IO = np.rint(weight_IO / step_O).astype(np.int8)
+def _round_outputs(graph: Any, matrix: Any, *, inputs: int = 0) -> tuple[Any, Any]:
+    """The matrix in 255 levels with one step per output; the float one leaves the graph.
+
+    Args:
+        inputs: the axis of the matrix along which one step holds.
+    """
+    weights = matrix.const_value.numpy()
+    largest = np.abs(weights).max(inputs, keepdims=True)
+    step = np.where(largest == 0, 1, largest / 127).astype(np.float32)
+    levels = np.rint(weights / step).astype(np.int8)
     graph.initializers.pop(matrix.name)
     return (
-        _constant(graph, f"{matrix.name}_level", level_IO),
-        _constant(graph, f"{matrix.name}_step", step_O),
+        _constant(graph, f"{matrix.name}_level", levels),
+        _constant(graph, f"{matrix.name}_step", step.squeeze(inputs)),
     )
 
 

@@ -338,18 +338,24 @@ def _counter(target: Target, precision: str) -> Callable[[Family, Sizes], int] |
     if own := getattr(target, "stored_bytes", None):
         return partial(own, precision=precision)
     bits = getattr(target, "weight_bits", {}).get(precision)
-    return partial(weight_bytes, matrix_bits=bits[0], table_bits=bits[1]) if bits else None
+    return partial(weight_bytes, bits=bits) if bits else None
 
 
-def weight_bytes(family: Family, sizes: Sizes, matrix_bits: float, table_bits: float) -> int:
-    """Of weights with so many bits each in matrix products and in the embedding's table; norms and
-    biases in float32. A shared head is the table."""
+def weight_bytes(family: Family, sizes: Sizes, bits: Sequence[float]) -> int:
+    """Of all weights as a target stores them; norms and biases in float32.
+
+    Args:
+        bits: of a weight in a matrix product, in a table that is looked up alone, and in one that
+            the head multiplies with too, where that is not stored as matrices are.
+    """
+    matrix, looked_up, *shared = bits
     table = f"{family.embedding}.weight"
-    bits = 0.0
+    of_table = [*shared, matrix][0] if sizes.tied else looked_up
+    total = 0.0
     for name, shape in shapes(family, sizes):
-        each = table_bits if name == table else matrix_bits if len(shape) > 1 else 32
-        bits += each * math.prod(shape)
-    return round(bits / 8)
+        each = of_table if name == table else matrix if len(shape) > 1 else 32
+        total += each * math.prod(shape)
+    return round(total / 8)
 
 
 def shrink_memory(

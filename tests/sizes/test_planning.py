@@ -289,6 +289,36 @@ def test_planned_bytes_are_those_of_the_artifacts(
         assert wanted <= weights <= wanted + 90_000
 
 
+@pytest.mark.parametrize(
+    ("spec", "extra", "tied"),
+    [
+        ("ort-cpu:int4", "onnxruntime_genai", True),
+        ("ort-cpu:int4", "onnxruntime_genai", False),
+        ("ort-cuda:int4", "onnxruntime_genai", True),
+        ("onnx:int8", "onnxscript", True),
+        ("onnx:int8", "onnxscript", False),
+        ("openvino:int8", "openvino", True),
+        ("openvino:int4", "openvino", False),
+        ("executorch:int4", "executorch", True),
+        ("executorch:int4", "executorch", False),
+        ("gguf:int4", "gguf", True),
+    ],
+)
+def test_planned_bytes_know_how_a_table_is_stored(
+    spec: str, extra: str, tied: bool, tiny_llama: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """One that is most of the model, and shared with the head or not."""
+    pytest.importorskip(extra)
+    folder = tiny_llama("many-tied-rows" if tied else "many-rows")
+    config = json.loads((folder / "config.json").read_text())
+    planned = choose(config, SizeOptions(intermediate_size=96), Deployment(targets=(spec,)))
+    wanted, _ = planned.costs.artifacts[spec.replace(":", "-")]
+    [artifact] = export(folder, [spec], out=tmp_path / "out", verify=False)[-1:]
+    stored = sum(entry["bytes"] for entry in artifact.files.values())
+    # Besides weights: graph, rotary tables of 512 positions, names, the tokenizer.
+    assert wanted <= stored <= 1.05 * wanted + 400_000
+
+
 def test_the_verb_shows_costs_and_refuses_with_code_5(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["SmolLM2-135M"][0]))
     arguments = ["plan", str(tmp_path), "--params", "0.7x", "--target", "gguf:int8"]
