@@ -68,7 +68,7 @@ class ExecuTorch:
     summary = "ExecuTorch program for phones (XNNPACK; int4 is 8da4w), its KV cache inside"
     precisions = ("fp32", "int4")
     # int4 stores a shared table twice: to be looked up, and as the head's matrix.
-    weight_bits: ClassVar = {"fp32": (32, 32), "int4": (4.5, 16, 20.5)}
+    weight_bits: ClassVar = {"fp32": (32, 32), "int4": (4.5, 8, 12.5)}
     row_groups: ClassVar = {"int4": QUANTISED_BLOCK}
     exact_rounding = ()  # scales are rounded to bfloat16, activations per token
 
@@ -95,7 +95,7 @@ class ExecuTorch:
         with _quiet():
             if precision == "int4":
                 _round_products(model)
-                _halve_table(model)
+                model.set_input_embeddings(RoundedTable(model.get_input_embeddings()))
             elif model.get_output_embeddings().weight is model.get_input_embeddings().weight:
                 model.set_output_embeddings(SharedTable(model.get_input_embeddings().weight))
             program = trace_bounded(model, context=context, chunk=min(CHUNK, context))
@@ -160,6 +160,30 @@ class SharedTable(torch.nn.Module):
         return torch.bmm(table_1VD, x_1LD.transpose(1, 2)).transpose(1, 2)
 
 
+class RoundedTable(torch.nn.Module):
+    """A table that is only looked up, in 255 levels with one step per token.
+
+    Of what its class says of every token, the scale of Gemma's embeddings included.
+    """
+
+    level_VD: torch.Tensor
+    step_V: torch.Tensor
+
+    def __init__(self, table: torch.nn.Module) -> None:
+        super().__init__()
+        rows: Any = table.num_embeddings
+        with torch.no_grad():
+            said_VD = table(torch.arange(rows)).float()
+        largest_V = said_VD.abs().amax(1)
+        step_V = torch.where(largest_V == 0, torch.ones_like(largest_V), largest_V / 127)
+        self.register_buffer("level_VD", (said_VD / step_V[:, None]).round().to(torch.int8))
+        self.register_buffer("step_V", step_V)
+
+    def forward(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        level_BLD = torch.nn.functional.embedding(tokens_BL, self.level_VD)
+        return level_BLD.float() * self.step_V[tokens_BL][..., None]
+
+
 def _round_products(model: Any) -> None:
     """Rows that do not divide into groups get 8 bits and one scale."""
     from torchao.quantization import quantize_
@@ -182,15 +206,6 @@ def _round_products(model: Any) -> None:
 
     quantize_(model, rounding(torch.int8, PerAxis(0)), odd)
     quantize_(model, rounding(INT4, PerGroup(QUANTISED_BLOCK)), in_groups)
-
-
-def _halve_table(model: Any) -> None:
-    """What is only looked up takes two bytes."""
-    table = model.get_input_embeddings()
-    half = table.weight.detach().half()
-    if half.isfinite().all():
-        table.weight = torch.nn.Parameter(half, requires_grad=False)
-        table.register_forward_hook(lambda module, inputs, output: output.float())
 
 
 def _lower(program: Any, constants: dict[str, Any]) -> Any:
