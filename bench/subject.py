@@ -83,10 +83,14 @@ def find_subject(name: str, source: Path, target: Target, precision: str, scratc
         UsageError: the folder does not exist, or holds neither a model nor an artifact.
         UnsupportedModelError: the target cannot hold this model.
     """
+    if source.is_file():
+        from dotexport.models.finding import opened
+
+        source = opened(source)
     if not source.is_dir():
         raise UsageError(
-            f"{name} {source} is no folder; expected an output of dotexport, a model folder "
-            f"or an artifact of {target.name}"
+            f"{name} {source} is no folder; expected an output of dotexport, a model folder, "
+            f"a GGUF file or an artifact of {target.name}"
         )
     checkpoint = _checkpoint(source)
     parameters = checkpoint.num_parameters if checkpoint else None

@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dotexport.errors import CheckpointError
+from dotexport.models.ggml.ggml_model import INTERLEAVED, interleaved
+from dotexport.models.ggml.ggml_rope import FACTORS, yarn_attention
 
 from . import kquants
 from .configs import frequencies, head_dim, rope_type, rope_words, window_of
@@ -290,8 +292,6 @@ def _add_sizes(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
 
 
 def _add_rope(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
-    from .ggml_reading import FACTORS, yarn_attention
-
     rope, kind = rope_words(checkpoint.config), rope_type(checkpoint.config)
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
     if kind in ("linear", "yarn"):
@@ -374,8 +374,6 @@ def _is_sensitive(name: str, layers: int) -> bool:
 def _turned(name: str, tensor: torch.Tensor, config: Mapping[str, Any], arch: Any) -> torch.Tensor:
     """Some architectures of llama.cpp turn neighbours of a head by one angle; transformers a first
     and a second half."""
-    from .ggml_reading import INTERLEAVED, interleaved
-
     heads = {".q_proj.": config["num_attention_heads"], ".k_proj.": _num_kv_heads(config)}
     for part, number in heads.items():
         if part in name and gguf.MODEL_ARCH_NAMES[arch] in INTERLEAVED:

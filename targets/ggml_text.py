@@ -18,8 +18,7 @@ import gguf
 
 from dotexport.exports.nasty_texts import Conversation
 from dotexport.exports.text_parity import TextSide, render
-
-from .ggml_splitters import SPLITTERS, cutter
+from dotexport.models.ggml.ggml_splitters import SPLITTERS, cutter
 
 Kind = gguf.TokenType
 SPACE = "\u2581"

@@ -22,8 +22,8 @@ from dotexport.exports.text_parity import (
     start_of,
     stops_of,
 )
+from dotexport.models.ggml.ggml_splitters import find_splitter
 
-from .ggml_splitters import find_splitter
 from .ggml_text import KNOWN_ENDS
 
 if TYPE_CHECKING:

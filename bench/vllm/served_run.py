@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dotexport.errors import DotexportError, RuntimeMissingError, UsageError
-from dotexport.models.checkpoint import find_model, read_config
+from dotexport.models.checkpoint import read_config
+from dotexport.models.finding import find_model
 from dotexport.storage.files import write_json
 
 from ..device import machine

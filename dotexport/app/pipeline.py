@@ -31,8 +31,9 @@ from dotexport.axes import AXES
 from dotexport.axes.plan import Plan, SizeOptions, read_model, resized
 from dotexport.errors import CalibrationError, SizeError, UsageError
 from dotexport.exports.target import Target, parse_spec
-from dotexport.models.checkpoint import find_model, read_config
+from dotexport.models.checkpoint import read_config
 from dotexport.models.documents import documents
+from dotexport.models.finding import find_model
 from dotexport.models.text_windows import token_windows, window_length
 from dotexport.narrowing.norm_statistics import Progress
 from dotexport.narrowing.prepare import pick_device
@@ -99,7 +100,8 @@ def _run(
 
 
 def source_folder(model: str, *, config_only: bool = False, tokenizer: bool = False) -> Path:
-    """A folder, the snapshot of a hub id, or the model that ships inside (`embedded`)."""
+    """A folder, what a GGUF file unpacks to, the snapshot of a hub id, or the model that ships
+    inside (`embedded`)."""
     if model == "embedded":
         return embedded.MODEL_DIR
     return find_model(model, config_only=config_only, tokenizer=tokenizer)

@@ -23,7 +23,8 @@ from dotexport.axes.plan import Plan, SizeOptions, read_model
 from dotexport.healing.heal import heal_into, workspace_of
 from dotexport.healing.healing_text import healing_text
 from dotexport.healing.resume import ClosedForm, Workspace, settle_others
-from dotexport.models.checkpoint import Checkpoint, CheckpointWriter, find_model
+from dotexport.models.checkpoint import Checkpoint, CheckpointWriter
+from dotexport.models.finding import find_model
 from dotexport.models.layers import Stock
 from dotexport.models.origin import describe_source
 from dotexport.models.rope import in_all_words

@@ -28,6 +28,7 @@ from dotexport.exports.verifying import (
     write_report,
 )
 from dotexport.models.checkpoint import Checkpoint, read_config
+from dotexport.models.finding import opened
 from dotexport.models.origin import describe_source
 from dotexport.storage import manifest
 from dotexport.storage.output import check_free, new_folder, occupied
@@ -78,8 +79,8 @@ def export(
 ) -> list[Artifact]:
     """Write one artifact per spec (NAME or NAME:PRECISION) and hold each against torch.
 
-    An output of dotexport takes its artifacts into itself; a plain model folder needs `out`, which
-    becomes such an output with a copy of the checkpoint in hf/.
+    An output of dotexport takes its artifacts into itself; a plain model folder, or a GGUF file,
+    needs `out`, which becomes such an output with a copy of the checkpoint in hf/.
 
     Raises:
         RuntimeMissingError: a target's runtime is not installed; or, with `verify`, its device is
@@ -88,6 +89,7 @@ def export(
         ParityError: artifacts that do not compute what torch computes; they are not kept.
     """
     requests = list({r.name: r for r in (Request(*resolve(spec)) for spec in specs)}.values())
+    model = opened(model)
     home = _output_of(model)
     _check_home(model, home, out, overwrite=overwrite)
     source = Checkpoint.open(home / STOCK if home else model)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -295,37 +294,3 @@ def reserve(descriptor: int, offset: int, num_bytes: int) -> None:
         os.posix_fallocate(descriptor, offset, num_bytes)
     else:
         os.truncate(descriptor, offset + num_bytes)
-
-
-def find_model(name: str, *, config_only: bool = False, tokenizer: bool = False) -> Path:
-    """A local folder, or the snapshot of a hub id (downloaded once, weights as safetensors only).
-
-    Args:
-        config_only: no weights are asked for, and no tokenizer unless `tokenizer`.
-
-    Raises:
-        CheckpointError: neither a folder nor a hub id that can be reached.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        # An output of `dotexport shrink` is a model too: its checkpoint lies in hf/.
-        inner = folder / "hf"
-        return inner if (inner / "config.json").is_file() else folder
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        raise CheckpointError(
-            f"{name} is neither a folder nor a hub id (owner/name); "
-            "expected a folder with config.json and *.safetensors"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    wanted = ["config.json", "README.md"]
-    wanted += [] if config_only else ["*.safetensors", INDEX]
-    wanted += COMPANIONS if tokenizer or not config_only else []
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise CheckpointError(
-            f"{name} is no folder here and cannot be fetched as a hub id "
-            f"({type(error).__name__}); check the spelling and the network, or give a local folder"
-        ) from error

@@ -8,20 +8,32 @@ from typing import Any
 from dotexport import embedded
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.storage import manifest
-from dotexport.storage.reading import UnreadableError, parse_yaml
+from dotexport.storage.reading import UnreadableError, parse_yaml, read_json
 
+ORIGIN = "unpacked-from.json"  # of a folder that was unpacked from a file: its name and SHA-256
 FRONT_MATTER = 1 << 18  # characters: an index of results may stand in it, and no more
 
 
 def describe_source(source: Checkpoint) -> dict[str, Any]:
-    """What the manifest says about the model that went in; no path of the user's machine."""
-    files = sorted({*source.files.values(), source.folder / "config.json"})
+    """What the manifest says about the model that went in; no path of the user's machine.
+
+    Of a GGUF file these are its own name and hash, and the bytes of what it unpacks to.
+    """
     return {
         "model": model_name(source.folder),
         "licence": licence(source.folder),
         "bytes": source.num_bytes,
-        "sha256": {file.name: manifest.sha256(file) for file in files},
+        "sha256": _hashes(source),
     }
+
+
+def _hashes(source: Checkpoint) -> dict[str, str]:
+    file = source.folder / ORIGIN
+    if file.is_file():
+        said = read_json(file, advice=f"remove {source.folder}, and it is unpacked again")
+        return {str(said["file"]): str(said["sha256"])}
+    files = sorted({*source.files.values(), source.folder / "config.json"})
+    return {file.name: manifest.sha256(file) for file in files}
 
 
 def model_name(folder: Path) -> str:

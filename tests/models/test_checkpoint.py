@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dotexport.models import checkpoint
-from dotexport.models.checkpoint import INDEX, Checkpoint, CheckpointWriter, TensorSpec, find_model
+from dotexport.models.checkpoint import INDEX, Checkpoint, CheckpointWriter, TensorSpec
+from dotexport.models.finding import find_model
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

@@ -153,7 +153,7 @@ def test_a_pattern_has_the_name_that_llama_cpp_gives_it(pattern: str, name: str)
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
     from dotexport.exports.nasty_texts import TEXTS
-    from dotexport.targets.ggml_splitters import find_splitter
+    from dotexport.models.ggml.ggml_splitters import find_splitter
 
     tokenizer: Any = Tokenizer(models.BPE())
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -301,8 +301,8 @@ def test_every_pre_tokenizer_is_llama_cpps(
     from tokenizers import pre_tokenizers
 
     from dotexport.exports.nasty_texts import TEXTS
+    from dotexport.models.ggml.ggml_splitters import SPLITTERS
     from dotexport.targets import ggml_vocab
-    from dotexport.targets.ggml_splitters import SPLITTERS
     from dotexport.targets.ggml_text import read_text
     from dotexport.targets.llamacpp import LlamaCpp
 

@@ -20,10 +20,11 @@ from dotexport.errors import UsageError
 
 
 def export(
-    model: Annotated[Path, typer.Argument(help="Output of dotexport, or a plain model folder.")],
+    model: Annotated[Path, typer.Argument(help="Output of dotexport, or a plain model.")],
     target: Annotated[list[str], typer.Option(help="NAME or NAME:PRECISION, e.g. ort-cpu:int4.")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="For a plain model folder: where to.")
+        Path | None,
+        typer.Option("--out", "-o", help="For a plain model: where to."),
     ] = None,
     verify: Annotated[bool, typer.Option(help="Hold each artifact against torch.")] = True,
     overwrite: Overwrite = False,
@@ -97,7 +98,7 @@ def verify(
 
 def evaluate(
     out: Output,
-    baseline: Annotated[str, typer.Option(help="The original: folder or hub id.")],
+    baseline: Annotated[str, typer.Option(help="The original: folder, GGUF file or hub id.")],
     step: EvalStep,
     device: Device = "auto",
     as_json: Json = False,

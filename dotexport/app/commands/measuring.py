@@ -22,7 +22,7 @@ from dotexport.sizes.latency_options import LatencyOptions
 def bench(
     context: typer.Context,
     candidate: Annotated[
-        Path, typer.Argument(help="Output of dotexport, model folder, or artifact of the target.")
+        Path, typer.Argument(help="Output of dotexport, model, or artifact of the target.")
     ],
     step: BenchStep,
     served: ServedStep,

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Argument(help="Model folder (config.json, *.safetensors) or hub id.")]
+Model = Annotated[
+    str, typer.Argument(help="Model folder (config.json, *.safetensors), GGUF file, or hub id.")
+]
 Output = Annotated[Path, typer.Argument(help="Output of dotexport shrink, export or run.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder; must be new or empty.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]

@@ -19,6 +19,7 @@ GPT2 = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"  # what is left is \s+
 )
 ENDINGS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+FOLDED = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 MARKS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PATHS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 UPPER, LOWER = r"((?=[\p{L}])([^a-z]))", r"((?=[\p{L}])([^A-Z]))"
@@ -43,7 +44,7 @@ def _meant(*, ending: str, digits: str) -> str:
 # Patterns that llama.cpp cuts by only nearly: names for want of exact ones.
 NEARLY = {
     _meant(ending="", digits=r"\p{N}"): "tekken",
-    _meant(ending="(?i:'s|'t|'re|'ve|'m|'ll|'d)?", digits=r"\p{N}{1,3}"): "gpt-4o",
+    _meant(ending=f"{FOLDED}?", digits=r"\p{N}{1,3}"): "gpt-4o",
 }
 
 
@@ -86,6 +87,48 @@ SPLITTERS = {
     ),
     "default": Splitter((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
 }
+
+
+# Names of llama.cpp for what one above does.
+ALIASES = {
+    "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+    "gpt-2": ("phi-2", "olmo", "mpt", "jais", "trillion", "exaone4", "gigachat", "mellum"),
+    "smollm": ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
+    "qwen2": ("deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "kormo"),
+    "smaug-bpe": ("dbrx",),
+    "gpt-4o": ("llama4",),
+}
+# What tokenizers of these names themselves cut by; llama.cpp has patterns of the same effect for
+# some, and of nearly the same for others.
+STOCK = {
+    "llama-bpe": rf"{FOLDED}|{WORD}\p{{L}}+|\p{{N}}{{1,3}}|{MARKS}",
+    "smaug-bpe": rf"{FOLDED}|{WORD}\p{{L}}+|\p{{N}}{{1,3}}|{MARKS}",
+    "qwen2": rf"{FOLDED}|{WORD}\p{{L}}+|\p{{N}}|{MARKS}",
+    **{name: pattern for pattern, name in NEARLY.items()},
+}
+
+
+def find_alias(name: str) -> str | None:
+    """The name above for one that a file gives; None: none of these cuts as that does."""
+    if name in SPLITTERS:
+        return name
+    return next((known for known, others in ALIASES.items() if name in others), None)
+
+
+def stock_cutter(name: str) -> Any:
+    """The pre-tokenizer of tokenizers that go by this name in llama.cpp."""
+    from tokenizers import Regex, pre_tokenizers
+
+    if name == "gpt-2":
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if name == "smollm":
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        return pre_tokenizers.Sequence([digits, stock_cutter("gpt-2")])
+    if name not in STOCK:
+        return cutter(name)
+    words = pre_tokenizers.Split(Regex(STOCK[name]), "isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([words, letters])
 
 
 @cache
