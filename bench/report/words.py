@@ -73,6 +73,8 @@ def sentences(output: Output) -> Iterator[str]:
         )
     if found := output.quality:
         yield _quality_sentence(found)
+        if doubt := found.get("one_source"):
+            yield f"To be doubted: {doubt}."
     for bench in output.benches:
         if bench.swept:
             continue

@@ -7,6 +7,7 @@ was killed goes on with the first step whose result is not there.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -25,7 +26,7 @@ from dotexport.app.benching import (
 from dotexport.app.door import benches
 from dotexport.app.recipe import Recipe
 from dotexport.app.shrink_options import ShrinkOptions
-from dotexport.app.shrinking import shrink
+from dotexport.app.shrinking import OWN_TEXT, shrink
 from dotexport.app.steps import EvalStep
 from dotexport.axes import AXES
 from dotexport.axes.plan import Plan, SizeOptions, read_model, resized
@@ -34,6 +35,7 @@ from dotexport.exports.target import Target, parse_spec
 from dotexport.models.checkpoint import read_config
 from dotexport.models.documents import documents
 from dotexport.models.finding import find_model
+from dotexport.models.text_origins import one_source
 from dotexport.models.text_windows import token_windows, window_length
 from dotexport.narrowing.norm_statistics import Progress
 from dotexport.narrowing.prepare import pick_device
@@ -48,6 +50,8 @@ from dotexport.storage import manifest
 from dotexport.storage.files import write_json
 from dotexport.storage.output import occupied
 from dotexport.storage.reading import read_json
+
+logger = logging.getLogger(__name__)
 
 
 def run(
@@ -214,7 +218,11 @@ def evaluate_into(
     from dotexport.exports.two_vocabularies import evaluate_across
     from dotexport.vocabulary.segmenting import have_one_vocabulary
 
-    manifest.read(out)  # refuses what is no output
+    record = manifest.read(out)  # refuses what is no output
+    calibration = (record.get("calibration") or {}).get("source")
+    doubt = calibration and one_source(calibration, step.text.source, out / OWN_TEXT)
+    if doubt:
+        logger.warning("%s", doubt)
     asked: dict[str, Any] = {"device": str(pick_device(device)), "progress": progress}
     if have_one_vocabulary(out / "hf", baseline):
         quality = evaluate(out / "hf", baseline, token_windows(baseline, step.text), **asked)
@@ -222,6 +230,7 @@ def evaluate_into(
         quality = evaluate_across(out / "hf", baseline, step.text, **asked)
     seqlen = window_length(baseline, step.text)
     record = {**quality.as_dict(), "text": step.text.source, "seqlen": seqlen}
+    record |= {"one_source": doubt} if doubt else {}
     manifest.update(out, quality=record)
     card.write(out)
     return record

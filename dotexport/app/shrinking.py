@@ -20,6 +20,7 @@ from dotexport.app.opening import check_apart, check_tensors, open_source
 from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.axes.carrying import carry
 from dotexport.axes.plan import Plan, SizeOptions, read_model
+from dotexport.generation.own_text import write_own_text
 from dotexport.healing.heal import heal_into, workspace_of
 from dotexport.healing.healing_text import healing_text
 from dotexport.healing.resume import ClosedForm, Workspace, settle_others
@@ -28,6 +29,7 @@ from dotexport.models.finding import find_model
 from dotexport.models.layers import Stock
 from dotexport.models.origin import describe_source
 from dotexport.models.rope import in_all_words
+from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.basis import whole
 from dotexport.narrowing.depth import Depths
@@ -49,7 +51,7 @@ from dotexport.storage.output import new_folder
 from dotexport.vocabulary.trimming import Trimmed, check_rows, trim
 
 RECIPE = "recipe.yaml"
-
+OWN_TEXT = "reports/self.jsonl"
 
 logger = logging.getLogger(__name__)
 
@@ -134,12 +136,21 @@ def shrink(
         plan(original.config, options.sizes)  # refuses what cannot be, before anything is made
     check_apart(original.folder, out)
     with new_folder(out, overwrite=overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
-        source, config, sizes = _on_kept_tokens(original, options, Path(scratch), progress)
+        where = pick_device(device)
+        text, own = write_own_text(
+            original,
+            options.text,
+            max(options.text.samples, (options.heal and options.heal.samples) or 0),
+            folder / OWN_TEXT,
+            seed=options.narrow.seed,
+            device=where,
+            progress=progress,
+        )
+        source, config, sizes = _on_kept_tokens(original, options, text, Path(scratch), progress)
         decided = plan(config, sizes)
         progress("reading the calibration text", 0, 1)
-        windows_NL = token_windows(source.folder, options.text)
+        windows_NL = token_windows(source.folder, text)
         allocation = None
-        where = pick_device(device)
         passes = dtype_of_passes(source, options.narrow, where)
         depths = Depths(source, windows_NL, options.narrow.seed, where, passes, progress)
         if options.allocate == "measured" and sizes.budgeted:
@@ -158,7 +169,7 @@ def shrink(
                 logger.warning("%s", sentence)
         decided = depths.settled(decided)
         closed, healing, workspace = _narrowed(
-            source, decided, out, folder, windows_NL, options, device, overwrite, progress
+            source, decided, out, folder, windows_NL, text, options, device, overwrite, progress
         )
         _copy_companions(source, folder / "hf")
         seconds = time.perf_counter() - started
@@ -180,7 +191,7 @@ def shrink(
         if recipe:
             write_text(folder / RECIPE, recipe)
             manifest.update(folder, recipe=hashlib.sha256(recipe.encode()).hexdigest())
-        _describe(folder, original, options, shrunk, windows_NL, closed, passes)
+        _describe(folder, original, options, shrunk, windows_NL, own, closed, passes)
         if isinstance(source, Trimmed):
             write_json(folder / "reports" / "vocabulary.json", {"original_ids": source.kept.ids})
     if workspace:
@@ -189,12 +200,16 @@ def shrink(
 
 
 def _on_kept_tokens(
-    original: Checkpoint, options: ShrinkOptions, scratch: Path, progress: Progress
+    original: Checkpoint,
+    options: ShrinkOptions,
+    text: TextOptions,
+    scratch: Path,
+    progress: Progress,
 ) -> tuple[Checkpoint, Mapping[str, Any], SizeOptions]:
     """What is narrowed, and a config and sizes for its plan: a budget is a share of all rows."""
     if not options.vocabulary.asked:
         return original, original.config, options.sizes
-    source = trim(original, options.vocabulary, options.text.source, scratch, progress)
+    source = trim(original, options.vocabulary, text.source, scratch, progress, text.own)
     sizes = replace(options.sizes, vocab_size=source.config["vocab_size"])
     return source, {**source.config, "vocab_size": original.config["vocab_size"]}, sizes
 
@@ -205,6 +220,7 @@ def _narrowed(
     out: Path,
     folder: Path,
     windows_NL: torch.Tensor,
+    read: TextOptions,
     options: ShrinkOptions,
     device: str,
     overwrite: bool,
@@ -223,9 +239,7 @@ def _narrowed(
         closed = _closed_form(source, decided, folder, windows_NL, options, device, progress)
         return closed, None, None
     where = pick_device(device)
-    text = healing_text(
-        windows_NL, source.folder, options.text, options.heal, seed=options.narrow.seed
-    )
+    text = healing_text(windows_NL, source.folder, read, options.heal, seed=options.narrow.seed)
     asked: dict[str, Any] = asdict(options)
     original = source
     if isinstance(source, Trimmed):  # its folder is another one each time
@@ -327,6 +341,7 @@ def _describe(
     options: ShrinkOptions,
     shrunk: Shrunk,
     windows_NL: torch.Tensor,
+    own: Mapping[str, Any],
     closed: ClosedForm,
     passes: torch.dtype,
 ) -> None:
@@ -340,6 +355,7 @@ def _describe(
             "windows": len(windows_NL),
             "seqlen": windows_NL.shape[1],
             "sha256": hashlib.sha256(windows_NL.numpy().tobytes()).hexdigest(),
+            **({"own_text": {"file": OWN_TEXT, **own}} if own else {}),
         },
         sizes=shrunk.plan.as_dict(),
         kept_layers=shrunk.plan.kept_layers,

@@ -11,7 +11,7 @@ from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.axes.plan import SizeOptions
 from dotexport.errors import UsageError
 from dotexport.healing.heal_options import parse_heal
-from dotexport.models.text_options import SOURCES, TextOptions
+from dotexport.models.text_options import MIXED, SOURCES, TextOptions
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.options import build, flags_of, group, option, values_of
 from dotexport.sizes.plan_file import read_plan
@@ -31,7 +31,9 @@ class ShrinkStep:
         help="How a budget of parameters or bytes is shared between the axes: measured cuts each "
         "alone first (plan says how long that takes); rule reads config.json only.",
     )
-    text: TextOptions = group(source={"key": "calib", "help": f"Calibration text. {SOURCES}"})
+    text: TextOptions = group(
+        source={"key": "calib", "help": f"Calibration text. {SOURCES} {MIXED}"}
+    )
     narrow: NarrowOptions = group(NarrowOptions)
     heal: str = option(
         "local",

@@ -197,6 +197,11 @@ def _at(model: Any, tokens: Tokens, positions: Sequence[int]) -> Logits | None:
 
 
 def load_float32(checkpoint: Checkpoint) -> Any:
+    """As `load_model`, in the precision that everything is held against."""
+    return load_model(checkpoint, torch.float32)
+
+
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """The stock class of config.json with this checkpoint's tensors, each read once.
 
     Raises:
@@ -210,7 +215,7 @@ def load_float32(checkpoint: Checkpoint) -> Any:
         config = stock_config(checkpoint.config)
         with no_initial_values():
             exact = capped_attention(checkpoint.config)
-            model: Any = classes.from_config(config, dtype=torch.float32, **exact)
+            model: Any = classes.from_config(config, dtype=dtype, **exact)
         model.tie_weights()  # skipping the initial values skips this too
     except (ValueError, KeyError, OSError) as error:
         raise UnsupportedModelError(

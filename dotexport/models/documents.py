@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dotexport.errors import CalibrationError, RuntimeMissingError
+from dotexport.models.text_options import SELF, parts_of
 
 EMBEDDED = "embedded:"
 DOCUMENT_END = "<|endoftext|>"
@@ -29,19 +30,30 @@ MARKED = (".htm", ".html", ".ipynb", ".xml", ".yaml", ".yml")
 UNREADABLE = {*PACKED, *TABLES, *ARRAYS, *OFFICE, *MARKED}
 
 
-def documents(source: str) -> Iterator[str]:
-    """Non-empty documents of a source, stripped of surrounding white space.
+def documents(source: str, own: str | None = None) -> Iterator[str]:
+    """Non-empty documents of a source, stripped of surrounding white space; of a mix, one of each
+    part by turns.
+
+    Args:
+        own: the file that `self` stands for.
 
     Raises:
         CalibrationError: the source does not exist or cannot be read as text.
         RuntimeMissingError: a package that reads it is not installed.
     """
-    for document in _raw_documents(source):
-        if stripped := document.strip():
-            yield stripped
+    streams = [iter(_raw_documents(part.source, own)) for part in parts_of(source)]
+    while streams:
+        for stream in list(streams):
+            document = next(stream, None)
+            if document is None:
+                streams.remove(stream)
+            elif stripped := document.strip():
+                yield stripped
 
 
-def _raw_documents(source: str) -> Iterable[str]:
+def _raw_documents(source: str, own: str | None) -> Iterable[str]:
+    if source == SELF:
+        return _file(_written(own))
     if source.startswith(EMBEDDED):
         return _embedded(source)
     path = Path(source).expanduser()
@@ -52,6 +64,16 @@ def _raw_documents(source: str) -> Iterable[str]:
     if path.suffix or source.startswith(("/", ".", "~")):
         raise CalibrationError(f"{source} does not exist; expected {ACCEPTED}")
     return _dataset(source)
+
+
+def _written(own: str | None) -> Path:
+    if own is None:
+        raise CalibrationError(
+            "self is text that the original samples for --calib of shrink; elsewhere give the file "
+            "that a shrink with it left in OUT/reports/self.jsonl, or ./self for a file of that "
+            "name"
+        )
+    return Path(own)
 
 
 def _folder(path: Path) -> Iterator[str]:

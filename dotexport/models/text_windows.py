@@ -6,16 +6,20 @@ Shapes: N windows, L tokens per window.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dotexport.errors import CalibrationError, CheckpointError, UsageError
 from dotexport.models.documents import documents
-from dotexport.models.text_options import TextOptions
+from dotexport.models.text_options import TextOptions, parts_of
+
+logger = logging.getLogger(__name__)
 
 # A cut changes the tokens in front of it, and an end token may follow: these many are not believed.
 DOUBTFUL = 256
@@ -27,8 +31,9 @@ RENAMED = "TokenizersBackend"  # transformers 5 for PreTrainedTokenizerFast
 def token_windows(model: Path, options: TextOptions) -> torch.Tensor:
     """Encode documents one by one, join them, cut into windows_NL (int64) without overlap.
 
-    Each document keeps the start token its tokenizer gives it. Fewer than `samples` windows are
-    fine; not one is an error.
+    Each document keeps the start token its tokenizer gives it. Of a mix, each part is cut by
+    itself, and every beginning of the windows holds the shares of the weights. Fewer than
+    `samples` windows are fine; not one is an error.
 
     Raises:
         CalibrationError: no text, or less than one window of it.
@@ -37,30 +42,94 @@ def token_windows(model: Path, options: TextOptions) -> torch.Tensor:
     seqlen = window_length(model, options)
     vocabulary = _declared(model, "vocab_size", 1 << 62)
     encode = _encoder(model)
-    wanted = (options.skip + options.samples) * seqlen
+    parts = parts_of(options.source)
+    order, found = _mixed(
+        [part.weight for part in parts],
+        options.skip + options.samples,
+        lambda number, count: _cut(parts[number].source, options.own, encode, count, seqlen),
+    )
+    if len(order) <= options.skip:
+        raise CalibrationError(
+            f"{options.source} gives {len(order)} windows of {seqlen} tokens, and not one after "
+            f"{options.skip} skipped ones; give more text or a smaller --seqlen"
+        )
+    kept = np.stack([found[number][place] for number, place in order[options.skip :]])
+    if kept.max() >= vocabulary:
+        raise CheckpointError(
+            f"the tokenizer of {model} gives the token {kept.max()}, beyond the model's vocabulary "
+            f"of {vocabulary}; it belongs to another model"
+        )
+    return torch.from_numpy(kept)
+
+
+Windows = NDArray[np.int64]
+
+
+def _cut(
+    source: str, own: str | None, encode: Callable[[str], list[int]], count: int, seqlen: int
+) -> Windows:
+    """The first windows of one source, `count` if it has so many."""
+    wanted = count * seqlen
     ids: list[int] = []
-    for document in documents(options.source):
+    for document in documents(source, own):
         ids += encode_start(document, wanted - len(ids), encode)
         if len(ids) >= wanted:
             break
     if not ids:
+        raise CalibrationError(f"{source} holds no text; expected documents to read, in UTF-8")
+    if len(ids) < seqlen:
         raise CalibrationError(
-            f"{options.source} holds no text; expected documents to read, in UTF-8"
+            f"{source} gives {len(ids)} tokens, which is less than one window of {seqlen}; "
+            "give more text or a smaller --seqlen"
         )
-    count = len(ids) // seqlen
-    if count <= options.skip:
-        raise CalibrationError(
-            f"{options.source} gives {len(ids)} tokens, which is less than one window of {seqlen}"
-            + (f" after {options.skip} skipped ones" if options.skip else "")
-            + "; give more text or a smaller --seqlen"
-        )
-    if max(ids) >= vocabulary:
-        raise CheckpointError(
-            f"the tokenizer of {model} gives the token {max(ids)}, beyond the model's vocabulary "
-            f"of {vocabulary}; it belongs to another model"
-        )
-    kept = np.asarray(ids[: count * seqlen], dtype=np.int64).reshape(count, -1)
-    return torch.from_numpy(kept[options.skip : options.skip + options.samples].copy())
+    count = min(count, len(ids) // seqlen)
+    return np.asarray(ids[: count * seqlen], dtype=np.int64).reshape(count, seqlen)
+
+
+def _mixed(
+    weights: Sequence[float], wanted: int, cut: Callable[[int, int], Windows]
+) -> tuple[list[tuple[int, int]], list[Windows]]:
+    """Windows in their order, each as (part, its place in it), and those of every part.
+
+    Args:
+        cut: the first windows of a part, as many as asked for or all that it has.
+    """
+    found: list[Windows] = [np.empty((0, 0), dtype=np.int64) for _ in weights]
+    limits = [wanted] * len(weights)
+    while True:
+        order = order_of(weights, limits, wanted)
+        needed = [sum(part == number for part, _ in order) for number in range(len(weights))]
+        short = [n for n, windows_NL in enumerate(found) if len(windows_NL) < needed[n]]
+        if not short:
+            return order, found
+        for number in short:
+            found[number] = cut(number, needed[number])
+            if len(found[number]) < needed[number]:
+                limits[number] = len(found[number])
+                if len(weights) > 1:
+                    logger.warning(
+                        "part %d of the mixed text has %d windows, fewer than its share of %d; the "
+                        "others take its place",
+                        *(number + 1, limits[number], needed[number]),
+                    )
+
+
+def order_of(weights: Sequence[float], limits: Sequence[int], wanted: int) -> list[tuple[int, int]]:
+    """Next is always the part that is furthest behind its share, as long as it has windows.
+
+    >>> order_of([3, 1], [9, 9], 5)
+    [(0, 0), (0, 1), (0, 2), (1, 0), (0, 3)]
+    """
+    taken = [0] * len(weights)
+    order: list[tuple[int, int]] = []
+    while len(order) < wanted:
+        left = [n for n, limit in enumerate(limits) if taken[n] < limit]
+        if not left:
+            break
+        number = min(left, key=lambda n: (taken[n] + 1) / weights[n])
+        order.append((number, taken[number]))
+        taken[number] += 1
+    return order
 
 
 def encode_start(document: str, wanted: int, encode: Callable[[str], list[int]]) -> list[int]:

@@ -140,10 +140,11 @@ def usual_passes(
 ) -> torch.dtype:
     """bfloat16 for matrices that are stored so, where it saves time; else float32."""
     worth_it = hidden_size >= WIDE and set(stored) == {torch.bfloat16}
-    return torch.bfloat16 if worth_it and _multiplies_bfloat16(device) else torch.float32
+    return torch.bfloat16 if worth_it and multiplies_bfloat16(device) else torch.float32
 
 
-def _multiplies_bfloat16(device: torch.device) -> bool:
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for it; old releases of torch cannot say."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()

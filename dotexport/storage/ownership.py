@@ -14,7 +14,7 @@ from dotexport.storage.locking import lock_file
 
 STOCK = "hf"
 REPORTS = "reports"
-REPORT_KINDS = {".json", ".html", ".png", ".svg", ".csv"}
+REPORT_KINDS = {".json", ".jsonl", ".html", ".png", ".svg", ".csv"}
 OWN = {MANIFEST, "recipe.yaml"}
 HIDDEN = re.compile(r"\..+\.(lock|(partial|old)-\w+)")
 NOISE = {".DS_Store", "Thumbs.db", "__pycache__"}

@@ -81,18 +81,20 @@ def choose_tokens(
     options: VocabularyOptions,
     calibration: str | None,
     progress: Progress = lambda stage, done, total: None,
+    own: str | None = None,
 ) -> tuple[Reading, Kept]:
     """Which tokens of a model stay; reads its tokenizer and the text, no weights.
 
     Args:
         calibration: the text that counts where no other was named; None: nothing is counted.
+        own: the file that `self` in a text stands for.
 
     Raises:
         UnsupportedModelError, CheckpointError, CalibrationError, SizeError, UsageError.
     """
     reading = Reading.of(folder)
     source = options.vocab_for or calibration
-    text = documents(source) if source else ()
+    text = documents(source, own) if source else ()
     counts_R = count(
         reading.tokenizer, text, reading.rows, lambda read: progress("counting tokens", read, 0)
     )
@@ -108,6 +110,7 @@ def trim(
     calibration: str,
     folder: Path,
     progress: Progress = lambda stage, done, total: None,
+    own: str | None = None,
 ) -> Trimmed:
     """The original with fewer tokens, its tokenizer held against the original's.
 
@@ -117,7 +120,9 @@ def trim(
     Raises:
         UnsupportedModelError, CheckpointError, CalibrationError, SizeError, UsageError.
     """
-    before, kept = choose_tokens(original.folder, original.config, options, calibration, progress)
+    before, kept = choose_tokens(
+        original.folder, original.config, options, calibration, progress, own
+    )
     new = kept.new_ids
     config = renumbered(original.config, kept) | {"vocab_size": len(kept.ids)}
     write_json(folder / "config.json", config)
@@ -135,7 +140,7 @@ def trim(
     check_names(before, after, kept.ids)
     sources = dict.fromkeys(filter(None, (options.vocab_for, calibration)))
     other = chain(OTHER, before.added, template_texts(before.tokenizer))
-    proofs = {source: prove(before, after, kept.ids, documents(source)) for source in sources}
+    proofs = {source: prove(before, after, kept.ids, documents(source, own)) for source in sources}
     proofs["other text"] = prove(before, after, kept.ids, filter(before.reads, other))
     report = {
         **kept.as_dict(),

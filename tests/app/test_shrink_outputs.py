@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from dotexport.app import shrinking
+from dotexport.embedded import MODEL_DIR
 from dotexport.models import checkpoint
 from dotexport.outputs import summary
 from dotexport.storage import manifest
@@ -260,3 +261,45 @@ def test_the_end_says_what_it_cost_and_what_to_do_next(
     # What was done is not asked for again, and what was measured stands in the place of this.
     assert [command for _, command in summary.next_commands(out, str(model))] == commands[2:]
     assert "held-out calibration text" not in (out / "README.md").read_text()
+
+
+def test_a_model_without_text_is_calibrated_on_its_own(
+    dotexport: Command, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    asked = ("--samples", 3, "--seqlen", 32, "--heal", "none", "--intermediate", 96)
+    sampled = dotexport("shrink", MODEL_DIR, "-o", one, "--calib", "self", *asked)
+    assert sampled.code == 0, sampled.err
+    assert "sampling text from the original" in sampled.err
+    file = one / "reports/self.jsonl"
+    made = manifest.read(one)["calibration"]
+    assert made["source"] == "self"
+    assert made["own_text"]["file"] == "reports/self.jsonl"
+    assert made["own_text"]["sha256"] == manifest.sha256(file)
+    assert dotexport("shrink", MODEL_DIR, "-o", two, "--calib", file, *asked).code == 0
+    again = manifest.read(two)["calibration"]
+    assert made["sha256"] == again["sha256"]
+    assert [manifest.sha256(out / "hf/model.safetensors") for out in (one, two)] == [
+        manifest.sha256(one / "hf/model.safetensors")
+    ] * 2
+    judged = ("--seqlen", 32, "--samples", 2)
+    doubted = dotexport("eval", one, "--baseline", MODEL_DIR, "--text", file, *judged, "--json")
+    assert "calibrated on text of the source it is judged on" in caplog.text
+    assert json.loads(doubted.out)["one_source"] in caplog.text
+    assert "To be doubted" in (one / "README.md").read_text()
+    elsewhere = tmp_path / "elsewhere" / "text.txt"
+    elsewhere.parent.mkdir()
+    written(elsewhere, "import os\n" * 300)
+    clear = dotexport("eval", one, "--baseline", MODEL_DIR, "--text", elsewhere, *judged, "--json")
+    assert "one_source" not in json.loads(clear.out)
+    assert (
+        dotexport("shrink", MODEL_DIR, "-o", one, "--calib", "self", *asked, "--overwrite").code
+        == 0
+    )
+
+
+def test_tokens_may_leave_by_text_of_the_models_own(dotexport: Command, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    asked = ("--samples", 2, "--seqlen", 32, "--vocab", 700)
+    assert dotexport("shrink", MODEL_DIR, "-o", out, "--calib", "self", *asked).code == 0
+    assert list(manifest.read(out)["vocabulary"]["proof"]) == ["self", "other text"]

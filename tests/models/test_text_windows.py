@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from dotexport.embedded import MODEL_DIR
 from dotexport.errors import CalibrationError, RuntimeMissingError, UsageError
 from dotexport.models.documents import documents
-from dotexport.models.text_options import TextOptions
+from dotexport.models.text_options import Part, TextOptions, parts_of
 from dotexport.models.text_windows import (
     _encoder,
     encode_start,
@@ -252,3 +253,48 @@ def test_what_is_wanted_of_a_short_document_is_all_of_it() -> None:
     assert encode_start("a few words", 1000, list) == list("a few words")  # type: ignore[arg-type]
     # Fewer tokens than one in eight characters: the piece grows until it is the document.
     assert encode_start("a" * 9000, 900, lambda text: [0] * (len(text) // 20)) == [0] * 450
+
+
+def test_a_mix_holds_the_shares_of_its_weights_from_the_start(model: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    one.write_text(words(*range(10, 50)))
+    two.write_text(words(*range(50, 80)))
+    mixed = TextOptions(source=f"{one}=3,{two}", seqlen=2, samples=8)
+    found = token_windows(model, mixed)
+    assert (found[:, 0] >= 53).tolist() == [False, False, False, True] * 2
+    assert torch.equal(token_windows(model, replace(mixed, samples=5)), found[:5])
+    assert torch.equal(token_windows(model, replace(mixed, skip=3, samples=5)), found[3:])
+
+
+def test_a_part_that_is_too_short_is_told_and_the_others_go_on(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    one.write_text(words(*range(10, 14)))
+    two.write_text(words(*range(50, 80)))
+    found = token_windows(model, TextOptions(source=f"{one},{two}", seqlen=2, samples=8))
+    assert (found[:, 0] >= 53).tolist() == [False, True] * 2 + [True] * 4
+    assert "part 1 of the mixed text has 2 windows, fewer than its share of 4" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("", "empty name"),
+        ("a.txt,", "empty name"),
+        ("a.txt,a.txt=2", "names a.txt twice"),
+        ("a.txt=0", "weight of a.txt must be positive, not 0"),
+        ("a.txt=-1,b", "weight of a.txt must be positive, not -1"),
+        ("a.txt=nan", "weight of a.txt must be positive, not nan"),
+    ],
+)
+def test_a_mix_that_says_nothing_clear_is_refused(source: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        TextOptions(source=source)
+
+
+def test_a_file_with_the_signs_of_a_mix_in_its_name_is_a_file(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a,b=2"
+    file.write_text(words(*range(10)))
+    assert windows(model, file, seqlen=2)[0] == [3, 4]
+    assert parts_of("lr=high,b") == (Part("lr=high"), Part("b"))

@@ -60,7 +60,7 @@ def test_auto_takes_bfloat16_where_weights_are_stored_so_and_the_device_has_it(
     tiny_llama: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(prepare, "_multiplies_bfloat16", lambda device: native)
+    monkeypatch.setattr(prepare, "multiplies_bfloat16", lambda device: native)
     monkeypatch.setattr(prepare, "WIDE", 16)
     source = open_source(tiny_llama(model))
     assert dtype_of_passes(source, NarrowOptions(), CPU) == expected
