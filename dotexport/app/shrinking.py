@@ -160,7 +160,7 @@ def shrink(
                 sizes,
                 lambda p: rehearse(depths.settled(p).on_kept_tokens),
                 progress,
-                courses={"num_hidden_layers": depths.course},
+                courses=depths.courses,
                 accept=accept,
             )
             decided = allocation.plan

@@ -74,8 +74,13 @@ class Depths:
         kept = tuple(layer for layer in range(before) if layer not in gone)
         return replace(decided, layers=kept)
 
-    def course(self, decided: Plan) -> dict[int, float]:
-        """What every number of layers down to the plan's diverges by, as the search sees it."""
+    @property
+    def courses(self) -> Mapping[str, Callable[[Plan], Mapping[int, float]]]:
+        """By axis: from a plan to what every size down to the plan's diverges by, as the search
+        sees it."""
+        return {"num_hidden_layers": self._course}
+
+    def _course(self, decided: Plan) -> dict[int, float]:
         before = decided.before.num_layers
         self.settled(decided)
         counts = range(1, before - decided.after.num_layers + 1)
