@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -136,17 +137,38 @@ def test_vllm_says_the_greedy_tokens_of_torch_for_classes_that_are_not_rotated(
     assert [parity.problems for parity in verify_several(outs, vllm_python)] == [()] * 3
 
 
-def own_axes(family: str, folder: Path) -> Path:
-    """The embedded model's sizes in a family whose norms allow no rotation, narrowed."""
+@pytest.mark.vllm
+def test_vllm_says_the_greedy_tokens_of_torch_where_layers_and_tokens_left(
+    vllm_python: Path, tmp_path: Path
+) -> None:
+    from dotexport.axes.plan import SizeOptions
+    from dotexport.vocabulary.vocabulary_options import VocabularyOptions
+
+    some, most = VocabularyOptions(vocab=2048), SizeOptions(num_hidden_layers=3)
+    outs = [
+        own_axes("Llama", tmp_path / "layers", most),
+        own_axes("Llama", tmp_path / "tokens", SizeOptions(), some),
+        own_axes("Gemma 3", tmp_path / "both", most, some),  # a kind of attention for each layer
+    ]
+    assert [parity.problems for parity in verify_several(outs, vllm_python)] == [()] * 3
+
+
+def own_axes(family: str, folder: Path, sizes: Any = None, vocabulary: Any = None) -> Path:
+    """The embedded model's sizes in a family, narrowed; without sizes, by a budget."""
     from dotexport.app.shrink_options import ShrinkOptions
     from dotexport.app.shrinking import shrink
     from dotexport.axes.plan import SizeOptions
     from dotexport.bench.tables.matrix import CALIBRATION, FAMILIES, write_original
     from dotexport.narrowing.narrow_options import NarrowOptions
 
+    from dotexport.vocabulary.vocabulary_options import VocabularyOptions
+
     write_original(FAMILIES[family], folder / "original")
     options = ShrinkOptions(
-        sizes=SizeOptions(params="0.7x"), text=CALIBRATION, narrow=NarrowOptions(local=None)
+        sizes=sizes or SizeOptions(params="0.7x"),
+        vocabulary=vocabulary or VocabularyOptions(),
+        text=CALIBRATION,
+        narrow=NarrowOptions(local=None),
     )
     return shrink(folder / "original", folder / "out", options, device="cpu").out
 
