@@ -10,7 +10,7 @@ Shapes: D width before, K width after, S norm sites, G axes that are merged into
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,21 +38,21 @@ class Basis:
 
     Attributes:
         kept_energy: share of the second moment that lies in the span; 1 keeps all.
-        coupling: the transport plan it came from, if it came from one.
+        transport: what is said of the plan it came from, if it came from one.
         tried: where several were measured, held-out KL divergence in nats per method.
     """
 
     matrix_DK: Array
     method: str
     kept_energy: float
-    coupling: Coupling | None = None
+    transport: Mapping[str, float] = field(default_factory=dict)
     tried: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """What a report says."""
         report = {"method": self.method, "kept_energy": self.kept_energy}
         tried = {"tried": self.tried} if self.tried else {}
-        return report | tried | (self.coupling.as_dict() if self.coupling else {})
+        return report | tried | dict(self.transport)
 
 
 def whole(width: int) -> Basis:
@@ -89,7 +89,7 @@ def find_basis(
     matrix_DK[forced, np.arange(len(forced))] = 1.0
     matrix_DK[free[:, None], np.arange(len(forced), width)] = inner
     kept = np.trace(matrix_DK.T @ moment_DD @ matrix_DK) / np.trace(moment_DD)
-    return Basis(matrix_DK, method, float(kept), coupling)
+    return Basis(matrix_DK, method, float(kept), coupling.as_dict() if coupling else {})
 
 
 def _select(sight: Sight, width: int, options: TransportOptions) -> tuple[Array, None]:

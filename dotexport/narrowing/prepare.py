@@ -22,6 +22,7 @@ from dotexport.narrowing.original import Original
 from dotexport.narrowing.run import REHEARSED, REHEARSED_LENGTH, Narrowing, Nowhere, Writer
 from dotexport.narrowing.streams import Streams
 from dotexport.storage.files import write_json
+from dotexport.storage.workspace import Workspace
 
 WIDE = 512  # hidden_size from which on a pass takes the time of its products
 
@@ -36,6 +37,7 @@ def prepare(
     device: torch.device | None = None,
     max_shard_bytes: int = 4 << 30,
     progress: Progress = lambda stage, done, total: None,
+    workspace: Workspace | None = None,
 ) -> Narrowing:
     """Everything a run needs, with config.json and empty weight files already in FOLDER/hf."""
     source, decided = carry(source, decided)
@@ -46,7 +48,8 @@ def prepare(
         folder / "hf", tensor_specs(source, decided), max_shard_bytes=max_shard_bytes
     )
     streams = _streams(decided, windows_NL, options, device or torch.device("cpu"), folder)
-    return _assemble(source, decided, streams, writer, options, progress)
+    run = _assemble(source, decided, streams, writer, options, progress)
+    return replace(run, workspace=workspace or Workspace())
 
 
 def rehearsals(
