@@ -190,7 +190,7 @@ def _limits(number: int, seed: int, scratch: Path) -> Iterator[tuple[str, str]]:
         ):
             ending = _remade(home, commands[verb], limits={kind: most})
             wrong = "" if ending.clear else f"ended with {ending.code}: {ending.sentence}"
-            kept = ".out.healing-"  # what the same command goes on from
+            kept = ".out.unfinished-"  # what the same command goes on from
             left = [e.name for e in home.iterdir() if not e.name.startswith(kept)]
             if not wrong and ending.code != 0 and left and verb not in ("run",):
                 wrong = f"failed, and left {', '.join(left)}"

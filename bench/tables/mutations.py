@@ -354,11 +354,11 @@ MUTATIONS = (
         "healing/test_heal.py",
     ),
     mutation(
-        "healing/resume.py",
-        "text = json.dumps(identity, sort_keys=True)",
-        "text = json.dumps(sorted(identity))",
-        "Commands with other options go on from one another's unfinished healing.",
-        "healing/test_resume.py",
+        "storage/workspace.py",
+        "{_sha256(_json(identity))[:16]}",
+        "{_sha256(_json(sorted(identity)))[:16]}",
+        "Commands with other options go on from one another's unfinished work.",
+        "storage/test_workspace.py",
     ),
     # exports ------------------------------------------------------------------------------------
     mutation(

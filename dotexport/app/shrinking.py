@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,13 +18,13 @@ from typing import Any
 import torch
 
 from dotexport.app.opening import check_apart, check_tensors, open_source
+from dotexport.app.resuming import decided_once, remembered, steps_of, workspace_of
 from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.axes.carrying import carry
 from dotexport.axes.plan import Plan, SizeOptions, read_model
 from dotexport.generation.own_text import write_own_text
-from dotexport.healing.heal import heal_into, workspace_of
+from dotexport.healing.heal import heal_into
 from dotexport.healing.healing_text import healing_text
-from dotexport.healing.resume import ClosedForm, Workspace, settle_others
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter
 from dotexport.models.finding import find_model
 from dotexport.models.layers import Stock
@@ -32,6 +33,7 @@ from dotexport.models.rope import in_all_words
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.basis import whole
+from dotexport.narrowing.closed_form import ClosedForm
 from dotexport.narrowing.depth import Depths
 from dotexport.narrowing.norm_statistics import Progress
 from dotexport.narrowing.prepare import (
@@ -48,6 +50,7 @@ from dotexport.sizes.frozen import frozen
 from dotexport.storage import manifest
 from dotexport.storage.files import write_json, write_text
 from dotexport.storage.output import new_folder
+from dotexport.storage.workspace import Workspace, settle_others
 from dotexport.vocabulary.trimming import Trimmed, check_rows, trim
 
 RECIPE = "recipe.yaml"
@@ -110,6 +113,7 @@ def shrink(
     options: ShrinkOptions,
     *,
     overwrite: bool = False,
+    resume: bool = True,
     device: str = "auto",
     recipe: str = "",
     progress: Progress = lambda stage, done, total: None,
@@ -117,10 +121,11 @@ def shrink(
 ) -> Shrunk:
     """Narrow a model and write OUT/hf, OUT/dotexport.json, OUT/README.md and OUT/reports.
 
-    Two runs with the same inputs, options and machine give the same bytes in OUT/hf. A run with
-    healing that was stopped goes on where it was (healing/resume.py).
+    Two runs with the same inputs, options and machine give the same bytes in OUT/hf. One that was
+    stopped goes on where it was (storage/workspace.py).
 
     Args:
+        resume: False discards what was left unfinished for `out`, by this command or another.
         recipe: what OUT/recipe.yaml will say; it appears with the rest, so that a run which is
             killed right afterwards is known again.
         accept: what else sizes that are measured must satisfy, as targets do.
@@ -135,8 +140,19 @@ def shrink(
     if not options.vocabulary.asked:
         plan(original.config, options.sizes)  # refuses what cannot be, before anything is made
     check_apart(original.folder, out)
-    with new_folder(out, overwrite=overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
+    with (
+        new_folder(out, overwrite=overwrite) as folder,
+        tempfile.TemporaryDirectory() as scratch,
+        ExitStack() as stack,
+    ):
         where = pick_device(device)
+        passes = dtype_of_passes(original, options.narrow, where)
+        described = describe_source(original)
+        workspace = workspace_of(out, original, described, options, where, passes)
+        settle_others(out, workspace, discard=overwrite or not resume)
+        if not resume:
+            workspace.remove()
+        stack.enter_context(workspace.told())
         text, own = write_own_text(
             original,
             options.text,
@@ -144,32 +160,45 @@ def shrink(
             folder / OWN_TEXT,
             seed=options.narrow.seed,
             device=where,
+            workspace=workspace,
             progress=progress,
         )
-        source, config, sizes = _on_kept_tokens(original, options, text, Path(scratch), progress)
+        source, config, sizes = _on_kept_tokens(
+            original, options, text, Path(scratch), workspace, progress
+        )
         decided = plan(config, sizes)
         progress("reading the calibration text", 0, 1)
         windows_NL = token_windows(source.folder, text)
+        workspace.given({"windows": _sha256(windows_NL)})
         allocation = None
-        passes = dtype_of_passes(source, options.narrow, where)
-        depths = Depths(source, windows_NL, options.narrow.seed, where, passes, progress)
+        depths = Depths(
+            source,
+            windows_NL,
+            options.narrow.seed,
+            where,
+            passes,
+            progress,
+            workspace=workspace,
+        )
         if options.allocate == "measured" and sizes.budgeted:
             rehearse = rehearsals(source, windows_NL, options.narrow, where)
             allocation = allocate(
                 config,
                 sizes,
-                lambda p: rehearse(depths.settled(p).on_kept_tokens),
+                remembered(lambda p: rehearse(depths.settled(p).on_kept_tokens), workspace),
                 progress,
                 courses=depths.courses,
                 accept=accept,
             )
             decided = allocation.plan
+        decided = decided_once(decided, workspace)
         for sentence in (shortfall(config, sizes, decided), *frozen(config, sizes, decided, {})):
             if sentence:
                 logger.warning("%s", sentence)
         decided = depths.settled(decided)
-        closed, healing, workspace = _narrowed(
-            source, decided, out, folder, windows_NL, text, options, device, overwrite, progress
+        steps_of(decided, workspace)
+        closed, healing = _narrowed(
+            source, decided, folder, windows_NL, text, options, where, workspace, progress
         )
         _copy_companions(source, folder / "hf")
         seconds = time.perf_counter() - started
@@ -191,11 +220,10 @@ def shrink(
         if recipe:
             write_text(folder / RECIPE, recipe)
             manifest.update(folder, recipe=hashlib.sha256(recipe.encode()).hexdigest())
-        _describe(folder, original, options, shrunk, windows_NL, own, closed, passes)
+        _describe(folder, described, options, shrunk, windows_NL, own, closed, passes)
         if isinstance(source, Trimmed):
             write_json(folder / "reports" / "vocabulary.json", {"original_ids": source.kept.ids})
-    if workspace:
-        workspace.remove()
+    workspace.remove()
     return shrunk
 
 
@@ -204,12 +232,13 @@ def _on_kept_tokens(
     options: ShrinkOptions,
     text: TextOptions,
     scratch: Path,
+    workspace: Workspace,
     progress: Progress,
 ) -> tuple[Checkpoint, Mapping[str, Any], SizeOptions]:
     """What is narrowed, and a config and sizes for its plan: a budget is a share of all rows."""
     if not options.vocabulary.asked:
         return original, original.config, options.sizes
-    source = trim(original, options.vocabulary, text.source, scratch, progress, text.own)
+    source = trim(original, options.vocabulary, text.source, scratch, progress, text.own, workspace)
     sizes = replace(options.sizes, vocab_size=source.config["vocab_size"])
     return source, {**source.config, "vocab_size": original.config["vocab_size"]}, sizes
 
@@ -217,39 +246,27 @@ def _on_kept_tokens(
 def _narrowed(
     source: Checkpoint,
     decided: Plan,
-    out: Path,
     folder: Path,
     windows_NL: torch.Tensor,
     read: TextOptions,
     options: ShrinkOptions,
-    device: str,
-    overwrite: bool,
+    device: torch.device,
+    workspace: Workspace,
     progress: Progress,
-) -> tuple[ClosedForm, dict[str, Any] | None, Workspace | None]:
-    """Write FOLDER/hf: the closed form, or what an earlier run left of it, and healing."""
+) -> tuple[ClosedForm, dict[str, Any] | None]:
+    """Write FOLDER/hf: the closed form, and healing where that was asked for."""
     if decided.vocabulary_alone and isinstance(source, Trimmed):
-        settle_others(out, None, overwrite=overwrite)
         if options.heal is not None:
             logger.warning("nothing is healed: only tokens leave, and every weight stays as it is")
-        return _copied(source, decided.on_kept_tokens, folder, options), None, None
+        return _copied(source, decided.on_kept_tokens, folder, options), None
     decided = decided.on_kept_tokens
     _warn_if_thin(windows_NL, decided)
-    if options.heal is None:
-        settle_others(out, None, overwrite=overwrite)
-        closed = _closed_form(source, decided, folder, windows_NL, options, device, progress)
-        return closed, None, None
-    where = pick_device(device)
-    text = healing_text(windows_NL, source.folder, read, options.heal, seed=options.narrow.seed)
-    asked: dict[str, Any] = asdict(options)
-    original = source
-    if isinstance(source, Trimmed):  # its folder is another one each time
-        original, asked = source.original, asked | {"kept": source.report["sha256"]}
-    workspace = workspace_of(out, original, asked, text, where)
-    settle_others(out, workspace, overwrite=overwrite)
-    found = workspace.closed_form(folder / "hf")
-    closed = found or _closed_form(source, decided, folder, windows_NL, options, device, progress)
-    if found is None:
-        workspace.keep_closed_form(closed, folder / "hf")
+    text = None
+    if options.heal is not None:  # refuses what cannot be, before hours of narrowing
+        text = healing_text(windows_NL, source.folder, read, options.heal, seed=options.narrow.seed)
+    closed = _closed_form(source, decided, folder, windows_NL, options, device, workspace, progress)
+    if text is None or options.heal is None:
+        return closed, None
     writer = partial(
         CheckpointWriter,
         folder / "hf",
@@ -257,9 +274,9 @@ def _narrowed(
         max_shard_bytes=options.max_shard_bytes,
     )
     report = heal_into(
-        folder / "hf", source, closed, text, options.heal, writer, workspace, where, progress
+        folder / "hf", source, closed, text, options.heal, writer, workspace, device, progress
     )
-    return closed, report, workspace
+    return closed, report
 
 
 def _copied(source: Trimmed, decided: Plan, folder: Path, options: ShrinkOptions) -> ClosedForm:
@@ -284,7 +301,8 @@ def _closed_form(
     folder: Path,
     windows_NL: torch.Tensor,
     options: ShrinkOptions,
-    device: str,
+    device: torch.device,
+    workspace: Workspace,
     progress: Progress,
 ) -> ClosedForm:
     (folder / "hf").mkdir()
@@ -294,9 +312,10 @@ def _closed_form(
         folder,
         windows_NL,
         options.narrow,
-        device=pick_device(device),
+        device=device,
         max_shard_bytes=options.max_shard_bytes,
         progress=progress,
+        workspace=workspace,
     )
     basis = run.run()
     run.writer.finish()
@@ -337,7 +356,7 @@ def _copy_companions(source: Checkpoint, folder: Path) -> None:
 
 def _describe(
     folder: Path,
-    source: Checkpoint,
+    source: dict[str, Any],
     options: ShrinkOptions,
     shrunk: Shrunk,
     windows_NL: torch.Tensor,
@@ -348,13 +367,13 @@ def _describe(
     recipe = json.loads(json.dumps(asdict(options)))
     manifest.update(
         folder,
-        source=describe_source(source),
+        source=source,
         shrink=recipe | {"sha256": hashlib.sha256(json.dumps(recipe).encode()).hexdigest()},
         calibration={
             "source": options.text.source,
             "windows": len(windows_NL),
             "seqlen": windows_NL.shape[1],
-            "sha256": hashlib.sha256(windows_NL.numpy().tobytes()).hexdigest(),
+            "sha256": _sha256(windows_NL),
             **({"own_text": {"file": OWN_TEXT, **own}} if own else {}),
         },
         sizes=shrunk.plan.as_dict(),
@@ -371,3 +390,7 @@ def _describe(
     )
     write_json(folder / "reports" / "shrink.json", shrunk.as_dict())
     card.write(folder)
+
+
+def _sha256(windows_NL: torch.Tensor) -> str:
+    return hashlib.sha256(windows_NL.numpy().tobytes()).hexdigest()

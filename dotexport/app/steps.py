@@ -38,9 +38,7 @@ class ShrinkStep:
     heal: str = option(
         "local",
         help="Gradient steps after the refit: local (each sublayer alone, while it is in memory), "
-        "a number of steps of distillation of the whole model, both (local+200), or none. The "
-        "state of distillation lies in .OUT.healing-* beside OUT: after an interruption the same "
-        "command goes on from there.",
+        "a number of steps of distillation of the whole model, both (local+200), or none.",
     )
     heal_samples: int | None = option(
         None, help="Windows of the calibration text that healing trains on, from --skip on."

@@ -33,6 +33,7 @@ from dotexport.models.text_windows import order_of, window_length
 from dotexport.narrowing.prepare import WIDE, multiplies_bfloat16
 from dotexport.storage.files import write_text
 from dotexport.storage.manifest import sha256
+from dotexport.storage.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -207,12 +208,14 @@ def write_own_text(
     *,
     seed: int,
     device: torch.device,
+    workspace: Workspace | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> tuple[TextOptions, dict[str, Any]]:
     """Sample what `self` in a text stands for and write it to a file; nothing where it has none.
 
     Args:
         samples: windows that are read of the text at most, those that are skipped besides.
+        workspace: keeps what was sampled.
 
     Returns:
         The text with that file, and what a manifest says of it.
@@ -225,9 +228,16 @@ def write_own_text(
     order = order_of([part.weight for part in parts], [wanted] * len(parts), wanted)
     windows = sum(number == names.index(SELF) for number, _ in order)
     tokens = max(windows, 1) * window_length(source.folder, text)
-    own = sample_text(source, tokens=tokens, seed=seed, device=device, progress=progress)
-    own.write(file)
-    return replace(text, own=str(file)), own.as_dict() | {"sha256": sha256(file)}
+    workspace = workspace or Workspace()
+    if kept := workspace.load(SELF):
+        said = kept[0]["said"]
+        write_text(file, kept[0]["lines"])
+    else:
+        own = sample_text(source, tokens=tokens, seed=seed, device=device, progress=progress)
+        own.write(file)
+        said = own.as_dict()
+        workspace.save(SELF, {"said": said, "lines": file.read_text(encoding="utf-8")})
+    return replace(text, own=str(file)), said | {"sha256": sha256(file)}
 
 
 def row_length(config: Any) -> int:

@@ -70,7 +70,7 @@ def heal(
     device: torch.device,
     progress: Progress = lambda stage, done, total: None,
     save: Save = lambda tensors, course: None,
-    saved: tuple[Tensors, dict[str, Any]] | None = None,
+    saved: tuple[dict[str, Any], Tensors] | None = None,
 ) -> Healed:
     """Distil a narrowed checkpoint from its original.
 
@@ -81,13 +81,14 @@ def heal(
         behind: the original's layer that each of the narrowed model's answers for; None: its own
             number.
         save: takes the whole state after every evaluation.
-        saved: such a state; the run goes on from there and ends with the same bits.
+        saved: such a course and its state; the run goes on from there and ends with the same bits.
     """
     healing = Healing.begin(student, source, E_DK, text, options, device, behind)
     if saved is None:
         healing.judge()
     else:
         healing.restore(*saved)
+        logger.warning("healing goes on after step %d", healing.course.step)
     while healing.course.step < options.steps:
         if not healing.advance():
             logger.warning("healing diverged after step %d and stops there", healing.course.step)
@@ -227,7 +228,7 @@ class Healing:
             kept |= {f"optimizer.{index}.{key}": value for key, value in moments.items()}
         return kept
 
-    def restore(self, tensors: Tensors, course: Mapping[str, Any]) -> None:
+    def restore(self, course: Mapping[str, Any], tensors: Tensors) -> None:
         self.course = Course(**course)
         self.best = _below("best.", tensors)
         assign(self.student, _below("student.", tensors))

@@ -5,6 +5,7 @@ Shapes: N windows, L tokens per window.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +25,10 @@ class HealingText:
 
     train_NL: Tensor
     held_NL: Tensor
+
+    def digests(self) -> list[str]:
+        parts = (self.train_NL, self.held_NL)
+        return [hashlib.sha256(part.numpy().tobytes()).hexdigest() for part in parts]
 
 
 def healing_text(

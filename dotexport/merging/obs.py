@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -113,37 +114,35 @@ def greedy(problems: Sequence[Problem], count: int, *, block: int | None = None)
     """
     states = [_State.of(problem) for problem in problems]
     block = block or max(1, len(problems[0].groups_NS) // 128)
-    return _greedy(states, count, block)
+    order_C, cost_C = _greedy(states, count, block)
+    return Removal(tuple(order_C.tolist()), tuple(accumulate(cost_C.tolist())))
 
 
-def _greedy(states: Sequence[_State], count: int, block: int) -> Removal:
+def _greedy(states: Sequence[_State], count: int, block: int) -> tuple[Tensor, Tensor]:
+    """Groups in the order in which they leave, and the cost of each; the host waits for none."""
     alive = _all_groups(states[0].groups_NS)
-    order: list[int] = []
-    losses: list[float] = []
-    while len(order) < count:
+    order, costs = [alive[:0]], [states[0].inverse_II.diagonal()[:0]]
+    for done in range(0, count, block):
         score_A = torch.stack([state.scores(alive) for state in states]).sum(0).clamp_min(0)
-        step = min(block, count - len(order))
+        step = min(block, count - done)
         if step == 1:
-            leaving, costs = alive[score_A.argmin()][None], [float(score_A.min())]
+            leaving, cost = alive[score_A.argmin()][None], score_A.min()[None]
         else:
             pool = alive[torch.argsort(score_A, stable=True)[: 4 * step]]
-            chosen = _greedy([state.only(pool) for state in states], step, 1)
-            leaving, costs = pool[list(chosen.order)], _steps(chosen.losses)
+            chosen, cost = _greedy([state.only(pool) for state in states], step, 1)
+            leaving = pool[chosen]
         for state in states:
             state.remove(leaving)
-        for group, cost in zip(leaving.tolist(), costs, strict=True):
-            order.append(group)
-            losses.append((losses[-1] if losses else 0.0) + cost)
-        alive = alive[~torch.isin(alive, leaving)]
-    return Removal(tuple(order), tuple(losses))
+        order.append(leaving)
+        costs.append(cost)
+        # Those that left go to the end and are cut off: of a mask, nobody knows how long it is.
+        gone_A = torch.isin(alive, leaving).to(torch.uint8)
+        alive = alive[torch.argsort(gone_A, stable=True)[: len(alive) - step]]
+    return torch.cat(order), torch.cat(costs)
 
 
 def _all_groups(groups_NS: Tensor) -> Tensor:
     return torch.arange(len(groups_NS), device=groups_NS.device)
-
-
-def _steps(cumulative: Sequence[float]) -> list[float]:
-    return [b - a for a, b in zip((0.0, *cumulative), cumulative, strict=False)]
 
 
 def refit(weight_OI: Tensor, hessian_II: Tensor, kept: Tensor) -> Tensor:
@@ -160,7 +159,9 @@ def solve(matrix_II: Tensor, right_OI: Tensor) -> Tensor:
 def damped(hessian_II: Tensor, damping: float) -> Tensor:
     """H + damping x mean(diag H) x I; a tiny bound keeps the inverse finite where nothing fires."""
     share = (damping * hessian_II.diagonal().mean()).clamp_min(1e-30)
-    return hessian_II + share * torch.eye(len(hessian_II)).to(hessian_II)
+    return hessian_II + share * torch.eye(
+        len(hessian_II), dtype=hessian_II.dtype, device=hessian_II.device
+    )
 
 
 def _inverse(matrix_II: Tensor) -> Tensor:

@@ -63,7 +63,9 @@ class Moments:
         self.cross_OI += targets_TO.T @ inputs_TI
         metric_OO = None if self.metric_OO is None else self.metric_OO.to(targets_TO.dtype)
         felt_TO = targets_TO if metric_OO is None else targets_TO @ metric_OO
-        self.targets += float(torch.linalg.vecdot(felt_TO, targets_TO).sum(dtype=torch.float64))
+        self.targets = self.targets + torch.linalg.vecdot(felt_TO, targets_TO).sum(
+            dtype=torch.float64
+        )
         self.count += len(inputs_TI)
 
     def __add__(self, other: Moments) -> Moments:
@@ -106,7 +108,7 @@ class Moments:
     @property
     def energy(self) -> float:
         """Mean over tokens of |t|^2 in the metric: the loss of answering zero."""
-        return self.targets / max(self.count, 1)
+        return float(self.targets) / max(self.count, 1)
 
     def weigh(self, errors_OX: Tensor) -> Tensor:
         """The metric times these errors."""

@@ -162,8 +162,11 @@ class Layer:
             self.assign(name, tensor)
 
     def assign(self, name: str, tensor: Tensor) -> None:
-        """Give the parameter `name` (below the layer) these values, of whatever width."""
-        stored = tensor.to(self._dtypes.get(name, tensor.dtype)).float()
+        """Give the parameter `name` (below the layer) these values, of whatever width.
+
+        They lie in memory as a file has them: in another order, products round differently.
+        """
+        stored = tensor.to(self._dtypes.get(name, tensor.dtype)).float().contiguous()
         self._tensors[name] = stored
         owner, _, attribute = name.rpartition(".")
         module = self.module.get_submodule(owner)

@@ -10,7 +10,7 @@ Shapes: D width before, K width after, S norm sites, G axes that are merged into
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,21 +38,21 @@ class Basis:
 
     Attributes:
         kept_energy: share of the second moment that lies in the span; 1 keeps all.
-        coupling: the transport plan it came from, if it came from one.
+        transport: what is said of the plan it came from, if it came from one.
         tried: where several were measured, held-out KL divergence in nats per method.
     """
 
     matrix_DK: Array
     method: str
     kept_energy: float
-    coupling: Coupling | None = None
+    transport: Mapping[str, float] = field(default_factory=dict)
     tried: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """What a report says."""
         report = {"method": self.method, "kept_energy": self.kept_energy}
         tried = {"tried": self.tried} if self.tried else {}
-        return report | tried | (self.coupling.as_dict() if self.coupling else {})
+        return report | tried | dict(self.transport)
 
 
 def whole(width: int) -> Basis:
@@ -89,7 +89,7 @@ def find_basis(
     matrix_DK[forced, np.arange(len(forced))] = 1.0
     matrix_DK[free[:, None], np.arange(len(forced), width)] = inner
     kept = np.trace(matrix_DK.T @ moment_DD @ matrix_DK) / np.trace(moment_DD)
-    return Basis(matrix_DK, method, float(kept), coupling)
+    return Basis(matrix_DK, method, float(kept), coupling.as_dict() if coupling else {})
 
 
 def _select(sight: Sight, width: int, options: TransportOptions) -> tuple[Array, None]:
@@ -154,12 +154,12 @@ def reader_loss(sight: Sight, basis_DK: Tensor) -> Tensor:
     shares = []
     refitted = len(sight.moments) - sight.tied
     for c_DD, g_DD in zip(sight.moments[refitted:], sight.metrics[refitted:], strict=True):
-        lost_DD = torch.eye(len(c_DD)).to(c_DD) - basis_DK @ basis_DK.T
+        lost_DD = _eye(c_DD) - basis_DK @ basis_DK.T
         shares.append(((lost_DD @ c_DD @ lost_DD) * g_DD).sum() / (g_DD * c_DD).sum())
     for c_DD, g_DD in zip(sight.moments[:refitted], sight.metrics[:refitted], strict=True):
         seen_DK = c_DD @ basis_DK
         inner_KK = basis_DK.T @ seen_DK
-        damped_KK = inner_KK + 1e-9 * inner_KK.diagonal().mean() * torch.eye(len(inner_KK)).to(c_DD)
+        damped_KK = inner_KK + 1e-9 * inner_KK.diagonal().mean() * _eye(inner_KK)
         explained_KD = torch.linalg.solve(damped_KK, seen_DK.T)
         energy = (g_DD * c_DD).sum().clamp_min(1e-30)
         shares.append(1 - (explained_KD * (g_DD @ seen_DK).T).sum() / energy)
@@ -198,9 +198,13 @@ def _needed(sight: Sight, width: int) -> Indices:
             problems.append(obs.Problem(_root(share_DD), hessian_DD, units_D1))
         else:
             each_D = (share_DD * c_DD).diagonal().clamp_min(0).sqrt()
-            problems.append(obs.Problem(each_D.diag(), torch.eye(size).to(c_DD), units_D1))
+            problems.append(obs.Problem(each_D.diag(), _eye(c_DD), units_D1))
     kept: Indices = obs.greedy(problems, size - width).kept(size, width).numpy()
     return kept
+
+
+def _eye(like_DD: Tensor) -> Tensor:
+    return torch.eye(len(like_DD), dtype=like_DD.dtype, device=like_DD.device)
 
 
 def _root(matrix_DD: Tensor) -> Tensor:

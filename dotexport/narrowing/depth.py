@@ -30,6 +30,7 @@ from dotexport.models.layers import Layer, Stock
 from dotexport.narrowing.judging import Head, divergences
 from dotexport.narrowing.original import Original
 from dotexport.narrowing.streams import check_finite, held_out_windows, inverse_rms
+from dotexport.storage.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ Progress = Callable[[str, int, int], None]
 LENGTH = 512  # of a window, at most
 FITTED, JUDGED = 3072, 1024  # tokens
 RIDGE = 1e-3
+SEARCH = "depth"  # its name in a workspace
 LOOKED_AT = 6  # candidates of a round after the first: those that cost least when last measured
 
 
@@ -50,6 +52,7 @@ class Depths:
         windows_NL: calibration text; a part of it is looked at.
         left: layers of the original, the first to leave first.
         divergences: held-out KL once each of them has left too, nats per token.
+        workspace: keeps the search after every layer.
     """
 
     source: Checkpoint
@@ -60,8 +63,14 @@ class Depths:
     progress: Progress = lambda stage, done, total: None
     left: list[int] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
+    workspace: Workspace = field(default_factory=Workspace)
     _costs: dict[int, float] = field(default_factory=dict)
     _made: Stack | None = None
+
+    def __post_init__(self) -> None:
+        if kept := self.workspace.load(SEARCH):
+            self.left, self.divergences = kept[0]["left"], kept[0]["divergences"]
+            self._costs = dict(kept[0]["costs"])
 
     def settled(self, decided: Plan) -> Plan:
         """The plan, with the layers that stay."""
@@ -100,6 +109,8 @@ class Depths:
             logger.info("without layer %d: %.4f nats of %s", best, measured[best], measured)
             self.left.append(best)
             self.divergences.append(measured[best])
+            found = {"left": self.left, "divergences": self.divergences}
+            self.workspace.save(SEARCH, found | {"costs": list(self._costs.items())})
 
     def _stack(self, decided: Plan) -> Stack:
         if self._made is None:

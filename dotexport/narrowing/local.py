@@ -109,38 +109,51 @@ class _Batches:
         count, self.length = self.streams.windows_NL.shape
         held = self.streams.held_out
         self.train = torch.tensor([n for n in range(count) if n not in held])
-        self.held = torch.tensor(sorted(held)) if held else self.train
+        self.held = self._beside(torch.tensor(sorted(held)) if held else self.train)
 
     @property
     def num_tokens(self) -> int:
         return len(self.train) * self.length
 
     def draw(self, tokens: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        random = torch.Generator().manual_seed(seed)
-        windows = max(1, tokens // self.length)
-        for _ in range(steps):
-            if self.tokenwise:
-                n_T = self.train[torch.randint(len(self.train), (tokens,), generator=random)]
-                l_T = torch.randint(self.length, (tokens,), generator=random)
-                yield self._read(n_T, l_T, batch=1)
-            else:
-                n_B = torch.randint(len(self.train), (windows,), generator=random)
-                yield self._read(self.train[n_B], slice(None), batch=windows)
+        asked = (self.tokenwise, tokens, steps, seed)
+        if asked not in self.streams.drawn:  # every layer is given the same ones
+            self.streams.drawn[asked] = self._beside(self._places(tokens, steps, seed))
+        for places in self.streams.drawn[asked]:
+            yield self._read(places, tokenwise=self.tokenwise)
 
     def held_out_error(self, step: Step) -> float:
         most = max(1, 8192 // self.length)
-        total = 0.0
+        total = torch.zeros((), device=self.streams.device, dtype=torch.float64)
         for n_B in torch.split(self.held, most):
             with torch.no_grad():
-                before_BLK, goal_BLK, weight_BL1 = self._read(n_B, slice(None), batch=len(n_B))
-                total += float(_error(step(before_BLK), goal_BLK, weight_BL1)) * len(n_B)
-        return total / len(self.held)
+                before_BLK, goal_BLK, weight_BL1 = self._read(n_B, tokenwise=False)
+                total += _error(step(before_BLK), goal_BLK, weight_BL1).double() * len(n_B)
+        return float(total) / len(self.held)
 
-    def _read(
-        self, windows: Tensor, positions: Tensor | slice, batch: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        device = self.streams.device
-        x = self.streams.original_NLD[windows, positions].to(device)
-        r = self.streams.narrowed_NLK[windows, positions].to(device)
-        weight = x.square().mean(-1, keepdim=True).clamp_min(1e-12).reciprocal()
-        return tuple(part.reshape(batch, -1, part.shape[-1]) for part in (r, self.goal(x), weight))  # type: ignore[return-value]
+    def _places(self, tokens: int, steps: int, seed: int) -> Tensor:
+        """What each step reads: (steps, tokens), counted through all windows; or (steps, B)."""
+        random = torch.Generator().manual_seed(seed)
+        places = []
+        for _ in range(steps):
+            count = tokens if self.tokenwise else max(1, tokens // self.length)
+            n_B = self.train[torch.randint(len(self.train), (count,), generator=random)]
+            if self.tokenwise:
+                n_B = n_B * self.length + torch.randint(self.length, (tokens,), generator=random)
+            places.append(n_B)
+        return torch.stack(places)
+
+    def _beside(self, places: Tensor) -> Tensor:
+        """On the device of the streams: a step then sends nothing there."""
+        return places.to(self.streams.original_NLD.device)
+
+    def _read(self, places: Tensor, *, tokenwise: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens from anywhere as one window, or whole windows."""
+
+        def at(stream_NLX: Tensor) -> Tensor:
+            part = stream_NLX.flatten(0, 1)[places][None] if tokenwise else stream_NLX[places]
+            return part.to(self.streams.device, non_blocking=True)
+
+        x_BLD = at(self.streams.original_NLD)
+        weight_BL1 = x_BLD.square().mean(-1, keepdim=True).clamp_min(1e-12).reciprocal()
+        return at(self.streams.narrowed_NLK), self.goal(x_BLD), weight_BL1

@@ -29,6 +29,7 @@ from dotexport.narrowing.run import (
 )
 from dotexport.narrowing.streams import Streams
 from dotexport.storage.files import write_json
+from dotexport.storage.workspace import Workspace
 
 WIDE = 512  # hidden_size from which on a pass takes the time of its products
 
@@ -43,6 +44,7 @@ def prepare(
     device: torch.device | None = None,
     max_shard_bytes: int = 4 << 30,
     progress: Progress = lambda stage, done, total: None,
+    workspace: Workspace | None = None,
 ) -> Narrowing:
     """Everything a run needs, with config.json and empty weight files already in FOLDER/hf."""
     source, decided = carry(source, decided)
@@ -53,7 +55,8 @@ def prepare(
         folder / "hf", tensor_specs(source, decided), max_shard_bytes=max_shard_bytes
     )
     streams = _streams(decided, windows_NL, options, device or torch.device("cpu"), folder)
-    return _assemble(source, decided, streams, writer, options, progress)
+    run = _assemble(source, decided, streams, writer, options, progress)
+    return replace(run, workspace=workspace or Workspace())
 
 
 def rehearsals(
@@ -152,23 +155,29 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of `--device`; auto is cuda where there is one.
+    """The device of `--device`, a GPU with its number; auto is the first where there is one.
 
     Raises:
-        UsageError: no name of a device.
+        UsageError: no name of a device, or of one that cannot serve.
         RuntimeMissingError: there is no such device here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] == "mps":
+        raise UsageError(
+            f"--device {name} has no float64, in which sums and solves are done; use --device cpu"
+        )
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UsageError(f"--device {name} is not known; expected auto, cpu or cuda")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name} is not known; expected auto, cpu, cuda or cuda:1")
+    if name == "cpu":
+        return torch.device("cpu")
+    number = int(name.partition(":")[2] or 0)
+    if number >= torch.cuda.device_count():
         raise RuntimeMissingError(
             f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; use "
             "--device cpu, or install a torch built for your GPU"
         )
-    return device
+    return torch.device("cuda", number)
 
 
 def tensor_specs(source: Checkpoint, decided: Plan) -> dict[str, TensorSpec]:

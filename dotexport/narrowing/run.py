@@ -22,20 +22,22 @@ from torch import Tensor
 from dotexport.axes import AXES
 from dotexport.axes.axis import InnerAxis
 from dotexport.axes.plan import Plan
-from dotexport.merging.refit import Solver, fit, gain_solve, ridge_solve, symmetric_solve
+from dotexport.merging.refit import Solver, fit, gain_solve, ridge_solve
 from dotexport.models.checkpoint import TensorSpec
 from dotexport.models.exact_norm import exact_norm
 from dotexport.models.family import Sublayer
 from dotexport.models.layers import Layer, Stock
 from dotexport.models.shapes import Sizes
-from dotexport.narrowing.basis import Basis, best_of, check_basis, find_basis, methods_for, whole
+from dotexport.narrowing.basis import Basis
+from dotexport.narrowing.basis_search import BasisSearch
 from dotexport.narrowing.judging import Head, compared
-from dotexport.narrowing.narrow_options import AUTO, NarrowOptions
-from dotexport.narrowing.norm_statistics import Progress, Sight, look
+from dotexport.narrowing.narrow_options import NarrowOptions
+from dotexport.narrowing.norm_statistics import Progress
 from dotexport.narrowing.original import ROWS, Original, embed, metric
 from dotexport.narrowing.output_norm import merged
 from dotexport.narrowing.site import Site
 from dotexport.narrowing.streams import Streams
+from dotexport.storage.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ REHEARSED, REHEARSED_PER_AXIS = 4096, 8
 REHEARSED_LENGTH = 512  # of their windows, at most
 COMPARED = 64  # the same for several bases, which are closer together than sizes
 JUDGED = 8192  # held-out tokens that decide
+EMBEDDING, HEAD = "embedding", "head"  # steps before and behind the layers
 
 
 class Writer(Protocol):
@@ -80,6 +83,7 @@ class Narrowing:
         stock: classes of what is written.
         writer: takes every tensor as soon as it is final.
         progress: told what is being done, steps done, steps in all.
+        workspace: keeps the embedding, each layer, and the head as soon as they are final.
         divergence: once run, held-out KL divergence from the original, nats per token.
         perplexity_ratio: once run, held-out perplexity over the original's.
     """
@@ -91,6 +95,7 @@ class Narrowing:
     writer: Writer
     options: NarrowOptions
     progress: Progress = lambda stage, done, total: None
+    workspace: Workspace = field(default_factory=Workspace)
     records: list[dict[str, Any]] = field(default_factory=list)
     divergence: float = math.nan
     perplexity_ratio: float = math.nan
@@ -98,16 +103,54 @@ class Narrowing:
     @torch.no_grad()
     def run(self, basis: Basis | None = None) -> Basis:
         """Narrow the whole model and write it; `basis` overrides the search for one."""
-        basis = basis or self._basis()
+        basis = basis or self._search.found()
         self.E_DK = torch.from_numpy(basis.matrix_DK).to(self.streams.device)
-        self._start()
         kept = self.plan.kept_layers
+        steps = [EMBEDDING, *map(_step, range(len(kept))), HEAD]
+        finished = self._take(steps)
+        if finished == len(steps):
+            return basis
+        self._start()
+        stage = "narrowing"
+        if finished > 1:
+            stage += f": going on at layer {min(finished, len(kept))} of {len(kept)}"
         for place, number in enumerate(kept):
             following = [*kept[place + 1 :], self.before.num_layers][0]
-            self._layer(number, place, range(number + 1, following))
-            self.progress("narrowing", following, self.before.num_layers)
+            left_out = range(number + 1, following)
+            if place + 1 < finished:
+                self.progress("passing finished layers", place, finished - 1)
+                self._pass(number, place, left_out)
+            else:
+                self._layer(number, place, left_out)
+                self.progress(stage, following, self.before.num_layers)
         self._finish()
         return basis
+
+    @property
+    def _search(self) -> BasisSearch:
+        return BasisSearch(
+            self.original,
+            self.plan,
+            self.options,
+            self.streams,
+            self.rehearse,
+            self.progress,
+            self.workspace,
+        )
+
+    def rehearse(self, basis: Basis) -> float:
+        """Held-out KL divergence of a run over a part of the text that writes nothing."""
+        run = replace(
+            self,
+            streams=self.streams.some(COMPARED),
+            writer=Nowhere(self.writer.specs),
+            options=replace(self.options, mlp="obs", heads="obs", local=None),
+            progress=lambda stage, done, total: None,
+            workspace=Workspace(),
+            records=[],
+        )
+        run.run(basis)
+        return run.divergence
 
     @property
     def before(self) -> Sizes:
@@ -123,85 +166,50 @@ class Narrowing:
         before, after = self.before.hidden_size, self.after.hidden_size
         return exact_norm(before, after, self.stock.config.rms_norm_eps).gain
 
-    # The basis --------------------------------------------------------------------------------
+    # What an earlier run of the same command finished ------------------------------------------
 
-    def _basis(self) -> Basis:
-        width = self.after.hidden_size
-        if width == self.before.hidden_size:
-            return whole(width)
-        family = self.original.family
-        sight = look(self.original, self.streams, self.progress)
-        sight.tied = self.after.tied
-        asked = self.options.basis or self._default_basis
-        check_basis(asked, family.architecture, rotates=family.rotates)
-        methods = methods_for(family.rotates) if asked == AUTO else (asked,)
-        found = {name: self._oriented(name, sight) for name in methods}
-        if len(found) == 1:
-            return next(iter(found.values()))
-        measured = {}
-        for number, (name, basis) in enumerate(found.items()):
-            self.progress(f"measuring bases: {name}", number, len(found))
-            measured[name] = basis, self.rehearse(basis)
-        return best_of(measured)
+    def _take(self, steps: Sequence[str]) -> int:
+        """Write the steps that are kept, up to the first that is not; how many they are."""
+        for number, step in enumerate(steps):
+            if (kept := self.workspace.load(step)) is None:
+                return number
+            record, tensors = kept
+            for name, tensor in tensors.items():
+                self.writer.write(name, tensor)
+            self.records += record["sites"]
+        self.divergence, self.perplexity_ratio = record["judged"]
+        return len(steps)
 
-    @property
-    def _default_basis(self) -> str:
-        if not self.original.family.rotates:
-            return "dot"
-        return "pca" if self.after.tied else "learned"
+    def _keep(self, step: str, tensors: Mapping[str, Tensor], **record: Any) -> None:
+        """Write what is final, and keep it with its reports."""
+        for name, tensor in tensors.items():
+            self.writer.write(name, tensor)
+        specs = self.writer.specs
+        self.workspace.save(step, record, {n: t.to(specs[n].dtype) for n, t in tensors.items()})
 
-    def rehearse(self, basis: Basis) -> float:
-        """Held-out KL divergence of a run over a part of the text that writes nothing."""
-        run = replace(
-            self,
-            streams=self.streams.some(COMPARED),
-            writer=Nowhere(self.writer.specs),
-            options=replace(self.options, mlp="obs", heads="obs", local=None),
-            progress=lambda stage, done, total: None,
-            records=[],
-        )
-        run.run(basis)
-        return run.divergence
-
-    def _oriented(self, method: str, sight: Sight) -> Basis:
-        """A basis; within its span, the one in which a tied head does best.
-
-        A head that is the embedding's table can only be scaled axis by axis. In a basis turned by
-        R, scaling by g is R diag(g) R^T in the old one: any symmetric matrix can be had. So the
-        best symmetric one is solved for, and its eigenvectors are R.
-        """
-        rotates = self.original.family.rotates
-        width, transport = self.after.hidden_size, self.options.transport
-        basis = find_basis(method, sight, width, transport, rotates=rotates)
-        if not (self.after.tied and rotates):
-            return basis
-        matrix_DK = basis.matrix_DK @ self._turn_of_tied_head(basis, sight).cpu().numpy()
-        return replace(basis, matrix_DK=matrix_DK)
-
-    def _turn_of_tied_head(self, basis: Basis, sight: Sight) -> Tensor:
-        """R: eigenvectors of the best symmetric matrix in the place of the final norm's gamma."""
-        E_DK = torch.from_numpy(basis.matrix_DK).to(self.streams.device)
-        metric_DD, moment_DD = metric(self.original.table()), sight.final
-        assert moment_DD is not None
-        gamma_D = self.original.gamma().double()
-        ridge = 1e-9 * torch.eye(E_DK.shape[1], dtype=torch.float64, device=E_DK.device)
-        left_KK, right_KK = (E_DK.T @ m @ E_DK for m in (metric_DD, moment_DD))
-        wanted_KK = E_DK.T @ (metric_DD * gamma_D) @ moment_DD @ E_DK
-        symmetric_KK = symmetric_solve(
-            left_KK + ridge * left_KK.diagonal().mean(),
-            right_KK + ridge * right_KK.diagonal().mean(),
-            wanted_KK,
-        )
-        turn_KK: Tensor = torch.linalg.eigh(symmetric_KK).eigenvectors
-        return turn_KK
+    def _pass(self, number: int, place: int, left_out: Sequence[int]) -> None:
+        """Both streams move behind a finished layer as they did when it was narrowed."""
+        kept = self.workspace.load(_step(place))
+        assert kept is not None
+        prefix = self.original.family.layer_name(place, "")
+        device = self.streams.device
+        tensors = {name.removeprefix(prefix): t.to(device) for name, t in kept[1].items()}
+        student = Layer(self.stock, self.original.family, place, tensors)
+        self._pass_over([number])
+        for sublayer in self.original.family.sublayers:
+            self.streams.advance_narrowed(partial(student.after, sublayer))
+        self._pass_over(left_out)
 
     # Embedding, layers, head: teacher and student side by side --------------------------------
 
     def _start(self) -> None:
         embedding_VD = self.original.embedding()
         name = f"{self.original.family.embedding}.weight"
-        narrow_VK = self._product(name, embedding_VD, self.E_DK / self._embedding_scale)
-        self.writer.write(name, narrow_VK)
+        if kept := self.workspace.load(EMBEDDING):
+            narrow_VK = kept[1][name].to(self.streams.device)
+        else:
+            narrow_VK = self._product(name, embedding_VD, self.E_DK / self._embedding_scale)
+            self._keep(EMBEDDING, {name: narrow_VK}, sites=[])
         self._table_VK = narrow_VK if self.after.tied else None
         embed(embedding_VD, self.streams, self.streams.original_NLD)
         scaled_VK = narrow_VK if self._embedding_scale == 1.0 else narrow_VK * self._embedding_scale
@@ -221,6 +229,7 @@ class Narrowing:
         family = self.original.family
         teacher = self.original.layer(number)
         student = self._student(place, teacher)
+        records = []
         *_, last = family.sublayers
         for sublayer in family.sublayers:
             space = sublayer.writer.in_
@@ -241,9 +250,10 @@ class Narrowing:
             )
             for record in site.narrow():
                 logger.info("layer %d, %s: %s", number, record["site"], record)
-                self.records.append({"layer": number, **record})
-        for name, tensor in student.tensors().items():
-            self.writer.write(family.layer_name(place, name), tensor)
+                records.append({"layer": number, **record})
+        self.records += records
+        tensors = {family.layer_name(place, n): tensor for n, tensor in student.tensors().items()}
+        self._keep(_step(place), tensors, sites=records)
 
     @cached_property
     def _inside(self) -> dict[str, InnerAxis]:
@@ -302,15 +312,19 @@ class Narrowing:
         family = self.original.family
         norm, head = f"{family.final_norm}.weight", f"{family.head.name}.weight"
         head_VD = self.original.folded_head()
+        records = len(self.records)
+        tensors = {}
         if self._table_VK is None:
             gamma_K = torch.ones(self.after.hidden_size, device=self.streams.device)
             narrow_VK = self._product(head, head_VD, self._head_projection(head_VD))
-            self.writer.write(head, narrow_VK)
+            tensors[head] = narrow_VK
         else:
             gamma_K = self._shared_head_gamma()
             narrow_VK = self._table_VK
-        self.writer.write(norm, gamma_K - float(family.unit_offset))
+        tensors[norm] = gamma_K - float(family.unit_offset)
         self._judge(head_VD, narrow_VK.float() * gamma_K.float())
+        judged = self.divergence, self.perplexity_ratio
+        self._keep(HEAD, tensors, sites=self.records[records:], judged=judged)
 
     def _head_projection(self, head_VD: Tensor) -> Tensor:
         """P of `W' = W P`, for a head that is free."""
@@ -377,3 +391,8 @@ class Narrowing:
         dtype = self.writer.specs[name].dtype
         blocks = torch.split(table_VD, ROWS)
         return torch.cat([(block_RD.double() @ map_DK).to(dtype) for block_RD in blocks])
+
+
+def _step(place: int) -> str:
+    """Name of a layer in a workspace."""
+    return f"layer-{place:04d}"

@@ -1,7 +1,8 @@
 """The residual streams of original and narrowed model over the calibration text.
 
-They are all that stays in memory between two layers; past a share of free memory they live in a
-memory-mapped scratch file instead.
+They are all that stays in memory between two layers. They lie on the device while they take no
+more than a share of its free memory, else on the host, pinned; and past a share of that memory in a
+memory-mapped scratch file.
 
 Shapes: N windows, L tokens per window, T tokens, D width before, K width after.
 """
@@ -10,8 +11,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -36,6 +38,7 @@ class Streams:
     Attributes:
         held_out: windows that choose ridges and accept merges; the others are fitted on.
         device: where batches are computed.
+        drawn: what is the same in every layer, such as places that local healing draws.
     """
 
     windows_NL: Tensor
@@ -43,6 +46,7 @@ class Streams:
     narrowed_NLK: Tensor
     held_out: frozenset[int]
     device: torch.device
+    drawn: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def allocate(
@@ -56,13 +60,10 @@ class Streams:
         scratch: Path | None = None,
     ) -> Streams:
         shape = tuple(windows_NL.shape)
-        return cls(
-            windows_NL,
-            _allocate((*shape, width_before), scratch),
-            _allocate((*shape, width_after), scratch),
-            held_out_windows(len(windows_NL), seed),
-            device,
-        )
+        widths = (width_before, width_after)
+        original_NLD, narrowed_NLK = _allocated([(*shape, w) for w in widths], device, scratch)
+        held_out = held_out_windows(len(windows_NL), seed)
+        return cls(windows_NL, original_NLD, narrowed_NLK, held_out, device)
 
     def some(self, count: int) -> Streams:
         """Streams of their own over `count` windows to fit on, and half as many held-out ones."""
@@ -71,8 +72,8 @@ class Streams:
         windows_NL = self.windows_NL[chosen]
         return Streams(
             windows_NL,
-            torch.empty((*windows_NL.shape, self.original_NLD.shape[-1])),
-            torch.empty((*windows_NL.shape, self.narrowed_NLK.shape[-1])),
+            self.original_NLD.new_empty((*windows_NL.shape, self.original_NLD.shape[-1])),
+            self.narrowed_NLK.new_empty((*windows_NL.shape, self.narrowed_NLK.shape[-1])),
             frozenset(n for n, window in enumerate(chosen) if window in self.held_out),
             self.device,
         )
@@ -89,10 +90,10 @@ class Streams:
                 start = end
 
     def original(self, rows: Rows) -> Tensor:
-        return self.original_NLD[rows].to(self.device)
+        return self.original_NLD[rows].to(self.device, non_blocking=True)
 
     def narrowed(self, rows: Rows) -> Tensor:
-        return self.narrowed_NLK[rows].to(self.device)
+        return self.narrowed_NLK[rows].to(self.device, non_blocking=True)
 
     def advance_original(self, step: Step) -> None:
         """Replace the original's stream by what lies behind its next sublayer."""
@@ -132,7 +133,7 @@ def inverse_rms(stream_BLD: Tensor) -> Tensor:
 
 def onto(E_DK: Tensor) -> Step:
     """x E, tokens of the original's stream in the basis of the narrowed one."""
-    if torch.equal(E_DK, torch.eye(len(E_DK)).to(E_DK)):
+    if torch.equal(E_DK, torch.eye(len(E_DK), dtype=E_DK.dtype, device=E_DK.device)):
         return lambda x_BLD: x_BLD
     narrow_DK = E_DK.float()
     return lambda x_BLD: x_BLD @ narrow_DK
@@ -160,10 +161,19 @@ def held_out_windows(count: int, seed: int) -> frozenset[int]:
     return frozenset(int(window) for window in drawn)
 
 
-def _allocate(shape: tuple[int, ...], scratch: Path | None) -> Tensor:
+def _allocated(
+    shapes: list[tuple[int, ...]], device: torch.device, scratch: Path | None
+) -> list[Tensor]:
+    num_bytes = sum(4 * int(np.prod(shape)) for shape in shapes)
+    if device.type == "cuda" and num_bytes < MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
+    return [_on_host(shape, scratch, pinned=device.type == "cuda") for shape in shapes]
+
+
+def _on_host(shape: tuple[int, ...], scratch: Path | None, *, pinned: bool) -> Tensor:
     num_bytes = 4 * int(np.prod(shape))
     if scratch is None or num_bytes < MEMORY_SHARE * psutil.virtual_memory().available:
-        return torch.empty(shape, dtype=torch.float32)
+        return torch.empty(shape, dtype=torch.float32, pin_memory=pinned)
     with tempfile.NamedTemporaryFile(dir=scratch, delete=False) as file:
         reserve(file.fileno(), 0, num_bytes)
     mapped = torch.from_file(file.name, shared=True, size=num_bytes // 4, dtype=torch.float32)

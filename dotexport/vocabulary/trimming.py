@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -26,12 +26,13 @@ from dotexport.models.checkpoint import HEAD, TABLE, Checkpoint, TensorSpec
 from dotexport.models.documents import documents
 from dotexport.storage.files import write_json, write_text
 from dotexport.storage.reading import read_json
+from dotexport.storage.workspace import Workspace
 from dotexport.vocabulary import token_ids
 from dotexport.vocabulary.keeping import Kept, keep, listed
 from dotexport.vocabulary.pieces import TOKENIZER, Bpe
 from dotexport.vocabulary.proving import OTHER, check_names, prove
 from dotexport.vocabulary.segmenting import Reading
-from dotexport.vocabulary.using import count, template_texts
+from dotexport.vocabulary.using import count, fingerprint, template_texts
 from dotexport.vocabulary.vocabulary_options import VocabularyOptions
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ Progress = Callable[[str, int, int], None]
 GENERATION, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
 UNTOUCHED = ("special_tokens_map.json", "chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*")
 ADVICE = "take a fresh copy"
+CHOICE = "vocabulary"  # its name in a workspace
 
 
 @dataclass(frozen=True)
@@ -82,26 +84,36 @@ def choose_tokens(
     calibration: str | None,
     progress: Progress = lambda stage, done, total: None,
     own: str | None = None,
+    workspace: Workspace | None = None,
 ) -> tuple[Reading, Kept]:
     """Which tokens of a model stay; reads its tokenizer and the text, no weights.
 
     Args:
         calibration: the text that counts where no other was named; None: nothing is counted.
         own: the file that `self` in a text stands for.
+        workspace: keeps the choice.
 
     Raises:
         UnsupportedModelError, CheckpointError, CalibrationError, SizeError, UsageError.
     """
     reading = Reading.of(folder)
     source = options.vocab_for or calibration
+    always = set(_always(reading, folder, config))
+    if options.keep_tokens:
+        always |= set(listed(options.keep_tokens, reading.ids, reading.rows))
+    workspace = workspace or Workspace()
+    if workspace.folder is not None:
+        counted = fingerprint(documents(source, own)) if source else ""
+        workspace.given({"counted": counted, "always": sorted(always)})
+    if found := workspace.load(CHOICE):
+        return reading, Kept(**found[0] | {"ids": tuple(found[0]["ids"])})
     text = documents(source, own) if source else ()
     counts_R = count(
         reading.tokenizer, text, reading.rows, lambda read: progress("counting tokens", read, 0)
     )
-    always = set(_always(reading, folder, config))
-    if options.keep_tokens:
-        always |= set(listed(options.keep_tokens, reading.ids, reading.rows))
-    return reading, keep(reading.pieces, reading.ids, counts_R, always, wanted=options.vocab)
+    kept = keep(reading.pieces, reading.ids, counts_R, always, wanted=options.vocab)
+    workspace.save(CHOICE, asdict(kept))
+    return reading, kept
 
 
 def trim(
@@ -111,17 +123,19 @@ def trim(
     folder: Path,
     progress: Progress = lambda stage, done, total: None,
     own: str | None = None,
+    workspace: Workspace | None = None,
 ) -> Trimmed:
     """The original with fewer tokens, its tokenizer held against the original's.
 
     Args:
         folder: an empty one, for config.json and what travels with a model.
+        workspace: keeps the choice of tokens.
 
     Raises:
         UnsupportedModelError, CheckpointError, CalibrationError, SizeError, UsageError.
     """
     before, kept = choose_tokens(
-        original.folder, original.config, options, calibration, progress, own
+        original.folder, original.config, options, calibration, progress, own, workspace
     )
     new = kept.new_ids
     config = renumbered(original.config, kept) | {"vocab_size": len(kept.ids)}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dotexport import embedded
-from dotexport.app import cli, shrinking
+from dotexport.app import cli
 from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.app.shrinking import shrink
 from dotexport.axes.plan import SizeOptions
@@ -34,6 +34,7 @@ from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.narrow_options import LocalOptions, NarrowOptions
+from dotexport.narrowing.run import Narrowing
 from dotexport.narrowing.streams import held_out_windows
 from dotexport.storage import manifest
 
@@ -365,11 +366,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
         shrink(embedded.MODEL_DIR, out, ROUGH, progress=stop_at(step))
     assert not out.exists()
     (workspace,) = tmp_path.iterdir()
-    assert workspace.name.startswith(".out.healing-")
+    assert workspace.name.startswith(".out.unfinished-")
     suffixes = {file.suffix for file in workspace.rglob("*") if file.is_file()}
-    assert suffixes <= {".safetensors", ".json"}
+    assert suffixes == {".safetensors"}
     seen: list[int] = []
-    monkeypatch.setattr(shrinking, "prepare", lambda *_: pytest.fail("narrowed again"))
+    monkeypatch.setattr(Narrowing, "_start", lambda _: pytest.fail("narrowed again"))
     shrink(
         embedded.MODEL_DIR,
         out,
@@ -393,10 +394,10 @@ def test_another_command_does_not_touch_what_was_stopped(
     model, out = tiny_llama("wide-heads"), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         shrink(model, out, tiny(tiny_text), progress=stop_at(3))
-    (workspace,) = tmp_path.glob(".out.healing-*")
+    (workspace,) = tmp_path.glob(".out.unfinished-*")
     before = sorted(workspace.rglob("*"))
     for other in (None, replace(STEPS, steps=7)):
-        with pytest.raises(UsageError, match="unfinished healing of another command"):
+        with pytest.raises(UsageError, match="unfinished work of another command"):
             shrink(model, out, tiny(tiny_text, heal=other))
     assert sorted(workspace.rglob("*")) == before
     shrink(model, out, tiny(tiny_text, heal=None), overwrite=True)

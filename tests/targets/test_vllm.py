@@ -160,7 +160,6 @@ def own_axes(family: str, folder: Path, sizes: Any = None, vocabulary: Any = Non
     from dotexport.axes.plan import SizeOptions
     from dotexport.bench.tables.matrix import CALIBRATION, FAMILIES, write_original
     from dotexport.narrowing.narrow_options import NarrowOptions
-
     from dotexport.vocabulary.vocabulary_options import VocabularyOptions
 
     write_original(FAMILIES[family], folder / "original")

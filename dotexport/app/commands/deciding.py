@@ -83,6 +83,14 @@ def shrink(
     ] = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Go on where the same command was stopped: what it finished lies in "
+            ".OUT.unfinished-* beside OUT. --no-resume discards that, and starts afresh.",
+        ),
+    ] = True,
     print_recipe: Annotated[
         bool, typer.Option("--print-recipe", help="Print these choices as a recipe, and stop.")
     ] = False,
@@ -113,6 +121,7 @@ def shrink(
             out,
             options,
             overwrite=overwrite,
+            resume=resume,
             device=device,
             recipe=recipe,
             progress=report,

@@ -14,4 +14,4 @@ Output = Annotated[Path, typer.Argument(help="Output of dotexport shrink, export
 Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder; must be new or empty.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, logs on stderr.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]

@@ -1,0 +1,31 @@
+"""The closed form as healing and reports take it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """What narrowing leaves behind besides the checkpoint.
+
+    Attributes:
+        E_DK: basis of the residual stream, float64.
+        basis: what the manifest says about it.
+        divergence: held-out KL divergence from the original, nats per token.
+        perplexity_ratio: held-out perplexity over the original's.
+        sites: reports of every solve.
+        device: where it was computed.
+        behind: the original's layer that each of the narrowed model's answers for.
+    """
+
+    E_DK: Tensor
+    basis: dict[str, Any]
+    divergence: float
+    perplexity_ratio: float
+    sites: list[dict[str, Any]]
+    device: str
+    behind: list[int]
