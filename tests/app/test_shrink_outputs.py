@@ -28,6 +28,7 @@ from .conftest import (
     STALLED,
     Command,
     disk_full,
+    finished,
     names,
     refused,
     shrinking_of,
@@ -97,7 +98,7 @@ def test_what_came_there_while_a_run_worked_is_kept(
     monkeypatch.setattr(shrinking, "_copy_companions", meanwhile)
     refused(dotexport(*shrinking_of(model, text, out, *NARROW)), 2, "not empty", "another name")
     assert names(out) == ["letter.txt"]
-    assert names(tmp_path) == ["model", "out", "text.txt"]
+    assert finished(tmp_path) == ["model", "out", "text.txt"]
 
 
 def test_a_model_is_not_replaced_by_what_comes_out_of_it(
@@ -120,7 +121,7 @@ def test_a_model_is_not_replaced_by_what_comes_out_of_it(
         (manifest, "write_json"),
     ],
 )
-def test_a_full_disk_is_named_and_nothing_stays(
+def test_a_full_disk_is_named_and_nothing_stays_that_looks_finished(
     dotexport: Command,
     model: Path,
     text: Path,
@@ -132,7 +133,7 @@ def test_a_full_disk_is_named_and_nothing_stays(
     monkeypatch.setattr(module, name, disk_full)
     outcome = dotexport(*shrinking_of(model, text, tmp_path / "out", *NARROW))
     refused(outcome, 1, "is full", "GB are free now", "another disk")
-    assert names(tmp_path) == ["model", "text.txt"]
+    assert finished(tmp_path) == ["model", "text.txt"]
 
 
 def test_weights_are_reserved_before_any_work(
@@ -162,7 +163,7 @@ def test_what_the_system_refuses_is_told_without_a_traceback(
     monkeypatch.setattr(checkpoint.CheckpointWriter, "write", failing)
     outcome = dotexport(*shrinking_of(model, text, tmp_path / "out", *NARROW))
     refused(outcome, 1, "Input/output error: model.safetensors")
-    assert names(tmp_path) == ["model", "text.txt"]
+    assert finished(tmp_path) == ["model", "text.txt"]
 
 
 @pytest.mark.parametrize(
@@ -187,19 +188,22 @@ def test_memory_that_ran_out_is_named(
     monkeypatch.setattr("dotexport.narrowing.run.Narrowing.run", failing)
     outcome = dotexport(*shrinking_of(model, text, tmp_path / "out", *NARROW))
     refused(outcome, 1, "memory ran out", "fewer --samples")
-    assert names(tmp_path) == ["model", "text.txt"]
+    assert finished(tmp_path) == ["model", "text.txt"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_nothing(
+def test_an_interrupted_run_says_what_it_leaves(
     model: Path, text: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     run = shrinking_of(model, text, tmp_path / "out", *NARROW)
     code, err = stopped(HALFWAY, number, tmp_path / "there", run)
     assert code == 130, err
-    assert "interrupted: nothing unfinished was kept" in err
+    assert "interrupted: what was finished is kept in" in err
+    assert "run the same command again" in err
     assert "Traceback" not in err
-    assert names(tmp_path) == ["model", "text.txt"]
+    assert finished(tmp_path) == ["model", "text.txt"]
+    [unfinished] = set(names(tmp_path)) - set(finished(tmp_path))
+    assert unfinished in err
 
 
 def test_a_killed_run_leaves_only_what_the_next_one_clears(
@@ -208,11 +212,11 @@ def test_a_killed_run_leaves_only_what_the_next_one_clears(
     run = shrinking_of(model, text, tmp_path / "out", *NARROW)
     stopped(HALFWAY, signal.SIGKILL, tmp_path / "there", run)
     assert ".out.lock" in names(tmp_path)  # which nobody holds
-    (partial,) = set(names(tmp_path)) - {"model", "text.txt", ".out.lock"}
+    (partial,) = set(finished(tmp_path)) - {"model", "text.txt", ".out.lock"}
     assert partial.startswith(".out.partial-")
     assert not manifest.is_output(tmp_path / partial)
     assert dotexport(*run).code == 0
-    assert names(tmp_path) == ["model", "out", "text.txt"]
+    assert finished(tmp_path) == ["model", "out", "text.txt"]
 
 
 def test_two_runs_into_one_output_do_not_meet(
