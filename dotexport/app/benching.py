@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dotexport.app.door import benches
-from dotexport.app.steps import BenchStep, ServedStep
+from dotexport.app.steps import BenchStep, FrontierStep, ServedStep
 from dotexport.errors import UsageError
 from dotexport.narrowing.norm_statistics import Progress
 from dotexport.outputs import card
@@ -99,6 +99,45 @@ def bench_vllm_into(
         manifest.merge(candidate, served={options.kind: result.headline()})
         card.write(candidate)
     return result
+
+
+def frontier_into(
+    original: Path,
+    narrowed: Sequence[Path],
+    step: FrontierStep,
+    *,
+    out: Path | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Any:
+    """The original and what was narrowed from it at equal bytes; with `out`, kept there.
+
+    Raises:
+        UsageError, SizeError, RuntimeMissingError, DotexportError: as `frontier` of the bench.
+    """
+    workload = benches().Workload(
+        prompt_length=step.prompt,
+        generation_length=step.generate,
+        threads=step.threads,
+        rounds=step.rounds,
+        min_iterations=step.min_iterations,
+        min_seconds=step.min_seconds,
+        min_warmups=3,
+        max_warmup_seconds=5.0,
+        seed=step.seed,
+    )
+    found = benches().frontier(
+        original,
+        narrowed,
+        step.target or ("ort-cpu",),
+        step.texts(),
+        out=out,
+        workload=workload if step.timed else None,
+        runtime={"llama_cpp": str(Path(step.llama_cpp).resolve())} if step.llama_cpp else {},
+        progress=progress,
+    )
+    if out is not None:
+        benches().write_frontier(found, out)
+    return found
 
 
 def judge_bench(step: BenchStep, result: Any, candidate: Path) -> Any:

@@ -84,6 +84,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "eval": artifacts.evaluate,
     "bench": measuring.bench,
     "latency": measuring.latency,
+    "frontier": measuring.frontier,
     "compare": comparing.compare,
     "history": comparing.show_history,
     "report": comparing.report,

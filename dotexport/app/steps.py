@@ -133,6 +133,33 @@ class BenchStep:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FrontierStep:
+    """Flags of `dotexport frontier`."""
+
+    target: tuple[str, ...] = option(
+        (),
+        help="NAME for all precisions of one target, or NAME:PRECISION, repeated (ort-cpu).",
+    )
+    text: TextOptions = group(source={"help": f"Held-out text. {SOURCES}"}, samples={"default": 16})
+    other: str | None = option(None, help="A second text, of another kind; as --text.")
+    timed: bool = option(True, help="Measure speed and memory, too.", words=("--times/--no-times",))
+    llama_cpp: str | None = option(
+        None, help="gguf: folder of llama.cpp to time the files in; without, nothing is timed."
+    )
+    prompt: int = option(128, help="Tokens of a prompt.")
+    generate: int = option(64, help="Tokens generated.")
+    threads: int | None = option(None, help="CPU threads; default: one per physical core.")
+    rounds: int = option(3, help="Fresh processes of each artifact.")
+    min_iterations: int = option(12, help="Requests of each artifact, at least.")
+    min_seconds: float = option(3.0, help="Seconds for each artifact, at least.")
+    seed: int = option(0, help="Of token ids.")
+
+    def texts(self) -> list[TextOptions]:
+        others = [replace(self.text, source=self.other)] if self.other else []
+        return [self.text, *others]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServedStep:
     """Flags of `dotexport bench --target vllm` besides those of every bench."""
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from dotexport.app.commands.shared_options import Json, Model
 from dotexport.app.door import benches
 from dotexport.app.progress import progress
-from dotexport.app.steps import BenchStep, ServedStep
+from dotexport.app.steps import BenchStep, FrontierStep, ServedStep
 from dotexport.app.terminal import show_json, show_latency, stderr
 from dotexport.errors import UsageError
 from dotexport.sizes.latency_options import LatencyOptions
@@ -97,6 +97,39 @@ def bench(
         judged = judge_bench(step, result, candidate)
         stderr.print(benches().gate_table(judged.lines))
         benches().require(judged.lines)
+
+
+def frontier(
+    model: Model,
+    step: FrontierStep,
+    narrowed: Annotated[
+        list[Path] | None, typer.Argument(help="Outputs of dotexport shrink, or other models.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Folder for artifacts, table and plot; run again, it goes on."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Original and narrowed models in every precision of a target, at equal bytes: what to choose.
+
+    Bytes, divergence and perplexity on text, speed and memory of each artifact; which of them
+    nothing beats in bytes and divergence; and the verdict in words.
+
+    Example: dotexport frontier ./llama OUT --target ort-cpu --text a.txt --other b.txt -o frontier
+    """
+    from dotexport.app.benching import frontier_into
+    from dotexport.app.pipeline import source_folder
+
+    with progress() as report:
+        found = frontier_into(source_folder(model), narrowed or [], step, out=out, progress=report)
+    Console(stderr=as_json).print(benches().render_frontier(found))
+    if as_json:
+        show_json(benches().frontier_as_dict(found))
+    if out is not None:
+        stderr.print(f"frontier {out}", soft_wrap=True, highlight=False)
 
 
 def latency(

@@ -1,0 +1,183 @@
+"""What a frontier says: a table, one plot, and the verdict in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from matplotlib.figure import Figure as Canvas
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from dotexport.storage.files import write_json, write_text
+
+from ..frontier import ORIGINAL, REPORT, SCHEMA, Frontier, Point
+from .plots import BASELINE, MARKERS, MUTED, Plot, axes, colours, log_scale, significant
+
+RATES = {"prefill": "prefill_tok_s", "decode": "decode_tok_s"}
+FLOOR = 1e-6  # nats: what is closer is drawn here, on a logarithmic axis
+
+
+def verdict(found: Frontier) -> list[str]:
+    """For bytes alone; then for each rate that was timed."""
+    return [*_on_bytes(found), *(s for name in RATES for s in _on_rate(found, name))]
+
+
+def _on_bytes(found: Frontier) -> Iterator[str]:
+    originals, others = _parted(found.points)
+    best = [point for point in others if point in found.best]
+    kept = ", ".join(p.precision for p in originals if p in found.best)
+    if best:
+        smallest = min(p.num_bytes for p in originals)
+        for point in best:
+            where = (
+                ", smaller than anything of the original"
+                if point.num_bytes < smallest
+                else ", and nothing of the original is both as small and as close"
+            )
+            yield f"For bytes, narrowing pays: {_told(point)}{where}."
+        return
+    if not others:
+        return
+    point = min(others, key=lambda p: p.texts[0].kl)
+    better = min((p for p in originals if p.beats(point)), key=lambda p: p.num_bytes, default=None)
+    beside = f"; beside {_told(point)} stands {_told(better)}" if better else ""
+    yield f"For bytes alone, quantise the original ({kept}): nothing narrowed is ahead{beside}."
+
+
+def _on_rate(found: Frontier, name: str) -> Iterator[str]:
+    key = RATES[name]
+    timed = [point for point in found.points if getattr(point, key)]
+    originals, others = _parted(timed)
+    if not originals or not others:
+        return
+    first, second = (
+        max(points, key=lambda p: median(getattr(p, key))) for points in (others, originals)
+    )
+    ours, theirs = getattr(first, key), getattr(second, key)
+    ratio = median(ours) / median(theirs)
+    rates = f"{first.name} {median(ours):,.1f} tokens/s, {second.name} {median(theirs):,.1f}"
+    closeness = f"KL {first.texts[0].kl:.4f} and {second.texts[0].kl:.4f}"
+    if min(ours) > max(theirs):
+        yield f"For {name}, narrow: {ratio:.2f}x in every round ({rates}; {closeness})."
+    elif max(ours) < min(theirs):
+        yield f"For {name}, narrowing loses: {ratio:.2f}x in every round ({rates})."
+    else:
+        yield f"For {name}, no gain that shows in every round: {ratio:.2f}x ({rates})."
+
+
+def _parted(points: Sequence[Point]) -> tuple[list[Point], list[Point]]:
+    return (
+        [p for p in points if p.model == ORIGINAL],
+        [p for p in points if p.model != ORIGINAL],
+    )
+
+
+def _told(point: Point) -> str:
+    kls = " and ".join(f"{text.kl:.4f}" for text in point.texts)
+    return f"{point.name} ({point.num_bytes / 1e6:,.2f} MB, KL {kls})"
+
+
+def frontier_as_dict(found: Frontier) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "target": found.target,
+        "points": [{**asdict(p), "on_frontier": p in found.best} for p in found.points],
+        "skipped": list(found.skipped),
+        "notes": list(found.notes),
+        "workload": found.workload and found.workload.as_dict(),
+        "verdict": verdict(found),
+    }
+
+
+def render_frontier(found: Frontier) -> Group:
+    """The table, the smallest first, and the verdict under it."""
+    table = Table(title=f"{found.target}: original and narrowed at equal bytes")
+    for column in _columns(found):
+        table.add_column(column, justify="left" if column in ("model", "precision") else "right")
+    for row in _rows(found):
+        table.add_row(*("" if cell is None else str(cell) for cell in row))
+    lines = [*verdict(found), *found.notes, *(f"left out: {why}" for why in found.skipped)]
+    return Group(table, *(Text(line) for line in lines))
+
+
+def _columns(found: Frontier) -> list[str]:
+    texts = [f", {Path(text.source).name}" for text in found.points[0].texts]
+    quality = [f"{what}{text}" for text in texts for what in ("KL", "perplexity", "bits/byte")]
+    rates = [f"{name}, tokens/s" for name in RATES]
+    return ["model", "precision", "MB", *quality, *rates, "peak memory, MB", "nothing beats it"]
+
+
+def _rows(found: Frontier) -> Iterator[tuple[Any, ...]]:
+    for point in sorted(found.points, key=lambda p: p.num_bytes):
+        quality = [
+            significant(value)
+            for text in point.texts
+            for value in (text.kl, text.perplexity, text.bits_per_byte)
+        ]
+        rates = [getattr(point, key) for key in RATES.values()]
+        yield (
+            point.model,
+            point.precision,
+            significant(point.num_bytes / 1e6),
+            *quality,
+            *(significant(median(rate)) if rate else None for rate in rates),
+            significant(point.peak_rss_bytes / 1e6) if point.peak_rss_bytes else None,
+            "yes" if point in found.best else "no",
+        )
+
+
+def plot(found: Frontier) -> Plot:
+    """Divergence against bytes; the line joins what nothing beats."""
+    return Plot(
+        name="frontier",
+        title="At equal bytes",
+        alt="Divergence against bytes: " + "; ".join(map(_told, found.points)),
+        columns=tuple(_columns(found)),
+        rows=tuple(_rows(found)),
+        draw=lambda canvas: _draw(canvas, found),
+        height=3.6,
+    )
+
+
+def _draw(canvas: Canvas, found: Frontier) -> None:
+    models = list(dict.fromkeys(point.model for point in found.points))
+    colour_of = {ORIGINAL: BASELINE, **dict(zip(models[1:], colours(), strict=False))}
+    text = Path(found.points[0].texts[0].source).name
+    with axes(canvas, x="artifact, MB", y=f"KL, nats, {text}") as panel:
+        for number, model in enumerate(models):
+            mine = [point for point in found.points if point.model == model]
+            panel.scatter(
+                *_places(mine),
+                marker=MARKERS[number % len(MARKERS)],
+                color=colour_of[model],
+                label=model,
+                zorder=3,
+            )
+        best = sorted(found.best, key=lambda p: p.num_bytes)
+        panel.plot(*_places(best), color=MUTED, linestyle=":", linewidth=1.2, zorder=2)
+        for point in found.points:
+            at = [numbers[0] for numbers in _places([point])]
+            panel.annotate(
+                point.precision, at, xytext=(4, 4), textcoords="offset points", fontsize=7
+            )
+        log_scale(panel.xaxis)
+        panel.set_yscale("log")
+        panel.margins(0.12)
+
+
+def _places(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    return [p.num_bytes / 1e6 for p in points], [max(p.texts[0].kl, FLOOR) for p in points]
+
+
+def write_frontier(found: Frontier, out: Path) -> list[Path]:
+    """frontier.json, .png and .csv."""
+    shown = plot(found)
+    write_json(out / REPORT, frontier_as_dict(found))
+    (out / "frontier.png").write_bytes(shown.png)
+    write_text(out / "frontier.csv", shown.csv)
+    return [out / f"frontier.{kind}" for kind in ("json", "png", "csv")]
