@@ -75,6 +75,9 @@ def sentences(output: Output) -> Iterator[str]:
         yield _quality_sentence(found)
         if doubt := found.get("one_source"):
             yield f"To be doubted: {doubt}."
+        for row in (found.get("generation") or {}).get("rows", []):
+            yield from (f"{row['model']}, {row['kind']}: {words}." for words in row["words"])
+        yield from map(_task_sentence, found.get("tasks") or ())
     for bench in output.benches:
         if bench.swept:
             continue
@@ -286,6 +289,17 @@ def _quality_sentence(found: Mapping[str, Any]) -> str:
             f", and {100 * found['top1_agreement']:.0f} % of the most likely tokens are the same"
         )
     return text + "."
+
+
+def _task_sentence(row: Mapping[str, Any]) -> str:
+    """A metric of a task, of every model."""
+    told = [
+        f"{found['value']:.3f}"
+        + ("" if found.get("error") is None else f" ± {found['error']:.3f}")
+        + f" ({model})"
+        for model, found in row["models"].items()
+    ]
+    return f"{row['task']}, {row['metric']} over {row['questions']:,} questions: {', '.join(told)}."
 
 
 def _rounding_sentence(name: str, parity: Mapping[str, Any]) -> str:

@@ -7,7 +7,6 @@ was killed goes on with the first step whose result is not there.
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -24,10 +23,10 @@ from dotexport.app.benching import (
     workload_of,
 )
 from dotexport.app.door import benches
+from dotexport.app.evaluations import check_eval, evaluate_into
 from dotexport.app.recipe import Recipe
 from dotexport.app.shrink_options import ShrinkOptions
-from dotexport.app.shrinking import OWN_TEXT, shrink
-from dotexport.app.steps import EvalStep
+from dotexport.app.shrinking import shrink
 from dotexport.axes import AXES
 from dotexport.axes.plan import Plan, SizeOptions, read_model, resized
 from dotexport.errors import CalibrationError, SizeError, UsageError
@@ -35,10 +34,8 @@ from dotexport.exports.target import Target, parse_spec
 from dotexport.models.checkpoint import read_config
 from dotexport.models.documents import documents
 from dotexport.models.finding import find_model
-from dotexport.models.text_origins import one_source
-from dotexport.models.text_windows import token_windows, window_length
+from dotexport.models.text_windows import window_length
 from dotexport.narrowing.norm_statistics import Progress
-from dotexport.narrowing.prepare import pick_device
 from dotexport.outputs import card
 from dotexport.sizes.allocation import accepted
 from dotexport.sizes.budget import plan
@@ -50,8 +47,6 @@ from dotexport.storage import manifest
 from dotexport.storage.files import write_json
 from dotexport.storage.output import occupied
 from dotexport.storage.reading import read_json
-
-logger = logging.getLogger(__name__)
 
 
 def run(
@@ -117,6 +112,8 @@ def _check_later_steps(recipe: Recipe, model: Path) -> None:
     from dotexport.exports.verifying import require_device, require_runtime
 
     options, specs = recipe.shrink.options(), _specs(recipe)
+    if recipe.eval:
+        check_eval(recipe.eval, recipe.export)
     for target, _ in map(resolve, specs):
         require_runtime(target)
         require_device(target)
@@ -203,37 +200,6 @@ def _export(recipe: Recipe, out: Path, progress: Progress) -> None:
 
 def _proven(artifact: Mapping[str, Any]) -> bool:
     return bool((artifact.get("parity") or {}).get("passed"))
-
-
-def evaluate_into(
-    out: Path,
-    baseline: Path,
-    step: EvalStep,
-    *,
-    device: str = "auto",
-    progress: Progress = lambda stage, done, total: None,
-) -> dict[str, Any]:
-    """Evaluate OUT/hf beside the original and record it in OUT."""
-    from dotexport.exports.quality import evaluate
-    from dotexport.exports.two_vocabularies import evaluate_across
-    from dotexport.vocabulary.segmenting import have_one_vocabulary
-
-    record = manifest.read(out)  # refuses what is no output
-    calibration = (record.get("calibration") or {}).get("source")
-    doubt = calibration and one_source(calibration, step.text.source, out / OWN_TEXT)
-    if doubt:
-        logger.warning("%s", doubt)
-    asked: dict[str, Any] = {"device": str(pick_device(device)), "progress": progress}
-    if have_one_vocabulary(out / "hf", baseline):
-        quality = evaluate(out / "hf", baseline, token_windows(baseline, step.text), **asked)
-    else:
-        quality = evaluate_across(out / "hf", baseline, step.text, **asked)
-    seqlen = window_length(baseline, step.text)
-    record = {**quality.as_dict(), "text": step.text.source, "seqlen": seqlen}
-    record |= {"one_source": doubt} if doubt else {}
-    manifest.update(out, quality=record)
-    card.write(out)
-    return record
 
 
 def write_report(out: Path) -> Path:

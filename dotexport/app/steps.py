@@ -10,11 +10,13 @@ from typing import Any
 from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.axes.plan import SizeOptions
 from dotexport.errors import UsageError
+from dotexport.generation.generation_options import GenerationOptions
 from dotexport.healing.heal_options import parse_heal
 from dotexport.models.text_options import MIXED, SOURCES, TextOptions
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.options import build, flags_of, group, option, values_of
 from dotexport.sizes.plan_file import read_plan
+from dotexport.tasks.task_options import TaskOptions
 from dotexport.vocabulary.vocabulary_options import VocabularyOptions
 
 OF_LATENCY = ("latency_table", "force_latency_table")
@@ -85,6 +87,17 @@ class EvalStep:
     """Flags of `dotexport eval`."""
 
     text: TextOptions = group(source={"help": f"Held-out text. {SOURCES}"}, samples={"default": 64})
+    generation: GenerationOptions = group(GenerationOptions)
+    tasks: TaskOptions = group(TaskOptions)
+    target: str | None = option(
+        None,
+        help="Artifacts of OUT whose continuations and tasks are judged besides hf/: NAME or "
+        "NAME:PRECISION, with commas between several.",
+    )
+
+    @property
+    def artifacts(self) -> tuple[str, ...]:
+        return tuple(self.target.split(",")) if self.target else ()
 
 
 @dataclass(frozen=True, kw_only=True)

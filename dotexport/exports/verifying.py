@@ -36,15 +36,13 @@ def verify(out: Path, targets: Sequence[str] | None = None) -> list[Parity]:
         CheckpointError: `out` is not an output of dotexport.
         UsageError: `targets` names something that is not there.
     """
-    listed = _listed(out)
-    picked = _pick(listed, targets)
-    known = {name: named(out, name, entry) for name, entry in picked.items()}
-    needs_rounding = any(entry["precision"].startswith("int") for entry in picked.values())
+    entries, known = _pick(_listed(out), targets), picked(out, targets)
+    needs_rounding = any(precision.startswith("int") for _, precision in known.values())
     checkpoint = Checkpoint.open(out / STOCK)
     precisions = {precision for _, precision in known.values()}
     reference = compute_reference(checkpoint, rounded=needs_rounding, precisions=precisions)
     parities = []
-    for name, entry in picked.items():
+    for name, entry in entries.items():
         target, precision = known[name]
         asked = (target, precision, out / name, reference)
         if absent := lacking(target):
@@ -257,6 +255,17 @@ def named(out: Path, name: str, entry: Mapping[str, Any]) -> tuple[Target, str]:
             f"{expected}: it was edited, export again"
         )
     return target, precision
+
+
+def picked(out: Path, targets: Sequence[str] | None) -> dict[str, tuple[Target, str]]:
+    """Artifacts of an output by NAME or NAME:PRECISION, None being all: name -> target, precision.
+
+    Raises:
+        CheckpointError: `out` is not an output of dotexport, or says of one what cannot be.
+        UsageError: `targets` names something that is not there.
+    """
+    entries = _pick(_listed(out), targets)
+    return {name: named(out, name, entry) for name, entry in entries.items()}
 
 
 def artifact_name(target: Target, precision: str) -> str:

@@ -74,6 +74,48 @@ def _quality(quality: Mapping[str, Any]) -> Iterator[Row]:
     kept = ", on the tokens that stayed" if across else ""
     yield Row(f"KL to the original, nats/token{kept}", "0", f"{quality['kl']:.4f}", "")
     yield Row("top-1 agreement", "100 %", f"{100 * quality['top1_agreement']:.1f} %", "")
+    if generation := quality.get("generation"):
+        yield from _generation(generation)
+    for row in quality.get("tasks") or ():
+        yield from _task(row)
+
+
+def _task(row: Mapping[str, Any]) -> Iterator[Row]:
+    """A metric of a task, with standard errors; the gap's is over the same questions."""
+    before = row["models"]["original"]
+    for model, found in row["models"].items():
+        if model == "original":
+            continue
+        where = "" if model == "hf" else f", {model}"
+        label = f"{row['task']} {row['metric']}, {row['questions']:,} questions{where}"
+        gap = _with_error(found["gap"], found["gap_error"], "+.3f")
+        yield Row(
+            label,
+            _with_error(before["value"], before["error"]),
+            _with_error(found["value"], found["error"]),
+            gap,
+        )
+
+
+def _with_error(value: float, error: float | None, form: str = ".3f") -> str:
+    return format(value, form) + ("" if error is None else f" ± {error:.3f}")
+
+
+def _generation(generation: Mapping[str, Any]) -> Iterator[Row]:
+    """What the models go on with; artifacts besides hf/ by their names."""
+    rows = generation["rows"]
+    originals = {row["kind"]: row for row in rows if row["model"] == "original"}
+    for row in (row for row in rows if row["model"] != "original"):
+        before = originals[row["kind"]]
+        where = f"{row['kind']}{'' if row['model'] == 'hf' else ', ' + row['model']}"
+        for name, label in (("repetition", "4-grams repeated"), ("stopped", "come to an end")):
+            one, two = (f"{100 * side[name]:.0f} %" for side in (before, row))
+            yield Row(f"continuations ({where}): {label}", one, two, "")
+        shares = [f"{100 * share:.0f}" for share in row["agreement"].values()]
+        lengths = ", ".join(map(str, row["agreement"]))
+        words = (sentence.partition(":")[0] for sentence in row["words"])
+        label = f"continuations ({where}): the same for {lengths} tokens"
+        yield Row(label, "100 %", f"{', '.join(shares)} %", "; ".join(words))
 
 
 def _held_out(cost: Mapping[str, Any]) -> Iterator[Row]:

@@ -172,6 +172,54 @@ class Calibration(Section):
     seqlen: NonNegativeInt
 
 
+class Continuations(Section):
+    """Of one model behind one kind of prompt."""
+
+    model: str
+    kind: str
+    repetition: Number
+    stopped: Number
+    agreement: dict[str, Number]
+    words: list[str]
+
+
+class Generation(Section):
+    """What models go on with; for each kind the original's is among the rows."""
+
+    rows: list[Continuations]
+
+    @model_validator(mode="after")
+    def has_originals(self) -> Generation:
+        known = {row.kind for row in self.rows if row.model == "original"}
+        if strange := {row.kind for row in self.rows} - known:
+            raise ValueError(f"rows must have an original's of kind {min(strange)}")
+        return self
+
+
+class Answers(Section):
+    """Of one model to one task; the gap is to the original's value."""
+
+    value: Number
+    error: Number | None = None
+    gap: Number = 0
+    gap_error: Number | None = None
+
+
+class TaskRow(Section):
+    """One metric of a task."""
+
+    task: str
+    metric: str
+    questions: NonNegativeInt
+    models: dict[str, Answers]
+
+    @model_validator(mode="after")
+    def has_original(self) -> TaskRow:
+        if "original" not in self.models:
+            raise ValueError(f"models of {self.task} must have the original")
+        return self
+
+
 class Quality(Section):
     """Of an evaluation; the baseline's only where one stood beside it."""
 
@@ -182,6 +230,9 @@ class Quality(Section):
     num_tokens: NonNegativeInt
     text: str
     log_ratio_error: Number | None = None
+    generation: Generation | None = None
+    one_source: str | None = None
+    tasks: list[TaskRow] = []
 
 
 class HeldOut(Section):

@@ -103,8 +103,12 @@ def evaluate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Perplexity, KL and top-1 agreement on held-out text, the original beside it."""
-    from dotexport.app.pipeline import evaluate_into, source_folder
+    """What the model predicts on held-out text, and what it says by itself, beside the original.
+
+    Example: dotexport eval OUT --baseline MODEL --text held-out.txt
+    """
+    from dotexport.app.evaluations import evaluate_into
+    from dotexport.app.pipeline import source_folder
 
     with progress() as report:
         record = evaluate_into(out, source_folder(baseline), step, device=device, progress=report)
