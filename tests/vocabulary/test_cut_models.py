@@ -31,11 +31,11 @@ from dotexport.exports.exporting import export
 from dotexport.exports.quality import evaluate
 from dotexport.exports.verifying import verify
 from dotexport.healing.heal_options import parse_heal
-from dotexport.storage.workspace import Workspace
 from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.streams import held_out_windows
 from dotexport.storage import manifest
+from dotexport.storage.workspace import Workspace
 from dotexport.vocabulary.segmenting import Reading
 from dotexport.vocabulary.vocabulary_options import VocabularyOptions
 
