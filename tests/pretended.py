@@ -209,7 +209,10 @@ def pretended(patch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     }
     for name, answer in answers.items():
         patch.setattr(torch.cuda, name, answer)
-    patch.setattr(torch, "inference_mode", torch.no_grad)  # its tensors take no wrapper
+    # Tensors of inference mode take no wrapper; functions were decorated with it long ago.
+    no_grad = torch.no_grad()
+    patch.setattr(torch.inference_mode, "__enter__", lambda _: no_grad.__enter__())
+    patch.setattr(torch.inference_mode, "__exit__", lambda _, *error: no_grad.__exit__(*error))
     patch.setattr(torch.nn.functional, "scaled_dot_product_attention", _attention)
     gpu = Gpu()
     _entered.append(gpu)
