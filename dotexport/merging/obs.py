@@ -126,7 +126,7 @@ def _greedy(states: Sequence[_State], count: int, block: int) -> tuple[Tensor, T
         score_A = torch.stack([state.scores(alive) for state in states]).sum(0).clamp_min(0)
         step = min(block, count - done)
         if step == 1:
-            leaving, cost = alive[score_A.argmin()][None], score_A.min()[None]
+            leaving, cost = alive[score_A.argmin()[None]], score_A.min()[None]
         else:
             pool = alive[torch.argsort(score_A, stable=True)[: 4 * step]]
             chosen, cost = _greedy([state.only(pool) for state in states], step, 1)
