@@ -12,7 +12,7 @@ from dotexport.axes.plan import SizeOptions
 from dotexport.errors import UsageError
 from dotexport.generation.generation_options import GenerationOptions
 from dotexport.healing.heal_options import parse_heal
-from dotexport.models.text_options import MIXED, SOURCES, TextOptions
+from dotexport.models.text_options import MIXED, SELF, SOURCES, TextOptions
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.options import build, flags_of, group, option, values_of
 from dotexport.sizes.plan_file import read_plan
@@ -34,7 +34,7 @@ class ShrinkStep:
         "alone first (plan says how long that takes); rule reads config.json only.",
     )
     text: TextOptions = group(
-        source={"key": "calib", "help": f"Calibration text. {SOURCES} {MIXED}"}
+        source={"key": "calib", "default": SELF, "help": f"Calibration text. {SOURCES} {MIXED}"}
     )
     narrow: NarrowOptions = group(NarrowOptions)
     heal: str = option(

@@ -272,7 +272,7 @@ def test_a_model_without_text_is_calibrated_on_its_own(
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     asked = ("--samples", 3, "--seqlen", 32, "--heal", "none", "--intermediate", 96)
-    sampled = dotexport("shrink", MODEL_DIR, "-o", one, "--calib", "self", *asked)
+    sampled = dotexport("shrink", MODEL_DIR, "-o", one, *asked)
     assert sampled.code == 0, sampled.err
     assert "sampling text from the original" in sampled.err
     file = one / "reports/self.jsonl"
