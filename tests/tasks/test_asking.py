@@ -33,9 +33,16 @@ CHOICES = [
     {"query": f"import {name}", "choices": ["as a", "banana split now", "x"], "gold": n % 3}
     for n, name in enumerate(["os", "sys", "json", "re", "math", "csv", "ast"])
 ]
-PASSAGES = [
-    {"context": f"def f{n}(self, value):\n    return self.", "continuation": word}
-    for n, word in enumerate(["value", "name", "f", "self", "x", "items"])
+PASSAGES = [  # the embedded model knows some of them
+    {"context": context, "continuation": word}
+    for context, word in [
+        ("from __future__ import", "annotations"),
+        ("import numpy as", "np"),
+        ("if value is not", "None"),
+        ("    def f(self) ->", "None"),
+        ("for key, value in", "items"),
+        ("except ValueError as", "error"),
+    ]
 ]
 
 
