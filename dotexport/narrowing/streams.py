@@ -62,7 +62,9 @@ class Streams:
         shape = tuple(windows_NL.shape)
         return cls(
             windows_NL,
-            *_allocated([(*shape, width) for width in (width_before, width_after)], device, scratch),
+            *_allocated(
+                [(*shape, width) for width in (width_before, width_after)], device, scratch
+            ),
             held_out_windows(len(windows_NL), seed),
             device,
         )
