@@ -60,11 +60,12 @@ class Streams:
         scratch: Path | None = None,
     ) -> Streams:
         shape = tuple(windows_NL.shape)
+        widths = [(*shape, width) for width in (width_before, width_after)]
+        original_NLD, narrowed_NLK = _allocated(widths, device, scratch)
         return cls(
             windows_NL,
-            *_allocated(
-                [(*shape, width) for width in (width_before, width_after)], device, scratch
-            ),
+            original_NLD,
+            narrowed_NLK,
             held_out_windows(len(windows_NL), seed),
             device,
         )
