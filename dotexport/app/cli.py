@@ -5,9 +5,7 @@ The verbs stand in commands/; heavy imports wait until one of them needs them.
 
 from __future__ import annotations
 
-import logging
 import signal
-import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +20,7 @@ from dotexport.app.commands import artifacts, chains, comparing, machine, measur
 from dotexport.app.commands import deciding as sizes
 from dotexport.app.endings import ended
 from dotexport.app.flags import with_options
+from dotexport.app.hearing import listen
 from dotexport.app.terminal import stderr
 from dotexport.version import __version__
 
@@ -106,8 +105,7 @@ def common(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what is done.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
 ) -> None:
-    level = logging.INFO if verbose else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    listen(verbose=verbose)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -181,6 +181,12 @@ def test_stopped_behind_every_step_it_makes_none_twice_and_ends_with_the_same_by
             except StopError:
                 assert not out.exists()
     figures = {"cuts", "depth", "distillation"}  # of which every one is kept as it is found
+    report = right[1]
+    asked = report.get("allocation", {"curves": [], "checked": []})
+    points = len(asked["checked"]) + sum(len(curve["sizes"]) - 1 for curve in asked["curves"])
+    assert bool(points) <= watch.saved.count("cuts") <= points
+    gone = LAYERS - len(report["kept_layers"])
+    assert gone <= watch.saved.count("depth") <= LAYERS - 1
     steps = [step for step in watch.saved if step not in figures]
     assert len(steps) == len(set(steps))
     assert {"plan", "embedding", "layer-0000", "head"} <= set(steps)
