@@ -57,6 +57,19 @@ def test_a_score_is_the_loss_of_refitting_without_the_group(size: int) -> None:
     )
 
 
+def test_wide_groups_are_scored_by_several_threads_as_by_one() -> None:
+    """MKL fails on a batch of matrices as large as those of three heads of 64."""
+    asked = problem(tokens(3 * 192), weights(3 * 192), torch.arange(3 * 192).view(3, 192), 1e-2)
+    threads = torch.get_num_threads()
+    one_N = obs.scores([asked])
+    torch.set_num_threads(2)
+    try:
+        two_N = obs.scores([asked])
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(two_N, one_N, rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("block", [1, 2, 4])
 def test_losses_of_removals_add_up_to_the_loss_of_all_however_many_leave_at_once(
     block: int,
