@@ -102,7 +102,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(
     ends = {*range(0, 200, 7), *range(200, min(starts), 499), *starts, len(content) - 1}
     for end in ends:
         (tmp_path / "short.gguf").write_bytes(content[:end])
-        with pytest.raises(CheckpointError, match=r"undamaged copy|complete copy"):
+        with pytest.raises(CheckpointError, match=r"is no GGUF file|the file ends before what"):
             find_model(str(tmp_path / "short.gguf"))
     assert not list(own_cache.rglob("*.json"))
 

@@ -51,10 +51,9 @@ class _Bounded(gguf.GGUFReader):
     def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
         # A slice of the plain array costs half of a memmap's, and headers have hundred thousands.
         self.data = np.asarray(self.data)  # type: ignore[assignment]
-        found = super()._get(offset, dtype, count, override_order)
-        if len(found) < int(count):
+        if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
             raise EOFError("the file ends before what its header tells of")
-        return found
+        return super()._get(offset, dtype, count, override_order)
 
     def _get_field_parts(self, orig_offs: Any, raw_type: Any) -> Any:
         if raw_type == gguf.GGUFValueType.ARRAY:
