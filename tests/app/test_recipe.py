@@ -109,7 +109,7 @@ def test_a_value_of_the_wrong_kind_is_refused(key: str, value: object, kind: str
         (["a"], "r must be a mapping"),
         ({"model": "m"}, "r lacks the key 'shrink'"),
         (LEAST | {"shrnk": 1}, "r has the unknown key 'shrnk'; known: model, shrink, export"),
-        ({"model": "m", "shrink": {}}, "r: shrink lacks the key 'calib'"),
+        (LEAST | {"eval": {}}, "r: eval lacks the key 'text'"),
         ({"model": "m", "shrink": {"calib": "c", "hiden": 8}}, "unknown key 'hiden'"),
         ({"model": ["m"], "shrink": {"calib": "c"}}, "r: model must be str"),
         (LEAST | {"export": "hf"}, "r: export must be a list, not 'hf'"),

@@ -123,7 +123,7 @@ def test_the_recipe_a_shrink_prints_is_the_one_it_records(
         ),
         ({"export": ["gguf:int4-k"]}, 5, ["cannot be exported", "gguf:int4-k", "rows of 256"]),
         ({"unknown": 1}, 2, ["unknown key 'unknown'", "known: model, shrink"]),
-        ({"shrink": {"params": "0.7x"}}, 2, ["lacks the key 'calib'"]),
+        ({"shrink": {"calib": "a.txt,,b.txt"}}, 2, ["empty name"]),
     ],
 )
 def test_a_recipe_is_refused_before_anything_is_narrowed(
