@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import FuncFormatter
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -29,24 +30,32 @@ def verdict(found: Frontier) -> list[str]:
 
 def _on_bytes(found: Frontier) -> Iterator[str]:
     originals, others = _parted(found.points)
+    smallest = min(point.num_bytes for point in originals)
     best = [point for point in others if point in found.best]
-    kept = ", ".join(p.precision for p in originals if p in found.best)
-    if best:
-        smallest = min(p.num_bytes for p in originals)
-        for point in best:
-            where = (
-                ", smaller than anything of the original"
-                if point.num_bytes < smallest
-                else ", and nothing of the original is both as small and as close"
-            )
-            yield f"For bytes, narrowing pays: {_told(point)}{where}."
-        return
-    if not others:
-        return
-    point = min(others, key=lambda p: p.texts[0].kl)
-    better = min((p for p in originals if p.beats(point)), key=lambda p: p.num_bytes, default=None)
-    beside = f"; beside {_told(point)} stands {_told(better)}" if better else ""
-    yield f"For bytes alone, quantise the original ({kept}): nothing narrowed is ahead{beside}."
+    ahead = [point for point in best if point.num_bytes >= smallest]
+    for point in ahead:
+        yield (
+            f"For bytes, narrowing pays: {_told(point)}, and nothing of the original is both as "
+            "small and as close."
+        )
+    if others and not ahead:
+        kept = ", ".join(p.precision for p in originals if p in found.best)
+        yield (
+            f"For bytes alone, quantise the original ({kept}): at equal bytes nothing narrowed is "
+            f"ahead{_beside(originals, others)}."
+        )
+    for point in best:
+        if point.num_bytes < smallest:
+            yield f"Smaller than anything of the original: {_told(point)}."
+
+
+def _beside(originals: Sequence[Point], others: Sequence[Point]) -> str:
+    """The closest narrowed artifact that one of the original beats, and the smallest that does."""
+    for point in sorted(others, key=lambda p: p.texts[0].kl):
+        if better := [p for p in originals if p.beats(point)]:
+            smallest = min(better, key=lambda p: p.num_bytes)
+            return f"; beside {_told(point)} stands {_told(smallest)}"
+    return ""
 
 
 def _on_rate(found: Frontier, name: str) -> Iterator[str]:
@@ -95,12 +104,26 @@ def frontier_as_dict(found: Frontier) -> dict[str, Any]:
 
 
 def render_frontier(found: Frontier) -> Group:
-    """The table, the smallest first, and the verdict under it."""
-    table = Table(title=f"{found.target}: original and narrowed at equal bytes")
-    for column in _columns(found):
+    """The table, the smallest first (prefill and decode in tokens/s), and the verdict under it."""
+    names = " / ".join(Path(text.source).name for text in found.points[0].texts)
+    table = Table(title=f"{found.target} at equal bytes; KL and bits per byte on {names}")
+    timed = any(point.prefill_tok_s for point in found.points)
+    speed = (*RATES, "memory, MB") if timed else ()
+    for column in ("model", "precision", "MB", "KL", "bits/byte", *speed, "best"):
         table.add_column(column, justify="left" if column in ("model", "precision") else "right")
-    for row in _rows(found):
-        table.add_row(*("" if cell is None else str(cell) for cell in row))
+    for point in sorted(found.points, key=lambda p: p.num_bytes):
+        rates = [getattr(point, key) for key in RATES.values()]
+        memory = f"{(point.peak_rss_bytes or 0) / 1e6:,.0f}"
+        measured = [*(f"{median(rate):,.0f}" for rate in rates), memory] if timed else []
+        table.add_row(
+            point.model,
+            point.precision,
+            f"{point.num_bytes / 1e6:,.2f}",
+            " / ".join(f"{text.kl:.2g}" for text in point.texts),
+            " / ".join(f"{text.bits_per_byte:.3f}" for text in point.texts),
+            *measured,
+            "*" if point in found.best else "",
+        )
     lines = [*verdict(found), *found.notes, *(f"left out: {why}" for why in found.skipped)]
     return Group(table, *(Text(line) for line in lines))
 
@@ -167,6 +190,7 @@ def _draw(canvas: Canvas, found: Frontier) -> None:
             )
         log_scale(panel.xaxis)
         panel.set_yscale("log")
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         panel.margins(0.12)
 
 
