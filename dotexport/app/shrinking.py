@@ -174,7 +174,8 @@ def shrink(
                 progress,
             )
             decided = allocation.plan
-        decided = decided_once(decided, workspace)
+        if sizes.latency is not None:
+            decided = decided_once(decided, workspace)
         for sentence in (shortfall(config, sizes, decided), *frozen(config, sizes, decided, {})):
             if sentence:
                 logger.warning("%s", sentence)
