@@ -191,7 +191,8 @@ def shrink(
                 accept=accept,
             )
             decided = allocation.plan
-        decided = decided_once(decided, workspace)
+        if sizes.latency is not None:
+            decided = decided_once(decided, workspace)
         for sentence in (shortfall(config, sizes, decided), *frozen(config, sizes, decided, {})):
             if sentence:
                 logger.warning("%s", sentence)

@@ -109,11 +109,6 @@ def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def finished(folder: Path) -> list[str]:
-    """All but what the same command would go on with."""
-    return [name for name in names(folder) if not name.startswith(".out.unfinished-")]
-
-
 def configured(**changes: Any) -> Callable[[Path], object]:
     """Change config.json; None removes the key."""
 

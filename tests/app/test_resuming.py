@@ -17,7 +17,7 @@ import torch
 
 from dotexport import embedded
 from dotexport.app import resuming
-from dotexport.app.resuming import workspace_of
+from dotexport.app.resuming import decided_once, workspace_of
 from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.app.shrinking import shrink
 from dotexport.axes.plan import SizeOptions
@@ -31,6 +31,7 @@ from dotexport.models.text_options import TextOptions
 from dotexport.narrowing.narrow_options import LocalOptions, NarrowOptions
 from dotexport.narrowing.run import Narrowing
 from dotexport.narrowing.streams import Streams
+from dotexport.sizes.budget import plan
 from dotexport.storage.workspace import Workspace
 from dotexport.vocabulary.vocabulary_options import VocabularyOptions
 
@@ -189,7 +190,7 @@ def test_stopped_behind_every_step_it_makes_none_twice_and_ends_with_the_same_by
     assert gone <= watch.saved.count("depth") <= LAYERS - 1
     steps = [step for step in watch.saved if step not in figures]
     assert len(steps) == len(set(steps))
-    assert {"plan", "embedding", "layer-0000", "head"} <= set(steps)
+    assert {"embedding", "layer-0000", "head"} <= set(steps)
     assert content(out) == right
     assert list(tmp_path.iterdir()) == [out]
 
@@ -313,6 +314,14 @@ def test_steps_of_another_text_are_not_taken(
     assert "of other inputs: this step is made again" in caplog.text
     assert watch.layers == [0, 1, 2, 3]
     assert content(out) == content(shrink(model, tmp_path / "afresh", options).out)
+
+
+def test_sizes_that_were_timed_are_decided_once(model: Path, tmp_path: Path) -> None:
+    config = Checkpoint.open(model).config
+    first, other = (plan(config, SizeOptions(intermediate_size=n)) for n in (64, 96))
+    workspace = Workspace.of(tmp_path / "out", {})
+    assert decided_once(first, workspace) == first
+    assert decided_once(other, workspace) == first
 
 
 def test_no_resume_starts_afresh(

@@ -93,7 +93,7 @@ def test_text_that_is_not_there_is_refused(
         ([*NARROW, "--mlp", "x"], 2, ["mlp must be one of", "dot", "'x'"]),
         ([*NARROW, "--transport", "x"], 2, ["transport must be one of", "balanced", "'x'"]),
         ([*NARROW, "--epsilon", "nan"], 2, ["epsilon must lie between 0 and 10, not nan"]),
-        ([*NARROW, "--device", "tpu"], 2, ["--device tpu", "expected auto, cpu or cuda"]),
+        ([*NARROW, "--device", "tpu"], 2, ["--device tpu", "expected auto, cpu, cuda or cuda:1"]),
         ([*NARROW, "--device", "cuda:99"], 6, ["--device cuda:99", "use --device cpu"]),
         ([*NARROW, "--no-such-flag"], 2, ["--no-such-flag"]),
         (["--hidden", "wide"], 2, ["--hidden"]),
