@@ -59,7 +59,12 @@ def check_tensors(source: Checkpoint, family: Family, sizes: Sizes) -> None:
 
 
 def check_apart(model: Path, out: Path) -> None:
-    if model.resolve().is_relative_to(out.expanduser().resolve()):
+    """Refuse to replace a model by what comes out of it.
+
+    Raises:
+        UsageError: the folder or the file lies inside the output.
+    """
+    if model.exists() and model.resolve().is_relative_to(out.expanduser().resolve()):
         raise UsageError(
             f"the model {model} lies inside the output {out}, which would replace it; "
             "give another output folder"

@@ -24,6 +24,7 @@ from dotexport.app.benching import (
 )
 from dotexport.app.door import benches
 from dotexport.app.evaluations import check_eval, evaluate_into
+from dotexport.app.opening import check_apart
 from dotexport.app.recipe import Recipe
 from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.app.shrinking import shrink
@@ -65,6 +66,7 @@ def run(
         DotexportError: whatever a step raises; what earlier steps made stays, and the same command
             goes on from there.
     """
+    check_apart(Path(recipe.model), out)
     model = source_folder(recipe.model)
     _check_later_steps(recipe, model)
     with occupied(out):

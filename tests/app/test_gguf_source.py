@@ -44,6 +44,21 @@ def test_plan_reads_a_header_and_unpacks_no_weights(
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
+def test_a_file_is_not_replaced_by_what_comes_out_of_it(
+    dotexport: Command, file: Path, prose: Path, tmp_path: Path
+) -> None:
+    """Though it was unpacked elsewhere."""
+    out = tmp_path / "out"
+    asked = ("--intermediate", 384, "--calib", prose, *FAST, "--heal", "none")
+    assert dotexport("shrink", file, "-o", out, *asked).code == 0
+    inside = Path(shutil.copy(file, out / "small.gguf"))
+    outcome = dotexport("shrink", inside, "-o", out, *asked, "--overwrite")
+    refused(outcome, 2, "lies inside the output", "another output folder")
+    recipe = written(tmp_path / "r.yaml", f"model: {inside}\nshrink: {{intermediate: 384}}\n")
+    refused(dotexport("run", recipe, "-o", out, "--overwrite"), 2, "lies inside the output")
+    assert inside.read_bytes() == file.read_bytes()
+
+
 def test_a_file_is_narrowed_told_of_and_a_baseline(
     dotexport: Command, file: Path, prose: Path, tmp_path: Path
 ) -> None:
@@ -57,7 +72,8 @@ def test_a_file_is_narrowed_told_of_and_a_baseline(
     assert "small.Q8_0" in (out / "README.md").read_text()
     config = json.loads((out / "hf" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
-    outcome = dotexport("eval", out, "--baseline", file, "--text", prose, *FAST, "--json")
+    asked = ("--baseline", file, "--text", "embedded:evaluation", *FAST, "--json")
+    outcome = dotexport("eval", out, *asked)
     assert outcome.code == 0, outcome
     judged = json.loads(outcome.out)
     assert 0 < judged["kl"] < 5

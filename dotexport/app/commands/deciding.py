@@ -113,8 +113,10 @@ def shrink(
     if print_recipe:
         typer.echo(recipe, nl=False)
         return
+    from dotexport.app.opening import check_apart
     from dotexport.app.shrinking import shrink as narrow
 
+    check_apart(Path(model), out)
     with progress() as report:
         shrunk = narrow(
             source_folder(model),
