@@ -147,8 +147,8 @@ MUTATIONS = (
     ),
     mutation(
         "models/text_windows.py",
-        "kept[options.skip : options.skip + options.samples]",
-        "kept[: options.samples]",
+        "in order[options.skip :]])",
+        "in order[: options.samples]])",
         "Windows that should be skipped are read.",
         "models/test_text_windows.py",
     ),
@@ -234,14 +234,14 @@ MUTATIONS = (
     ),
     mutation(
         "merging/obs.py",
-        "        self.inverse_II = self.inverse_II - self.inverse_II[:, columns] @ solved_CI\n",
+        "        self.inverse_II.addmm_(self.inverse_II[:, columns], solved_CI, alpha=-1)\n",
         "",
         "OBS does not downdate the inverse when a group leaves.",
         "merging/test_obs.py",
     ),
     mutation(
         "merging/obs.py",
-        "        self.weight_OI = self.weight_OI - self.weight_OI[:, columns] @ solved_CI\n",
+        "        self.weight_OI.addmm_(self.weight_OI[:, columns], solved_CI, alpha=-1)\n",
         "",
         "OBS does not let the other columns make up for a group that leaves.",
         "merging/test_obs.py",

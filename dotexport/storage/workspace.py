@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dotexport.errors import UsageError
+from dotexport.errors import CheckpointError, UsageError
 from dotexport.storage.output import folder_bytes
 from dotexport.storage.reading import parse_json
 
@@ -111,7 +111,8 @@ class Workspace:
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """Whoever is stopped in this block is told what is kept, and where.
+        """Whoever is stopped in this block is told what is kept, and where; of a model that turns
+        out to be damaged, nothing is.
 
         Raises:
             KeyboardInterrupt: with these words.
@@ -120,6 +121,9 @@ class Workspace:
             yield
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(*self._words()) from stop
+        except CheckpointError:
+            self.remove()
+            raise
         except Exception:
             for words in self._words():
                 logger.warning("%s", words)
