@@ -106,7 +106,10 @@ def allocate(
     """
     plans = accepted(config, asked, accept)
     if not plans:
-        raise SizeError("no sizes within the budget are such that every target takes them")
+        raise SizeError(
+            "no sizes within the budget are such that every target takes them; ask for another "
+            "budget or fewer targets (dotexport plan MODEL --target NAME says what is in the way)"
+        )
     before = plans[0].before
     points = {axis.name: found for axis in AXES if (found := alone(axis, plans))}
     curves = {axis.name: Curve(axis.name, (axis.size(before),), (0.0,), (0,)) for axis in AXES}
