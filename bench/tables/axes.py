@@ -4,24 +4,34 @@ of all; beside them two published ways to drop layers."""
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
+from safetensors.torch import save_file
 
 from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.app.shrinking import shrink
 from dotexport.axes.plan import SizeOptions
+from dotexport.bench.measure import bench
 from dotexport.bench.tables.fidelity import Notes
 from dotexport.bench.tables.last_words import accuracy
 from dotexport.bench.tables.layer_rivals import RIVALS, without_layers
 from dotexport.bench.tables.result_files import RESULTS, Out, save
+from dotexport.bench.workload import Workload
 from dotexport.exports.quality import evaluate
+from dotexport.exports.target import resolve
 from dotexport.exports.two_vocabularies import evaluate_across
+from dotexport.healing.distil import heal
+from dotexport.healing.heal_options import HealOptions
+from dotexport.healing.healing_text import healing_text
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import token_windows
@@ -44,6 +54,16 @@ WAYS: dict[str, Mapping[str, Any]] = {
     **{name: {"rival": name} for name in RIVALS},
 }
 """Name -> what differs from the defaults."""
+
+HEALED = """ Healed: the same after {healed} steps of
+{batch} windows of forward KL alone, learning rate {rate}, the step with the least held-out KL."""
+BATCH, RATE = 4, 3e-4
+TIMED = """ Prefill
+and decode: how many times as fast as the original in {timed}, prompts of {prompt_length} tokens,
+{generation_length} generated, {rounds} rounds of fresh processes in turns."""
+TIMES = {"prompt_length": 128, "generation_length": 32, "rounds": 4}
+
+Row = Mapping[str, Any]
 
 app = typer.Typer()
 
@@ -99,6 +119,9 @@ def axes(
     passages: Annotated[int, typer.Option(help="How many of them.")] = 200,
     passes: Annotated[str, typer.Option(help="As shrink --passes.")] = "auto",
     local: Annotated[bool, typer.Option("--local", help="Heal locally, as shrink does.")] = False,
+    models: Annotated[Path | None, typer.Option(help="Keeps what was narrowed.")] = None,
+    healed: Annotated[int, typer.Option(help="Steps of distillation to judge behind, too.")] = 0,
+    timed: Annotated[str, typer.Option(help="TARGET:PRECISION to time each in, too.")] = "",
     out: Out = RESULTS,
 ) -> None:
     """Narrow one model to the same parameters by one axis after another."""
@@ -117,16 +140,22 @@ def axes(
         text=TextOptions(source=calib, samples=samples, seqlen=seqlen),
         narrow=NarrowOptions(local=LocalOptions() if local else None, passes=passes),
     )
+    later = {
+        **({"healed": partial(_healed, judge, asked.text, healed)} if healed else {}),
+        **({"timed": partial(_timed, model, timed)} if timed else {}),
+    }
     rows = [{"budget": "1x", "way": "the original", **_original(notes, judge)}]
-    for budget in params or ["0.79x"]:
-        for way in only or WAYS:
-            known = notes.read(budget)
-            if way not in known:
-                row = _measured(judge, asked, budget, WAYS[way], vocab)
-                notes.add({"budget": budget, "step": way, "row": row})
-                typer.echo(json.dumps({"budget": budget, "way": way, **row}), err=True)
-                known = notes.read(budget)
-            rows.append({"budget": budget, "way": way, **known[way]["row"]})
+    with tempfile.TemporaryDirectory() as scratch:
+        for budget in params or ["0.79x"]:
+            for way in only or WAYS:
+                kept = (models or Path(scratch)) / f"{budget} {way}"
+                narrow = partial(_measured, judge, asked, budget, WAYS[way], vocab, kept)
+                row = dict(_noted(notes, budget, way, narrow))
+                for word, measure in later.items():
+                    if not kept.is_dir():
+                        narrow()
+                    row |= _noted(notes, budget, f"{way}, {word}", partial(measure, kept))
+                rows.append({"budget": budget, "way": way, **row})
     protocol = PROTOCOL.format(
         model=model.name,
         samples=samples,
@@ -136,7 +165,10 @@ def axes(
         healing="local healing" if local else "closed form alone, no healing",
         passes=passes,
         passages=f"; LAMBADA on its first {passages} passages" if lambada else "",
+        later=_later_in_words(healed, timed),
     )
+    columns = dict.fromkeys(column for row in rows for column in row)
+    rows = [{column: row.get(column, "") for column in columns} for row in rows]
     save(out / "axes", "What each axis is worth", protocol, rows)
     notes.file.unlink()
 
@@ -146,16 +178,35 @@ PROTOCOL = """{model}, calibrated on {samples} windows of {seqlen} tokens; {heal
 token) on the first {windows} windows of {length} tokens of two texts: of the calibration's domain,
 and of another one{passages}. Where tokens left, perplexity is per token of the original, over all
 of the text. Seconds are of the whole shrink, the choice of layers and of sizes included. ShortGPT
-and ReplaceMe drop as many layers as depth alone, and see the same text."""
+and ReplaceMe drop as many layers as depth alone, and see the same text.{later}"""
 
 
-def _original(notes: Notes, judge: Judge) -> Mapping[str, Any]:
-    if not (known := notes.read("1x")):
-        row = {"sizes": "", "class": "", "parameters": "1x", **judge.of(judge.model), "seconds": ""}
-        notes.add({"budget": "1x", "step": "the original", "row": row})
-        known = notes.read("1x")
-    found: Mapping[str, Any] = known["the original"]["row"]
+def _later_in_words(healed: int, timed: str) -> str:
+    words = ""
+    if healed:
+        words += HEALED.format(healed=healed, batch=BATCH, rate=RATE)
+    if timed:
+        words += TIMED.format(timed=timed, **TIMES)
+    return words
+
+
+def _noted(notes: Notes, budget: str, step: str, measure: Callable[[], Row]) -> Row:
+    """What is noted of this step; where nothing is, it is measured first."""
+    if step not in (known := notes.read(budget)):
+        row = measure()
+        notes.add({"budget": budget, "step": step, "row": row})
+        typer.echo(json.dumps({"budget": budget, "step": step, **row}), err=True)
+        known = notes.read(budget)
+    found: Row = known[step]["row"]
     return found
+
+
+def _original(notes: Notes, judge: Judge) -> Row:
+    def itself() -> Row:
+        same = {"sizes": "", "class": "", "parameters": "1x"}
+        return same | judge.of(judge.model) | {"seconds": ""}
+
+    return _noted(notes, "1x", "the original", itself)
 
 
 def _options(
@@ -173,8 +224,9 @@ def _options(
 
 
 def _measured(
-    judge: Judge, asked: ShrinkOptions, budget: str, way: Mapping[str, Any], vocab: int
-) -> dict[str, Any]:
+    judge: Judge, asked: ShrinkOptions, budget: str, way: Mapping[str, Any], vocab: int, kept: Path
+) -> Row:
+    """Narrow, and judge; the model goes to `kept`."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "out"
         if "rival" in way:
@@ -189,7 +241,43 @@ def _measured(
                 "seconds": shrunk.seconds,
             }
         seconds = row.pop("seconds")
-        return row | judge.of(narrowed) | {"seconds": seconds}
+        shutil.copytree(narrowed, kept, dirs_exist_ok=True)
+    return row | judge.of(kept) | {"seconds": seconds}
+
+
+def _healed(judge: Judge, text: TextOptions, steps: int, narrowed: Path) -> Row:
+    """Behind a short distillation on the calibration text, predictions alone: the same for all."""
+    student, source = Checkpoint.open(narrowed), Checkpoint.open(judge.model)
+    if student.config["vocab_size"] != source.config["vocab_size"]:
+        return {}
+    options = HealOptions(steps=steps, batch=BATCH, rate=RATE, hidden_weight=0.0, every=steps)
+    windows_NL = token_windows(judge.model, text)
+    split = healing_text(windows_NL, judge.model, text, options, seed=0)
+    device = torch.device("cpu")
+    started = time.perf_counter()
+    found = heal(student, source, torch.eye(1), split, options, device=device)
+    seconds = time.perf_counter() - started
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "healed"
+        shutil.copytree(narrowed, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+        save_file(found.tensors, folder / "model.safetensors", {"format": "pt"})
+        row = judge.of(folder)
+    words = {f"{name}, healed": row[name] for name in row if not name.endswith("ratio")}
+    return words | {"healing seconds": seconds}
+
+
+def _timed(original: Path, spec: str, narrowed: Path) -> Row:
+    """How much faster than the original, taking turns with it."""
+    target, precision = resolve(spec)
+    found = bench(
+        narrowed,
+        original,
+        target.name,
+        precision=precision,
+        workload=Workload(**TIMES),
+        roofline=False,
+    ).comparisons
+    return {"prefill": 1 / found["ttft"].ratio, "decode": 1 / found["tpot"].ratio}
 
 
 def _rival(
