@@ -15,7 +15,7 @@ from typing import Any
 from dotexport.errors import UsageError
 
 from .intervals import STATISTICS, Estimate, alone, interleaved, unpaired
-from .sides import QUALITY, RATES, Report, Side, differences
+from .sides import OTHER, QUALITY, RATES, Report, Side, differences
 
 NORMAL = 1.96  # standard errors of a 95 % interval
 DRIFT = 0.05  # between the baselines of two reports, from which on it is worth a word
@@ -97,16 +97,20 @@ class Compared:
         if self.reference is not None:
             theirs = self.reference.quality.get(figure)
             return Estimate(_over(figure, ours[figure], theirs))
-        if figure != "perplexity":
-            original = {"kl": 0.0, "top1_agreement": 1.0}[figure]
+        name = figure.removeprefix(OTHER)
+        text = figure.removesuffix(name)
+        if name != "perplexity":
+            original = {"kl": 0.0, "top1_agreement": 1.0}[name]
             return Estimate(_over(figure, ours[figure], original))
-        ratio = _over(figure, ours[figure], ours.get("baseline_perplexity"))
-        error = ours.get("log_ratio_error")
+        ratio = _over(figure, ours[figure], ours.get(f"{text}baseline_perplexity"))
+        error = ours.get(f"{text}log_ratio_error")
         if error is None:
             return Estimate(ratio)
         # As many windows as the error was estimated from; see quality.Quality.
         factor = math.exp(NORMAL * error)
-        return Estimate(ratio, ratio / factor, ratio * factor, int(ours.get("num_windows", 0)))
+        return Estimate(
+            ratio, ratio / factor, ratio * factor, int(ours.get(f"{text}num_windows", 0))
+        )
 
 
 def _over(figure: str, ours: float, theirs: float | None) -> float:
@@ -205,6 +209,7 @@ def headline(compared: Compared) -> dict[str, Estimate]:
         "peak_rss_bytes",
         "artifact_bytes",
         "perplexity",
+        "other_perplexity",
     )
     found = {}
     for name in asked:

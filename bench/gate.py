@@ -29,7 +29,7 @@ from dotexport.storage.reading import brief, read_yaml
 from .comparison import Compared
 from .intervals import Estimate
 from .result import METRICS
-from .sides import QUALITY
+from .sides import OTHER, QUALITY
 
 RULES = ("doubt-passes", "point", "strict")
 MET, DOUBT, MISSED = "met", "in doubt", "missed"
@@ -227,6 +227,11 @@ def _judge(limit: Limit, compared: Compared) -> Line:
 
 
 def _unknown(limit: Limit, compared: Compared) -> str:
+    if limit.figure.startswith(OTHER) and compared.report.quality:
+        return (
+            f"the gate asks for {limit.name}, and the evaluation of {compared.report.file} has no "
+            "second text; run `dotexport eval` with --other"
+        )
     if limit.figure in QUALITY:
         return (
             f"the gate asks for {limit.name}, and {compared.report.file} knows no quality; give "

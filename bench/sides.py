@@ -28,7 +28,9 @@ from .statistics import Array
 from .sweep import SCHEMA as SWEEP
 from .sweep import swept
 
-QUALITY = ("perplexity", "kl", "top1_agreement")
+OTHER = "other_"  # before the name of a figure on the second text of an evaluation
+ON_TEXT = ("perplexity", "kl", "top1_agreement")
+QUALITY = (*ON_TEXT, *(OTHER + name for name in ON_TEXT))
 
 # Each rate is some number of tokens or requests over a time, which carries its uncertainty.
 RATES = {
@@ -266,6 +268,12 @@ def _of_pipelines(file: Path, stored: Mapping[str, Any]) -> Report:
 
 def quality_of(file: Path, given: Path | None) -> Mapping[str, Any]:
     """The evaluation that was given, or that of the output which holds a report; {} is none."""
+    found = _evaluation(file, given)
+    other = found.get("other") or {}
+    return {**found, **{OTHER + name: value for name, value in other.items()}}
+
+
+def _evaluation(file: Path, given: Path | None) -> Mapping[str, Any]:
     if given is None:
         home = file.resolve().parent.parent
         return manifest.read(home).get("quality") or {} if manifest.is_output(home) else {}
@@ -281,7 +289,7 @@ def quality_of(file: Path, given: Path | None) -> Mapping[str, Any]:
     expected = "expected the JSON of `dotexport eval`"
     if not isinstance(found, Mapping) or "perplexity" not in found:
         raise UsageError(f"{given} has no perplexity; {expected}")
-    figures = {name: found[name] for name in QUALITY if found.get(name) is not None}
+    figures = {name: found[name] for name in ON_TEXT if found.get(name) is not None}
     validated(dict[str, float], figures, str(given), error=UsageError, advice=expected)
     return found
 

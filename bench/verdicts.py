@@ -116,9 +116,9 @@ def _figures(compared: Compared) -> Table:
 
 def _values(compared: Compared, name: str) -> tuple[float, float]:
     ours = {**compared.report.candidate.figures, **compared.report.quality}
-    if name == "perplexity":
-        earlier = compared.reference
-        before = earlier.quality[name] if earlier else ours["baseline_perplexity"]
+    if name.endswith("perplexity"):
+        earlier, baseline = compared.reference, name.replace("perplexity", "baseline_perplexity")
+        before = earlier.quality[name] if earlier else ours[baseline]
         return ours[name], before
     return ours[name], compared.other.figures[name]
 

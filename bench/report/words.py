@@ -288,6 +288,11 @@ def _quality_sentence(found: Mapping[str, Any]) -> str:
         text += (
             f", and {100 * found['top1_agreement']:.0f} % of the most likely tokens are the same"
         )
+    if other := found.get("other"):
+        ratio = other["perplexity"] / other["baseline_perplexity"]
+        text += (
+            f"; on {summary.other_text(other)} {ratio:.3f}× and {other['kl']:.3f} nats per token"
+        )
     return text + "."
 
 

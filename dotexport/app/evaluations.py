@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,9 +20,10 @@ from dotexport.exports.target import Session, find_target
 from dotexport.exports.verifying import STOCK, picked, require_device, require_runtime
 from dotexport.generation import health
 from dotexport.generation.generation_options import GenerationOptions
+from dotexport.generation.own_text import write_own_text
 from dotexport.generation.starts import Starts
-from dotexport.models.checkpoint import read_config
-from dotexport.models.text_options import TextOptions
+from dotexport.models.checkpoint import Checkpoint, read_config
+from dotexport.models.text_options import SELF, TextOptions, parts_of
 from dotexport.models.text_origins import one_source
 from dotexport.models.text_windows import read_tokenizer, token_windows, window_length
 from dotexport.narrowing.norm_statistics import Progress
@@ -33,6 +35,9 @@ from dotexport.tasks.task_options import TaskOptions
 logger = logging.getLogger(__name__)
 
 STAGE = "continuing texts"
+NO_OTHER = "none"
+OTHER_SAMPLES, OTHER_LENGTH = 16, 256  # windows of the second text and their tokens, at most
+OTHER_SEED = 1 << 16  # so that it is none of the text that a model was calibrated on
 
 
 @dataclass(frozen=True)
@@ -78,13 +83,21 @@ def evaluate_into(
     if doubt:
         logger.warning("%s", doubt)
     asked: dict[str, Any] = {"device": str(where), "progress": progress}
-    if have_one_vocabulary(out / STOCK, baseline):
-        quality = evaluate(out / STOCK, baseline, token_windows(baseline, step.text), **asked)
-    else:
-        quality = evaluate_across(out / STOCK, baseline, step.text, **asked)
-    seqlen = window_length(baseline, step.text)
-    record = {**quality.as_dict(), "text": step.text.source, "seqlen": seqlen}
-    record |= {"one_source": doubt} if doubt else {}
+    same = have_one_vocabulary(out / STOCK, baseline)
+
+    def judged(text: TextOptions) -> dict[str, Any]:
+        if same:
+            quality = evaluate(out / STOCK, baseline, token_windows(baseline, text), **asked)
+        else:
+            quality = evaluate_across(out / STOCK, baseline, text, **asked)
+        told = {"text": text.source, "seqlen": window_length(baseline, text)}
+        return quality.as_dict() | told
+
+    record = judged(step.text) | ({"one_source": doubt} if doubt else {})
+    if step.other != NO_OTHER:
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / "self.jsonl"
+            record["other"] = judged(_other_text(step, baseline, file, where, progress))
     if step.generation.prompts:
         record["generation"] = generation_of(sides, step.text, step.generation, progress)
     if step.tasks.names:
@@ -92,6 +105,24 @@ def evaluate_into(
     manifest.update(out, quality=record)
     card.write(out)
     return record
+
+
+def _other_text(
+    step: EvalStep, baseline: Path, file: Path, device: torch.device, progress: Progress
+) -> TextOptions:
+    """The second text, with what the original samples of it in `file`."""
+    text = replace(
+        step.text,
+        source=step.other,
+        samples=min(step.text.samples, OTHER_SAMPLES),
+        seqlen=min(window_length(baseline, step.text), OTHER_LENGTH),
+        skip=0,
+    )
+    if SELF not in {part.source for part in parts_of(text.source)}:
+        return text
+    source = Checkpoint.open(baseline)
+    asked: dict[str, Any] = {"seed": OTHER_SEED, "device": device, "progress": progress}
+    return write_own_text(source, text, text.samples, file, **asked)[0]
 
 
 def check_eval(step: EvalStep, exported: Sequence[str]) -> None:

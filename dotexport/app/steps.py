@@ -87,6 +87,11 @@ class EvalStep:
     """Flags of `dotexport eval`."""
 
     text: TextOptions = group(source={"help": f"Held-out text. {SOURCES}"}, samples={"default": 64})
+    other: str = option(
+        SELF,
+        help="A second text, of another kind: self is text that the original samples itself; a "
+        "source as --text takes it; or none.",
+    )
     generation: GenerationOptions = group(GenerationOptions)
     tasks: TaskOptions = group(TaskOptions)
     target: str | None = option(

@@ -87,7 +87,7 @@ def aligned_windows(
     more tokens than the context is cut.
     """
     length = window_length(model, options)
-    whole = _stream(original, candidate, options.source, (options.skip + options.samples) * length)
+    whole = _stream(original, candidate, options, (options.skip + options.samples) * length)
     starts = range(options.skip * length, len(whole.one_N) - length + 1, length)
     context = int(read_config(model).get("max_position_embeddings") or length)
     for start in starts[: options.samples]:
@@ -101,18 +101,18 @@ def aligned_windows(
             yield Aligned(whole.one_N[i:k], whole.other_M[j:m], marks_B2 - marks_B2[0])
 
 
-def _stream(original: Reading, candidate: Reading, source: str, wanted: int) -> Aligned:
+def _stream(original: Reading, candidate: Reading, text: TextOptions, wanted: int) -> Aligned:
     """Documents one after another, up to `wanted` tokens of the original or a few more."""
     parts: list[Aligned] = []
     count = 0
-    for document in documents(source):
+    for document in documents(text.source, text.own):
         part = _start(document, wanted - count, original, candidate)
         parts.append(part)
         count += len(part.one_N)
         if count >= wanted:
             break
     if not parts:
-        raise CalibrationError(f"{source} holds no text; expected documents to read, in UTF-8")
+        raise CalibrationError(f"{text.source} holds no text; expected documents to read, in UTF-8")
     offsets = np.cumsum([[0, 0], *([len(p.one_N), len(p.other_M)] for p in parts)], axis=0)
     marks = [p.marks_B2[1:] + offset for p, offset in zip(parts, offsets, strict=False)]
     return Aligned(

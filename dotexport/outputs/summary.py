@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dotexport.axes import AXES
+from dotexport.models.text_options import SELF
 from dotexport.storage import manifest
 
 
@@ -74,10 +75,25 @@ def _quality(quality: Mapping[str, Any]) -> Iterator[Row]:
     kept = ", on the tokens that stayed" if across else ""
     yield Row(f"KL to the original, nats/token{kept}", "0", f"{quality['kl']:.4f}", "")
     yield Row("top-1 agreement", "100 %", f"{100 * quality['top1_agreement']:.1f} %", "")
+    if other := quality.get("other"):
+        yield from _other(other)
     if generation := quality.get("generation"):
         yield from _generation(generation)
     for row in quality.get("tasks") or ():
         yield from _task(row)
+
+
+def _other(found: Mapping[str, Any]) -> Iterator[Row]:
+    """A second text, which a model may know less well."""
+    what = other_text(found)
+    before, after = found["baseline_perplexity"], found["perplexity"]
+    yield Row(f"perplexity, {what}", f"{before:.3f}", f"{after:.3f}", _ratio(after, before))
+    yield Row(f"KL to the original, {what}", "0", f"{found['kl']:.4f}", "")
+
+
+def other_text(found: Mapping[str, Any]) -> str:
+    """What the second text of an evaluation is, in words."""
+    return "text of the original's own" if found["text"] == SELF else f"{Path(found['text']).name}"
 
 
 def _task(row: Mapping[str, Any]) -> Iterator[Row]:

@@ -220,8 +220,8 @@ class TaskRow(Section):
         return self
 
 
-class Quality(Section):
-    """Of an evaluation; the baseline's only where one stood beside it."""
+class OnText(Section):
+    """How well one text is predicted; the baseline's only where one stood beside it."""
 
     perplexity: Positive
     baseline_perplexity: Positive
@@ -230,6 +230,16 @@ class Quality(Section):
     num_tokens: NonNegativeInt
     text: str
     log_ratio_error: Number | None = None
+
+
+class Quality(OnText):
+    """Of an evaluation.
+
+    Attributes:
+        other: the same on a second text, of another kind.
+    """
+
+    other: OnText | None = None
     generation: Generation | None = None
     one_source: str | None = None
     tasks: list[TaskRow] = []

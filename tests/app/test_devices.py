@@ -78,17 +78,20 @@ def test_every_way_to_shrink_computes_there(
 def test_eval_and_run_compute_there(
     dotexport: Command, model: Path, text: Path, tmp_path: Path
 ) -> None:
-    """All but continuations, which transformers' cache makes in ways that nothing can pretend."""
+    """All but continuations and sampled text, whose caches nothing can pretend."""
     out, recipe = tmp_path / "out", tmp_path / "recipe.yaml"
     asked = ("shrink", model, "-o", out, "--calib", text, *SHAPES, "--intermediate", 64)
     printed = dotexport(*asked, "--heal", "none", "--print-recipe").out
     recipe.write_text(
-        printed.replace("eval: null", f"eval: {{text: {text}, seqlen: 32, prompts: 0}}")
+        printed.replace(
+            "eval: null", f"eval: {{text: {text}, seqlen: 32, other: none, prompts: 0}}"
+        )
     )
     ran = on_a_gpu(dotexport, "run", recipe, "-o", out, "--device", "cuda:1")
     assert "cuda:1" in ran.places
     assert ran.places <= {"cuda:1"}
     judge = ("eval", out, "--baseline", model, "--text", text, "--seqlen", 32, "--prompts", 0)
+    judge += ("--other", "none")
     gpu = on_a_gpu(dotexport, *judge, "--device", "cuda")
     assert gpu.places == {"cuda:0"}
     tokens = 8 * 500

@@ -297,6 +297,12 @@ def test_a_model_without_text_is_calibrated_on_its_own(
     written(elsewhere, "import os\n" * 300)
     clear = dotexport("eval", one, "--baseline", MODEL_DIR, "--text", elsewhere, *judged, "--json")
     assert "one_source" not in json.loads(clear.out)
+    # A text of another kind stands beside it; and it is not the one that was calibrated on.
+    other = json.loads(clear.out)["other"]
+    assert other["text"] == "self"
+    assert (other["num_windows"], other["seqlen"]) == (2, 32)
+    assert 0 < other["kl"] != json.loads(doubted.out)["kl"]
+    assert "text that the original sampled itself" in (one / "README.md").read_text()
     assert (
         dotexport("shrink", MODEL_DIR, "-o", one, "--calib", "self", *asked, "--overwrite").code
         == 0
