@@ -15,6 +15,7 @@ from dotexport.bench.sides import of_result
 from dotexport.bench.statistics import compare
 from dotexport.bench.verdicts import judge
 from dotexport.errors import UsageError
+from dotexport.storage import manifest
 
 Write = Callable[..., Path]
 
@@ -203,6 +204,20 @@ def test_quality_comes_from_the_output_of_the_report_or_from_what_is_given(
     ratio = inside.lines[0].found
     # 8 / 7.5 with a standard error of 0.01 in its logarithm.
     assert (ratio.low, ratio.value, ratio.high) == pytest.approx((1.0460, 1.0667, 1.0878), abs=1e-4)
+
+
+def test_a_second_text_has_limits_of_its_own(
+    fill: Callable[..., Path], output: Path, tmp_path: Path
+) -> None:
+    asked = gate(tmp_path, 'other_perplexity: ["<=1.10x", "<=70"]\nother_kl: "<=0.1"')
+    first = manifest.read(output)["quality"]
+    other = first | {"perplexity": 80.0, "baseline_perplexity": 40.0, "kl": 0.05, "text": "self"}
+    folder = fill(tmp_path / "small", quality=first | {"other": other})
+    found = judge([folder / "reports/bench-ort-cpu-fp32.json"], gate=asked)
+    assert [line.outcome for line in found.lines] == [MISSED, MISSED, MET]
+    assert found.lines[0].found.value == pytest.approx(2)
+    with pytest.raises(UsageError, match="has no second text; run `dotexport eval` with --other"):
+        judge([output / "reports/bench-ort-cpu-fp32.json"], gate=asked)
 
 
 def test_a_ratio_to_nothing_is_refused(output: Path, tmp_path: Path) -> None:
