@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from dotexport.errors import DotexportError, SizeError, UsageError
+from dotexport.exports.bits_per_byte import read_texts, spelled
 from dotexport.exports.quality import CHUNK_BYTES, predictions
 from dotexport.exports.reference import load_float32
 from dotexport.exports.target import Session, Target, resolve
@@ -42,7 +43,7 @@ from .runner import Progress, Runner, Setting
 from .subject import STOCK, Subject
 from .workload import Workload
 
-SCHEMA = "dotexport.frontier/1"
+SCHEMA = "dotexport.frontier/2"
 REPORT, POINTS, ARTIFACTS = "frontier.json", "points", "artifacts"
 ORIGINAL = "original"
 DIGITS = 12
@@ -53,14 +54,15 @@ class OnText:
     """What one artifact makes of one text.
 
     Attributes:
-        kl: mean over predictions of KL(original in float32 || artifact), in nats.
+        kl: mean over predictions of KL(original in float32 || artifact), in nats; None for a rival,
+            whose tokens may be others.
         perplexity: exp of the mean nats of a token.
         bits_per_byte: of the text that the predicted tokens spell.
     """
 
     source: str
     num_tokens: int
-    kl: float
+    kl: float | None
     perplexity: float
     bits_per_byte: float
 
@@ -70,7 +72,8 @@ class Point:
     """One model in one precision.
 
     Attributes:
-        model: "original", or the name of an output.
+        model: "original", or the name of an output or of a rival.
+        rival: a model of somebody else, which is held against by bits per byte.
         texts: that of --text, then that of --other.
         prefill_tok_s, decode_tok_s: of each round; empty: not timed.
         peak_rss_bytes: most that the process ever held; None: not timed.
@@ -84,6 +87,7 @@ class Point:
     prefill_tok_s: tuple[float, ...] = ()
     decode_tok_s: tuple[float, ...] = ()
     peak_rss_bytes: int | None = None
+    rival: bool = False
 
     @property
     def name(self) -> str:
@@ -91,12 +95,18 @@ class Point:
 
     def beats(self, other: Point) -> bool:
         """No more bytes and no further from the original on any text, and less in one of these."""
-        mine, theirs = self._judged, other._judged
-        return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
+        return _ahead(self, other, "kl")
 
-    @property
-    def _judged(self) -> tuple[float, ...]:
-        return (self.num_bytes, *(text.kl for text in self.texts))
+    def reads_better(self, other: Point) -> bool:
+        """No more bytes and no more bits per byte of any text, and less in one of these."""
+        return _ahead(self, other, "bits_per_byte")
+
+
+def _ahead(one: Point, other: Point, figure: str) -> bool:
+    mine, theirs = (
+        (p.num_bytes, *(getattr(text, figure) for text in p.texts)) for p in (one, other)
+    )
+    return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +121,9 @@ class Frontier:
 
     @property
     def best(self) -> tuple[Point, ...]:
-        """The Pareto set: what no other one beats."""
-        return tuple(p for p in self.points if not any(q.beats(p) for q in self.points))
+        """The Pareto set of original and narrowed: what no other one beats."""
+        points = [point for point in self.points if not point.rival]
+        return tuple(p for p in points if not any(q.beats(p) for q in points))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,12 +131,20 @@ class _Model:
     name: str
     checkpoint: Checkpoint
     sha256: Mapping[str, str]
+    rival: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Text:
+    """Windows of the original's tokens, and how they are spelled.
+
+    Attributes:
+        num_bytes: of all tokens but the first of each window.
+    """
+
     source: str
     windows_NL: torch.Tensor
+    spelled: tuple[str, ...]
     num_bytes: int
 
 
@@ -147,6 +166,7 @@ def frontier(
     specs: Sequence[str],
     texts: Sequence[TextOptions],
     *,
+    rivals: Sequence[Path] = (),
     out: Path | None = None,
     workload: Workload | None = None,
     runtime: Mapping[str, Any] | None = None,
@@ -157,6 +177,7 @@ def frontier(
     Args:
         original: a model folder, with which all are compared.
         narrowed: outputs of dotexport, or model folders; their vocabulary must be the original's.
+        rivals: model folders of any vocabulary, such as the original's smaller siblings.
         specs: NAME for all precisions of one target, or NAME:PRECISION for some of it.
         texts: one or two; the first is what is drawn.
         out: keeps artifacts and figures, and is gone on from; None: nothing is kept.
@@ -170,7 +191,7 @@ def frontier(
     target, precisions = _asked(specs)
     require_runtime(target)
     require_device(target)
-    models = _models(original, narrowed)
+    models = _models(original, narrowed, rivals)
     read = [_read(models[0], text) for text in texts]
     workload, notes = _timed(target, workload, runtime, texts)
     with _home(out) as home:
@@ -203,31 +224,36 @@ def _asked(specs: Sequence[str]) -> tuple[Target, list[str]]:
     return target, list(dict.fromkeys(named)) or list(target.precisions)
 
 
-def _models(original: Path, narrowed: Sequence[Path]) -> list[_Model]:
-    folders = [original, *(f / STOCK if (f / STOCK).is_dir() else f for f in narrowed)]
-    names = [ORIGINAL, *(folder.resolve().name for folder in narrowed)]
+def _models(original: Path, narrowed: Sequence[Path], rivals: Sequence[Path]) -> list[_Model]:
+    others = [*narrowed, *rivals]
+    folders = [original, *(f / STOCK if (f / STOCK).is_dir() else f for f in others)]
+    names = [ORIGINAL, *(folder.resolve().name for folder in others)]
     if len(set(names)) < len(names):
         raise UsageError(f"models need names of their own, not {', '.join(names)}; rename folders")
     found = []
-    for name, folder in zip(names, folders, strict=True):
-        checkpoint = Checkpoint.open(folder)
-        if not have_one_vocabulary(folder, original):
+    for number, (name, folder) in enumerate(zip(names, folders, strict=True)):
+        checkpoint, rival = Checkpoint.open(folder), number > len(narrowed)
+        if not rival and not have_one_vocabulary(folder, original):
             raise UsageError(
                 f"{folder} has another vocabulary than {original}, and a divergence is taken token "
-                "by token; `dotexport eval` compares the two on text"
+                "by token; give it with --rival, which is held against in bits per byte"
             )
-        source = describe_source(checkpoint)
-        found.append(_Model(name=name, checkpoint=checkpoint, sha256=source["sha256"]))
+        sha256 = describe_source(checkpoint)["sha256"]
+        found.append(_Model(name=name, checkpoint=checkpoint, sha256=sha256, rival=rival))
     return found
 
 
 def _read(original: _Model, options: TextOptions) -> _Text:
     folder = original.checkpoint.folder
     windows_NL = token_windows(folder, options)
-    tokenizer = read_tokenizer(folder)
-    spelled = (tokenizer.decode(window_L[1:]) for window_L in windows_NL.tolist())
-    num_bytes = sum(len(text.encode()) for text in spelled)
-    return _Text(source=options.source, windows_NL=windows_NL, num_bytes=max(num_bytes, 1))
+    decode = read_tokenizer(folder).decode
+    num_bytes = sum(len(decode(window_L[1:]).encode()) for window_L in windows_NL.tolist())
+    return _Text(
+        source=options.source,
+        windows_NL=windows_NL,
+        spelled=tuple(spelled(folder, windows_NL)),
+        num_bytes=max(num_bytes, 1),
+    )
 
 
 def _timed(
@@ -325,7 +351,13 @@ def _judge(
             precision=one.precision,
             num_bytes=folder_bytes(one.folder),
             num_parameters=one.model.checkpoint.num_parameters,
-            texts=tuple(_on_text(session, reference, text, one) for text in texts),
+            texts=tuple(
+                _rival_on_text(session, text, one)
+                if one.model.rival
+                else _on_text(session, reference, text, one)
+                for text in texts
+            ),
+            rival=one.model.rival,
         )
         write_json(one.store, asdict(one.point))
 
@@ -355,16 +387,29 @@ def _on_text(session: Session, reference: Any, text: _Text, one: _Made) -> OnTex
         sums_4 += sum(predictions(*piece).sum(0) for piece in pieces)
         num_tokens += len(next_P)
     ours, _, kl, _ = (sums_4 / num_tokens).tolist()
-    if not math.isfinite(ours + kl):
+    return _read_by(one, text, ours, num_tokens, text.num_bytes, kl)
+
+
+def _rival_on_text(session: Session, text: _Text, one: _Made) -> OnText:
+    """The same text in tokens of the rival's own."""
+    read = read_texts(session, one.model.checkpoint.folder, text.spelled)
+    return _read_by(one, text, read.nats / read.num_tokens, read.num_tokens, read.num_bytes)
+
+
+def _read_by(
+    one: _Made, text: _Text, nats: float, num_tokens: int, num_bytes: int, kl: float | None = None
+) -> OnText:
+    """Args: nats: of a token."""
+    if not math.isfinite(nats + (kl or 0.0)):
         raise DotexportError(
             f"{one.model.name} in {one.precision} predicts NaN; does it pass `dotexport verify`?"
         )
     return OnText(
         source=text.source,
         num_tokens=num_tokens,
-        kl=max(kl, 0.0),
-        perplexity=math.exp(min(ours, 700.0)),
-        bits_per_byte=ours * num_tokens / math.log(2) / text.num_bytes,
+        kl=None if kl is None else max(kl, 0.0),
+        perplexity=math.exp(min(nats, 700.0)),
+        bits_per_byte=nats * num_tokens / math.log(2) / max(num_bytes, 1),
     )
 
 

@@ -24,8 +24,9 @@ FLOOR = 1e-6  # nats: what is closer is drawn here, on a logarithmic axis
 
 
 def verdict(found: Frontier) -> list[str]:
-    """For bytes alone; then for each rate that was timed."""
-    return [*_on_bytes(found), *(s for name in RATES for s in _on_rate(found, name))]
+    """For bytes alone; beside rivals; then for each rate that was timed."""
+    rates = (s for name in RATES for s in _on_rate(found, name))
+    return [*_on_bytes(found), *_on_rivals(found), *rates]
 
 
 def _on_bytes(found: Frontier) -> Iterator[str]:
@@ -51,11 +52,48 @@ def _on_bytes(found: Frontier) -> Iterator[str]:
 
 def _beside(originals: Sequence[Point], others: Sequence[Point]) -> str:
     """The closest narrowed artifact that one of the original beats, and the smallest that does."""
-    for point in sorted(others, key=lambda p: p.texts[0].kl):
+    for point in sorted(others, key=_first_kl):
         if better := [p for p in originals if p.beats(point)]:
             smallest = min(better, key=lambda p: p.num_bytes)
             return f"; beside {_told(point)} stands {_told(smallest)}"
     return ""
+
+
+def _on_rivals(found: Frontier) -> Iterator[str]:
+    """Of each rival: whether it is as small and reads as well as what was narrowed, or not."""
+    ours = [point for point in found.points if not point.rival]
+    narrowed = [point for point in ours if point.model != ORIGINAL]
+    for name in dict.fromkeys(point.model for point in found.points if point.rival):
+        theirs = [point for point in found.points if point.model == name]
+        left = [p for p in narrowed if not any(q.reads_better(p) for q in theirs)]
+        stand = [p for p in theirs if not any(q.reads_better(p) for q in ours)]
+        if narrowed and not left:
+            best = min(narrowed, key=lambda p: p.texts[0].bits_per_byte)
+            better = min(
+                (p for p in theirs if p.reads_better(best)), key=lambda p: p.texts[0].bits_per_byte
+            )
+            yield (
+                f"Take {name}: each narrowed artifact is beaten by one of it that is no larger and "
+                f"reads every text better; beside {_in_bits(best)} stands {_in_bits(better)}."
+            )
+        elif not stand:
+            worst = max(theirs, key=lambda p: -p.texts[0].bits_per_byte)
+            better = min((p for p in ours if p.reads_better(worst)), key=lambda p: p.num_bytes)
+            yield (
+                f"{name} is behind: each artifact of it is beaten by one of ours that is no larger "
+                f"and reads every text better; beside {_in_bits(worst)} stands {_in_bits(better)}."
+            )
+        else:
+            theirs_kept, ours_kept = (", ".join(p.name for p in some) for some in (stand, left))
+            yield (
+                f"Beside {name} it depends on the size: nothing of ours is as small and reads as "
+                f"well as {theirs_kept}" + (f", nothing of it as {ours_kept}." if left else ".")
+            )
+
+
+def _in_bits(point: Point) -> str:
+    bits = " and ".join(f"{text.bits_per_byte:.3f}" for text in point.texts)
+    return f"{point.name} ({point.num_bytes / 1e6:,.2f} MB, {bits} bits per byte)"
 
 
 def _on_rate(found: Frontier, name: str) -> Iterator[str]:
@@ -70,7 +108,7 @@ def _on_rate(found: Frontier, name: str) -> Iterator[str]:
     ours, theirs = getattr(first, key), getattr(second, key)
     ratio = median(ours) / median(theirs)
     rates = f"{first.name} {median(ours):,.1f} tokens/s, {second.name} {median(theirs):,.1f}"
-    closeness = f"KL {first.texts[0].kl:.4f} and {second.texts[0].kl:.4f}"
+    closeness = f"KL {_first_kl(first):.4f} and {_first_kl(second):.4f}"
     if min(ours) > max(theirs):
         yield f"For {name}, narrow: {ratio:.2f}x in every round ({rates}; {closeness})."
     elif max(ours) < min(theirs):
@@ -82,8 +120,12 @@ def _on_rate(found: Frontier, name: str) -> Iterator[str]:
 def _parted(points: Sequence[Point]) -> tuple[list[Point], list[Point]]:
     return (
         [p for p in points if p.model == ORIGINAL],
-        [p for p in points if p.model != ORIGINAL],
+        [p for p in points if p.model != ORIGINAL and not p.rival],
     )
+
+
+def _first_kl(point: Point) -> float:
+    return point.texts[0].kl or 0.0
 
 
 def _told(point: Point) -> str:
@@ -119,7 +161,7 @@ def render_frontier(found: Frontier) -> Group:
             point.model,
             point.precision,
             f"{point.num_bytes / 1e6:,.2f}",
-            " / ".join(f"{text.kl:.2g}" for text in point.texts),
+            " / ".join("-" if text.kl is None else f"{text.kl:.2g}" for text in point.texts),
             " / ".join(f"{text.bits_per_byte:.3f}" for text in point.texts),
             *measured,
             "*" if point in found.best else "",
@@ -138,7 +180,7 @@ def _columns(found: Frontier) -> list[str]:
 def _rows(found: Frontier) -> Iterator[tuple[Any, ...]]:
     for point in sorted(found.points, key=lambda p: p.num_bytes):
         quality = [
-            significant(value)
+            None if value is None else significant(value)
             for text in point.texts
             for value in (text.kl, text.perplexity, text.bits_per_byte)
         ]
@@ -159,7 +201,7 @@ def plot(found: Frontier) -> Plot:
     return Plot(
         name="frontier",
         title="At equal bytes",
-        alt="Divergence against bytes: " + "; ".join(map(_told, found.points)),
+        alt="Divergence against bytes: " + "; ".join(map(_told, _drawn(found))),
         columns=tuple(_columns(found)),
         rows=tuple(_rows(found)),
         draw=lambda canvas: _draw(canvas, found),
@@ -167,13 +209,19 @@ def plot(found: Frontier) -> Plot:
     )
 
 
+def _drawn(found: Frontier) -> list[Point]:
+    """Rivals have no divergence."""
+    return [point for point in found.points if not point.rival]
+
+
 def _draw(canvas: Canvas, found: Frontier) -> None:
-    models = list(dict.fromkeys(point.model for point in found.points))
+    points = _drawn(found)
+    models = list(dict.fromkeys(point.model for point in points))
     colour_of = {ORIGINAL: BASELINE, **dict(zip(models[1:], colours(), strict=False))}
     text = Path(found.points[0].texts[0].source).name
     with axes(canvas, x="artifact, MB", y=f"KL, nats, {text}") as panel:
         for number, model in enumerate(models):
-            mine = [point for point in found.points if point.model == model]
+            mine = [point for point in points if point.model == model]
             panel.scatter(
                 *_places(mine),
                 marker=MARKERS[number % len(MARKERS)],
@@ -183,7 +231,7 @@ def _draw(canvas: Canvas, found: Frontier) -> None:
             )
         best = sorted(found.best, key=lambda p: p.num_bytes)
         panel.plot(*_places(best), color=MUTED, linestyle=":", linewidth=1.2, zorder=2)
-        for point in found.points:
+        for point in points:
             at = [numbers[0] for numbers in _places([point])]
             panel.annotate(
                 point.precision, at, xytext=(4, 4), textcoords="offset points", fontsize=7
@@ -195,7 +243,7 @@ def _draw(canvas: Canvas, found: Frontier) -> None:
 
 
 def _places(points: Sequence[Point]) -> tuple[list[float], list[float]]:
-    return [p.num_bytes / 1e6 for p in points], [max(p.texts[0].kl, FLOOR) for p in points]
+    return [p.num_bytes / 1e6 for p in points], [max(_first_kl(p), FLOOR) for p in points]
 
 
 def write_frontier(found: Frontier, out: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from typing import Any
 from dotexport.app.door import benches
 from dotexport.app.steps import BenchStep, FrontierStep, ServedStep
 from dotexport.errors import UsageError
+from dotexport.models.finding import find_model
 from dotexport.narrowing.norm_statistics import Progress
 from dotexport.outputs import card
 from dotexport.storage import manifest
@@ -130,6 +131,7 @@ def frontier_into(
         narrowed,
         step.target or ("ort-cpu",),
         step.texts(),
+        rivals=[find_model(name) for name in step.rival],
         out=out,
         workload=workload if step.timed else None,
         runtime={"llama_cpp": str(Path(step.llama_cpp).resolve())} if step.llama_cpp else {},

@@ -16,6 +16,7 @@ import torch
 from dotexport.app.shrinking import OWN_TEXT
 from dotexport.app.steps import EvalStep
 from dotexport.errors import UsageError
+from dotexport.exports.bits_per_byte import read_texts, spelled
 from dotexport.exports.target import Session, find_target
 from dotexport.exports.verifying import STOCK, picked, require_device, require_runtime
 from dotexport.generation import health
@@ -23,6 +24,7 @@ from dotexport.generation.generation_options import GenerationOptions
 from dotexport.generation.own_text import write_own_text
 from dotexport.generation.starts import Starts
 from dotexport.models.checkpoint import Checkpoint, read_config
+from dotexport.models.finding import find_model
 from dotexport.models.text_options import SELF, TextOptions, parts_of
 from dotexport.models.text_origins import one_source
 from dotexport.models.text_windows import read_tokenizer, token_windows, window_length
@@ -77,6 +79,7 @@ def evaluate_into(
     made = manifest.read(out)  # refuses what is no output
     where = pick_device(device)
     sides = sides_of(out, baseline, step.artifacts, where)
+    rivals = _rivals(step.rival, {side.name for side in sides}, where)
     check_eval(step, step.artifacts)
     calibration = (made.get("calibration") or {}).get("source")
     doubt = calibration and one_source(calibration, step.text.source, out / OWN_TEXT)
@@ -94,10 +97,16 @@ def evaluate_into(
         return quality.as_dict() | told
 
     record = judged(step.text) | ({"one_source": doubt} if doubt else {})
-    if step.other != NO_OTHER:
-        with tempfile.TemporaryDirectory() as scratch:
+    texts = [step.text]
+    with tempfile.TemporaryDirectory() as scratch:
+        if step.other != NO_OTHER:
             file = Path(scratch) / "self.jsonl"
-            record["other"] = judged(_other_text(step, baseline, file, where, progress))
+            texts.append(_other_text(step, baseline, file, where, progress))
+            record["other"] = judged(texts[1])
+        if rivals:
+            compared = [side for side in sides if side.name in (health.ORIGINAL, STOCK)] + rivals
+            record["bits_per_byte"] = bits_of(compared, texts, progress)
+    sides += rivals
     if step.generation.prompts:
         record["generation"] = generation_of(sides, step.text, step.generation, progress)
     if step.tasks.names:
@@ -162,6 +171,41 @@ def sides_of(out: Path, baseline: Path, specs: Sequence[str], device: torch.devi
             manifest.require_unchanged(out / name)
             found.append(Side(name, out / STOCK, partial(target.open, out / name)))
     return found
+
+
+def _rivals(named: Sequence[str], taken: set[str], device: torch.device) -> list[Side]:
+    """Models of somebody else, by the names of their folders."""
+    stock: Any = find_target(STOCK)
+    found = []
+    for name in named:
+        folder = find_model(name)
+        if folder.name in taken:
+            raise UsageError(f"two models are called {folder.name}; rename the folder of --rival")
+        taken.add(folder.name)
+        opened = partial(stock.open, folder, device=str(device))
+        found.append(Side(folder.name, folder, opened))
+    return found
+
+
+def bits_of(
+    sides: Sequence[Side], texts: Sequence[TextOptions], progress: Progress
+) -> list[dict[str, Any]]:
+    """Bits per byte of every text by every side, each in its own tokens; the first is the
+    original, whose windows are what is read."""
+    folder = sides[0].folder
+    read = {text.source: spelled(folder, token_windows(folder, text)) for text in texts}
+    rows: list[dict[str, Any]] = [{"text": source, "models": {}} for source in read]
+    for side in sides:
+        session = side.open()
+        for row in rows:
+            said = read[row["text"]]
+            told = partial(_told_reading, progress, side.name, len(said))
+            row["models"][side.name] = read_texts(session, side.folder, said, told).bits_per_byte
+    return rows
+
+
+def _told_reading(progress: Progress, name: str, total: int, done: int) -> None:
+    progress(f"reading in its own tokens: {name}", done, total)
 
 
 def generation_of(

@@ -94,6 +94,11 @@ class EvalStep:
     )
     generation: GenerationOptions = group(GenerationOptions)
     tasks: TaskOptions = group(TaskOptions)
+    rival: tuple[str, ...] = option(
+        (),
+        help="Another model that could be taken instead, such as a smaller sibling, repeated: a "
+        "folder, GGUF file or hub id. Compared in bits per byte, continuations and tasks.",
+    )
     target: str | None = option(
         None,
         help="Artifacts of OUT whose continuations and tasks are judged besides hf/: NAME or "
@@ -160,6 +165,11 @@ class FrontierStep:
     )
     text: TextOptions = group(source={"help": f"Held-out text. {SOURCES}"}, samples={"default": 16})
     other: str | None = option(None, help="A second text, of another kind; as --text.")
+    rival: tuple[str, ...] = option(
+        (),
+        help="Another model that could be taken instead, such as a smaller sibling, repeated: a "
+        "folder, GGUF file or hub id. Its vocabulary may differ.",
+    )
     timed: bool = option(True, help="Measure speed and memory, too.", words=("--times/--no-times",))
     llama_cpp: str | None = option(
         None, help="gguf: folder of llama.cpp to time the files in; without, nothing is timed."

@@ -77,6 +77,8 @@ def _quality(quality: Mapping[str, Any]) -> Iterator[Row]:
     yield Row("top-1 agreement", "100 %", f"{100 * quality['top1_agreement']:.1f} %", "")
     if other := quality.get("other"):
         yield from _other(other)
+    for read in quality.get("bits_per_byte") or ():
+        yield from _bits(read)
     if generation := quality.get("generation"):
         yield from _generation(generation)
     for row in quality.get("tasks") or ():
@@ -91,9 +93,24 @@ def _other(found: Mapping[str, Any]) -> Iterator[Row]:
     yield Row(f"KL to the original, {what}", "0", f"{found['kl']:.4f}", "")
 
 
+def _bits(read: Mapping[str, Any]) -> Iterator[Row]:
+    """What models of other vocabularies can be compared in."""
+    before = read["models"]["original"]
+    text = _text_in_words(read["text"])
+    for model, bits in read["models"].items():
+        if model != "original":
+            where = "" if model == "hf" else f", {model}"
+            label = f"bits per byte, {text}{where}"
+            yield Row(label, f"{before:.4f}", f"{bits:.4f}", _ratio(bits, before))
+
+
 def other_text(found: Mapping[str, Any]) -> str:
     """What the second text of an evaluation is, in words."""
-    return "text of the original's own" if found["text"] == SELF else f"{Path(found['text']).name}"
+    return _text_in_words(found["text"])
+
+
+def _text_in_words(source: str) -> str:
+    return "text of the original's own" if source == SELF else Path(source).name
 
 
 def _task(row: Mapping[str, Any]) -> Iterator[Row]:

@@ -220,6 +220,19 @@ class TaskRow(Section):
         return self
 
 
+class BitsPerByte(Section):
+    """How well models of any vocabulary read one text."""
+
+    text: str
+    models: dict[str, Positive]
+
+    @model_validator(mode="after")
+    def has_original(self) -> BitsPerByte:
+        if "original" not in self.models or "hf" not in self.models:
+            raise ValueError(f"models that read {self.text} must have the original and hf")
+        return self
+
+
 class OnText(Section):
     """How well one text is predicted; the baseline's only where one stood beside it."""
 
@@ -237,9 +250,11 @@ class Quality(OnText):
 
     Attributes:
         other: the same on a second text, of another kind.
+        bits_per_byte: where rivals were asked for: of every text, by original, hf and rivals.
     """
 
     other: OnText | None = None
+    bits_per_byte: list[BitsPerByte] = []
     generation: Generation | None = None
     one_source: str | None = None
     tasks: list[TaskRow] = []

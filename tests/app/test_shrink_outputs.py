@@ -295,13 +295,24 @@ def test_a_model_without_text_is_calibrated_on_its_own(
     elsewhere = tmp_path / "elsewhere" / "text.txt"
     elsewhere.parent.mkdir()
     written(elsewhere, "import os\n" * 300)
-    clear = dotexport("eval", one, "--baseline", MODEL_DIR, "--text", elsewhere, *judged, "--json")
+    rival = ("--rival", one / "hf")
+    refused = dotexport("eval", one, "--baseline", MODEL_DIR, "--text", elsewhere, *judged, *rival)
+    assert (refused.code, "two models are called hf" in refused.err) == (2, True)
+    rival = ("--rival", Path(shutil.copytree(MODEL_DIR, tmp_path / "sibling")))
+    asked_of = ("--baseline", MODEL_DIR, "--text", elsewhere, *judged, "--json")
+    clear = dotexport("eval", one, *asked_of, *rival)
     assert "one_source" not in json.loads(clear.out)
     # A text of another kind stands beside it; and it is not the one that was calibrated on.
     other = json.loads(clear.out)["other"]
     assert other["text"] == "self"
     assert (other["num_windows"], other["seqlen"]) == (2, 32)
     assert 0 < other["kl"] != json.loads(doubted.out)["kl"]
+    # The original under another name is as good as itself, in every text and in what it says.
+    for read in json.loads(clear.out)["bits_per_byte"]:
+        assert read["models"]["sibling"] == pytest.approx(read["models"]["original"])
+        assert read["models"]["hf"] != pytest.approx(read["models"]["original"])
+    said = json.loads(clear.out)["generation"]["rows"]
+    assert [row["agreement"]["1"] for row in said if row["model"] == "sibling"] == [1.0]
     assert "text that the original sampled itself" in (one / "README.md").read_text()
     assert (
         dotexport("shrink", MODEL_DIR, "-o", one, "--calib", "self", *asked, "--overwrite").code

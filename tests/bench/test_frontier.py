@@ -19,7 +19,7 @@ from dotexport.bench import frontier as measuring
 from dotexport.bench.frontier import Frontier, OnText, Point
 from dotexport.bench.report.frontier_words import plot, verdict
 from dotexport.exports.quality import evaluate
-from dotexport.models.checkpoint import Checkpoint, CheckpointWriter
+from dotexport.models.checkpoint import Checkpoint, CheckpointWriter, read_config
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import token_windows
 
@@ -96,6 +96,38 @@ def test_a_rate_is_a_gain_only_in_every_round(ours: tuple[float, ...], words: st
     narrowed = timed(point("narrow", "int8", 6, 0.3), *ours)
     whole = [timed(one, 95.0, 105.0) for one in WHOLE]
     assert any(said.startswith(words) for said in verdict(found(*whole, narrowed)))
+
+
+def rival(precision: str, mb: float, bits: float) -> Point:
+    texts = tuple(
+        OnText(source=name, num_tokens=9, kl=None, perplexity=2.0, bits_per_byte=bits)
+        for name in ("a.txt", "b.txt")
+    )
+    one = point("sibling", precision, mb, 0.0)
+    return replace(one, texts=texts, rival=True)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "words"),
+    [
+        ([rival("int8", 5, 0.9)], "Take sibling: each narrowed artifact is beaten by one of it"),
+        ([rival("int8", 5, 1.1)], "sibling is behind: each artifact of it is beaten by one of"),
+        (
+            [rival("int8", 2, 1.1)],
+            "Beside sibling it depends on the size: nothing of ours is as small and reads as well "
+            "as sibling in int8, nothing of it as narrow in int4.",
+        ),
+    ],
+)
+def test_a_rival_is_judged_in_bits_at_equal_bytes(theirs: list[Point], words: str) -> None:
+    told = found(*WHOLE, point("narrow", "int4", 5, 0.3), *theirs)
+    if "Take" in words:
+        told = found(*WHOLE, point("narrow", "int4", 6, 0.3), *theirs)
+    assert any(said.startswith(words) for said in verdict(told)), verdict(told)
+    # It has no divergence: neither on the frontier nor in the plot.
+    assert not {p.model for p in told.best} & {"sibling"}
+    assert "sibling" not in plot(told).alt
+    assert ("sibling", "int8") in {row[:2] for row in plot(told).rows}
 
 
 def test_the_plot_shows_every_point_in_words_and_numbers() -> None:
@@ -183,6 +215,22 @@ def test_divergence_is_that_of_eval_and_bytes_are_those_on_disk(
     folders = [path for path in (out / "artifacts").iterdir() if path.is_dir()]
     sizes = {sum(f.stat().st_size for f in one.iterdir()) for one in folders}
     assert {whole["num_bytes"], other["num_bytes"]} == sizes
+
+
+def test_a_rival_reads_the_same_text_in_its_own_tokens(
+    models: tuple[Path, Path], texts: list[Path], tiny_llama: Callable[[str], Path], call: Any
+) -> None:
+    """The original as its own rival: boundaries of windows alone make a difference."""
+    stranger = tiny_llama("wide-heads")
+    flags = ["--target", "hf", "--no-times", "--rival", models[0], "--rival", stranger, "--json"]
+    code, said, told = call(*models[:1], *short(texts), *flags)
+    assert code == 0, told
+    whole, same, other = json.loads(said)["points"]
+    assert (same["rival"], same["texts"][0]["kl"]) == (True, None)
+    for mine, theirs, strange in zip(whole["texts"], same["texts"], other["texts"], strict=True):
+        assert theirs["bits_per_byte"] == pytest.approx(mine["bits_per_byte"], rel=0.05)
+        # Random weights are no better than a guess among its tokens.
+        assert strange["perplexity"] > 0.9 * read_config(stranger)["vocab_size"]
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(

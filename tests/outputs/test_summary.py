@@ -28,6 +28,9 @@ QUALITY: dict[str, Any] = {
     "num_tokens": 100,
     "text": "t.txt",
     "one_source": "the model was calibrated on it",
+    "bits_per_byte": [
+        {"text": "/texts/t.txt", "models": {"original": 1.0, "hf": 1.25, "sibling": 1.1}}
+    ],
     "other": {
         "perplexity": 90.0,
         "baseline_perplexity": 40.0,
@@ -61,6 +64,8 @@ QUALITY: dict[str, Any] = {
 def test_rows_have_what_models_say_and_answer_beside_the_original() -> None:
     found = {row.label: row[1:] for row in summary.rows({"quality": QUALITY})}
     assert found["perplexity, text of the original's own"] == ("40.000", "90.000", "2.250x")
+    assert found["bits per byte, t.txt"] == ("1.0000", "1.2500", "1.250x")
+    assert found["bits per byte, t.txt, sibling"] == ("1.0000", "1.1000", "1.100x")
     assert found["KL to the original, text of the original's own"] == ("0", "0.8000", "")
     assert found["continuations (plain): 4-grams repeated"] == ("10 %", "90 %", "")
     assert found["continuations (plain): the same for 1, 2 tokens"] == (
