@@ -21,11 +21,11 @@ from dotexport.exports.target import Session, find_target
 from dotexport.exports.verifying import STOCK, picked, require_device, require_runtime
 from dotexport.generation import health
 from dotexport.generation.generation_options import GenerationOptions
-from dotexport.generation.own_text import write_own_text
+from dotexport.generation.second_text import second_text
 from dotexport.generation.starts import Starts
 from dotexport.models.checkpoint import Checkpoint, read_config
 from dotexport.models.finding import find_model
-from dotexport.models.text_options import SELF, TextOptions, parts_of
+from dotexport.models.text_options import TextOptions
 from dotexport.models.text_origins import one_source
 from dotexport.models.text_windows import read_tokenizer, token_windows, window_length
 from dotexport.narrowing.norm_statistics import Progress
@@ -37,9 +37,7 @@ from dotexport.tasks.task_options import TaskOptions
 logger = logging.getLogger(__name__)
 
 STAGE = "continuing texts"
-NO_OTHER = "none"
 OTHER_SAMPLES, OTHER_LENGTH = 16, 256  # windows of the second text and their tokens, at most
-OTHER_SEED = 1 << 16  # so that it is none of the text that a model was calibrated on
 
 
 @dataclass(frozen=True)
@@ -99,10 +97,19 @@ def evaluate_into(
     record = judged(step.text) | ({"one_source": doubt} if doubt else {})
     texts = [step.text]
     with tempfile.TemporaryDirectory() as scratch:
-        if step.other != NO_OTHER:
-            file = Path(scratch) / "self.jsonl"
-            texts.append(_other_text(step, baseline, file, where, progress))
-            record["other"] = judged(texts[1])
+        other = second_text(
+            Checkpoint.open(baseline),
+            step.text,
+            step.other,
+            Path(scratch) / "self.jsonl",
+            samples=min(step.text.samples, OTHER_SAMPLES),
+            seqlen=OTHER_LENGTH,
+            device=where,
+            progress=progress,
+        )
+        if other is not None:
+            texts.append(other)
+            record["other"] = judged(other)
         if rivals:
             compared = [side for side in sides if side.name in (health.ORIGINAL, STOCK)] + rivals
             record["bits_per_byte"] = bits_of(compared, texts, progress)
@@ -114,24 +121,6 @@ def evaluate_into(
     manifest.update(out, quality=record)
     card.write(out)
     return record
-
-
-def _other_text(
-    step: EvalStep, baseline: Path, file: Path, device: torch.device, progress: Progress
-) -> TextOptions:
-    """The second text, with what the original samples of it in `file`."""
-    text = replace(
-        step.text,
-        source=step.other,
-        samples=min(step.text.samples, OTHER_SAMPLES),
-        seqlen=min(window_length(baseline, step.text), OTHER_LENGTH),
-        skip=0,
-    )
-    if SELF not in {part.source for part in parts_of(text.source)}:
-        return text
-    source = Checkpoint.open(baseline)
-    asked: dict[str, Any] = {"seed": OTHER_SEED, "device": device, "progress": progress}
-    return write_own_text(source, text, text.samples, file, **asked)[0]
 
 
 def check_eval(step: EvalStep, exported: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from dotexport.axes.plan import SizeOptions
 from dotexport.errors import UsageError
 from dotexport.healing.heal_options import HealOptions
-from dotexport.models.text_options import TextOptions
+from dotexport.models.text_options import SELF, TextOptions
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.vocabulary.vocabulary_options import VocabularyOptions
 
@@ -23,6 +23,8 @@ class ShrinkOptions:
         sizes: explicit sizes, or a budget.
         vocabulary: which tokens stay.
         text: calibration text.
+        other: a second text, of another kind, on which choices of sizes and layers are judged too
+            (generation/second_text.py).
         narrow: methods.
         allocate: how a budget is shared between the axes: `measured` cuts each axis alone and looks
             (sizes/allocation.py), `rule` reads config.json only.
@@ -33,6 +35,7 @@ class ShrinkOptions:
     sizes: SizeOptions = field(default_factory=SizeOptions)
     vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
     text: TextOptions
+    other: str = SELF
     narrow: NarrowOptions = field(default_factory=NarrowOptions)
     allocate: str = "measured"
     heal: HealOptions | None = None

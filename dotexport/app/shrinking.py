@@ -23,6 +23,7 @@ from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.axes.carrying import carry
 from dotexport.axes.plan import Plan, SizeOptions, read_model
 from dotexport.generation.own_text import write_own_text
+from dotexport.generation.second_text import second_text
 from dotexport.healing.heal import heal_into
 from dotexport.healing.healing_text import healing_text
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter
@@ -35,6 +36,7 @@ from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.basis import whole
 from dotexport.narrowing.closed_form import ClosedForm
 from dotexport.narrowing.depth import Depths
+from dotexport.narrowing.judging import Cost
 from dotexport.narrowing.norm_statistics import Progress
 from dotexport.narrowing.prepare import (
     dtype_of_passes,
@@ -43,6 +45,7 @@ from dotexport.narrowing.prepare import (
     rehearsals,
     tensor_specs,
 )
+from dotexport.narrowing.streams import held_out_windows
 from dotexport.outputs import card
 from dotexport.sizes.allocation import Allocation, allocate
 from dotexport.sizes.budget import plan, shortfall
@@ -55,6 +58,8 @@ from dotexport.vocabulary.trimming import Trimmed, check_rows, trim
 
 RECIPE = "recipe.yaml"
 OWN_TEXT = "reports/self.jsonl"
+SECOND_TEXT = "reports/second.jsonl"
+OTHER_TOKENS = 4096  # of the second text, at most
 
 logger = logging.getLogger(__name__)
 
@@ -64,17 +69,15 @@ class Shrunk:
     """What shrink made.
 
     Attributes:
-        divergence: held-out KL divergence of the closed form from the original, nats per token of
-            calibration text; on the tokens that stay, and 0 where nothing but tokens left.
-        perplexity_ratio: its perplexity on that text over the original's.
+        costs: of the closed form on held-out calibration text, on the tokens that stay, and nothing
+            where nothing but tokens left; then on text of another kind where there is.
         vocabulary: which tokens stay, and what the smaller tokenizer was held to.
     """
 
     out: Path
     plan: Plan
     basis: dict[str, Any]
-    divergence: float
-    perplexity_ratio: float
+    costs: tuple[Cost, ...]
     seconds: float
     num_windows: int
     sites: list[dict[str, Any]]
@@ -82,10 +85,20 @@ class Shrunk:
     healing: dict[str, Any] | None = None
     vocabulary: Mapping[str, Any] | None = None
 
+    @property
+    def divergence(self) -> float:
+        """Of the closed form on held-out calibration text, nats per token."""
+        return self.costs[0].kl
+
     def cost(self) -> dict[str, float]:
-        """Against the original on held-out windows of the calibration text, healing included."""
+        """Against the original on held-out windows of the calibration text, healing included; of
+        the closed form also on text of another kind."""
         if self.healing is None:
-            return {"kl": self.divergence, "perplexity_ratio": self.perplexity_ratio}
+            return {
+                f"{kind}{name}": value
+                for kind, cost in zip(("", "other_"), self.costs, strict=False)
+                for name, value in asdict(cost).items()
+            }
         after, before = self.healing["perplexity"][1], self.healing["original_perplexity"]
         return {"kl": self.healing["kl"][1], "perplexity_ratio": after / before}
 
@@ -97,7 +110,8 @@ class Shrunk:
             "architecture": self.plan.architectures,
             "basis": self.basis,
             "held_out_kl": self.divergence,
-            "held_out_perplexity_ratio": self.perplexity_ratio,
+            "held_out_perplexity_ratio": self.costs[0].perplexity_ratio,
+            "other_kl": self.costs[1].kl if self.costs[1:] else None,
             "seconds": round(self.seconds, 2),
             "calibration_windows": self.num_windows,
             "sites": self.sites,
@@ -171,6 +185,11 @@ def shrink(
         windows_NL = token_windows(source.folder, text)
         workspace.given({"windows": _sha256(windows_NL)})
         allocation = None
+        other_NL = None
+        if not decided.vocabulary_alone:
+            other_NL = _other_windows(
+                original, source, text, windows_NL, options, folder, where, workspace, progress
+            )
         depths = Depths(
             source,
             windows_NL,
@@ -179,9 +198,10 @@ def shrink(
             passes,
             progress,
             workspace=workspace,
+            other_NL=other_NL,
         )
         if options.allocate == "measured" and sizes.budgeted:
-            rehearse = rehearsals(source, windows_NL, options.narrow, where)
+            rehearse = rehearsals(source, windows_NL, options.narrow, where, other_NL)
             allocation = allocate(
                 config,
                 sizes,
@@ -199,7 +219,7 @@ def shrink(
         decided = depths.settled(decided)
         steps_of(decided, workspace)
         closed, healing = _narrowed(
-            source, decided, folder, windows_NL, text, options, where, workspace, progress
+            source, decided, folder, windows_NL, other_NL, text, options, where, workspace, progress
         )
         _copy_companions(source, folder / "hf")
         seconds = time.perf_counter() - started
@@ -207,8 +227,7 @@ def shrink(
             out,
             decided,
             closed.basis,
-            closed.divergence,
-            closed.perplexity_ratio,
+            closed.costs,
             seconds,
             len(windows_NL),
             closed.sites,
@@ -226,6 +245,38 @@ def shrink(
             write_json(folder / "reports" / "vocabulary.json", {"original_ids": source.kept.ids})
     workspace.remove()
     return shrunk
+
+
+def _other_windows(
+    original: Checkpoint,
+    source: Checkpoint,
+    text: TextOptions,
+    windows_NL: torch.Tensor,
+    options: ShrinkOptions,
+    folder: Path,
+    device: torch.device,
+    workspace: Workspace,
+    progress: Progress,
+) -> torch.Tensor | None:
+    """Windows of the second text: as many as are held out of the first, or fewer."""
+    count, length = windows_NL.shape
+    held = len(held_out_windows(count, options.narrow.seed)) or 1
+    found = second_text(
+        original,
+        text,
+        options.other,
+        folder / SECOND_TEXT,
+        samples=min(held, -(-OTHER_TOKENS // length)),
+        seqlen=length,
+        device=device,
+        workspace=workspace,
+        progress=progress,
+    )
+    if found is None:
+        return None
+    other_NL = token_windows(source.folder, found)
+    workspace.given({"second windows": _sha256(other_NL)})
+    return other_NL
 
 
 def _on_kept_tokens(
@@ -249,6 +300,7 @@ def _narrowed(
     decided: Plan,
     folder: Path,
     windows_NL: torch.Tensor,
+    other_NL: torch.Tensor | None,
     read: TextOptions,
     options: ShrinkOptions,
     device: torch.device,
@@ -265,7 +317,9 @@ def _narrowed(
     text = None
     if options.heal is not None:  # refuses what cannot be, before hours of narrowing
         text = healing_text(windows_NL, source.folder, read, options.heal, seed=options.narrow.seed)
-    closed = _closed_form(source, decided, folder, windows_NL, options, device, workspace, progress)
+    closed = _closed_form(
+        source, decided, folder, windows_NL, other_NL, options, device, workspace, progress
+    )
     if text is None or options.heal is None:
         return closed, None
     writer = partial(
@@ -293,7 +347,8 @@ def _copied(source: Trimmed, decided: Plan, folder: Path, options: ShrinkOptions
     check_rows(Checkpoint.open(hf), source)
     width = decided.before.spaces["residual"]
     basis, behind = whole(width).as_dict(), decided.answered_layers
-    return ClosedForm(torch.eye(width).double(), basis, 0.0, 1.0, [], "cpu", behind)
+    costs = (Cost(kl=0.0, perplexity_ratio=1.0),)
+    return ClosedForm(torch.eye(width).double(), basis, costs, [], "cpu", behind)
 
 
 def _closed_form(
@@ -301,6 +356,7 @@ def _closed_form(
     decided: Plan,
     folder: Path,
     windows_NL: torch.Tensor,
+    other_NL: torch.Tensor | None,
     options: ShrinkOptions,
     device: torch.device,
     workspace: Workspace,
@@ -317,14 +373,14 @@ def _closed_form(
         max_shard_bytes=options.max_shard_bytes,
         progress=progress,
         workspace=workspace,
+        other_NL=other_NL,
     )
     basis = run.run()
     run.writer.finish()
     E_DK = torch.from_numpy(basis.matrix_DK)
     where = str(run.streams.device)
     behind = decided.answered_layers
-    cost = run.divergence, run.perplexity_ratio
-    return ClosedForm(E_DK, basis.as_dict(), *cost, run.records, where, behind)
+    return ClosedForm(E_DK, basis.as_dict(), tuple(run.costs), run.records, where, behind)
 
 
 def _warn_if_thin(windows_NL: torch.Tensor, decided: Plan) -> None:

@@ -36,6 +36,11 @@ class ShrinkStep:
     text: TextOptions = group(
         source={"key": "calib", "default": SELF, "help": f"Calibration text. {SOURCES} {MIXED}"}
     )
+    other: str = option(
+        SELF,
+        help="A second text, of another kind, by which layers and measured sizes are chosen too: "
+        "self, a source as --calib takes it, or none.",
+    )
     narrow: NarrowOptions = group(NarrowOptions)
     heal: str = option(
         "local",
@@ -76,6 +81,7 @@ class ShrinkStep:
             sizes=self.sizes,
             vocabulary=self.vocabulary,
             text=self.text,
+            other=self.other,
             narrow=replace(self.narrow, local=local),
             allocate=self.allocate,
             heal=distil,

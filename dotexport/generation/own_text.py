@@ -151,11 +151,15 @@ def sample_text(
     *,
     tokens: int,
     seed: int = 0,
+    longest: int = LONGEST,
     device: torch.device | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> OwnText:
     """At least so many tokens of text. The whole model is in memory, in bfloat16 where the device
     multiplies it.
+
+    Args:
+        longest: tokens of a text, at most.
 
     Raises:
         CheckpointError: no tokenizer, or weights that are not whole.
@@ -168,7 +172,7 @@ def sample_text(
     wide = source.config["hidden_size"] >= WIDE
     dtype = torch.bfloat16 if wide and multiplies_bfloat16(device) else torch.float32
     model = load_model(source, dtype).to(device)
-    num_slots = row_length(model.config)
+    num_slots = min(row_length(model.config), longest)
     most = _affordable_rows(model, num_slots)
     texts: list[Sampled] = []
     rows = found = 0
@@ -210,12 +214,15 @@ def write_own_text(
     device: torch.device,
     workspace: Workspace | None = None,
     progress: Progress = lambda stage, done, total: None,
+    step: str = SELF,
+    longest: int = LONGEST,
 ) -> tuple[TextOptions, dict[str, Any]]:
     """Sample what `self` in a text stands for and write it to a file; nothing where it has none.
 
     Args:
         samples: windows that are read of the text at most, those that are skipped besides.
-        workspace: keeps what was sampled.
+        workspace: keeps what was sampled, by the name of `step`.
+        longest: tokens of a text, at most.
 
     Returns:
         The text with that file, and what a manifest says of it.
@@ -229,14 +236,15 @@ def write_own_text(
     windows = sum(number == names.index(SELF) for number, _ in order)
     tokens = max(windows, 1) * window_length(source.folder, text)
     workspace = workspace or Workspace()
-    if kept := workspace.load(SELF):
+    if kept := workspace.load(step):
         said = kept[0]["said"]
         write_text(file, kept[0]["lines"])
     else:
-        own = sample_text(source, tokens=tokens, seed=seed, device=device, progress=progress)
+        asked = {"tokens": tokens, "seed": seed, "longest": longest}
+        own = sample_text(source, **asked, device=device, progress=progress)
         own.write(file)
         said = own.as_dict()
-        workspace.save(SELF, {"said": said, "lines": file.read_text(encoding="utf-8")})
+        workspace.save(step, {"said": said, "lines": file.read_text(encoding="utf-8")})
     return replace(text, own=str(file)), said | {"sha256": sha256(file)}
 
 

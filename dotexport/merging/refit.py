@@ -35,14 +35,14 @@ class Moments:
         cross_OI: sum of t z^T.
         metric_OO: how errors in t are weighed, e^T metric e; None is the identity.
         targets: sum of t^T metric t.
-        count: number of tokens.
+        count: number of tokens, by what they count for.
     """
 
     inputs_II: Tensor
     cross_OI: Tensor
     metric_OO: Tensor | None = None
     targets: float = 0.0
-    count: int = 0
+    count: float = 0
 
     @classmethod
     def zeros(
@@ -75,6 +75,16 @@ class Moments:
             cross_OI=self.cross_OI + other.cross_OI,
             targets=self.targets + other.targets,
             count=self.count + other.count,
+        )
+
+    def times(self, share: float) -> Moments:
+        """The sums as if every token counted for so many."""
+        return replace(
+            self,
+            inputs_II=self.inputs_II * share,
+            cross_OI=self.cross_OI * share,
+            targets=self.targets * share,
+            count=self.count * share,
         )
 
     def of(self, kept: Tensor) -> Moments:
@@ -210,7 +220,8 @@ def fit(
     ridge: float | None = None,
     solve: Solver = ridge_solve,
 ) -> Fit:
-    """Choose the ridge on held-out tokens, then solve once more on all of them.
+    """Choose the ridge on held-out tokens. They take no part in the solve, so that what is measured
+    on them later holds for other text of their kind.
 
     The prior itself is a candidate: a refit that does not help held-out tokens is not made.
 
@@ -220,18 +231,18 @@ def fit(
     prior_OI = prior_OI.double()
     unchanged = Fit.unchanged(prior_OI, held_out)
     if ridge is not None:
-        error = held_out.loss(solve(train, prior_OI, ridge)) / (held_out.energy or 1.0)
-        weights_OI = solve(train + held_out, prior_OI, ridge)
-        return Fit(weights_OI, ridge, error, unchanged.error)
-    best, loss = _lowest(lambda strength: held_out.loss(solve(train, prior_OI, strength)))
-    error = loss / (held_out.energy or 1.0)
-    if not error < unchanged.error:
+        best = ridge
+    else:
+        best = _lowest(lambda strength: held_out.loss(solve(train, prior_OI, strength)))
+    weights_OI = solve(train, prior_OI, best)
+    error = held_out.loss(weights_OI) / (held_out.energy or 1.0)
+    if ridge is None and not error < unchanged.error:
         return unchanged
-    return Fit(solve(train + held_out, prior_OI, best), best, error, unchanged.error)
+    return Fit(weights_OI, best, error, unchanged.error)
 
 
-def _lowest(loss: Callable[[float], float]) -> tuple[float, float]:
-    """The strength of RIDGES with the least loss, and that loss.
+def _lowest(loss: Callable[[float], float]) -> float:
+    """The strength of RIDGES with the least loss.
 
     Too weak and too strong both lose, so the search walks downhill from the strength in the middle.
     """
@@ -241,7 +252,7 @@ def _lowest(loss: Callable[[float], float]) -> tuple[float, float]:
         best = place
         near = range(max(best - 1, 0), min(best + 2, len(RIDGES)))
         place = min(near, key=losses)
-    return RIDGES[best], losses(best)
+    return RIDGES[best]
 
 
 def compensate(

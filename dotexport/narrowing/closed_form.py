@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from dotexport.narrowing.judging import Cost
+
 
 @dataclass(frozen=True)
 class ClosedForm:
@@ -15,8 +17,7 @@ class ClosedForm:
     Attributes:
         E_DK: basis of the residual stream, float64.
         basis: what the manifest says about it.
-        divergence: held-out KL divergence from the original, nats per token.
-        perplexity_ratio: held-out perplexity over the original's.
+        costs: on held-out calibration text, then on text of another kind where there is.
         sites: reports of every solve.
         device: where it was computed.
         behind: the original's layer that each of the narrowed model's answers for.
@@ -24,8 +25,7 @@ class ClosedForm:
 
     E_DK: Tensor
     basis: dict[str, Any]
-    divergence: float
-    perplexity_ratio: float
+    costs: tuple[Cost, ...]
     sites: list[dict[str, Any]]
     device: str
     behind: list[int]

@@ -29,7 +29,7 @@ from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.layers import Layer, Stock
 from dotexport.narrowing.judging import Head, divergences
 from dotexport.narrowing.original import Original
-from dotexport.narrowing.streams import check_finite, held_out_windows, inverse_rms
+from dotexport.narrowing.streams import check_finite, held_out_windows, inverse_rms, recut
 from dotexport.storage.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ class Depths:
         left: layers of the original, the first to leave first.
         divergences: held-out KL once each of them has left too, nats per token.
         workspace: keeps the search after every layer.
+        other_NL: text of another kind, which judges as much.
     """
 
     source: Checkpoint
@@ -64,6 +65,7 @@ class Depths:
     left: list[int] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
     workspace: Workspace = field(default_factory=Workspace)
+    other_NL: Tensor | None = None
     _costs: dict[int, float] = field(default_factory=dict)
     _made: Stack | None = None
 
@@ -119,18 +121,21 @@ class Depths:
             source, whole = carry(self.source, plan)
             stock = Stock.of(source.config, self.device, self.passes)
             original = Original(source, whole.family, whole.before, stock, self.device)
-            self._made = Stack(original, *_parts(self.windows_NL, self.seed))
+            self._made = Stack(original, *_parts(self.windows_NL, self.seed, self.other_NL))
         return self._made
 
 
-def _parts(windows_NL: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Windows to fit on, and windows to judge by; a single one is both."""
+def _parts(windows_NL: Tensor, seed: int, other_NL: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Windows to fit on, and windows to judge by, as many of either kind; a single one is both."""
     held = held_out_windows(len(windows_NL), seed)
     short_NL = windows_NL[:, :LENGTH]
     length = short_NL.shape[1]
     fitted = [n for n in range(len(short_NL)) if n not in held][: -(-FITTED // length)]
     judged = sorted(held)[: -(-JUDGED // length)]
-    return short_NL[fitted], short_NL[judged or fitted]
+    judged_NL = short_NL[judged or fitted]
+    if other_NL is not None:
+        judged_NL = torch.cat([judged_NL, recut(other_NL, length)[: len(judged_NL)]])
+    return short_NL[fitted], judged_NL
 
 
 @dataclass(frozen=True)

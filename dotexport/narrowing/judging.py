@@ -33,6 +33,19 @@ class Head:
         return logits_TV if cap is None else cap * torch.tanh(logits_TV / cap)
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What narrowing cost on held-out windows of one kind of text.
+
+    Attributes:
+        kl: divergence from the original, nats per token.
+        perplexity_ratio: perplexity over the original's.
+    """
+
+    kl: float
+    perplexity_ratio: float
+
+
 Said = tuple[Head, Tensor]
 """A head, and the streams (T, D) in front of it."""
 

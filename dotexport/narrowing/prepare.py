@@ -27,7 +27,7 @@ from dotexport.narrowing.run import (
     Nowhere,
     Writer,
 )
-from dotexport.narrowing.streams import Streams
+from dotexport.narrowing.streams import Streams, recut
 from dotexport.storage.files import write_json
 from dotexport.storage.workspace import Workspace
 
@@ -45,8 +45,14 @@ def prepare(
     max_shard_bytes: int = 4 << 30,
     progress: Progress = lambda stage, done, total: None,
     workspace: Workspace | None = None,
+    other_NL: torch.Tensor | None = None,
 ) -> Narrowing:
-    """Everything a run needs, with config.json and empty weight files already in FOLDER/hf."""
+    """Everything a run needs, with config.json and empty weight files already in FOLDER/hf.
+
+    Args:
+        other_NL: windows of another kind of text, as long as the others, that judge ridges, merges
+            and healing as well.
+    """
     source, decided = carry(source, decided)
     family = decided.family
     check_basis(options.basis, family.architecture, rotates=family.rotates)
@@ -54,20 +60,30 @@ def prepare(
     writer = CheckpointWriter(
         folder / "hf", tensor_specs(source, decided), max_shard_bytes=max_shard_bytes
     )
-    streams = _streams(decided, windows_NL, options, device or torch.device("cpu"), folder)
+    where = device or torch.device("cpu")
+    streams = _streams(decided, windows_NL, options, where, folder, other_NL)
     run = _assemble(source, decided, streams, writer, options, progress)
     return replace(run, workspace=workspace or Workspace())
 
 
 def rehearsals(
-    source: Checkpoint, windows_NL: torch.Tensor, options: NarrowOptions, device: torch.device
+    source: Checkpoint,
+    windows_NL: torch.Tensor,
+    options: NarrowOptions,
+    device: torch.device,
+    other_NL: torch.Tensor | None = None,
 ) -> Callable[[Plan], float]:
     """A function from a plan to its held-out divergence, from a closed form that writes nothing.
 
     It sees a part of the text, and takes the cheap way where there is one: PCA for a basis that
     would be learned or searched, no transport, no healing.
+
+    Args:
+        other_NL: windows of another kind of text; the divergence is then the mean of both.
     """
     windows_NL = windows_NL[:, :REHEARSED_LENGTH]
+    if other_NL is not None:
+        other_NL = recut(other_NL, windows_NL.shape[1])
     fitted_on = -(-rehearsed_tokens(source.config["hidden_size"]) // windows_NL.shape[1])
     cheap = replace(options, mlp="obs", heads="obs", local=None)
 
@@ -75,7 +91,8 @@ def rehearsals(
         carried, decided = carry(source, planned)
         rough = "pca" if decided.family.rotates else "select"
         basis = options.basis if options.basis in ("dot", "select") else rough
-        streams = _streams(decided, windows_NL, options, device, None).some(fitted_on)
+        streams = _streams(decided, windows_NL, options, device, None, other_NL)
+        streams = streams.some(fitted_on)
         writer = Nowhere(tensor_specs(carried, decided))
         quiet: Progress = lambda stage, done, total: None  # noqa: E731
         run = _assemble(carried, decided, streams, writer, replace(cheap, basis=basis), quiet)
@@ -96,6 +113,7 @@ def _streams(
     options: NarrowOptions,
     device: torch.device,
     scratch: Path | None,
+    other_NL: torch.Tensor | None = None,
 ) -> Streams:
     return Streams.allocate(
         windows_NL,
@@ -104,6 +122,7 @@ def _streams(
         seed=options.seed,
         device=device,
         scratch=scratch,
+        other_NL=other_NL,
     )
 
 

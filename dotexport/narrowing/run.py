@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ from dotexport.models.layers import Layer, Stock
 from dotexport.models.shapes import Sizes
 from dotexport.narrowing.basis import Basis
 from dotexport.narrowing.basis_search import BasisSearch
-from dotexport.narrowing.judging import Head, compared
+from dotexport.narrowing.judging import Cost, Head, compared
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.norm_statistics import Progress
 from dotexport.narrowing.original import ROWS, Original, embed, metric
@@ -84,8 +84,7 @@ class Narrowing:
         writer: takes every tensor as soon as it is final.
         progress: told what is being done, steps done, steps in all.
         workspace: keeps the embedding, each layer, and the head as soon as they are final.
-        divergence: once run, held-out KL divergence from the original, nats per token.
-        perplexity_ratio: once run, held-out perplexity over the original's.
+        costs: once run, on held-out calibration text, then on text of another kind where there is.
     """
 
     original: Original
@@ -97,8 +96,7 @@ class Narrowing:
     progress: Progress = lambda stage, done, total: None
     workspace: Workspace = field(default_factory=Workspace)
     records: list[dict[str, Any]] = field(default_factory=list)
-    divergence: float = math.nan
-    perplexity_ratio: float = math.nan
+    costs: list[Cost] = field(default_factory=list)
 
     @torch.no_grad()
     def run(self, basis: Basis | None = None) -> Basis:
@@ -148,9 +146,16 @@ class Narrowing:
             progress=lambda stage, done, total: None,
             workspace=Workspace(),
             records=[],
+            costs=[],
         )
         run.run(basis)
         return run.divergence
+
+    @property
+    def divergence(self) -> float:
+        """Once run, held-out KL divergence from the original in nats per token, the mean of both
+        kinds of text."""
+        return sum(cost.kl for cost in self.costs) / len(self.costs)
 
     @property
     def before(self) -> Sizes:
@@ -177,7 +182,7 @@ class Narrowing:
             for name, tensor in tensors.items():
                 self.writer.write(name, tensor)
             self.records += record["sites"]
-        self.divergence, self.perplexity_ratio = record["judged"]
+        self.costs = [Cost(*cost) for cost in record["costs"]]
         return len(steps)
 
     def _keep(self, step: str, tensors: Mapping[str, Tensor], **record: Any) -> None:
@@ -323,8 +328,8 @@ class Narrowing:
             narrow_VK = self._table_VK
         tensors[norm] = gamma_K - float(family.unit_offset)
         self._judge(head_VD, narrow_VK.float() * gamma_K.float())
-        judged = self.divergence, self.perplexity_ratio
-        self._keep(HEAD, tensors, sites=self.records[records:], judged=judged)
+        costs = [astuple(cost) for cost in self.costs]
+        self._keep(HEAD, tensors, sites=self.records[records:], costs=costs)
 
     def _head_projection(self, head_VD: Tensor) -> Tensor:
         """P of `W' = W P`, for a head that is free."""
@@ -371,10 +376,14 @@ class Narrowing:
         return self.stock.norm(device), self.original.stock.norm(device)
 
     def _judge(self, head_VD: Tensor, narrow_VK: Tensor) -> None:
-        """Hold the narrowed model against the original on held-out windows."""
-        theirs, ours = Head(self.original.stock, head_VD), Head(self.stock, narrow_VK)
+        """Hold the narrowed model against the original on held-out windows of either kind."""
+        heads = Head(self.original.stock, head_VD), Head(self.stock, narrow_VK)
+        kinds = (self.streams.of_its_kind or {0}, self.streams.other)
+        self.costs = [self._cost(*heads, sorted(windows)) for windows in kinds if windows]
+
+    def _cost(self, theirs: Head, ours: Head, windows: Sequence[int]) -> Cost:
         divergence, surprise, count, predicted = 0.0, 0.0, 0, 0
-        for window in sorted(self.streams.held_out) or [0]:
+        for window in windows:
             rows = slice(window, window + 1)
             x_LD, y_LK = self.streams.original(rows)[0], self.streams.narrowed(rows)[0]
             tokens_L = self.streams.windows_NL[window]
@@ -383,8 +392,7 @@ class Narrowing:
             count, predicted = count + len(x_LD), predicted + len(x_LD) - 1
             if count >= JUDGED:
                 break
-        self.divergence = divergence / count
-        self.perplexity_ratio = math.exp(min(surprise / max(predicted, 1), 700.0))
+        return Cost(divergence / count, math.exp(min(surprise / max(predicted, 1), 700.0)))
 
     def _product(self, name: str, table_VD: Tensor, map_DK: Tensor) -> Tensor:
         """A table of the vocabulary times a map, in float64 block by block, rounded as stored."""

@@ -26,6 +26,7 @@ from dotexport.models.checkpoint import reserve
 
 TOKENS_PER_BATCH = 4096
 MEMORY_SHARE = 0.25
+FITTED, HELD_OUT, OTHER = "fitted", "held out", "other"  # kinds of windows
 Rows = slice
 Read = Callable[[Rows], tuple[Tensor, Tensor]]
 Step = Callable[[Tensor], Tensor]
@@ -37,6 +38,7 @@ class Streams:
 
     Attributes:
         held_out: windows that choose ridges and accept merges; the others are fitted on.
+        other: those of them that are text of another kind.
         device: where batches are computed.
         drawn: what is the same in every layer, such as places that local healing draws.
     """
@@ -47,6 +49,7 @@ class Streams:
     held_out: frozenset[int]
     device: torch.device
     drawn: dict[Any, Any] = field(default_factory=dict)
+    other: frozenset[int] = frozenset()
 
     @classmethod
     def allocate(
@@ -58,17 +61,24 @@ class Streams:
         seed: int,
         device: torch.device,
         scratch: Path | None = None,
+        other_NL: Tensor | None = None,
     ) -> Streams:
+        """Args: other_NL: windows of another kind of text, of the same length, all held out."""
+        held_out, other = held_out_windows(len(windows_NL), seed), frozenset[int]()
+        if other_NL is not None:
+            other = frozenset(range(len(windows_NL), len(windows_NL) + len(other_NL)))
+            windows_NL = torch.cat([windows_NL, other_NL])
         shape = tuple(windows_NL.shape)
         widths = (width_before, width_after)
         original_NLD, narrowed_NLK = _allocated([(*shape, w) for w in widths], device, scratch)
-        held_out = held_out_windows(len(windows_NL), seed)
-        return cls(windows_NL, original_NLD, narrowed_NLK, held_out, device)
+        return cls(windows_NL, original_NLD, narrowed_NLK, held_out | other, device, other=other)
 
     def some(self, count: int) -> Streams:
-        """Streams of their own over `count` windows to fit on, and half as many held-out ones."""
+        """Streams of their own over `count` windows to fit on, and half as many held-out ones of
+        either kind."""
         fitted = [n for n in range(len(self.windows_NL)) if n not in self.held_out]
-        chosen = sorted({*fitted[:count], *sorted(self.held_out)[: max(1, count // 2)]})
+        held = [sorted(some)[: max(1, count // 2)] for some in (self.of_its_kind, self.other)]
+        chosen = sorted({*fitted[:count], *held[0], *held[1]})
         windows_NL = self.windows_NL[chosen]
         return Streams(
             windows_NL,
@@ -76,7 +86,13 @@ class Streams:
             self.narrowed_NLK.new_empty((*windows_NL.shape, self.narrowed_NLK.shape[-1])),
             frozenset(n for n, window in enumerate(chosen) if window in self.held_out),
             self.device,
+            other=frozenset(n for n, window in enumerate(chosen) if window in self.other),
         )
+
+    @property
+    def of_its_kind(self) -> frozenset[int]:
+        """Held-out windows of the calibration text."""
+        return self.held_out - self.other
 
     def batches(self) -> Iterator[Rows]:
         """Consecutive windows, a few thousand tokens at a time, held-out ones apart."""
@@ -85,7 +101,7 @@ class Streams:
         start = 0
         for end in range(1, count + 1):
             full = end - start == most
-            if end == count or full or (end in self.held_out) != (start in self.held_out):
+            if end == count or full or self._kind(end) != self._kind(start):
                 yield slice(start, end)
                 start = end
 
@@ -108,21 +124,30 @@ class Streams:
     def moments(self, read: Read, *, metric_OO: Tensor | None = None) -> tuple[Moments, Moments]:
         """Moments of the inputs and targets (B, L, features) that `read` gives for some windows.
 
-        Returns those of the windows to fit on, and those of the held-out ones.
+        Returns those of the windows to fit on, and those of the held-out ones, in which both kinds
+        of text count alike.
         """
-        sums: dict[bool, Moments] = {}
+        sums: dict[str, Moments] = {}
         for rows in self.batches():
             z_TI, t_TO = (part.flatten(0, 1) for part in read(rows))
-            held = rows.start in self.held_out
-            if held not in sums:
-                sums[held] = Moments.zeros(
+            kind = self._kind(rows.start)
+            if kind not in sums:
+                sums[kind] = Moments.zeros(
                     z_TI.shape[1], t_TO.shape[1], metric_OO=metric_OO, device=self.device
                 )
-            sums[held].add(z_TI, t_TO)
+            sums[kind].add(z_TI, t_TO)
         for moments in sums.values():
             check_finite(moments.inputs_II.diagonal().sum() + moments.targets)
         # A single window is both: nothing can be held out of it.
-        return sums[False], sums.get(True, sums[False])
+        held = sums.get(HELD_OUT, sums[FITTED])
+        if other := sums.get(OTHER):
+            held = held + other.times(held.count / other.count)
+        return sums[FITTED], held
+
+    def _kind(self, window: int) -> str:
+        if window in self.other:
+            return OTHER
+        return HELD_OUT if window in self.held_out else FITTED
 
 
 def inverse_rms(stream_BLD: Tensor) -> Tensor:
@@ -151,6 +176,11 @@ def check_finite(energy: Tensor) -> None:
             "in transformers: take an undamaged copy of it, and if it is stored in float16, "
             "convert it to bfloat16 first"
         )
+
+
+def recut(windows_NL: Tensor, length: int) -> Tensor:
+    """Windows of another length out of these, without what is left at their ends."""
+    return windows_NL.unfold(1, length, length).reshape(-1, length)
 
 
 def held_out_windows(count: int, seed: int) -> frozenset[int]:

@@ -153,9 +153,12 @@ def _generation(generation: Mapping[str, Any]) -> Iterator[Row]:
 
 def _held_out(cost: Mapping[str, Any]) -> Iterator[Row]:
     """What narrowing itself measured, until somebody evaluates on other text."""
-    text = "held-out calibration text"
-    yield Row(f"perplexity, {text}", "", "", f"{cost['perplexity_ratio']:.3f}x")
-    yield Row(f"KL to the original, nats/token, {text}", "0", f"{max(cost['kl'], 0.0):.4f}", "")
+    texts = {"": "held-out calibration text", "other_": "text of another kind"}
+    for kind, text in texts.items():
+        if (kl := cost.get(f"{kind}kl")) is not None:
+            ratio = cost[f"{kind}perplexity_ratio"]
+            yield Row(f"perplexity, {text}", "", "", f"{ratio:.3f}x")
+            yield Row(f"KL to the original, nats/token, {text}", "0", f"{max(kl, 0.0):.4f}", "")
 
 
 def _speed(name: str, measured: Mapping[str, Any]) -> Iterator[Row]:

@@ -261,10 +261,13 @@ class Quality(OnText):
 
 
 class HeldOut(Section):
-    """What narrowing cost on windows of the calibration text that were not fitted on."""
+    """What narrowing cost on windows of the calibration text that were not fitted on, and on text
+    of another kind."""
 
     kl: Number
     perplexity_ratio: Positive
+    other_kl: Number | None = None
+    other_perplexity_ratio: Positive | None = None
 
 
 class Figures(Section):

@@ -18,8 +18,9 @@ from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.app.shrinking import Shrunk, shrink
 from dotexport.axes.plan import SizeOptions, read_model
 from dotexport.errors import UsageError
+from dotexport.generation.second_text import NONE
 from dotexport.models.family import Family
-from dotexport.models.text_options import TextOptions
+from dotexport.models.text_options import SELF, TextOptions
 from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.basis import Basis
 from dotexport.narrowing.narrow_options import LocalOptions, NarrowOptions
@@ -78,10 +79,11 @@ def narrowed(
     methods: NarrowOptions,
     *,
     text: TextOptions | None = None,
+    other: str = SELF,
     **sizes: int,
 ) -> Shrunk:
     text = text or letters(out.parent)
-    options = ShrinkOptions(sizes=SizeOptions(**sizes), text=text, narrow=methods)
+    options = ShrinkOptions(sizes=SizeOptions(**sizes), text=text, other=other, narrow=methods)
     return shrink(model, out, options, device="cpu")
 
 
@@ -197,7 +199,8 @@ def test_healing_moves_norms_too(
     for local in (None, LocalOptions(least_steps=40, tokens=512)):
         methods = NarrowOptions(local=local)
         out = tmp_path / str(local is None)
-        shrunk = narrowed(model, out, methods, text=window, hidden_size=40, intermediate_size=64)
+        asked = {"hidden_size": 40, "intermediate_size": 64}
+        shrunk = narrowed(model, out, methods, text=window, other=NONE, **asked)
         weights = load_file(out / "hf" / "model.safetensors")
         gammas.append(weights["model.layers.0.post_feedforward_layernorm.weight"])
     healed = next(site for site in shrunk.sites if "error_after" in site)

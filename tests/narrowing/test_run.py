@@ -377,4 +377,4 @@ def test_held_out_figures_are_those_of_the_models_on_the_held_out_windows(
     assert run.divergence == pytest.approx(float(kl), rel=1e-3)
     ratio = math.exp(surprise[1] - surprise[0])
     assert abs(ratio - 1) > 1e-3
-    assert run.perplexity_ratio == pytest.approx(ratio, rel=1e-4)
+    assert run.costs[0].perplexity_ratio == pytest.approx(ratio, rel=1e-4)

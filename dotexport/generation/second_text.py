@@ -1,0 +1,68 @@
+"""A second text, of another kind than the first: what was fitted to one kind is judged on both."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dotexport.errors import CalibrationError
+from dotexport.generation.own_text import Progress, write_own_text
+from dotexport.models.checkpoint import Checkpoint
+from dotexport.models.text_options import SELF, TextOptions, parts_of
+from dotexport.models.text_windows import window_length
+from dotexport.storage.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+NONE = "none"
+SEED = 1 << 16  # of the original's own text, so that it is none of that which is calibrated on
+SHORTEST, LONGEST = 64, 256  # slots of its rows: no more than the text needs
+STEP = "second-text"  # its name in a workspace
+
+
+def second_text(
+    original: Checkpoint,
+    text: TextOptions,
+    other: str,
+    file: Path,
+    *,
+    samples: int,
+    seqlen: int,
+    device: torch.device,
+    workspace: Workspace | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> TextOptions | None:
+    """What `--other` names beside `--text` or `--calib`; None: nothing, or a part of that text.
+
+    Args:
+        other: a source, or NONE.
+        file: takes what the original samples, where that is asked for.
+        samples, seqlen: windows and their tokens, at most.
+    """
+    if other == NONE or {p.source for p in parts_of(other)} & {
+        p.source for p in parts_of(text.source)
+    }:
+        return None
+    length = min(window_length(original.folder, text), seqlen)
+    found = replace(text, source=other, samples=samples, seqlen=length, skip=0, own=None)
+    if SELF not in {part.source for part in parts_of(other)}:
+        return found
+    try:
+        return write_own_text(
+            original,
+            found,
+            samples,
+            file,
+            seed=SEED,
+            device=device,
+            workspace=workspace,
+            progress=progress,
+            step=STEP,
+            longest=max(SHORTEST, min(LONGEST, samples * length // 4)),
+        )[0]
+    except CalibrationError as error:
+        logger.warning("there is no second text: %s", error)
+        return None
