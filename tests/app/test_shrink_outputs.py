@@ -248,6 +248,11 @@ def test_the_end_says_what_it_cost_and_what_to_do_next(
     outcome = dotexport(*shrinking_of(model, text, out, *NARROW))
     assert outcome.code == 0, outcome.err
     cost = manifest.read(out)["held_out"]
+    # On text of another kind, too: what the original samples itself, where nothing else is said.
+    assert (out / "reports/second.jsonl").is_file()
+    assert cost["other_kl"] == json.loads((out / "reports/shrink.json").read_text())["other_kl"]
+    assert cost["other_kl"] != cost["kl"]
+    assert f"{cost['other_perplexity_ratio']:.3f}x" in outcome.out
     told = json.loads((out / "reports/shrink.json").read_text())
     assert cost["kl"] == told["held_out_kl"]
     assert cost["perplexity_ratio"] == told["held_out_perplexity_ratio"]
@@ -268,11 +273,27 @@ def test_the_end_says_what_it_cost_and_what_to_do_next(
     assert "held-out calibration text" not in (out / "README.md").read_text()
 
 
+def test_the_second_text_changes_what_is_chosen_and_can_be_left_out(
+    dotexport: Command, model: Path, text: Path, tmp_path: Path
+) -> None:
+    hashes = {}
+    for other in ("none", "self", str(text)):
+        out = tmp_path / f"out-{Path(other).stem}"
+        outcome = dotexport(*shrinking_of(model, text, out, *NARROW), "--other", other)
+        assert outcome.code == 0, outcome.err
+        assert ("sampling text" in outcome.err) == (other == "self")
+        assert ("other_kl" in manifest.read(out)["held_out"]) == (other == "self")
+        hashes[other] = manifest.sha256(out / "hf/model.safetensors")
+    # A text that is calibrated on already is no second one.
+    assert hashes["none"] == hashes[str(text)] != hashes["self"]
+
+
 def test_a_model_without_text_is_calibrated_on_its_own(
     dotexport: Command, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     asked = ("--samples", 3, "--seqlen", 32, "--heal", "none", "--intermediate", 96)
+    asked += ("--other", "none")
     sampled = dotexport("shrink", MODEL_DIR, "-o", one, *asked)
     assert sampled.code == 0, sampled.err
     assert "sampling text from the original" in sampled.err

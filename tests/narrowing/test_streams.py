@@ -22,11 +22,19 @@ L, D, K = 64, 6, 4
 
 
 def made(
-    count: int = 21, length: int = L, *, seed: int = 0, scratch: Path | None = None
+    count: int = 21,
+    length: int = L,
+    *,
+    seed: int = 0,
+    scratch: Path | None = None,
+    others: int = 0,
 ) -> Streams:
     """Both streams filled with noise."""
     tokens_NL = torch.arange(count * length).view(count, length)
-    found = Streams.allocate(tokens_NL, D, K, seed=seed, device=CPU, scratch=scratch)
+    other_NL = -tokens_NL[:others] if others else None
+    found = Streams.allocate(
+        tokens_NL, D, K, seed=seed, device=CPU, scratch=scratch, other_NL=other_NL
+    )
     random = torch.Generator().manual_seed(1)
     found.original_NLD.normal_(generator=random)
     found.narrowed_NLK.normal_(generator=random)
@@ -79,6 +87,37 @@ def test_moments_of_both_parts_are_sums_over_their_own_windows(metric: bool) -> 
         torch.testing.assert_close(sums.cross_OI, t_TD.T @ z_TK, rtol=1e-6, atol=1e-3)
         assert sums.targets == pytest.approx(float((weighed_TD * t_TD).sum()), rel=1e-6)
         assert sums.count == len(windows) * L
+
+
+def test_text_of_another_kind_is_held_out_and_counts_as_much_as_that_of_its_own() -> None:
+    """Three windows of it against two: each of its tokens counts two thirds."""
+    walked = made(others=3)
+    assert walked.other == {21, 22, 23}
+    assert walked.of_its_kind == held_out_windows(21, 0)
+    assert torch.equal(walked.windows_NL[21:], -walked.windows_NL[:3])
+    train, held = walked.moments(lambda rows: (walked.narrowed(rows), walked.original(rows)))
+    assert (train.count, held.count) == (19 * L, 4 * L)
+    grams = []
+    for windows in (sorted(walked.of_its_kind), sorted(walked.other)):
+        z_TK = walked.narrowed_NLK[windows].flatten(0, 1).double()
+        grams.append(z_TK.T @ z_TK)
+    # Products of a batch are float32.
+    wanted = grams[0] + grams[1] * 2 / 3
+    torch.testing.assert_close(held.inputs_II, wanted, rtol=1e-6, atol=1e-3)
+
+
+def test_a_part_of_the_streams_has_windows_of_every_kind() -> None:
+    part = made(40, others=4).some(8)
+    assert len(part.windows_NL) == 8 + 4 + 4
+    assert len(part.of_its_kind) == 4
+    assert all(bool((part.windows_NL[n] <= 0).all()) for n in part.other)
+    assert len(part.other) == 4
+
+
+def test_windows_are_cut_anew_without_what_is_left_over() -> None:
+    windows_NL = torch.arange(20).view(2, 10)
+    wanted = [[0, 1, 2, 3], [4, 5, 6, 7], [10, 11, 12, 13], [14, 15, 16, 17]]
+    assert streams.recut(windows_NL, 4).tolist() == wanted
 
 
 def test_of_a_single_window_nothing_is_held_out_and_it_judges_itself() -> None:
