@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from dotexport.errors import CheckpointError, RuntimeMissingError, UsageError
-from dotexport.exports.reference import capped_attention
 from dotexport.models.checkpoint import Checkpoint, read_config
 from dotexport.models.config_words import KERNELS
+from dotexport.models.loading import capped_attention
 from dotexport.models.rope import in_all_words, stock_config
 from dotexport.models.weight_files import INDEX, WEIGHTS
 from dotexport.storage.files import write_json
