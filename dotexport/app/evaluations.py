@@ -20,7 +20,8 @@ from dotexport.exports.verifying import STOCK, picked, require_device, require_r
 from dotexport.generation import health
 from dotexport.generation.generation_options import GenerationOptions
 from dotexport.generation.starts import Starts
-from dotexport.models.checkpoint import read_config
+from dotexport.models.checkpoint import Checkpoint, read_config
+from dotexport.models.memory import LIMIT, fits
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_origins import one_source
 from dotexport.models.text_windows import read_tokenizer, token_windows, window_length
@@ -33,6 +34,7 @@ from dotexport.tasks.task_options import TaskOptions
 logger = logging.getLogger(__name__)
 
 STAGE = "continuing texts"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -71,27 +73,57 @@ def evaluate_into(
 
     made = manifest.read(out)  # refuses what is no output
     where = pick_device(device)
-    sides = sides_of(out, baseline, step.artifacts, where)
     check_eval(step, step.artifacts)
+    asks = bool(step.generation.prompts or step.tasks.names)
+    dtype = dtype_of_sessions(out, baseline, step, where) if asks else step.dtype
+    sides = [] if dtype is None else sides_of(out, baseline, step.artifacts, where, dtype)
     calibration = (made.get("calibration") or {}).get("source")
     doubt = calibration and one_source(calibration, step.text.source, out / OWN_TEXT)
     if doubt:
         logger.warning("%s", doubt)
-    asked: dict[str, Any] = {"device": str(where), "progress": progress}
+    numbers = {"device": str(where), "dtype": DTYPES[step.dtype]}
+    asked: dict[str, Any] = numbers | {"progress": progress}
     if have_one_vocabulary(out / STOCK, baseline):
         quality = evaluate(out / STOCK, baseline, token_windows(baseline, step.text), **asked)
     else:
         quality = evaluate_across(out / STOCK, baseline, step.text, **asked)
     seqlen = window_length(baseline, step.text)
-    record = {**quality.as_dict(), "text": step.text.source, "seqlen": seqlen}
+    record = {**quality.as_dict(), "text": step.text.source, "seqlen": seqlen, "dtype": step.dtype}
     record |= {"one_source": doubt} if doubt else {}
-    if step.generation.prompts:
-        record["generation"] = generation_of(sides, step.text, step.generation, progress)
+    if step.generation.prompts and sides:
+        found = generation_of(sides, step.text, step.generation, progress)
+        record["generation"] = found | {"dtype": dtype}
     if step.tasks.names:
         record["tasks"] = tasks_of(sides, step.tasks, progress)
     manifest.update(out, quality=record)
     card.write(out)
     return record
+
+
+def dtype_of_sessions(
+    out: Path, baseline: Path, step: EvalStep, device: torch.device
+) -> str | None:
+    """What both models speak in: what was asked for, or bf16 where they are stored so and only
+    that fits as a whole. None: neither does, and what would read all files for each token is left
+    out.
+
+    Raises:
+        UsageError: tasks were asked for, and a model does not fit.
+    """
+    models = [Checkpoint.open(folder) for folder in (out / STOCK, baseline)]
+    largest = max(models, key=lambda model: model.num_parameters)
+    halves = all(spec.dtype == torch.bfloat16 for model in models for spec in model.specs.values())
+    for dtype in dict.fromkeys((step.dtype, *(["bf16"] if halves else []))):
+        if fits(largest.num_parameters * DTYPES[dtype].itemsize, device):
+            return dtype
+    words = (
+        f"{largest.folder} does not fit into memory as a whole ({largest.num_bytes / 1e9:.1f} GB "
+        f"as stored; a model may take half of what is free, or {LIMIT} GB)"
+    )
+    if step.tasks.names:
+        raise UsageError(f"{words}, which --tasks needs; leave it away, or take a larger machine")
+    logger.warning("%s: what the models say by themselves is left out", words)
+    return None
 
 
 def check_eval(step: EvalStep, exported: Sequence[str]) -> None:
@@ -117,11 +149,13 @@ def check_eval(step: EvalStep, exported: Sequence[str]) -> None:
         )
 
 
-def sides_of(out: Path, baseline: Path, specs: Sequence[str], device: torch.device) -> list[Side]:
+def sides_of(
+    out: Path, baseline: Path, specs: Sequence[str], device: torch.device, dtype: str = "fp32"
+) -> list[Side]:
     """The original, OUT/hf and the artifacts of these specs."""
     stock: Any = find_target(STOCK)
     found = [
-        Side(name, folder, partial(stock.open, folder, device=str(device)))
+        Side(name, folder, partial(stock.open, folder, device=str(device), dtype=dtype))
         for name, folder in ((health.ORIGINAL, baseline), (STOCK, out / STOCK))
     ]
     for name, (target, _) in picked(out, specs).items():
@@ -168,6 +202,7 @@ def generation_of(
             decode = starts[folder].tokenizer.decode
             rows.append(health.judge(side.name, kind, said, theirs.get(kind), decode))
             theirs.setdefault(kind, said)
+        del session  # before the next one comes
     for row in rows:
         for sentence in row.words:
             logger.warning("%s, %s: %s", row.model, row.kind, sentence)

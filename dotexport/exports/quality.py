@@ -73,18 +73,20 @@ def evaluate(
     windows_NL: torch.Tensor,
     *,
     device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
     batch: int | None = None,
     progress: Progress | None = None,
 ) -> Quality:
     """Perplexity, KL divergence and top-1 agreement of stock checkpoints, in one pass.
 
-    Both run through transformers in float32, without remote code; what does not fit into memory is
+    Both run through transformers, without remote code; what does not fit into memory is
     read part by part for every batch (models/loading.py).
 
     Args:
         candidate, baseline: checkpoint folders; without a baseline only perplexity is measured.
         windows_NL: token ids, at least two in each window; every one but the first is predicted.
         device: where both models run.
+        dtype: what they compute in.
         batch: windows at once; None: as many as have TOKENS_PER_BATCH tokens.
         progress: called before each batch.
 
@@ -97,13 +99,14 @@ def evaluate(
     checkpoints = [Checkpoint.open(folder) for folder in (candidate, baseline) if folder]
     vocabulary = _shared_vocabulary(checkpoints)
     _check_windows(windows_NL, vocabulary)
-    models = [Loaded(checkpoint, device=torch.device(device)) for checkpoint in checkpoints]
+    place = torch.device(device)
+    models = [Loaded(checkpoint, dtype, device=place) for checkpoint in checkpoints]
     batch = batch or max(1, TOKENS_PER_BATCH // windows_NL.shape[1])
     sums = []
     for number, windows_BL in enumerate(torch.split(windows_NL, batch)):
         if progress is not None:
             progress("evaluating", number * batch, len(windows_NL))
-        sums.append(_evaluate_batch(models, windows_BL.to(device)))
+        sums.append(_evaluate_batch(models, windows_BL.to(place)))
     return _quality(torch.cat(sums), predictions=windows_NL.shape[1] - 1, paired=len(models) == 2)
 
 

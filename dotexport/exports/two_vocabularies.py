@@ -41,6 +41,7 @@ def evaluate_across(
     text: TextOptions,
     *,
     device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
 ) -> Quality:
     """Perplexity per token of the original, bits per byte, KL and top-1 agreement.
@@ -65,7 +66,7 @@ def evaluate_across(
         )
     shared = sorted((theirs.ids[token], number) for token, number in ours.ids.items())
     place = torch.device(device)
-    models = [Loaded(Checkpoint.open(f), device=place) for f in (baseline, candidate)]
+    models = [Loaded(Checkpoint.open(f), dtype, device=place) for f in (baseline, candidate)]
     shared_V2 = torch.tensor(shared).to(place)
     found = []
     for number, window in enumerate(windows):
@@ -153,7 +154,8 @@ def _measure(
 ) -> _Sums:
     device = shared_V2.device
     ids_N, ids_M = (torch.from_numpy(ids).to(device) for ids in (window.one_N, window.other_M))
-    logits_NO, logits_MA = original.logits(ids_N[None])[0], candidate.logits(ids_M[None])[0]
+    logits_NO = original.logits(ids_N[None])[0].float()
+    logits_MA = candidate.logits(ids_M[None])[0].float()
     # The first stretch of text is what both have read before they predict.
     (i, j), (k, m) = window.marks_B2[1].tolist(), window.marks_B2[-1].tolist()
     nats = _nats(logits_NO, ids_N, i, k), _nats(logits_MA, ids_M, j, m)

@@ -1,9 +1,9 @@
 """The stock model of a checkpoint: whole in memory where it fits, else part by part from the files.
 
 A part is a module with parameters of its own: one matrix, norm or table. Streamed, it is read when
-it is called and let go when it has answered, so memory holds one of them at a time, and the largest
-is the table or a matrix of the MLP. All that runs is code of transformers, in both ways the same,
-so both give the same bits.
+it is called, over what had its shape before, and gone when it has answered: memory holds one part
+of each shape, of which the table is the largest. All that runs is code of transformers, in both
+ways the same, so both give the same bits.
 
 Shapes: B sequences, L tokens of one, D hidden_size, V vocabulary.
 """
@@ -66,6 +66,7 @@ class Loaded:
         self.model = _empty(checkpoint, dtype, device)
         self._change: Change | None = None
         self._handles: list[Any] = []
+        self._rooms: dict[tuple[int, ...], Tensor] = {}
         names = {id(p): name for name, p in self.model.named_parameters()}
         self._parts = {
             module: {key: names[id(p)] for key, p in module._parameters.items() if p is not None}
@@ -80,7 +81,8 @@ class Loaded:
     @property
     def num_bytes(self) -> int:
         """Of all parameters, where they are in memory."""
-        return sum(p.numel() for p in self.model.parameters()) * self.dtype.itemsize
+        count = sum(int(p.numel()) for p in self.model.parameters())
+        return count * self.dtype.itemsize
 
     @torch.inference_mode()
     def logits(self, tokens_BL: Tensor) -> Tensor:
@@ -130,7 +132,7 @@ class Loaded:
         """Fill every part, or leave all empty until they are called."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._rooms = [], {}
         if self.whole:
             self._fill_all()
             return
@@ -148,12 +150,18 @@ class Loaded:
         for module, owned in self._parts.items():
             for key, name in owned.items():
                 if name not in known:
-                    known[name] = nn.Parameter(self._read(name))
+                    shape = self.checkpoint.specs[name].shape
+                    room = torch.empty(shape, dtype=self.dtype, device=self.device)
+                    known[name] = nn.Parameter(self._read(name, room))
                 module._parameters[key] = known[name]
 
     def _enter(self, module: nn.Module, *_: Any) -> None:
         for key, name in self._parts[module].items():
-            module._parameters[key] = nn.Parameter(self._read(name), requires_grad=False)
+            shape = self.checkpoint.specs[name].shape
+            if shape not in self._rooms:  # fresh memory costs more than what is read into it
+                self._rooms[shape] = torch.empty(shape, dtype=self.dtype, device=self.device)
+            values = self._read(name, self._rooms[shape])
+            module._parameters[key] = nn.Parameter(values, requires_grad=False)
 
     def _leave(self, module: nn.Module, *_: Any) -> None:
         for key, name in self._parts[module].items():
@@ -162,10 +170,9 @@ class Loaded:
                 torch.empty(shape, dtype=self.dtype, device="meta"), requires_grad=False
             )
 
-    def _read(self, name: str) -> Tensor:
+    def _read(self, name: str, room: Tensor) -> Tensor:
         # A copy: what is mapped from a file changes with it, and lies anywhere in memory.
-        stored = self.checkpoint.tensor(name)
-        values = torch.empty(stored.shape, dtype=self.dtype, device=self.device).copy_(stored)
+        values = room.copy_(self.checkpoint.tensor(name))
         return values if self._change is None else self._change(self._owners[name], values)
 
     def _check_names(self) -> None:

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import sys
+import os
 
 import psutil
 import torch
 
+from dotexport.errors import UsageError
+
 SHARE = 0.5  # of free memory: text, activations and logits come on top
+LIMIT = "DOTEXPORT_MODEL_MEMORY"  # GB that one model may take instead
 
 
 def fits(num_bytes: int, device: torch.device) -> bool:
-    """Whether so much may be held there."""
-    return num_bytes <= SHARE * free_bytes(device)
+    """Whether a model of so many bytes may be held there.
+
+    Raises:
+        UsageError: the limit of the environment is no number.
+    """
+    said = os.environ.get(LIMIT)
+    if said is None:
+        return num_bytes <= SHARE * free_bytes(device)
+    try:
+        return num_bytes <= 1e9 * float(said)
+    except ValueError:
+        raise UsageError(f"{LIMIT} is {said!r}; expected a number of GB, such as 4") from None
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that nobody has taken yet, within what this process may have (`ulimit -v`)."""
+    """Memory that nobody has taken yet."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    free = int(psutil.virtual_memory().available)
-    return free if sys.platform == "win32" else min(free, _below_limit())
-
-
-def _below_limit() -> int:
-    import resource
-
-    most, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if most == resource.RLIM_INFINITY:
-        return sys.maxsize
-    return max(0, int(most) - int(psutil.Process().memory_info().vms))
+    return int(psutil.virtual_memory().available)
