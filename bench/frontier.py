@@ -26,10 +26,10 @@ import torch
 from dotexport.errors import DotexportError, SizeError, UsageError
 from dotexport.exports.bits_per_byte import read_texts, spelled
 from dotexport.exports.quality import CHUNK_BYTES, predictions
-from dotexport.exports.reference import load_float32
 from dotexport.exports.target import Session, Target, resolve
 from dotexport.exports.verifying import require_device, require_runtime
 from dotexport.models.checkpoint import Checkpoint
+from dotexport.models.loading import Loaded
 from dotexport.models.origin import describe_source
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import read_tokenizer, token_windows
@@ -344,7 +344,7 @@ def _judge(
         if one.store.is_file():
             one.point = _stored(one.store)
             continue
-        reference = reference or load_float32(original.checkpoint)
+        reference = reference or Loaded(original.checkpoint)
         session = target.open(one.folder)
         one.point = Point(
             model=one.model.name,
@@ -380,7 +380,7 @@ def _on_text(session: Session, reference: Any, text: _Text, one: _Made) -> OnTex
     sums_4, num_tokens = torch.zeros(4, dtype=torch.float64), 0
     for window_L in text.windows_NL:
         asked_1P, next_P = window_L[None, :-1], window_L[1:]
-        theirs_PV = reference(input_ids=asked_1P, use_cache=False).logits[0]
+        theirs_PV = reference.logits(asked_1P)[0]
         ours_PV = torch.from_numpy(session.start(asked_1P.numpy()))[0]
         step = max(1, CHUNK_BYTES // (4 * theirs_PV.shape[-1]))
         pieces = zip(*(torch.split(t, step) for t in (ours_PV, theirs_PV, next_P)), strict=True)

@@ -20,7 +20,7 @@ def read_model(file: Path) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    from dotexport.exports.reference import no_initial_values
+    from dotexport.models.loading import no_initial_values
 
     stored = GgufModel.open(file)
     classes: Any = AutoModelForCausalLM

@@ -17,9 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from dotexport.errors import CheckpointError, RuntimeMissingError, UsageError
-from dotexport.exports.reference import capped_attention
 from dotexport.models.checkpoint import Checkpoint, read_config
 from dotexport.models.config_words import KERNELS
+from dotexport.models.loading import capped_attention
+from dotexport.models.memory import fits
 from dotexport.models.rope import in_all_words, stock_config
 from dotexport.models.weight_files import INDEX, WEIGHTS
 from dotexport.storage.files import write_json
@@ -87,6 +88,9 @@ class HuggingFace:
     ) -> TorchSession:
         """Load in float32 on the CPU, unless asked for something else.
 
+        On the CPU, a model that does not fit as a whole stays on disk: every answer reads the files
+        once, matrix by matrix, through transformers' own offloading.
+
         Args:
             threads: torch's setting for the whole process.
             device: as torch names it: "cpu", "cuda", "cuda:1".
@@ -114,6 +118,7 @@ class HuggingFace:
                     trust_remote_code=False,
                     output_loading_info=True,
                     **_attention(folder),
+                    **({} if compiled else _offloaded(folder, place, number)),
                 )
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise CheckpointError(
@@ -122,9 +127,9 @@ class HuggingFace:
         _check_complete(folder, report)
         _check_rope(folder, model.config)
         _check_head(folder, model)
-        model = model.eval().to(place)
+        model = model.eval() if _on_disk(model) else model.eval().to(place)
         if not compiled:
-            return TorchSession(model, lean=lean)
+            return TorchSession(model, lean=lean, device=place)
         from .compiled import CompiledSession
 
         return CompiledSession(model, lean=lean, capacity=capacity)
@@ -177,6 +182,18 @@ def _check_complete(folder: Path, report: dict[str, Any]) -> None:
             f"{folder} does not hold exactly the tensors its config.json calls for ({listed}); "
             "export it again"
         )
+
+
+def _offloaded(folder: Path, place: torch.device, number: torch.dtype) -> dict[str, Any]:
+    """Arguments of a class that leave its weights in their files; none where they fit."""
+    num_bytes = Checkpoint.open(folder).num_parameters * number.itemsize
+    if place.type != "cpu" or fits(num_bytes, place):
+        return {}
+    return {"device_map": {"": "disk"}, "offload_folder": None}
+
+
+def _on_disk(model: Any) -> bool:
+    return "disk" in getattr(model, "hf_device_map", {}).values()
 
 
 def _attention(folder: Path) -> dict[str, str]:

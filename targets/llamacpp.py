@@ -26,11 +26,12 @@ import torch
 from dotexport.errors import UsageError
 from dotexport.exports.nasty_texts import Conversation
 from dotexport.exports.parity import Parity, measure
-from dotexport.exports.reference import Reference, compute_reference, load_float32
+from dotexport.exports.reference import Reference, compute_reference
 from dotexport.exports.target import Logits, Tokens
 from dotexport.exports.text_parity import TextSide, load_tokenizer
 from dotexport.exports.verifying import STOCK, with_text, write_report
 from dotexport.models.checkpoint import Checkpoint
+from dotexport.models.loading import Loaded
 from dotexport.storage import manifest
 
 from .ggml import FILE, Gguf
@@ -231,9 +232,7 @@ def text_in_text_out(session: LlamaCpp, checkpoint: Checkpoint, *, tie: float) -
     for _ in range(min(NUM_GREEDY, room)):
         tokens.append(int(logits_V.argmax()))
         logits_V = session.step(np.array(tokens[-1:]))[0]
-    model = load_float32(checkpoint)
-    asked = {"input_ids": torch.tensor([tokens[:-1]]), "use_cache": False}
-    logits_NV = model(**asked).logits[0, len(prompt) - 1 :]
+    logits_NV = Loaded(checkpoint).logits(torch.tensor([tokens[:-1]]))[0, len(prompt) - 1 :]
     chosen_N = torch.tensor(tokens[len(prompt) :])
     gap_N = logits_NV.amax(-1) - logits_NV.gather(-1, chosen_N[:, None])[:, 0]
     for step in (gap_N > tie).nonzero()[:1, 0].tolist():

@@ -25,16 +25,20 @@ class TorchSession:
     follow go on from each prompt's own length.
     """
 
-    def __init__(self, model: Any, *, lean: bool = False) -> None:
+    def __init__(
+        self, model: Any, *, lean: bool = False, device: torch.device | None = None
+    ) -> None:
         self.model = model
         self.lean = lean
-        self.device: torch.device = model.device
+        # Weights that are on disk are nowhere until they are called.
+        self.device: torch.device = device or model.device
         self.apart: list[TorchSession] = []
 
     @property
     def providers(self) -> tuple[str, ...]:
         """Where the weights really lie, and as what."""
-        return (f"torch on {_device_name(self.device)}, {self.number}",)
+        disk = ", weights on disk" if self.model.device.type == "meta" else ""
+        return (f"torch on {_device_name(self.device)}, {self.number}{disk}",)
 
     @property
     def number(self) -> str:
@@ -103,7 +107,7 @@ class TorchSession:
 
     def _start_apart(self, tokens_BL: Tokens, lengths: Sequence[int]) -> Logits:
         """A window counts slots of the cache, padding included: every prompt gets a cache alone."""
-        self.apart = [TorchSession(self.model) for _ in lengths]
+        self.apart = [TorchSession(self.model, device=self.device) for _ in lengths]
         logits_BLV = np.zeros((*tokens_BL.shape, self.model.config.vocab_size), dtype=np.float32)
         for row, (session, length) in enumerate(zip(self.apart, lengths, strict=True)):
             logits_BLV[row, :length] = session.start(tokens_BL[row : row + 1, :length])[0]

@@ -30,8 +30,8 @@ from dotexport.app.opening import open_source
 from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.app.shrinking import shrink
 from dotexport.axes.plan import Plan, SizeOptions
-from dotexport.exports.reference import load_float32
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter
+from dotexport.models.loading import load_float32
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.basis import Basis

@@ -25,6 +25,7 @@ from dotexport.generation.second_text import second_text
 from dotexport.generation.starts import Starts
 from dotexport.models.checkpoint import Checkpoint, read_config
 from dotexport.models.finding import find_model
+from dotexport.models.memory import LIMIT, fits
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_origins import one_source
 from dotexport.models.text_windows import read_tokenizer, token_windows, window_length
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 STAGE = "continuing texts"
 OTHER_SAMPLES, OTHER_LENGTH = 16, 256  # windows of the second text and their tokens, at most
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,17 @@ def evaluate_into(
 
     made = manifest.read(out)  # refuses what is no output
     where = pick_device(device)
-    sides = sides_of(out, baseline, step.artifacts, where)
-    rivals = _rivals(step.rival, {side.name for side in sides}, where)
     check_eval(step, step.artifacts)
+    asks = bool(step.generation.prompts or step.tasks.names or step.rival)
+    dtype = dtype_of_sessions(out, baseline, step, where) if asks else step.dtype
+    sides = [] if dtype is None else sides_of(out, baseline, step.artifacts, where, dtype)
+    rivals = _rivals(step.rival, {side.name for side in sides}, where, dtype or step.dtype)
     calibration = (made.get("calibration") or {}).get("source")
     doubt = calibration and one_source(calibration, step.text.source, out / OWN_TEXT)
     if doubt:
         logger.warning("%s", doubt)
-    asked: dict[str, Any] = {"device": str(where), "progress": progress}
+    numbers = {"device": str(where), "dtype": DTYPES[step.dtype]}
+    asked: dict[str, Any] = numbers | {"progress": progress}
     same = have_one_vocabulary(out / STOCK, baseline)
 
     def judged(text: TextOptions) -> dict[str, Any]:
@@ -91,7 +96,7 @@ def evaluate_into(
             quality = evaluate(out / STOCK, baseline, token_windows(baseline, text), **asked)
         else:
             quality = evaluate_across(out / STOCK, baseline, text, **asked)
-        told = {"text": text.source, "seqlen": window_length(baseline, text)}
+        told = {"text": text.source, "seqlen": window_length(baseline, text), "dtype": step.dtype}
         return quality.as_dict() | told
 
     record = judged(step.text) | ({"one_source": doubt} if doubt else {})
@@ -114,13 +119,41 @@ def evaluate_into(
             compared = [side for side in sides if side.name in (health.ORIGINAL, STOCK)] + rivals
             record["bits_per_byte"] = bits_of(compared, texts, progress)
     sides += rivals
-    if step.generation.prompts:
-        record["generation"] = generation_of(sides, step.text, step.generation, progress)
+    if step.generation.prompts and sides:
+        found = generation_of(sides, step.text, step.generation, progress)
+        record["generation"] = found | {"dtype": dtype}
     if step.tasks.names:
         record["tasks"] = tasks_of(sides, step.tasks, progress)
     manifest.update(out, quality=record)
     card.write(out)
     return record
+
+
+def dtype_of_sessions(
+    out: Path, baseline: Path, step: EvalStep, device: torch.device
+) -> str | None:
+    """What both models speak in: what was asked for, or bf16 where they are stored so and only
+    that fits as a whole. None: neither does, and what would read all files for each token is left
+    out.
+
+    Raises:
+        UsageError: tasks or rivals were asked for, and a model does not fit.
+    """
+    models = [Checkpoint.open(folder) for folder in (out / STOCK, baseline)]
+    largest = max(models, key=lambda model: model.num_parameters)
+    halves = all(spec.dtype == torch.bfloat16 for model in models for spec in model.specs.values())
+    for dtype in dict.fromkeys((step.dtype, *(["bf16"] if halves else []))):
+        if fits(largest.num_parameters * DTYPES[dtype].itemsize, device):
+            return dtype
+    words = (
+        f"{largest.folder} does not fit into memory as a whole ({largest.num_bytes / 1e9:.1f} GB "
+        f"as stored; a model may take half of what is free, or {LIMIT} GB)"
+    )
+    if step.tasks.names or step.rival:
+        flag = "--tasks" if step.tasks.names else "--rival"
+        raise UsageError(f"{words}, which {flag} needs; leave it away, or take a larger machine")
+    logger.warning("%s: what the models say by themselves is left out", words)
+    return None
 
 
 def check_eval(step: EvalStep, exported: Sequence[str]) -> None:
@@ -146,11 +179,13 @@ def check_eval(step: EvalStep, exported: Sequence[str]) -> None:
         )
 
 
-def sides_of(out: Path, baseline: Path, specs: Sequence[str], device: torch.device) -> list[Side]:
+def sides_of(
+    out: Path, baseline: Path, specs: Sequence[str], device: torch.device, dtype: str = "fp32"
+) -> list[Side]:
     """The original, OUT/hf and the artifacts of these specs."""
     stock: Any = find_target(STOCK)
     found = [
-        Side(name, folder, partial(stock.open, folder, device=str(device)))
+        Side(name, folder, partial(stock.open, folder, device=str(device), dtype=dtype))
         for name, folder in ((health.ORIGINAL, baseline), (STOCK, out / STOCK))
     ]
     for name, (target, _) in picked(out, specs).items():
@@ -162,7 +197,7 @@ def sides_of(out: Path, baseline: Path, specs: Sequence[str], device: torch.devi
     return found
 
 
-def _rivals(named: Sequence[str], taken: set[str], device: torch.device) -> list[Side]:
+def _rivals(named: Sequence[str], taken: set[str], device: torch.device, dtype: str) -> list[Side]:
     """Models of somebody else, by the names of their folders."""
     stock: Any = find_target(STOCK)
     found = []
@@ -171,7 +206,7 @@ def _rivals(named: Sequence[str], taken: set[str], device: torch.device) -> list
         if folder.name in taken:
             raise UsageError(f"two models are called {folder.name}; rename the folder of --rival")
         taken.add(folder.name)
-        opened = partial(stock.open, folder, device=str(device))
+        opened = partial(stock.open, folder, device=str(device), dtype=dtype)
         found.append(Side(folder.name, folder, opened))
     return found
 
@@ -232,6 +267,7 @@ def generation_of(
             decode = starts[folder].tokenizer.decode
             rows.append(health.judge(side.name, kind, said, theirs.get(kind), decode))
             theirs.setdefault(kind, said)
+        del session  # before the next one comes
     for row in rows:
         for sentence in row.words:
             logger.warning("%s, %s: %s", row.model, row.kind, sentence)

@@ -88,6 +88,9 @@ class ShrinkStep:
         )
 
 
+EVAL_DTYPES = ("fp32", "bf16")  # of evaluations.DTYPES, which imports torch
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalStep:
     """Flags of `dotexport eval`."""
@@ -105,11 +108,20 @@ class EvalStep:
         help="Another model that could be taken instead, such as a smaller sibling, repeated: a "
         "folder, GGUF file or hub id. Compared in bits per byte, continuations and tasks.",
     )
+    dtype: str = option(
+        "fp32",
+        help="What the original and hf/ compute in: fp32, or bf16, in half the memory. It is "
+        "recorded.",
+    )
     target: str | None = option(
         None,
         help="Artifacts of OUT whose continuations and tasks are judged besides hf/: NAME or "
         "NAME:PRECISION, with commas between several.",
     )
+
+    def __post_init__(self) -> None:
+        if self.dtype not in EVAL_DTYPES:
+            raise UsageError(f"dtype must be one of {', '.join(EVAL_DTYPES)}, not {self.dtype!r}")
 
     @property
     def artifacts(self) -> tuple[str, ...]:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from numpy.typing import NDArray
+
+from dotexport.models.loading import Loaded
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -44,42 +45,30 @@ class Noise:
         )
 
 
-def measured(
-    precision: str, model: Any, run: Run, torch_PV: NDArray[Any], restore: Callable[[], None]
-) -> Noise | None:
-    """The noise of a precision; None: torch has no measure of it, or no room.
+def measured(precision: str, loaded: Loaded, run: Run, torch_PV: NDArray[Any]) -> Noise:
+    """The noise of a precision.
 
     Args:
-        model: in float32.
+        loaded: in float32.
         run: the logits of the model as it is, at the same positions as `torch_PV`.
-        restore: puts the weights back.
     """
     if precision == "fp32":
-        bytes_64 = 8 * sum(parameter.numel() for parameter in model.parameters())
-        if bytes_64 > psutil.virtual_memory().available / 2:
-            return None
-        model.double()
-        found = Noise.of(run(), torch_PV)
-        model.float()
-        return found
-    try:
-        with _in_halves(model, HALVES[precision]):
+        with loaded.changed(lambda _, values: values.double(), times=2):
             return Noise.of(run(), torch_PV)
-    finally:
-        restore()
+    with _in_halves(loaded, HALVES[precision]):
+        return Noise.of(run(), torch_PV)
 
 
 @contextmanager
-def _in_halves(model: Any, kind: torch.dtype) -> Iterator[None]:
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(kind).float()
-    leaves = [module for module in model.modules() if not any(module.children())]
+def _in_halves(loaded: Loaded, kind: torch.dtype) -> Iterator[None]:
+    leaves = [module for module in loaded.model.modules() if not any(module.children())]
     handles = [
         leaf.register_forward_hook(lambda _, inputs, output: _through(output, kind))
         for leaf in leaves
     ]
     try:
-        yield
+        with loaded.changed(lambda _, values: values.to(kind).float()):
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -7,7 +7,7 @@ C predictions in a chunk, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ import torch
 from torch.nn.functional import kl_div, log_softmax, nll_loss
 
 from dotexport.errors import CalibrationError, CheckpointError, DotexportError, UsageError
-from dotexport.exports.reference import load_float32
 from dotexport.models.checkpoint import Checkpoint
+from dotexport.models.loading import Loaded
 from dotexport.vocabulary.segmenting import have_one_vocabulary
 
-LOGITS_BYTES = 256 << 20  # of one batch's logits, which decides how many windows run at once
-CHUNK_BYTES = 64 << 20  # of one chunk's log-probabilities; a few of these exist at a time
+TOKENS_PER_BATCH = 4096  # which decides how many windows run at once
+CHUNK_BYTES = 128 << 20  # of one chunk's logits; a few of these exist at a time
 MOST_NATS = 700.0  # exp of more is infinite
 
 Progress = Callable[[str, int, int], None]
@@ -73,18 +73,21 @@ def evaluate(
     windows_NL: torch.Tensor,
     *,
     device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
     batch: int | None = None,
     progress: Progress | None = None,
 ) -> Quality:
     """Perplexity, KL divergence and top-1 agreement of stock checkpoints, in one pass.
 
-    Both run through transformers in float32, without remote code.
+    Both run through transformers, without remote code; what does not fit into memory is
+    read part by part for every batch (models/loading.py).
 
     Args:
         candidate, baseline: checkpoint folders; without a baseline only perplexity is measured.
         windows_NL: token ids, at least two in each window; every one but the first is predicted.
         device: where both models run.
-        batch: windows at once; None: as many as keep the logits small.
+        dtype: what they compute in.
+        batch: windows at once; None: as many as have TOKENS_PER_BATCH tokens.
         progress: called before each batch.
 
     Raises:
@@ -96,13 +99,14 @@ def evaluate(
     checkpoints = [Checkpoint.open(folder) for folder in (candidate, baseline) if folder]
     vocabulary = _shared_vocabulary(checkpoints)
     _check_windows(windows_NL, vocabulary)
-    models = [load_float32(checkpoint).to(device) for checkpoint in checkpoints]
-    batch = batch or _affordable_batch(windows_NL.shape[1], vocabulary)
+    place = torch.device(device)
+    models = [Loaded(checkpoint, dtype, device=place) for checkpoint in checkpoints]
+    batch = batch or max(1, TOKENS_PER_BATCH // windows_NL.shape[1])
     sums = []
     for number, windows_BL in enumerate(torch.split(windows_NL, batch)):
         if progress is not None:
             progress("evaluating", number * batch, len(windows_NL))
-        sums.append(_evaluate_batch(models, windows_BL.to(device)))
+        sums.append(_evaluate_batch(models, windows_BL.to(place)))
     return _quality(torch.cat(sums), predictions=windows_NL.shape[1] - 1, paired=len(models) == 2)
 
 
@@ -118,20 +122,20 @@ def predictions(
 
 
 @torch.inference_mode()
-def _evaluate_batch(models: list[Any], windows_BL: torch.Tensor) -> torch.Tensor:
+def _evaluate_batch(models: Sequence[Loaded], windows_BL: torch.Tensor) -> torch.Tensor:
     """Sums over the predictions of each window: B rows of what `predictions` gives."""
     # The last token has no next one to predict.
-    logits = [model(input_ids=windows_BL[:, :-1], use_cache=False).logits for model in models]
-    V = logits[0].shape[-1]
-    ours_CV, theirs_CV = (logits_BPV.reshape(-1, V) for logits_BPV in (logits[0], logits[-1]))
+    hidden = [model.hidden(windows_BL[:, :-1]).flatten(0, 1) for model in models]
     next_C = windows_BL[:, 1:].reshape(-1)
-    step = max(1, CHUNK_BYTES // (4 * V))
-    pieces = zip(
-        *(torch.split(tensor, step) for tensor in (ours_CV, theirs_CV, next_C)),
-        strict=True,
-    )
-    rows = torch.cat([predictions(*piece) for piece in pieces])
-    return rows.reshape(len(windows_BL), -1, rows.shape[-1]).sum(1).cpu()
+    step = max(1, CHUNK_BYTES // (4 * models[0].model.config.vocab_size))
+    rows = []
+    for start in range(0, len(next_C), step):
+        some = slice(start, start + step)
+        pairs = zip(models, hidden, strict=True)
+        said = [model.head(hidden_TD[None, some])[0] for model, hidden_TD in pairs]
+        rows.append(predictions(said[0], said[-1], next_C[some]))
+    rows_T4 = torch.cat(rows)
+    return rows_T4.reshape(len(windows_BL), -1, rows_T4.shape[-1]).sum(1).cpu()
 
 
 def _quality(sums_N4: torch.Tensor, *, predictions: int, paired: bool) -> Quality:
@@ -203,7 +207,3 @@ def _check_windows(windows_NL: torch.Tensor, vocabulary: int) -> None:
             f"windows hold token ids from {low} to {high}, and the models know 0 to "
             f"{vocabulary - 1}; encode the text with the tokenizer of the original"
         )
-
-
-def _affordable_batch(length: int, vocabulary: int) -> int:
-    return max(1, LOGITS_BYTES // (4 * length * vocabulary))

@@ -1,15 +1,15 @@
 """What torch computes: the yardstick that every artifact of a model is held against.
 
-The model is built from config.json and filled through our own reader, in float32, and every
-sequence is computed alone, in one pass and without a cache: nothing here shares code with a
-runtime's loading, padding or caching, so their faults cannot cancel out.
+The model is built from config.json and filled through our own reader, in float32, part by part
+where it does not fit as a whole (models/loading.py), and every sequence is computed alone, in one
+pass and without a cache: nothing here shares code with a runtime's loading, padding or caching, so
+their faults cannot cancel out.
 
 Shapes: B sequences, L tokens of one, V vocabulary; O, I outputs and inputs of a matrix product.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,11 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dotexport.errors import CheckpointError, UnsupportedModelError
 from dotexport.exports.noise import HALVES, Noise, measured
 from dotexport.exports.target import QUANTISED_BLOCK, Logits, Tokens
 from dotexport.models.checkpoint import Checkpoint
-from dotexport.models.rope import stock_config
+from dotexport.models.loading import Loaded
 
 # Text sampled from the model is what it will meet in use; random ids are far from it and drive
 # activations to extremes, where overflow and wrong constants show. One prompt has a single token:
@@ -99,38 +98,35 @@ class Reference:
 def compute_reference(
     checkpoint: Checkpoint, *, rounded: bool = True, precisions: Iterable[str] = PRECISIONS
 ) -> Reference:
-    """Run the model on a few short prompts and a long one; memory holds it once, in float32 (in
-    float64 for a moment, where there is room).
+    """Run the model on a few short prompts and a long one; memory holds it once, in float32, where
+    it fits, and else no more than a matrix of it.
 
     Args:
         rounded: what rounding weights to 4 bits costs as well.
         precisions: what these cost as well (noise.py): that of a name like `as-stored` is
             float32's, and integers are held to `rounded`.
     """
-    model = load_float32(checkpoint)
-    steps, texts, randoms = _lengths(model.config)
+    loaded = Loaded(checkpoint)
+    config = loaded.model.config
+    steps, texts, randoms = _lengths(config)
     prompts = [
-        *_sampled_prompts(model, texts, seed=0),
-        *_random_prompts(model.config.vocab_size, randoms, seed=0),
+        *_sampled_prompts(loaded, texts, seed=0),
+        *_random_prompts(config.vocab_size, randoms, seed=0),
     ]
-    sequences = _continued_greedily(model, prompts, steps)
-    tokens, positions = _long_text(model.config, sequences, _reach(model))
-    with _watched(model) as magnitudes:
-        logits = _logits_alone(model, sequences)
-        far = _at(model, tokens, positions)
+    sequences = _continued_greedily(loaded, prompts, steps)
+    tokens, positions = _long_text(config, sequences, _reach(loaded.model))
+    with _watched(loaded.model) as magnitudes:
+        logits = _logits_alone(loaded, sequences)
+        far = _at(loaded, tokens, positions)
     joined = np.concatenate(logits)
 
-    def restore() -> None:
-        for name, parameter in model.named_parameters():
-            _fill(parameter, checkpoint.tensor(name), name)
-
     def run() -> Logits:
-        return np.concatenate(_logits_alone(model, sequences))
+        return np.concatenate(_logits_alone(loaded, sequences))
 
     floats = (name for name in precisions if not name.startswith("int"))
     asked = {name if name in PRECISIONS else "fp32" for name in floats}
-    noise = {name: measured(name, model, run, joined, restore) for name in sorted(asked)}
-    twice = _rounded_logits(model, sequences, tokens, positions) if rounded else None
+    noise = {name: measured(name, loaded, run, joined) for name in sorted(asked)}
+    twice = _rounded_logits(loaded, sequences, tokens, positions) if rounded else None
     return Reference(
         sequences=tuple(sequences),
         prompt_lengths=tuple(map(len, prompts)),
@@ -139,14 +135,14 @@ def compute_reference(
         rounded=twice[0][0] if twice else (),
         rounded_twice=twice[1][0] if twice else (),
         peak=max(magnitudes),
-        noise={name: found for name, found in noise.items() if found is not None},
+        noise=noise,
         long=None
         if far is None
         else LongText(
             tokens,
             positions,
             far,
-            getattr(model.config, "max_position_embeddings", None) or 0,
+            getattr(config, "max_position_embeddings", None) or 0,
             twice[0][1] if twice else None,
             twice[1][1] if twice else None,
         ),
@@ -190,79 +186,10 @@ def _reach(model: Any) -> int:
     return min(int(within), math.isqrt(MOST_SCORES // heads))
 
 
-def _at(model: Any, tokens: Tokens, positions: Sequence[int]) -> Logits | None:
+def _at(loaded: Loaded, tokens: Tokens, positions: Sequence[int]) -> Logits | None:
     if not positions:
         return None
-    return _logits_alone(model, [tokens])[0][list(positions)]
-
-
-def load_float32(checkpoint: Checkpoint) -> Any:
-    """As `load_model`, in the precision that everything is held against."""
-    return load_model(checkpoint, torch.float32)
-
-
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """The stock class of config.json with this checkpoint's tensors, each read once.
-
-    Raises:
-        CheckpointError: a tensor is missing, left over, or of another shape.
-        UnsupportedModelError: transformers has no causal model for this config.
-    """
-    from transformers import AutoModelForCausalLM
-
-    classes: Any = AutoModelForCausalLM
-    try:
-        config = stock_config(checkpoint.config)
-        with no_initial_values():
-            exact = capped_attention(checkpoint.config)
-            model: Any = classes.from_config(config, dtype=dtype, **exact)
-        model.tie_weights()  # skipping the initial values skips this too
-    except (ValueError, KeyError, OSError) as error:
-        raise UnsupportedModelError(
-            f"transformers cannot build the model of {checkpoint.folder} ({error}); "
-            "expected the config.json of a causal language model, without remote code"
-        ) from error
-    _check_names(checkpoint, model)
-    for name, parameter in model.named_parameters():  # a tied table comes up once
-        _fill(parameter, checkpoint.tensor(name), name)
-    return model.eval()
-
-
-def capped_attention(config: Mapping[str, Any]) -> dict[str, str]:
-    """Arguments of a class that make it cap attention scores where config.json says so (Gemma 2).
-
-    transformers 4.57 would take torch's own attention, which has no cap, without an error.
-    """
-    return {"attn_implementation": "eager"} if config.get("attn_logit_softcapping") else {}
-
-
-def no_initial_values() -> Any:
-    """A context in which transformers builds modules without drawing weights for them."""
-    try:
-        place = importlib.import_module("transformers.initialization")
-    except ImportError:  # before transformers 5
-        place = importlib.import_module("transformers.modeling_utils")
-    return place.no_init_weights()
-
-
-def _check_names(checkpoint: Checkpoint, model: Any) -> None:
-    # A persistent buffer that old files still carry (rotary frequencies) is computed, not read.
-    unknown = {n for n in checkpoint.files if not n.endswith("rotary_emb.inv_freq")}
-    unknown -= set(model.state_dict())
-    if unknown:
-        raise CheckpointError(
-            f"{checkpoint.folder} holds tensors that {type(model).__name__} does not know: "
-            f"{', '.join(sorted(unknown))}; does config.json belong to these weights?"
-        )
-
-
-def _fill(parameter: torch.Tensor, stored: torch.Tensor, name: str) -> None:
-    if parameter.shape != stored.shape:
-        raise CheckpointError(
-            f"{name} is stored as {tuple(stored.shape)} where config.json calls for "
-            f"{tuple(parameter.shape)}; does config.json belong to these weights?"
-        )
-    parameter.data.copy_(stored)
+    return _logits_alone(loaded, [tokens])[0][list(positions)]
 
 
 def _lengths(config: Any) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
@@ -279,21 +206,21 @@ def _random_prompts(vocab: int, lengths: Iterable[int], *, seed: int) -> list[To
     return [rng.integers(vocab, size=length) for length in lengths]
 
 
-def _sampled_prompts(model: Any, lengths: tuple[int, ...], *, seed: int) -> list[Tokens]:
+def _sampled_prompts(loaded: Loaded, lengths: tuple[int, ...], *, seed: int) -> list[Tokens]:
     """Sample at temperature 1 from the start token; the expected log-perplexity ratio of another
     model on such text is exactly its KL divergence."""
     random = torch.Generator().manual_seed(seed)
-    start = model.config.bos_token_id
-    known = isinstance(start, int) and 0 <= start < model.config.vocab_size
+    start = loaded.model.config.bos_token_id
+    known = isinstance(start, int) and 0 <= start < loaded.model.config.vocab_size
     tokens_BL = torch.full((len(lengths), 1), start if known else 0)
     while tokens_BL.shape[1] < max(lengths):
-        probability_BV = model(input_ids=tokens_BL, use_cache=False).logits[:, -1].softmax(-1)
+        probability_BV = loaded.logits(tokens_BL)[:, -1].softmax(-1)
         next_B1 = torch.multinomial(probability_BV, 1, generator=random)
         tokens_BL = torch.cat([tokens_BL, next_B1], dim=1)
     return [row[:length].numpy() for row, length in zip(tokens_BL, lengths, strict=True)]
 
 
-def _continued_greedily(model: Any, prompts: list[Tokens], steps: int) -> list[Tokens]:
+def _continued_greedily(loaded: Loaded, prompts: list[Tokens], steps: int) -> list[Tokens]:
     """Append the most likely token `steps` times.
 
     Tokens right of a position cannot reach it through causal attention, so the prompts share one
@@ -305,7 +232,7 @@ def _continued_greedily(model: Any, prompts: list[Tokens], steps: int) -> list[T
         row[: len(prompt)] = torch.from_numpy(prompt)
     rows = torch.arange(len(prompts))
     for step in range(steps):
-        logits_BLV = model(input_ids=tokens_BL, use_cache=False).logits
+        logits_BLV = loaded.logits(tokens_BL)
         tokens_BL[rows, lengths + step] = logits_BLV[rows, lengths + step - 1].argmax(-1)
     ends = (lengths + steps).tolist()
     return [row[:end].numpy() for row, end in zip(tokens_BL, ends, strict=True)]
@@ -329,10 +256,9 @@ def _watched(model: Any) -> Iterator[list[float]]:
             handle.remove()
 
 
-def _logits_alone(model: Any, sequences: Iterable[Tokens]) -> tuple[Logits, ...]:
+def _logits_alone(loaded: Loaded, sequences: Iterable[Tokens]) -> tuple[Logits, ...]:
     return tuple(
-        model(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits[0].float().numpy()
-        for tokens in sequences
+        loaded.logits(torch.from_numpy(tokens)[None])[0].float().numpy() for tokens in sequences
     )
 
 
@@ -340,19 +266,19 @@ Far = tuple[tuple[Logits, ...], Logits | None]
 
 
 def _rounded_logits(
-    model: Any, sequences: Sequence[Tokens], tokens: Tokens, positions: Sequence[int]
+    loaded: Loaded, sequences: Sequence[Tokens], tokens: Tokens, positions: Sequence[int]
 ) -> tuple[Far, Far]:
-    """Weights rounded, then inputs as well: logits of the sequences and of the long one.
+    """Weights rounded, then inputs as well: logits of the sequences and of the long one."""
+    products = [m for m in loaded.model.modules() if isinstance(m, torch.nn.Linear)]
+    with loaded.changed(_product_to_4_bits):
+        once = _logits_alone(loaded, sequences), _at(loaded, tokens, positions)
+        for product in products:
+            product.register_forward_pre_hook(lambda _, inputs: rounded_to_8_bits(inputs[0]))
+        return once, (_logits_alone(loaded, sequences), _at(loaded, tokens, positions))
 
-    Rounds the model in place: there may be no room for a second one.
-    """
-    products = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    for product in products:
-        product.weight.data = rounded_to_4_bits(product.weight.data)
-    once = _logits_alone(model, sequences), _at(model, tokens, positions)
-    for product in products:
-        product.register_forward_pre_hook(lambda _, inputs: rounded_to_8_bits(inputs[0]))
-    return once, (_logits_alone(model, sequences), _at(model, tokens, positions))
+
+def _product_to_4_bits(module: torch.nn.Module, values: torch.Tensor) -> torch.Tensor:
+    return rounded_to_4_bits(values) if isinstance(module, torch.nn.Linear) else values
 
 
 def rounded_to_4_bits(weight_OI: torch.Tensor) -> torch.Tensor:

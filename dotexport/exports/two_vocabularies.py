@@ -16,7 +16,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +24,9 @@ from torch.nn.functional import kl_div, log_softmax
 
 from dotexport.errors import CalibrationError, DotexportError, UsageError
 from dotexport.exports.quality import MOST_NATS, Progress, Quality
-from dotexport.exports.reference import load_float32
 from dotexport.models.checkpoint import Checkpoint, read_config
 from dotexport.models.documents import documents
+from dotexport.models.loading import Loaded
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import CHARACTERS, DOUBTFUL, window_length
 from dotexport.vocabulary.aligning import Aligned, align
@@ -42,6 +41,7 @@ def evaluate_across(
     text: TextOptions,
     *,
     device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
 ) -> Quality:
     """Perplexity per token of the original, bits per byte, KL and top-1 agreement.
@@ -65,8 +65,9 @@ def evaluate_across(
             f"{text.source} is less than one window; give more text or a smaller --seqlen"
         )
     shared = sorted((theirs.ids[token], number) for token, number in ours.ids.items())
-    models = [load_float32(Checkpoint.open(f)).to(device) for f in (baseline, candidate)]
-    shared_V2 = torch.tensor(shared).to(device)
+    place = torch.device(device)
+    models = [Loaded(Checkpoint.open(f), dtype, device=place) for f in (baseline, candidate)]
+    shared_V2 = torch.tensor(shared).to(place)
     found = []
     for number, window in enumerate(windows):
         if progress is not None:
@@ -149,12 +150,12 @@ class _Sums:
 
 @torch.inference_mode()
 def _measure(
-    original: Any, candidate: Any, window: Aligned, shared_V2: Tensor, reading: Reading
+    original: Loaded, candidate: Loaded, window: Aligned, shared_V2: Tensor, reading: Reading
 ) -> _Sums:
     device = shared_V2.device
     ids_N, ids_M = (torch.from_numpy(ids).to(device) for ids in (window.one_N, window.other_M))
-    logits_NO = original(input_ids=ids_N[None], use_cache=False).logits[0].float()
-    logits_MA = candidate(input_ids=ids_M[None], use_cache=False).logits[0].float()
+    logits_NO = original.logits(ids_N[None])[0].float()
+    logits_MA = candidate.logits(ids_M[None])[0].float()
     # The first stretch of text is what both have read before they predict.
     (i, j), (k, m) = window.marks_B2[1].tolist(), window.marks_B2[-1].tolist()
     nats = _nats(logits_NO, ids_N, i, k), _nats(logits_MA, ids_M, j, m)

@@ -24,10 +24,10 @@ import psutil
 import torch
 
 from dotexport.errors import CalibrationError
-from dotexport.exports.reference import load_model
 from dotexport.generation.lockstep import Lockstep, drawn
 from dotexport.generation.starts import CHAT, Script, Starts
 from dotexport.models.checkpoint import Checkpoint
+from dotexport.models.loading import load_model
 from dotexport.models.text_options import SELF, TextOptions, parts_of
 from dotexport.models.text_windows import order_of, window_length
 from dotexport.narrowing.prepare import WIDE, multiplies_bfloat16

@@ -11,6 +11,7 @@ import torch
 from dotexport.errors import CalibrationError
 from dotexport.generation.own_text import Progress, write_own_text
 from dotexport.models.checkpoint import Checkpoint
+from dotexport.models.memory import fits
 from dotexport.models.text_options import SELF, TextOptions, parts_of
 from dotexport.models.text_windows import window_length
 from dotexport.storage.workspace import Workspace
@@ -50,6 +51,13 @@ def second_text(
     found = replace(text, source=other, samples=samples, seqlen=length, skip=0, own=None)
     if SELF not in {part.source for part in parts_of(other)}:
         return found
+    if not fits(2 * original.num_parameters, device):  # sampling holds it in 16 bits
+        logger.warning(
+            "there is no second text: %s does not fit into memory, as sampling needs it to; "
+            "name one with --other",
+            original.folder,
+        )
+        return None
     try:
         return write_own_text(
             original,

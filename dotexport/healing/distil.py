@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dotexport.exports.reference import load_float32
 from dotexport.healing.distil_judge import Judgement, assign, judge, rounded_as_stored
 from dotexport.healing.distil_loss import distillation_loss
 from dotexport.healing.distil_memory import needs_recomputing, recompute_layers, windows_at_once
 from dotexport.healing.heal_options import HealOptions
 from dotexport.healing.healing_text import HealingText
 from dotexport.models.checkpoint import Checkpoint
+from dotexport.models.loading import load_float32
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import psutil
-import torch
 from torch.utils.checkpoint import checkpoint
+
+from dotexport.models.memory import free_bytes
 
 LOGITS_BYTES = 256 << 20  # of one pass's logits, which decides how many windows run at once
 MEMORY_SHARE = 0.5  # of free memory that activations may take before they are computed twice
@@ -37,13 +37,6 @@ def activation_bytes(config: Any, tokens: int) -> int:
     head_dim = head_dim or config.hidden_size // config.num_attention_heads
     per_layer = 6 * config.hidden_size + 3 * heads * head_dim + 4 * config.intermediate_size
     return int(4 * tokens * config.num_hidden_layers * per_layer)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that nobody has taken yet."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def recompute_layers(model: Any) -> None:

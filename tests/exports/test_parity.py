@@ -34,10 +34,10 @@ from dotexport.exports.reference import (
     _reach,
     _sampled_prompts,
     compute_reference,
-    load_float32,
 )
 from dotexport.exports.target import Logits, Tokens
 from dotexport.models.checkpoint import Checkpoint
+from dotexport.models.loading import Loaded
 
 VOCAB, STEPS, PROMPTS = 16, 3, (9, 5, 1)
 PHASES = ("prefill", "decode", "padded prefill", "padded decode")
@@ -338,7 +338,7 @@ def test_the_long_sequence_ends_with_the_context_and_goes_past_the_window() -> N
 def test_a_small_model_is_asked_to_the_end_of_its_context(
     tiny_llama: Callable[[str], Path],
 ) -> None:
-    model = load_float32(Checkpoint.open(tiny_llama("wide-heads")))
+    model = Loaded(Checkpoint.open(tiny_llama("wide-heads"))).model
     assert _reach(model) > 4096  # which is more than the least for all models
     model.config.num_hidden_layers = 10_000
     assert _reach(model) < LONGEST
@@ -348,10 +348,10 @@ def test_a_small_model_is_asked_to_the_end_of_its_context(
 def test_a_start_that_is_no_token_of_the_model_does_not_matter(
     start: int, tiny_llama: Callable[[str], Path]
 ) -> None:
-    model = load_float32(Checkpoint.open(tiny_llama("wide-heads")))
+    loaded = Loaded(Checkpoint.open(tiny_llama("wide-heads")))
     prompts = []
     for number in (start, None):
-        model.config.bos_token_id = number
-        prompts.append(_sampled_prompts(model, (4, 3), seed=0))
+        loaded.model.config.bos_token_id = number
+        prompts.append(_sampled_prompts(loaded, (4, 3), seed=0))
     for mine, other in zip(*prompts, strict=True):
         np.testing.assert_array_equal(mine, other)

@@ -24,13 +24,13 @@ from dotexport.exports.parity import Parity
 from dotexport.exports.reference import (
     Reference,
     compute_reference,
-    load_float32,
     rounded_to_4_bits,
     rounded_to_8_bits,
 )
 from dotexport.exports.target import find_target
 from dotexport.exports.verifying import check, require, verify
 from dotexport.models.checkpoint import Checkpoint
+from dotexport.models.loading import load_float32
 from dotexport.storage import manifest
 from dotexport.storage.locking import lock_file
 

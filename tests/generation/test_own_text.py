@@ -14,12 +14,12 @@ import torch
 
 from dotexport.embedded import MODEL_DIR
 from dotexport.errors import CalibrationError
-from dotexport.exports.reference import load_float32
 from dotexport.generation import own_text
 from dotexport.generation.lockstep import Lockstep, drawn
 from dotexport.generation.own_text import Row, sample_text, write_own_text
 from dotexport.generation.starts import CHAT, Script, Starts, chat_pieces
 from dotexport.models.checkpoint import Checkpoint
+from dotexport.models.loading import load_float32
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import token_windows
 

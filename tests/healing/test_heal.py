@@ -19,7 +19,6 @@ from dotexport.app.shrinking import shrink
 from dotexport.axes.plan import SizeOptions
 from dotexport.errors import UsageError
 from dotexport.exports.quality import evaluate
-from dotexport.exports.reference import load_float32
 from dotexport.healing import distil, distil_loss, distil_memory
 from dotexport.healing.distil_judge import Judgement
 from dotexport.healing.distil_loss import distillation_loss, divergence, predict
@@ -31,6 +30,7 @@ from dotexport.healing.heal_options import (
 )
 from dotexport.healing.healing_text import HealingText, healing_text
 from dotexport.models.checkpoint import Checkpoint
+from dotexport.models.loading import load_float32
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.narrow_options import LocalOptions, NarrowOptions

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from dotexport.axes.carrying import carry, carry_config
 from dotexport.axes.plan import SizeOptions
 from dotexport.errors import UnsupportedModelError
-from dotexport.exports.reference import load_float32
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.families import SUPPORTED, carried_biases, find_carrier
+from dotexport.models.loading import load_float32
 from dotexport.models.rope import stock_config
 from dotexport.models.shapes import read_sizes
 from dotexport.sizes.budget import plan

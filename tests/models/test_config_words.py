@@ -29,12 +29,12 @@ from dotexport.app.opening import check_tensors, open_source
 from dotexport.axes.carrying import carry
 from dotexport.axes.plan import SizeOptions, read_model
 from dotexport.errors import CheckpointError, DotexportError, UnsupportedModelError
-from dotexport.exports.reference import capped_attention
 from dotexport.exports.target import find_target
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter, read_config
 from dotexport.models.config_words import say_once
 from dotexport.models.families import SUPPORTED
 from dotexport.models.layers import Stock
+from dotexport.models.loading import capped_attention
 from dotexport.models.shapes import read_sizes
 from dotexport.models.weight_files import INDEX
 from dotexport.narrowing.original import Original

@@ -20,10 +20,10 @@ from dotexport.app.shrinking import shrink
 from dotexport.axes.carrying import carry
 from dotexport.axes.plan import SizeOptions
 from dotexport.errors import UnsupportedModelError
-from dotexport.exports.reference import capped_attention
 from dotexport.healing.heal_options import HealOptions
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter, read_config
 from dotexport.models.families import SUPPORTED, find_family
+from dotexport.models.loading import capped_attention
 from dotexport.models.shapes import num_parameters, read_sizes
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import token_windows
