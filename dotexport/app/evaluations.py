@@ -73,8 +73,9 @@ def evaluate_into(
     where = pick_device(device)
     sides = sides_of(out, baseline, step.artifacts, where)
     check_eval(step, step.artifacts)
-    calibration = (made.get("calibration") or {}).get("source")
-    doubt = calibration and one_source(calibration, step.text.source, out / OWN_TEXT)
+    read = (made.get("calibration") or {}).get("source"), (made.get("healing") or {}).get("text")
+    doubts = (one_source(text, step.text.source, out / OWN_TEXT) for text in read if text)
+    doubt = next(filter(None, doubts), None)
     if doubt:
         logger.warning("%s", doubt)
     asked: dict[str, Any] = {"device": str(where), "progress": progress}
