@@ -14,6 +14,7 @@ TABLES = {
     "diffusion": "pruned_pipelines",
     "faults": "faults",
     "fidelity": "fidelity",
+    "healing": "healing_steps",
     "matrix": "matrix",
     "mutations": "mutations",
     "optimum": "optimum",

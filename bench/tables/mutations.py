@@ -347,11 +347,11 @@ MUTATIONS = (
         "healing/test_heal.py",
     ),
     mutation(
-        "healing/distil_loss.py",
-        'kl_div(ours_CV, theirs_CV, reduction="sum", log_target=True)',
-        'kl_div(theirs_CV, ours_CV, reduction="sum", log_target=True)',
-        "Distillation minimises the divergence in the wrong direction.",
-        "healing/test_heal.py",
+        "healing/distil_head.py",
+        "log_q_RV.exp_().sub_(p_RV)",
+        "p_RV.sub_(log_q_RV.exp_())",
+        "Distillation climbs where it should descend.",
+        "healing/test_distil_loss.py",
     ),
     mutation(
         "storage/workspace.py",

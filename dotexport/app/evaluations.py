@@ -83,8 +83,9 @@ def evaluate_into(
     dtype = dtype_of_sessions(out, baseline, step, where) if asks else step.dtype
     sides = [] if dtype is None else sides_of(out, baseline, step.artifacts, where, dtype)
     rivals = _rivals(step.rival, {side.name for side in sides}, where, dtype or step.dtype)
-    calibration = (made.get("calibration") or {}).get("source")
-    doubt = calibration and one_source(calibration, step.text.source, out / OWN_TEXT)
+    read = (made.get("calibration") or {}).get("source"), (made.get("healing") or {}).get("text")
+    doubts = (one_source(text, step.text.source, out / OWN_TEXT) for text in read if text)
+    doubt = next(filter(None, doubts), None)
     if doubt:
         logger.warning("%s", doubt)
     numbers = {"device": str(where), "dtype": DTYPES[step.dtype]}

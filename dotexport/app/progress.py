@@ -73,16 +73,18 @@ class Lines:
         self._write, self._clock = write, clock
         self._stage = ""
         self._began = self._said = 0.0
+        self._first = 0  # what was done when the stage began: by a run that was stopped
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         now = self._clock()
         if _name(stage) != _name(self._stage):
             self.finish()
             self._began = self._said = now
+            self._first = done
             self._write(stage)
-        elif done and now - self._said >= EVERY:
+        elif done > self._first and now - self._said >= EVERY:
             passed = now - self._began
-            left = passed / done * max(total - done, 0)
+            left = passed / (done - self._first) * max(total - done, 0)
             self._write(f"{stage}: {done} of {total}, {duration(passed)}, {duration(left)} left")
             self._said = now
         self._stage = stage

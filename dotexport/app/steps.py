@@ -45,7 +45,13 @@ class ShrinkStep:
     heal: str = option(
         "local",
         help="Gradient steps after the refit: local (each sublayer alone, while it is in memory), "
-        "a number of steps of distillation of the whole model, both (local+200), or none.",
+        "distillation of the whole model on a number of tokens (300k, 20M) or of steps (200), both "
+        "(local+20M), or none. plan --heal says how long it takes.",
+    )
+    heal_text: str | None = option(
+        None,
+        help="Text that distillation trains on, read as it is needed, or said by the original; as "
+        "--calib. Default: the calibration text.",
     )
     heal_samples: int | None = option(
         None, help="Windows of the calibration text that healing trains on, from --skip on."
@@ -73,6 +79,7 @@ class ShrinkStep:
     def options(self) -> ShrinkOptions:
         local, distil = parse_heal(
             self.heal,
+            text=self.heal_text,
             samples=self.heal_samples,
             precision=self.heal_precision,
             seed=self.narrow.seed,

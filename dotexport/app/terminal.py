@@ -106,6 +106,8 @@ def show_costs(chosen: Choice) -> None:
     table.add_row("time of shrink here", "", duration(costs.shrink_seconds))
     if costs.allocation_seconds:
         table.add_row("and of measuring cuts first", "", duration(costs.allocation_seconds))
+    if costs.distillation_seconds:
+        table.add_row("and of distilling behind it", "", duration(costs.distillation_seconds))
     console.print(table)
     if costs.allocation_seconds:
         console.print(

@@ -14,7 +14,8 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ Progress = Callable[[str, int, int], None]
 
 LONGEST = 512  # slots of a row: what lies before a text in its row is read for nothing
 MOST_ROWS = {"cpu": 128, "cuda": 512}
+# Of a batch behind which steps follow: the same on every machine of a kind, and a small cache.
+ENDLESS_ROWS = {"cpu": 32, "cuda": 256}
 MESSAGE = 64  # tokens of a user's message, at most
 SPARE = 1.05  # tokens that are read back as fewer
 STAGE = "sampling text from the original"
@@ -202,6 +205,56 @@ def sample_text(
     seconds = time.perf_counter() - began
     precision = str(dtype).removeprefix("torch.")
     return OwnText(tuple(texts), found, rows * num_slots, seconds, precision, seed)
+
+
+def texts_without_end(
+    model: Any,
+    folder: Path,
+    *,
+    seed: int,
+    first: int,
+    workspace: Workspace,
+) -> Iterator[str]:
+    """What a model that is in memory goes on saying, in its own dtype, a batch of rows at a time.
+
+    Args:
+        folder: of its tokenizer.
+        first: row to begin with, so that texts differ from those of other rows.
+        workspace: keeps every batch, so that it is said once.
+
+    Raises:
+        CalibrationError: what it says is no text.
+    """
+    starts, num_slots = Starts.of(folder), row_length(model.config)
+    count = ENDLESS_ROWS[model.get_input_embeddings().weight.device.type]
+    while True:
+        name = f"{SELF}-{first}"
+        if kept := workspace.load(name):
+            texts = kept[0]["texts"]
+        else:
+            logger.info("%s: %d tokens", STAGE, count * num_slots)
+            rows = range(first, first + count)
+            with _attention_of_its_own(model.config):
+                said = _batch(model, starts, rows, num_slots, seed, lambda done: None)
+            texts = [text for _, ids, _ in said if (text := starts.text(ids))]
+            if not texts:
+                raise CalibrationError(
+                    f"{folder} says nothing that its tokenizer reads as text; give healing other "
+                    "text than self"
+                )
+            workspace.save(name, {"texts": texts})
+        yield from texts
+        first += count
+
+
+@contextmanager
+def _attention_of_its_own(config: Any) -> Iterator[None]:
+    """Reading in lockstep leaves another kind of attention behind."""
+    own = config._attn_implementation
+    try:
+        yield
+    finally:
+        config._attn_implementation = own
 
 
 def write_own_text(

@@ -13,26 +13,33 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dotexport.healing.distil_judge import Judgement, assign, judge, rounded_as_stored
+from dotexport.generation.own_text import texts_without_end
+from dotexport.healing.distil_head import Head
+from dotexport.healing.distil_judge import HeldOut, computing_with, judge
 from dotexport.healing.distil_loss import distillation_loss
+from dotexport.healing.distil_masters import Masters, compute_in
 from dotexport.healing.distil_memory import needs_recomputing, recompute_layers, windows_at_once
-from dotexport.healing.heal_options import HealOptions
+from dotexport.healing.heal_options import HealOptions, Schedule
 from dotexport.healing.healing_text import HealingText
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.loading import load_float32
+from dotexport.storage.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 Tensors = dict[str, Tensor]
 Save = Callable[[Tensors, dict[str, Any]], None]
+
+NOWHERE = Workspace()
+FIRST_ROW = 1 << 20  # of text that the original says: others than those of calibration
 
 
 @dataclass
@@ -42,13 +49,21 @@ class Course:
     Attributes:
         curve: one entry per evaluation: step, held-out figures, mean loss of the steps before it.
         best: index of the evaluation with the least held-out KL.
-        seconds: spent on steps and evaluations, over all runs that it took.
+        seconds: spent on steps and evaluations, over all runs that it took; of them on steps
+            alone.
     """
 
     step: int = 0
     curve: list[dict[str, float]] = field(default_factory=list)
     best: int = 0
     seconds: float = 0.0
+    training_seconds: float = 0.0
+
+    def spent(self, since: float, *, training: bool = False) -> None:
+        """Time goes to a step, or to an evaluation."""
+        passed = time.perf_counter() - since
+        self.seconds += passed
+        self.training_seconds += passed if training else 0.0
 
 
 @dataclass(frozen=True)
@@ -69,32 +84,37 @@ def heal(
     behind: Sequence[int] | None = None,
     device: torch.device,
     progress: Progress = lambda stage, done, total: None,
+    workspace: Workspace = NOWHERE,
     save: Save = lambda tensors, course: None,
     saved: tuple[dict[str, Any], Tensors] | None = None,
 ) -> Healed:
     """Distil a narrowed checkpoint from its original.
 
-    Both models are in memory whole, in float32; the narrowed one with gradients and two moments.
+    Both models are in memory whole, in bfloat16 where steps compute so; of the narrowed one also
+    weights, gradients and two moments in float32.
 
     Args:
         E_DK: the basis that narrowed the residual stream.
         behind: the original's layer that each of the narrowed model's answers for; None: its own
             number.
+        workspace: keeps text that the original says.
         save: takes the whole state after every evaluation.
         saved: such a course and its state; the run goes on from there and ends with the same bits.
     """
-    healing = Healing.begin(student, source, E_DK, text, options, device, behind)
+    healing = Healing.begin(student, source, E_DK, text, options, device, behind, workspace)
     if saved is None:
         healing.judge()
     else:
         healing.restore(*saved)
         logger.warning("healing goes on after step %d", healing.course.step)
-    while healing.course.step < options.steps:
+    schedule = healing.schedule
+    progress(healing.stage, healing.course.step, schedule.steps)
+    while healing.course.step < schedule.steps:
         if not healing.advance():
             logger.warning("healing diverged after step %d and stops there", healing.course.step)
             break
-        progress(healing.stage, healing.course.step, options.steps)
-        if healing.course.step in options.evaluations:
+        progress(healing.stage, healing.course.step, schedule.steps)
+        if healing.course.step in schedule.evaluations:
             healing.judge()
             save(healing.state(), asdict(healing.course))
     return Healed(healing.best, healing.report())
@@ -102,17 +122,28 @@ def heal(
 
 @dataclass
 class Healing:
-    """One run: both models, the optimiser, and what is best so far."""
+    """One run: both models, the optimiser, and what is best so far.
+
+    Attributes:
+        teacher: computes in the dtype of passes.
+        masters: the student's weights in float32.
+        passes: dtype of the products of a step.
+    """
 
     student: Any
     teacher: Any
+    masters: Masters
     E_DK: Tensor
     behind: Sequence[int] | None
     text: HealingText
+    batches: Callable[[int], Tensor]
+    held: HeldOut
     options: HealOptions
-    dtypes: Mapping[str, torch.dtype]
-    accelerator: Any
-    optimizer: Any
+    schedule: Schedule
+    dtypes: dict[str, torch.dtype]
+    passes: torch.dtype
+    optimizer: torch.optim.Optimizer
+    at_once: int
     recomputed: bool
     course: Course = field(default_factory=Course)
     best: Tensors = field(default_factory=dict)
@@ -128,72 +159,94 @@ class Healing:
         options: HealOptions,
         device: torch.device,
         behind: Sequence[int] | None,
+        workspace: Workspace,
     ) -> Healing:
-        accelerator = new_accelerator(options.chosen_precision(device), device)
+        bf16 = options.chosen_precision(device) == "bf16"
+        passes = torch.bfloat16 if bf16 else torch.float32
         teacher = load_float32(source).requires_grad_(False).to(device)
+        held = HeldOut.of(text.held_NL, teacher, partial(_head, teacher, source))
+        compute_in(teacher, passes)
         model = load_float32(student).to(device)
-        length = options.seqlen or text.train_NL.shape[1]
-        recomputed = needs_recomputing(model, options.batch, length)
+        schedule = options.settled(text.train_NL.shape[1])
+        most = windows_at_once(model.config, schedule.length, passes, device)
+        at_once = min(schedule.batch, most)
+        recomputed = needs_recomputing(model, at_once, schedule.length, passes)
         if recomputed:
             logger.info("activations are computed twice, for want of memory")
             recompute_layers(model)
-        dtypes = {name: spec.dtype for name, spec in student.specs.items()}
-        optimizer = accelerator.prepare(new_optimizer(model, options))
+        masters = Masters.of(model, passes)
+        own = partial(
+            texts_without_end,
+            teacher,
+            source.folder,
+            seed=options.seed,
+            first=FIRST_ROW,
+            workspace=workspace,
+        )
         return cls(
             model,
             teacher,
-            E_DK.to(device).float(),
+            masters,
+            E_DK.to(device, passes),
             behind,
             text,
+            text.batches(schedule, options.seed, own),
+            held,
             options,
-            dtypes,
-            accelerator,
-            optimizer,
+            schedule,
+            {name: spec.dtype for name, spec in student.specs.items()},
+            passes,
+            new_optimizer(masters, options),
+            at_once,
             recomputed,
         )
 
     # Steps ------------------------------------------------------------------------------------
 
     def advance(self) -> bool:
-        """One optimiser step; a batch whose logits are too large runs in pieces.
+        """One optimiser step; a batch whose activations are too large runs in pieces.
 
         False, and nothing has moved: the loss or its gradient is not finite.
         """
         began = time.perf_counter()
-        tokens_BL = batch(self.text.train_NL, self.course.step, self.options).to(self.E_DK.device)
-        at_once = windows_at_once(tokens_BL.shape[1], self.student.config.vocab_size)
+        tokens_BL = self.batches(self.course.step)
+        self.course.spent(began)
+        began = time.perf_counter()
         total = 0.0
-        for piece_BL in torch.split(tokens_BL, at_once):
-            with self.accelerator.autocast():
-                loss = distillation_loss(
-                    self.student,
-                    self.teacher,
-                    self.E_DK,
-                    piece_BL,
-                    hidden_weight=self.options.hidden_weight,
-                    behind=self.behind,
-                )
+        for piece_BL in torch.split(tokens_BL.to(self.E_DK.device), self.at_once):
+            loss = distillation_loss(
+                self.student,
+                self.teacher,
+                self.E_DK,
+                piece_BL,
+                hidden_weight=self.options.hidden_weight,
+                behind=self.behind,
+            )
             loss = loss * (len(piece_BL) / len(tokens_BL))
-            self.accelerator.backward(loss)
+            torch.autograd.backward(loss)
+            self.masters.take_gradients()
             total += loss.item()
-        norm = self.accelerator.clip_grad_norm_(self.student.parameters(), self.options.clip)
+        weights = self.masters.weights.values()
+        norm = torch.nn.utils.clip_grad_norm_(weights, self.options.clip).item()
         if not math.isfinite(total) or not math.isfinite(norm):
             return False
-        factor = self.options.factor(self.course.step)
+        factor = self.schedule.factor(self.course.step)
         for group in self.optimizer.param_groups:
             group["lr"] = factor * group["peak"]
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.masters.hand_back()
         self.losses.append(total)
         self.course.step += 1
-        self.course.seconds += time.perf_counter() - began
+        self.course.spent(began, training=True)
         return True
 
     def judge(self) -> None:
         """Evaluate the weights as they would be stored, and keep them if none were better."""
         began = time.perf_counter()
-        rounded = rounded_as_stored(self.student, self.dtypes)
-        judgement = self._judgement(rounded)
+        rounded = self.masters.rounded(self.dtypes)
+        with computing_with(self.student, rounded):
+            judgement = judge(self.student, self.held)
         course = self.course
         loss = {"loss": sum(self.losses) / len(self.losses)} if self.losses else {}
         self.losses.clear()
@@ -202,27 +255,26 @@ class Healing:
             course.best = len(course.curve) - 1
             self.best = {name: tensor.cpu() for name, tensor in rounded.items()}
         logger.info("step %d: %s", course.step, course.curve[-1])
-        course.seconds += time.perf_counter() - began
-
-    def _judgement(self, rounded: Tensors) -> Judgement:
-        own = {name: parameter.data for name, parameter in self.student.named_parameters()}
-        assign(self.student, {name: tensor.float() for name, tensor in rounded.items()})
-        try:
-            return judge(self.student, self.teacher, self.text.held_NL)
-        finally:
-            assign(self.student, own)
+        course.spent(began)
 
     @property
     def stage(self) -> str:
         curve = self.course.curve
         best = curve[self.course.best]["kl"]
-        return f"healing: held-out KL {curve[0]['kl']:.4f} -> {best:.4f}"
+        rate = f", {self.tokens_per_second:,.0f} tokens/s" if self.course.step else ""
+        return f"healing: held-out KL {curve[0]['kl']:.4f} -> {best:.4f}{rate}"
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of steps, evaluations aside."""
+        tokens = self.course.step * self.schedule.tokens_per_step
+        return tokens / self.course.training_seconds if tokens else 0.0
 
     # State ------------------------------------------------------------------------------------
 
     def state(self) -> Tensors:
         """Every tensor that a run needs to go on as if it had not been stopped."""
-        kept = {f"student.{name}": p.data for name, p in self.student.named_parameters()}
+        kept = {f"student.{name}": own.data for name, own in self.masters.weights.items()}
         kept |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             kept |= {f"optimizer.{index}.{key}": value for key, value in moments.items()}
@@ -231,7 +283,9 @@ class Healing:
     def restore(self, course: Mapping[str, Any], tensors: Tensors) -> None:
         self.course = Course(**course)
         self.best = _below("best.", tensors)
-        assign(self.student, _below("student.", tensors))
+        for name, tensor in _below("student.", tensors).items():
+            self.masters.weights[name].data.copy_(tensor)
+        self.masters.hand_back()
         moments: dict[int, Tensors] = {}
         for name, tensor in _below("optimizer.", tensors).items():
             index, _, key = name.partition(".")
@@ -241,57 +295,43 @@ class Healing:
 
     def report(self) -> dict[str, Any]:
         """What the reports say: before and after on the held-out windows, and the way there."""
-        curve, options = self.course.curve, self.options
+        curve, schedule = self.course.curve, self.schedule
         before, after = curve[0], curve[self.course.best]
-        length = options.seqlen or self.text.train_NL.shape[1]
         return {
-            "steps": options.steps,
+            "steps": schedule.steps,
             "best_step": after["step"],
             "kl": [before["kl"], after["kl"]],
             "perplexity": [before["perplexity"], after["perplexity"]],
             "original_perplexity": before["original_perplexity"],
-            "windows": len(self.text.train_NL),
+            "windows": len(self.text.train_NL)
+            if self.text.source is None
+            else self.course.step * schedule.batch,
+            **({"text": self.text.source} if self.text.source is not None else {}),
             "held_out_windows": len(self.text.held_NL),
-            "tokens_per_step": options.batch * length,
-            "precision": options.chosen_precision(self.E_DK.device),
+            "tokens": self.course.step * schedule.tokens_per_step,
+            "tokens_per_step": schedule.tokens_per_step,
+            "tokens_per_second": round(self.tokens_per_second, 1),
+            "precision": self.options.chosen_precision(self.E_DK.device),
             "gradient_checkpointing": self.recomputed,
             "seconds": round(self.course.seconds, 2),
             "curve": curve,
         }
 
 
-def batch(windows_NL: Tensor, step: int, options: HealOptions) -> Tensor:
-    """The windows of one step: a new order in every epoch, a function of seed and step alone."""
-    length = options.seqlen or windows_NL.shape[1]
-    pieces_NL = windows_NL[:, : windows_NL.shape[1] // length * length].reshape(-1, length)
-    drawn = [divmod(step * options.batch + n, len(pieces_NL)) for n in range(options.batch)]
-    orders = {
-        epoch: np.random.default_rng([options.seed, epoch]).permutation(len(pieces_NL))
-        for epoch in {epoch for epoch, _ in drawn}
-    }
-    return pieces_NL[[int(orders[epoch][place]) for epoch, place in drawn]]
+def _head(teacher: Any, source: Checkpoint) -> Head:
+    """The original's, in float32 whatever the teacher computes in."""
+    head = Head.of(teacher)
+    name = next(n for n, p in teacher.named_parameters() if p is head.table_VK)
+    return replace(head, table_VK=source.tensor(name).to(head.table_VK.device).float())
 
 
-def new_accelerator(precision: str, device: torch.device) -> Any:
-    """accelerate's loop on one device, with or without bf16 autocast."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    # It keeps one precision per process, and would refuse a second run with another.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    mixed = "bf16" if precision == "bf16" else "no"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return Accelerator(mixed_precision=mixed, cpu=device.type == "cpu")
-
-
-def new_optimizer(model: Any, options: HealOptions) -> torch.optim.Optimizer:
+def new_optimizer(masters: Masters, options: HealOptions) -> torch.optim.Optimizer:
     """AdamW over everything; vectors (norms, biases) are never decayed."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    rate = options.peak_rate(model.config.hidden_size)
+    weights = list(masters.weights.values())
+    rate = options.peak_rate(masters.model.config.hidden_size)
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": options.weight_decay},
-        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+        {"params": [w for w in weights if w.ndim > 1], "weight_decay": options.weight_decay},
+        {"params": [w for w in weights if w.ndim == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
     for group in optimizer.param_groups:

@@ -1,12 +1,14 @@
 """How a model that is being healed does on held-out windows, with weights as they will be stored.
 
-Shapes: N windows, L tokens per window, B windows at once, C predictions, V vocabulary.
+Shapes: N windows, L tokens per window, P = L - 1 predictions of one, B windows at once,
+C predictions, D width of the original, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +16,11 @@ import torch
 from torch import Tensor
 
 from dotexport.exports.quality import predictions
-from dotexport.healing.distil_loss import predict
-from dotexport.healing.distil_memory import windows_at_once
+from dotexport.healing.distil_head import Head, slices
+from dotexport.healing.distil_loss import read
+
+TOKENS_AT_ONCE = 2048
+LOGITS_BYTES = 32 << 20  # of a chunk's logits; a few of these exist at a time
 
 
 @dataclass(frozen=True)
@@ -32,26 +37,63 @@ class Judgement:
     original_perplexity: float
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Windows that nothing is trained on, and what the original makes of them, in float32.
+
+    Attributes:
+        theirs: hidden states behind the original's last norm, on the host: it is asked once.
+        head: of the original, read anew whenever it is asked for.
+    """
+
+    windows_NL: Tensor
+    theirs: tuple[Tensor, ...]
+    head: Callable[[], Head]
+
+    @classmethod
+    def of(cls, windows_NL: Tensor, teacher: Any, head: Callable[[], Head]) -> HeldOut:
+        """What a teacher in float32 makes of them."""
+        asked = (_read(teacher, windows_BL).cpu() for windows_BL in _at_once(windows_NL))
+        return cls(windows_NL, tuple(asked), head)
+
+
 @torch.no_grad()
-def judge(student: Any, teacher: Any, windows_NL: Tensor) -> Judgement:
+def judge(student: Any, held: HeldOut) -> Judgement:
     """KL and perplexity on whole windows, in float32 whatever the steps compute in."""
-    device = next(student.parameters()).device
-    at_once = windows_at_once(windows_NL.shape[1], student.config.vocab_size)
-    sums = []
-    for windows_BL in torch.split(windows_NL.to(device), at_once):
-        ours_CV, theirs_CV = (predict(m, windows_BL[:, :-1])[0] for m in (student, teacher))
-        sums.append(predictions(ours_CV, theirs_CV, windows_BL[:, 1:].reshape(-1)).sum(0))
-    mean = torch.stack(sums).sum(0) / (len(windows_NL) * (windows_NL.shape[1] - 1))
-    ours, theirs, kl, _ = mean.tolist()
-    return Judgement(kl, math.exp(min(ours, 700.0)), math.exp(min(theirs, 700.0)))
+    ours, theirs = Head.of(student), held.head()
+    rows = LOGITS_BYTES // (4 * len(theirs.table_VK))
+    device = ours.table_VK.device
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    for windows_BL, theirs_CD in zip(_at_once(held.windows_NL), held.theirs, strict=True):
+        ours_CK, next_C = _read(student, windows_BL), windows_BL[:, 1:].flatten().to(device)
+        theirs_CD = theirs_CD.to(device)
+        for chunk in slices(len(next_C), rows):
+            logits_CV = ours.logits(ours_CK[chunk]), theirs.logits(theirs_CD[chunk])
+            sums += predictions(*logits_CV, next_C[chunk]).sum(0)
+    count = len(held.windows_NL) * (held.windows_NL.shape[1] - 1)
+    nats, original, kl, _ = (sums / count).tolist()
+    return Judgement(kl, math.exp(min(nats, 700.0)), math.exp(min(original, 700.0)))
 
 
-def rounded_as_stored(model: Any, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """A copy of all weights in the dtypes of the checkpoint; a tied table comes up once."""
-    return {
-        name: parameter.detach().clone().to(dtypes[name])
-        for name, parameter in model.named_parameters()
-    }
+@torch.no_grad()
+def _read(model: Any, windows_BL: Tensor) -> Tensor:
+    device = model.get_output_embeddings().weight.device
+    return read(model, windows_BL[:, :-1].to(device), streams=False)[0]
+
+
+def _at_once(windows_NL: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(windows_NL, max(1, TOKENS_AT_ONCE // windows_NL.shape[1]))
+
+
+@contextmanager
+def computing_with(model: Any, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model has these weights, in float32, for as long as the block lasts."""
+    own = {name: parameter.data for name, parameter in model.named_parameters()}
+    assign(model, {name: tensor.float() for name, tensor in tensors.items()})
+    try:
+        yield
+    finally:
+        assign(model, own)
 
 
 def assign(model: Any, tensors: Mapping[str, Tensor]) -> None:

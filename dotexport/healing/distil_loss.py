@@ -3,8 +3,7 @@
 Forward KL divergence of the predictions, and the distance between the two residual streams in the
 basis that narrowed one into the other. Both are 0 for the original itself.
 
-Shapes: B windows, L tokens of one, C = B * L predictions, D width before, K width after,
-V vocabulary.
+Shapes: B windows, L tokens of one, C = B * L predictions, D width before, K width after.
 """
 
 from __future__ import annotations
@@ -15,33 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax
-from torch.utils.checkpoint import checkpoint
 
-CHUNK_BYTES = 64 << 20  # of one chunk's log-probabilities; a few of these exist at a time
+from dotexport.healing.distil_head import Head, divergence
 
 Streams = list[Tensor]
-
-
-def divergence(ours_CV: Tensor, theirs_CV: Tensor) -> Tensor:
-    """Mean over predictions of KL(theirs || ours), in nats, from logits.
-
-    The log-probabilities exist a chunk at a time, in the backward pass too: with a large vocabulary
-    they, and not the layers, would decide how much memory a step takes.
-    """
-    rows = max(1, CHUNK_BYTES // (4 * ours_CV.shape[-1]))
-    chunks = zip(torch.split(ours_CV, rows), torch.split(theirs_CV, rows), strict=True)
-    if len(ours_CV) <= rows:
-        total = _summed_divergence(ours_CV, theirs_CV)
-    else:
-        pieces = [checkpoint(_summed_divergence, *chunk, use_reentrant=False) for chunk in chunks]
-        total = torch.stack(pieces).sum()
-    return total / len(ours_CV)
-
-
-def _summed_divergence(ours_CV: Tensor, theirs_CV: Tensor) -> Tensor:
-    ours_CV, theirs_CV = log_softmax(ours_CV.float(), -1), log_softmax(theirs_CV.float(), -1)
-    return kl_div(ours_CV, theirs_CV, reduction="sum", log_target=True)
 
 
 def stream_distance(ours: Streams, theirs: Streams, E_DK: Tensor) -> Tensor:
@@ -52,9 +28,11 @@ def stream_distance(ours: Streams, theirs: Streams, E_DK: Tensor) -> Tensor:
     """
     errors = []
     for s_BLK, x_BLD in zip(ours, theirs, strict=True):
-        target_BLK = x_BLD.float() @ E_DK
-        gap_BL = (s_BLK.float() - target_BLK).square().sum(-1)
-        errors.append((gap_BL / target_BLK.square().sum(-1).clamp_min(1e-12)).mean())
+        target_BLK = x_BLD.to(E_DK.dtype) @ E_DK
+        # Summed in float32, whatever the streams are in.
+        gap_BL = (s_BLK.to(E_DK.dtype) - target_BLK).square().sum(-1, dtype=torch.float32)
+        size_BL = target_BLK.square().sum(-1, dtype=torch.float32)
+        errors.append((gap_BL / size_BL.clamp_min(1e-12)).mean())
     return torch.stack(errors).mean()
 
 
@@ -69,37 +47,39 @@ def distillation_loss(
 ) -> Tensor:
     """KL of the predictions + hidden_weight * distance of the residual streams behind each layer.
 
-    The student's gradient flows; the teacher is only read, and its logits live for this batch.
+    The student's gradient flows; the teacher is only read.
 
     Args:
         behind: the teacher's layer that each of the student's answers for; None: its own number.
     """
     with torch.no_grad():
-        theirs_CV, their_streams = predict(teacher, tokens_BL)
-    their_streams = [their_streams[n] for n in behind or range(len(their_streams))]
-    ours_CV, our_streams = predict(student, tokens_BL)
-    loss = divergence(ours_CV, theirs_CV)
+        theirs_CD, their_streams = read(teacher, tokens_BL, streams=bool(hidden_weight))
+    ours_CK, our_streams = read(student, tokens_BL, streams=bool(hidden_weight))
+    loss = divergence(ours_CK, theirs_CD, Head.of(student), Head.of(teacher))
     if hidden_weight:
+        their_streams = [their_streams[n] for n in behind or range(len(their_streams))]
         loss = loss + hidden_weight * stream_distance(our_streams, their_streams, E_DK)
     return loss
 
 
-def predict(model: Any, tokens_BL: Tensor) -> tuple[Tensor, Streams]:
-    """Logits (C, V) of a stock model, and its residual stream (B, L, width) behind each layer."""
-    streams: Streams = []
-    with recorded(model, streams):
-        logits_BLV = model(input_ids=tokens_BL, use_cache=False).logits
-    return logits_BLV.flatten(0, 1), streams
+def read(model: Any, tokens_BL: Tensor, *, streams: bool) -> tuple[Tensor, Streams]:
+    """Hidden states (C, width) that the head of a stock model takes, and where they are asked for
+    its residual stream (B, L, width) behind each layer."""
+    found: Streams = []
+    with recorded(model, found, on=streams):
+        hidden_BLK = model.get_decoder()(input_ids=tokens_BL, use_cache=False).last_hidden_state
+    return hidden_BLK.flatten(0, 1), found
 
 
 @contextmanager
-def recorded(model: Any, streams: Streams) -> Iterator[None]:
+def recorded(model: Any, streams: Streams, *, on: bool = True) -> Iterator[None]:
     """Append what each decoder layer gives to `streams`, for as long as the block lasts."""
 
     def keep(module: Any, inputs: Any, output: Any) -> None:
         streams.append(output[0] if isinstance(output, tuple) else output)
 
-    hooks = [layer.register_forward_hook(keep) for layer in model.get_decoder().layers]
+    layers = model.get_decoder().layers if on else ()
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
     try:
         yield
     finally:

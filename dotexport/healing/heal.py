@@ -51,6 +51,7 @@ def heal_into(
         behind=closed.behind,
         device=device,
         progress=progress,
+        workspace=workspace,
         save=lambda tensors, course: workspace.save(STEP, course, tensors),
         saved=kept,
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dotexport.errors import UsageError
+from dotexport.models.text_options import parts_of
 from dotexport.narrowing.narrow_options import LocalOptions
 
 if TYPE_CHECKING:  # it takes seconds, and options are read without
@@ -17,6 +18,12 @@ PRECISIONS = ("auto", "bf16", "fp32")
 # Instructions that multiply bfloat16; without one of them the CPU takes it apart, ten times slower.
 CPU_BF16 = ("amx_bf16", "avx512_bf16", "bf16")
 MOST = 1 << 30  # steps, windows, tokens of one
+MOST_TOKENS = 1 << 44  # to train on
+# Where tokens are counted: of a window at most, of a step, and steps that are worth more than more
+# tokens in each. A budget is spent on short windows, whose attention costs least.
+WINDOW, STEP_TOKENS, LEAST_STEPS = 512, (2048, 16384), 150
+EVALUATIONS = 16  # of a long run, about
+SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 RATE_BY_WIDTH = 0.2  # measured on widths 64 and 192: three times as much is too much
 
 
@@ -25,9 +32,13 @@ class HealOptions:
     """Global healing: distillation of the whole narrowed model from its original.
 
     Attributes:
-        steps: of the optimiser.
-        batch: windows of a step.
-        seqlen: tokens of a training window; None: as long as those of calibration.
+        steps: of the optimiser; or
+        tokens: to train on, at least; it is known in `settled` how many steps that makes.
+        batch: windows of a step; None: 4, or where tokens are counted as many as make 2,048 tokens,
+            and up to 16,384 where 150 steps and more are left.
+        seqlen: tokens of a training window; None: as long as those of calibration, and where tokens
+            are counted 512 at most.
+        text: other text to train on, as --calib takes it; None: that of calibration.
         samples: windows of the calibration text to train on, counted from where calibration
             begins; None: those of calibration. Its held-out windows are never trained on.
         rate: peak learning rate; None: RATE_BY_WIDTH / hidden_size of the narrowed model.
@@ -35,25 +46,41 @@ class HealOptions:
         hidden_weight: of the distance between residual streams, beside the KL of predictions.
         weight_decay: of matrices, decoupled.
         clip: largest norm of a gradient.
-        every: steps between two evaluations on held-out windows.
+        every: steps between two evaluations on held-out windows; None: 25, and more in a long run
+            that counts tokens.
         precision: `bf16` or `fp32` for the steps; `auto` is bf16 where the device multiplies it.
         seed: order of the windows.
     """
 
-    steps: int
-    batch: int = 4
+    steps: int | None = None
+    tokens: int | None = None
+    batch: int | None = None
     seqlen: int | None = None
+    text: str | None = None
     samples: int | None = None
     rate: float | None = None
     warmup: float = 0.05
     hidden_weight: float = 3.0
     weight_decay: float = 0.0
     clip: float = 1.0
-    every: int = 25
+    every: int | None = None
     precision: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if (self.steps is None) == (self.tokens is None):
+            raise UsageError("give healing a number of steps or of tokens, one of the two")
+        if self.tokens is not None and not 1 <= self.tokens <= MOST_TOKENS:
+            raise UsageError(
+                f"tokens of healing must be from 1 to {MOST_TOKENS:,}, not {self.tokens}"
+            )
+        if self.text is not None:
+            parts_of(self.text)
+            if self.samples is not None:
+                raise UsageError(
+                    "--heal-samples counts windows of the calibration text, and --heal-text is "
+                    "other text; give one of the two"
+                )
         leasts = {"steps": 1, "batch": 1, "seqlen": 2, "samples": 1, "every": 1, "seed": 0}
         for name, least in leasts.items():
             value = getattr(self, name)
@@ -76,6 +103,49 @@ class HealOptions:
                 f"not {self.precision!r}"
             )
 
+    def settled(self, calibration: int) -> Schedule:
+        """Steps, and what each of them reads, where windows of calibration have so many tokens."""
+        if self.tokens is None:
+            steps, length, batch = self.steps, self.seqlen or calibration, self.batch or 4
+        else:
+            length = self.seqlen or min(calibration, WINDOW)
+            low, high = STEP_TOKENS
+            step_tokens = min(max(self.tokens // LEAST_STEPS, low), high)
+            batch = self.batch or max(1, step_tokens // length)
+            steps = math.ceil(self.tokens / (batch * length))
+        assert steps is not None  # __post_init__
+        long = 0 if self.tokens is None else steps // EVALUATIONS
+        return Schedule(steps, batch, length, self.every or max(25, long), self.warmup)
+
+    def peak_rate(self, hidden_size: int) -> float:
+        """The wider a model, the smaller the steps that it takes well."""
+        return self.rate or RATE_BY_WIDTH / hidden_size
+
+    def chosen_precision(self, device: torch.device) -> str:
+        return self.precision if self.precision != "auto" else native_precision(device)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps, and what each of them reads.
+
+    Attributes:
+        batch: windows of a step.
+        length: tokens of a window.
+        every: steps between two evaluations.
+        warmup: share of the steps over which the rate rises.
+    """
+
+    steps: int
+    batch: int
+    length: int
+    every: int
+    warmup: float
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch * self.length
+
     @property
     def evaluations(self) -> frozenset[int]:
         """The steps after which held-out windows are looked at; the last is one of them."""
@@ -88,32 +158,41 @@ class HealOptions:
             return (step + 1) / (rise + 1)
         return 0.5 * (1 + math.cos(math.pi * (step - rise) / (self.steps - rise)))
 
-    def peak_rate(self, hidden_size: int) -> float:
-        """The wider a model, the smaller the steps that it takes well."""
-        return self.rate or RATE_BY_WIDTH / hidden_size
-
-    def chosen_precision(self, device: torch.device) -> str:
-        return self.precision if self.precision != "auto" else native_precision(device)
-
 
 def parse_heal(
-    spec: str, *, samples: int | None = None, precision: str = "auto", seed: int = 0
+    spec: str,
+    *,
+    text: str | None = None,
+    samples: int | None = None,
+    precision: str = "auto",
+    seed: int = 0,
 ) -> tuple[LocalOptions | None, HealOptions | None]:
-    """`--heal`: `none`, `local`, a number of global steps, or `local+200` for both.
+    """`--heal`: `none`, `local`, a number of steps or with a suffix of tokens (`300k`, `20M`) of
+    global healing, or `local+20M` for both.
 
     Raises:
-        UsageError: anything else.
+        UsageError: anything else, or text for no global healing.
     """
-    known = re.fullmatch(r"none|(local)|(?:(local)\+)?([1-9]\d{0,6})", spec.strip())
+    number = r"([1-9]\d{0,6}|\d{1,6}(?:\.\d{1,6})?[kKmMbB])"
+    known = re.fullmatch(rf"none|(local)|(?:(local)\+)?{number}", spec.strip())
     if not known:
         raise UsageError(
-            f"--heal {spec!r} is not known; expected none, local, a number of steps from 1 on, or "
-            "both, such as --heal local+200"
+            f"--heal {spec!r} is not known; expected none, local, a number of steps from 1 on or "
+            "of tokens with k, M or B behind it, or local and one of these: --heal local+20M"
         )
     local = LocalOptions() if known[1] or known[2] else None
     if known[3] is None:
+        if text is not None:
+            raise UsageError(
+                f"--heal-text is what the whole model is distilled on, and --heal {spec} does not "
+                "do that; give a number of tokens, such as --heal 20M"
+            )
         return local, None
-    return local, HealOptions(steps=int(known[3]), samples=samples, precision=precision, seed=seed)
+    digits = known[3].rstrip("kKmMbB")
+    suffix = known[3][len(digits) :].lower()
+    counted = {"tokens" if suffix else "steps": round(float(digits) * SUFFIXES[suffix])}
+    options = HealOptions(**counted, text=text, samples=samples, precision=precision, seed=seed)
+    return local, options
 
 
 def native_precision(device: torch.device) -> str:

@@ -6,38 +6,95 @@ Shapes: N windows, L tokens per window.
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dotexport.errors import UsageError
-from dotexport.healing.heal_options import HealOptions
-from dotexport.models.text_options import TextOptions
-from dotexport.models.text_windows import token_windows
+from dotexport.healing.heal_options import HealOptions, Schedule
+from dotexport.healing.healing_stream import Batches, Streamed
+from dotexport.models.documents import documents
+from dotexport.models.text_options import SELF, Part, TextOptions, parts_of
+from dotexport.models.text_windows import read_tokenizer, token_windows
 from dotexport.narrowing.streams import held_out_windows
+from dotexport.storage.manifest import sha256
+
+Own = Callable[[], Iterable[str]]
+"""What the original says, without end."""
 
 
 @dataclass(frozen=True)
 class HealingText:
-    """Windows to train on, and those that choose the step."""
+    """Windows to train on, and those that choose the step.
+
+    Attributes:
+        source: other text to train on, which is read as it is needed; train_NL is not.
+        folder: of the tokenizer that reads it.
+    """
 
     train_NL: Tensor
     held_NL: Tensor
+    source: str | None = None
+    folder: Path | None = None
+
+    def batches(self, schedule: Schedule, seed: int, own: Own) -> Callable[[int], Tensor]:
+        """Number of a step -> its windows (batch, L)."""
+        if self.source is None or self.folder is None:
+            return partial(batch, self.train_NL, schedule=schedule, seed=seed)
+        tokenizer = read_tokenizer(self.folder)
+        streamed = Streamed(
+            parts_of(self.source),
+            lambda source: own() if source == SELF else documents(source),
+            lambda text: list(tokenizer(text)["input_ids"]),
+            schedule.length,
+            self.held_NL,
+            seed,
+        )
+        return Batches(streamed, schedule.batch)
 
     def digests(self) -> list[str]:
         parts = (self.train_NL, self.held_NL)
-        return [hashlib.sha256(part.numpy().tobytes()).hexdigest() for part in parts]
+        found = [hashlib.sha256(part.numpy().tobytes()).hexdigest() for part in parts]
+        if self.source is not None:
+            files = [_files(part) for part in parts_of(self.source)]
+            found.append(hashlib.sha256(json.dumps(files).encode()).hexdigest())
+        return found
+
+
+def batch(windows_NL: Tensor, step: int, *, schedule: Schedule, seed: int) -> Tensor:
+    """The windows of one step: a new order in every epoch, a function of seed and step alone."""
+    length, size = schedule.length, schedule.batch
+    pieces_NL = windows_NL[:, : windows_NL.shape[1] // length * length].reshape(-1, length)
+    drawn = [divmod(step * size + n, len(pieces_NL)) for n in range(size)]
+    orders = {
+        epoch: np.random.default_rng([seed, epoch]).permutation(len(pieces_NL))
+        for epoch in {epoch for epoch, _ in drawn}
+    }
+    return pieces_NL[[int(orders[epoch][place]) for epoch, place in drawn]]
+
+
+def _files(part: Part) -> list[str]:
+    """A source, and digests of the files that it is."""
+    path = Path(part.source).expanduser()
+    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path] if path.is_file() else []
+    return [part.source, *map(sha256, files)]
 
 
 def healing_text(
     windows_NL: Tensor, model: Path, text: TextOptions, options: HealOptions, *, seed: int
 ) -> HealingText:
-    """The split that narrowing used too, and more windows of the same text where asked for.
+    """The split that narrowing used too, and more windows of the same text, or other text, where
+    asked for.
 
     Raises:
         UsageError: fewer windows than calibration has.
+        CalibrationError: other text that is not there, or that nothing reads.
     """
     if options.samples is not None and options.samples < len(windows_NL):
         raise UsageError(
@@ -48,6 +105,11 @@ def healing_text(
     train_NL = windows_NL[[n for n in range(len(windows_NL)) if n not in held]]
     # A single window is both: nothing can be held out of it.
     held_NL = windows_NL[sorted(held)] if held else windows_NL
+    if options.text is not None:
+        for part in parts_of(options.text):
+            if part.source != SELF:
+                next(documents(part.source), None)  # refused now, and not after hours
+        return HealingText(train_NL, held_NL, options.text, model)
     if options.samples is not None and options.samples > len(windows_NL):
         everything_NL = token_windows(model, replace(text, samples=options.samples))
         train_NL = torch.cat([train_NL, everything_NL[len(windows_NL) :]])

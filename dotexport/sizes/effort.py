@@ -14,12 +14,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cache
 
 import torch
 
 from dotexport.axes.plan import Plan
+from dotexport.healing.heal_options import HealOptions, Schedule
 from dotexport.merging.refit import PANEL
 from dotexport.models.family import Family, Sublayer
 from dotexport.models.shapes import Sizes
@@ -102,6 +103,45 @@ def allocation_seconds(
     return work.seconds(rates(_stream(deepest.before), passes))
 
 
+def distillation_seconds(
+    decided: Plan, heal: HealOptions, *, samples: int = 128, seqlen: int = 2048
+) -> float:
+    """Estimated time of distilling the narrowed model from its original, behind all of that."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bf16 = heal.chosen_precision(device) == "bf16"
+    work = work_of_distilling(decided, heal.settled(seqlen), round(HELD_OUT * samples * seqlen))
+    return work.seconds(rates(_stream(decided.before), torch.bfloat16 if bf16 else torch.float32))
+
+
+def work_of_distilling(decided: Plan, schedule: Schedule, held: int) -> Work:
+    """What distillation computes: of each token of a step the original's pass and three of the
+    narrowed model's; of each look at `held` tokens the narrowed model's pass and both heads, in
+    float32, to which the original passes them once.
+
+    The optimiser moves four numbers of each weight, and casts two.
+    """
+    before, after = decided.before, decided.after
+    sites, V = _sites(decided, 1, schedule.length), before.vocab_size
+    said = Work(moved=4 * TOUCHED * V)
+    bodies = (
+        sum((s.passed for s in sites), Work()) * before.num_layers,
+        sum((s.passed_after for s in sites), Work()) * after.num_layers,
+    )
+    heads = tuple(Work(passes=2 * _stream(sizes) * V) for sizes in (before, after))
+    step = bodies[0] + heads[0] + (bodies[1] + heads[1]) * BACKWARD + said
+    look = _in_float32(bodies[1] + heads[0] + heads[1]) + said
+    return (
+        step * (schedule.steps * schedule.tokens_per_step)
+        + look * (len(schedule.evaluations) * held)
+        + _in_float32(bodies[0]) * held
+        + Work(moved=4 * 2 * 6 * decided.parameters_after * schedule.steps)
+    )
+
+
+def _in_float32(passed: Work) -> Work:
+    return replace(passed, passes=0.0, products=passed.products + passed.passes)
+
+
 def work_of(decided: Plan, samples: int, seqlen: int, *, local: bool = True) -> Work:
     """What narrowing with shrink's defaults computes, the layers that stay being known.
 
@@ -165,6 +205,11 @@ class _Site:
         return self._pass(_stream(self.before), self._rows(self.before), self.inside)
 
     @property
+    def passed_after(self) -> Work:
+        """A token through what becomes of it."""
+        return self._pass(_stream(self.after), self._rows(self.after), self._inside(self.after))
+
+    @property
     def inside(self) -> int:
         return self._inside(self.before)
 
@@ -211,12 +256,11 @@ class _Site:
     def _healing(self, narrower: bool) -> Work:
         if self._attends and not narrower:
             return Work()
-        K, rows, J = _stream(self.after), self._rows(self.after), self._inside(self.after)
         options, T = LocalOptions(), self.samples * self.seqlen
         steps = options.num_steps(round(T * (1 - HELD_OUT)))
         each = max(options.tokens, self.seqlen) if self._attends else options.tokens
         looks = (options.checks + 1) * T * HELD_OUT
-        return self._pass(K, rows, J) * (BACKWARD * steps * each + looks)
+        return self.passed_after * (BACKWARD * steps * each + looks)
 
 
 def _gram(width: int) -> int:

@@ -23,6 +23,7 @@ from dotexport.axes.carrying import planned_config
 from dotexport.axes.plan import Plan, SizeOptions
 from dotexport.errors import SizeError, UnsupportedModelError
 from dotexport.exports.target import Target, resolve_for_plan
+from dotexport.healing.heal_options import HealOptions
 from dotexport.models.family import Family
 from dotexport.models.shapes import Sizes, cached_numbers, shapes
 from dotexport.narrowing.prepare import pick_device, usual_passes
@@ -40,7 +41,7 @@ from dotexport.sizes.budget import (
     within_budget,
 )
 from dotexport.sizes.deployment import Deployment
-from dotexport.sizes.effort import allocation_seconds, shrink_seconds
+from dotexport.sizes.effort import allocation_seconds, distillation_seconds, shrink_seconds
 from dotexport.sizes.frozen import frozen
 from dotexport.sizes.full_rows import advice
 from dotexport.sizes.plan_file import KEY, as_flags, fingerprint
@@ -74,6 +75,7 @@ class Costs:
         allocation_seconds: of measuring cuts before that, where a budget is shared so; the sizes
             may then be others than those of the plan.
         disk: weights in hf/ and all artifacts after narrowing.
+        distillation_seconds: of distilling it behind that, where it is asked for.
     """
 
     artifacts: Mapping[str, tuple[int, int]]
@@ -82,6 +84,7 @@ class Costs:
     shrink_seconds: float
     allocation_seconds: float
     disk: int
+    distillation_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,11 @@ class Choice:
             "shrink_memory_bytes": self.costs.shrink_memory,
             "shrink_seconds": round(self.costs.shrink_seconds, 1),
             "allocation_seconds": round(self.costs.allocation_seconds, 1),
+            **(
+                {"distillation_seconds": round(self.costs.distillation_seconds, 1)}
+                if self.costs.distillation_seconds
+                else {}
+            ),
             "disk_bytes": self.costs.disk,
             **({"vocabulary": self.vocabulary} if self.vocabulary else {}),
         }
@@ -166,12 +174,17 @@ def choose(config: Mapping[str, Any], asked: SizeOptions, where: Deployment) -> 
 
 
 def calibrated(
-    config: Mapping[str, Any], chosen: Choice, samples: int, seqlen: int | None
+    config: Mapping[str, Any],
+    chosen: Choice,
+    samples: int,
+    seqlen: int | None,
+    heal: HealOptions | None = None,
 ) -> Choice:
     """The choice with the time and memory of narrowing on so many windows of so many tokens.
 
     Args:
         seqlen: None: what shrink takes by default.
+        heal: distillation besides.
     """
     window, decided = seqlen or _window(config), chosen.plan.on_kept_tokens
     costs = replace(
@@ -180,6 +193,9 @@ def calibrated(
         shrink_seconds=shrink_seconds(
             decided, samples=samples, seqlen=window, passes=_passes(config, decided)
         ),
+        distillation_seconds=distillation_seconds(decided, heal, samples=samples, seqlen=window)
+        if heal
+        else 0.0,
     )
     return replace(chosen, costs=costs)
 

@@ -337,6 +337,9 @@ class Healing(Section):
     windows: int
     best_step: int
     held_out_windows: int
+    tokens: int | None = None
+    tokens_per_second: Number | None = None
+    text: str | None = None
     kl: Annotated[list[Number], Field(min_length=2, max_length=2)]
     perplexity: Annotated[list[Number], Field(min_length=2, max_length=2)]
     original_perplexity: Number

@@ -42,6 +42,19 @@ def test_a_stage_says_every_half_minute_how_long_it_still_takes() -> None:
     ]
 
 
+def test_time_left_of_a_run_that_goes_on_is_counted_from_where_it_does() -> None:
+    said: list[str] = []
+    clock = Clock()
+    lines = Lines(said.append, clock)
+    for done in range(60, 63):
+        lines("healing: held-out KL 0.5", done, 100)
+        clock.now += 40
+    assert said[1:] == [
+        "healing: held-out KL 0.5: 61 of 100, 40 s, 26 min left",
+        "healing: held-out KL 0.5: 62 of 100, 80 s, 25 min left",
+    ]
+
+
 def test_a_plain_stream_gets_lines_and_stdout_stays_clean(tmp_path: Path) -> None:
     shrink = [sys.executable, "-m", "dotexport", "shrink", str(MODEL_DIR), "--heal", "none"]
     command = [*shrink, "-o", str(tmp_path / "out"), "--calib", "embedded:calibration"]

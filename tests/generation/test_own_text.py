@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from dotexport.embedded import MODEL_DIR
 from dotexport.errors import CalibrationError
 from dotexport.generation import own_text
 from dotexport.generation.lockstep import Lockstep, drawn
-from dotexport.generation.own_text import Row, sample_text, write_own_text
+from dotexport.generation.own_text import Row, sample_text, texts_without_end, write_own_text
 from dotexport.generation.starts import CHAT, Script, Starts, chat_pieces
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.loading import load_float32
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import token_windows
+from dotexport.storage.workspace import Workspace
 
 # Every class of attention: plain, in windows, with caps, with scales of its own.
 FAMILIES: list[dict[str, Any]] = [
@@ -58,6 +59,28 @@ def test_a_row_that_begins_anew_says_what_a_text_alone_would(
     # Logits are of the order of 1; both sum in float32, in another order.
     torch.testing.assert_close(said[0], torch.cat(alone[0]), rtol=0, atol=2e-4)
     torch.testing.assert_close(said[1], torch.cat(alone[1]), rtol=0, atol=2e-4)
+
+
+def test_a_model_goes_on_talking_and_reads_as_before(
+    tiny_llama: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is said together; and a batch that was kept is not said again."""
+    folder, workspace = tiny_llama("wide-heads"), Workspace(tmp_path / "kept")
+    monkeypatch.setattr(own_text, "LONGEST", 48)
+    model = load_float32(Checkpoint.open(folder))
+    tokens_BT = torch.arange(3, 13)[None]
+    before, said = model(input_ids=tokens_BT).logits, []
+    for rows, keep in ((2, workspace), (3, Workspace())):
+        monkeypatch.setattr(own_text, "ENDLESS_ROWS", {"cpu": rows})
+        texts = texts_without_end(model, folder, seed=1, first=7, workspace=keep)
+        said.append(list(islice(texts, 6)))
+    assert said[0] == said[1]
+    assert len(set(said[0])) > 1
+    assert torch.equal(model(input_ids=tokens_BT).logits, before)
+    monkeypatch.setattr(own_text, "ENDLESS_ROWS", {"cpu": 2})
+    monkeypatch.setattr(own_text, "_batch", lambda *_: pytest.fail("said again"))
+    texts = texts_without_end(model, folder, seed=1, first=7, workspace=workspace)
+    assert list(islice(texts, 6)) == said[0]
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:

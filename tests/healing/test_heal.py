@@ -19,16 +19,17 @@ from dotexport.app.shrinking import shrink
 from dotexport.axes.plan import SizeOptions
 from dotexport.errors import UsageError
 from dotexport.exports.quality import evaluate
-from dotexport.healing import distil, distil_loss, distil_memory
+from dotexport.generation import own_text
+from dotexport.healing import distil, distil_memory
 from dotexport.healing.distil_judge import Judgement
-from dotexport.healing.distil_loss import distillation_loss, divergence, predict
+from dotexport.healing.distil_loss import distillation_loss
 from dotexport.healing.heal_options import (
     RATE_BY_WIDTH,
     HealOptions,
     native_precision,
     parse_heal,
 )
-from dotexport.healing.healing_text import HealingText, healing_text
+from dotexport.healing.healing_text import HealingText, batch, healing_text
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.loading import load_float32
 from dotexport.models.text_options import TextOptions
@@ -87,65 +88,6 @@ def tiny(text: Path, **changes: Any) -> ShrinkOptions:
     return replace(options, **changes)
 
 
-# Loss -------------------------------------------------------------------------------------------
-
-
-def test_the_original_itself_has_no_loss(tiny_llama: Callable[[str], Path]) -> None:
-    model = load_float32(Checkpoint.open(tiny_llama("wide-heads")))
-    tokens_BL = torch.randint(90, (2, 16), generator=torch.Generator().manual_seed(0))
-    loss = distillation_loss(model, model, torch.eye(48), tokens_BL, hidden_weight=1.0)
-    # Both sides are the same numbers; KL of equal logits is 0 up to float32 rounding.
-    assert abs(loss.item()) < 1e-6
-
-
-def test_a_layer_that_is_gone_is_answered_for_by_the_one_before_it(
-    tiny_llama: Callable[[str], Path],
-) -> None:
-    """One that added nothing: without it every stream and every prediction is the same."""
-    whole, without = (load_float32(Checkpoint.open(tiny_llama("wide-heads"))) for _ in range(2))
-    for writer in (whole.model.layers[1].self_attn.o_proj, whole.model.layers[1].mlp.down_proj):
-        writer.weight.data.zero_()
-    del without.model.layers[1]
-    tokens_BL = torch.randint(90, (2, 16), generator=torch.Generator().manual_seed(0))
-    losses = [
-        distillation_loss(
-            without, whole, torch.eye(48), tokens_BL, hidden_weight=1.0, behind=behind
-        ).item()
-        for behind in ([1, 2], [0, 1])
-    ]
-    assert abs(losses[0]) < 1e-6  # as above
-    assert losses[1] > 0.1
-
-
-def test_divergence_is_that_of_the_definition_and_in_chunks_the_same(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    torch.manual_seed(0)
-    ours_CV, theirs_CV = torch.randn(2, 7, 5, dtype=torch.float64)
-    p_CV = theirs_CV.softmax(-1)
-    expected = (p_CV * (p_CV.log() - ours_CV.softmax(-1).log())).sum(-1).mean()
-    ours_CV.requires_grad_()
-    gradients = []
-    for chunk_bytes in (distil_loss.CHUNK_BYTES, 4 * 5 * 2):
-        monkeypatch.setattr(distil_loss, "CHUNK_BYTES", chunk_bytes)
-        found = divergence(ours_CV, theirs_CV)
-        assert found.item() == pytest.approx(float(expected), rel=1e-5)  # computed in float32
-        gradients += torch.autograd.grad(found, ours_CV)
-    torch.testing.assert_close(*gradients)
-
-
-def test_streams_are_recorded_behind_every_layer(tiny_llama: Callable[[str], Path]) -> None:
-    model = load_float32(Checkpoint.open(tiny_llama("wide-heads")))
-    tokens_BL = torch.arange(12).reshape(2, 6)
-    _, streams = predict(model, tokens_BL)
-    expected = model(input_ids=tokens_BL, output_hidden_states=True).hidden_states
-    assert [tuple(stream.shape) for stream in streams] == [(2, 6, 48)] * 3
-    for stream, other in zip(streams[:-1], expected[1:-1], strict=True):  # the last is normalised
-        torch.testing.assert_close(stream, other)
-    torch.testing.assert_close(model.get_decoder().norm(streams[-1]), expected[-1])
-    assert len(streams) == 3  # the second pass was none of its business
-
-
 # What comes out ---------------------------------------------------------------------------------
 
 
@@ -171,6 +113,8 @@ def test_reports_say_what_was_done(healed: Path) -> None:
     record = manifest.read(healed)
     assert record["healing"]["options"] == asdict(STEPS)
     assert record["shrink"]["heal"]["steps"] == 6
+    assert record["healing"]["tokens"] == 6 * 4 * 64
+    assert record["healing"]["tokens_per_second"] > 0
     assert "6 steps" in (healed / "README.md").read_text(encoding="utf-8")
 
 
@@ -272,8 +216,8 @@ def test_held_out_windows_are_never_trained_on() -> None:
 
 def test_every_window_comes_once_per_epoch() -> None:
     windows_NL = torch.arange(6 * 8).reshape(6, 8)
-    options = HealOptions(steps=9, batch=4, seqlen=4)
-    drawn = torch.cat([distil.batch(windows_NL, step, options) for step in range(6)])
+    schedule = HealOptions(steps=9, batch=4, seqlen=4).settled(8)
+    drawn = torch.cat([batch(windows_NL, step, schedule=schedule, seed=0) for step in range(6)])
     for epoch_NL in torch.split(drawn, 12):
         assert sorted(epoch_NL.flatten().tolist()) == list(range(48))
     assert not torch.equal(drawn[:12], drawn[12:])
@@ -322,9 +266,9 @@ def test_a_batch_in_pieces_has_the_gradient_of_the_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     curves = []
-    for logits in (distil_memory.LOGITS_BYTES, 1):
-        monkeypatch.setattr(distil_memory, "LOGITS_BYTES", logits)
-        shrunk = shrink(tiny_llama("biased"), tmp_path / str(logits), tiny(tiny_text))
+    for num_bytes in (1 << 30, 1):
+        monkeypatch.setattr(distil_memory, "PASS_BYTES", {"cpu": num_bytes})
+        shrunk = shrink(tiny_llama("biased"), tmp_path / str(num_bytes), tiny(tiny_text))
         assert shrunk.healing is not None
         curves.append([point["kl"] for point in shrunk.healing["curve"]])
     # Sums in another order; a few optimiser steps let rounding grow.
@@ -377,7 +321,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
         ROUGH,
         progress=lambda stage, done, total: seen.append(done) if "healing" in stage else None,
     )
-    assert seen[0] == (step - 1) // 2 * 2 + 1  # every second step is kept
+    assert seen[0] == (step - 1) // 2 * 2  # every second step is kept
     assert weights(out) == weights(healed)
     assert list(tmp_path.iterdir()) == [out]
     resumed, whole = (
@@ -386,6 +330,35 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     assert resumed["healing"]["curve"] == whole["healing"]["curve"]
     assert resumed["sites"] == whole["sites"]
     assert manifest.read(out)["basis"] == manifest.read(healed)["basis"]
+
+
+def test_streamed_text_goes_on_where_it_was(
+    tiny_llama: Callable[[str], Path],
+    tiny_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A file, and what the original says: that is said once, and the weights are the same."""
+    monkeypatch.setattr(own_text, "ENDLESS_ROWS", {"cpu": 2})
+    monkeypatch.setattr(own_text, "LONGEST", 40)
+    mix, said = f"{tiny_text}=2,self", []
+    heal = replace(STEPS, batch=2, seqlen=16, text=mix)
+    model, options = tiny_llama("wide-heads"), tiny(tiny_text, heal=heal)
+    batch_of_texts = own_text._batch
+    monkeypatch.setattr(
+        own_text, "_batch", lambda *asked: said.append(asked[2]) or batch_of_texts(*asked)
+    )
+    shrink(model, tmp_path / "whole", options)
+    whole = list(said)
+    assert whole[0].start == distil.FIRST_ROW
+    with pytest.raises(KeyboardInterrupt):
+        shrink(model, tmp_path / "out", options, progress=stop_at(5))
+    shrink(model, tmp_path / "out", options)
+    assert said == whole * 2
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    record = manifest.read(tmp_path / "out")["healing"]
+    assert (record["text"], record["windows"], record["tokens"]) == (mix, 12, 12 * 16)
+    assert not list(tmp_path.glob(".out.unfinished-*"))
 
 
 def test_another_command_does_not_touch_what_was_stopped(
@@ -414,7 +387,36 @@ def test_a_number_of_steps_is_read() -> None:
     assert parse_heal("local+200", seed=3) == (LocalOptions(), HealOptions(steps=200, seed=3))
 
 
-@pytest.mark.parametrize("spec", ["", "0", "-3", "1.5", "many", "local+", "200steps"])
+@pytest.mark.parametrize(
+    ("spec", "tokens"), [("300k", 300_000), ("20M", 20_000_000), ("1.5B", 1_500_000_000)]
+)
+def test_a_number_with_a_suffix_counts_tokens(spec: str, tokens: int) -> None:
+    assert parse_heal(spec, samples=9) == (None, HealOptions(tokens=tokens, samples=9))
+    assert parse_heal(f"local+{spec}") == (LocalOptions(), HealOptions(tokens=tokens))
+
+
+@pytest.mark.parametrize("tokens", [1, 5_000, 300_000, 2_000_000, 20_000_000])
+@pytest.mark.parametrize("calibration", [64, 500, 2048])
+def test_steps_are_as_many_as_the_tokens_ask_for(tokens: int, calibration: int) -> None:
+    schedule = HealOptions(tokens=tokens).settled(calibration)
+    assert (schedule.steps - 1) * schedule.tokens_per_step < tokens
+    assert tokens <= schedule.steps * schedule.tokens_per_step
+    assert schedule.length <= min(512, calibration)
+    assert 1024 <= schedule.tokens_per_step <= 16384
+    assert schedule.steps >= 150 or schedule.tokens_per_step <= 2048
+    assert max(schedule.evaluations) == schedule.steps
+    assert len(schedule.evaluations) <= 20
+
+
+def test_steps_are_of_four_whole_windows_of_calibration() -> None:
+    schedule = HealOptions(steps=60).settled(2048)
+    assert (schedule.steps, schedule.batch, schedule.length) == (60, 4, 2048)
+    assert schedule.evaluations == {0, 25, 50, 60}
+
+
+@pytest.mark.parametrize(
+    "spec", ["", "0", "-3", "1.5", "many", "local+", "200steps", "0.5", "2T", "1e6", "M"]
+)
 def test_a_spec_that_is_none_is_refused_by_the_command_line(
     spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -443,10 +445,13 @@ def test_a_spec_that_is_none_is_refused_by_the_command_line(
         {"every": 0},
         {"precision": "fp16"},
         {"seed": -1},
+        {"tokens": 5},
+        {"steps": None, "tokens": 0},
+        {"steps": None},
     ],
 )
 def test_options_are_checked_when_made(wrong: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=next(iter(wrong))):
+    with pytest.raises(UsageError, match=[*wrong][-1]):
         HealOptions(**{"steps": 10} | wrong)
 
 
@@ -458,8 +463,8 @@ def test_fewer_windows_than_calibration_has_are_refused() -> None:
 
 
 def test_the_rate_rises_and_falls() -> None:
-    options = HealOptions(steps=40, warmup=0.1)
-    factors = [options.factor(step) for step in range(40)]
+    schedule = HealOptions(steps=40, warmup=0.1).settled(8)
+    factors = [schedule.factor(step) for step in range(40)]
     assert factors[:5] == sorted(factors[:5])
     assert factors[4:] == sorted(factors[4:], reverse=True)
     assert 0 < factors[-1] < 0.01

@@ -20,6 +20,8 @@ from dotexport.app.shrinking import shrink
 from dotexport.axes.carrying import carry
 from dotexport.axes.plan import SizeOptions
 from dotexport.errors import UnsupportedModelError
+from dotexport.healing import distil_head
+from dotexport.healing.distil_loss import read
 from dotexport.healing.heal_options import HealOptions
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter, read_config
 from dotexport.models.families import SUPPORTED, find_family
@@ -206,6 +208,19 @@ def test_a_re_badged_model_computes_the_same(name: str, tiny: Tiny, tmp_path: Pa
 
 
 @pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_hidden_states_and_a_head_are_the_logits(name: str, tiny: Tiny) -> None:
+    """With whatever divides or caps them in a class, as the classes themselves have it."""
+    model = load(tiny(name))
+    head = distil_head.Head.of(model)
+    assert (head.cap is not None) == (name.startswith("gemma2"))
+    assert (head.scaling != 1) == name.startswith("granite")
+    with torch.inference_mode():
+        found = head.logits(read(model, TOKENS_BL, streams=False)[0])
+        expected = model(input_ids=TOKENS_BL).logits.flatten(0, 1)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_full_width_in_any_basis_that_it_has_is_the_original(
     name: str, refit: bool, tiny: Tiny, tmp_path: Path

@@ -21,6 +21,10 @@ from torch.utils.flop_counter import flop_registry
 
 from dotexport.app.opening import open_source
 from dotexport.axes.plan import Plan, SizeOptions
+from dotexport.healing.distil import heal
+from dotexport.healing.heal_options import HealOptions
+from dotexport.healing.healing_text import HealingText
+from dotexport.models.checkpoint import Checkpoint
 from dotexport.narrowing.depth import Depths
 from dotexport.narrowing.narrow_options import LocalOptions, NarrowOptions
 from dotexport.narrowing.prepare import prepare
@@ -33,6 +37,7 @@ from dotexport.sizes.effort import (
     shrink_seconds,
     work_of,
     work_of_choosing_layers,
+    work_of_distilling,
 )
 
 LLAMA_3_2_1B = {
@@ -138,6 +143,31 @@ def test_products_of_choosing_layers_are_those_that_are_counted(
     in_float32 = expected.passes + expected.products
     assert counted.products[torch.float32] == pytest.approx(in_float32, rel=0.25)
     assert counted.products[torch.float64] == pytest.approx(expected.sums, rel=0.25)
+
+
+def test_products_of_a_step_of_distillation_are_those_that_are_counted(
+    tiny_llama: Callable[[str], Path], tiny_model: Callable[..., Path]
+) -> None:
+    """From a narrower model with random weights, which cost as much as any."""
+    source = open_source(tiny_llama("many-tied-rows"))
+    chosen = plan(source.config, SizeOptions(intermediate_size=64))
+    rows = {"vocab_size": 16384, "hidden_size": 64, "tie_word_embeddings": True}
+    narrower = tiny_model(model_type="llama", intermediate_size=64, **rows)
+    options = HealOptions(steps=2, every=2, batch=4, precision="fp32")
+    text = HealingText(WINDOWS_NL[:20], WINDOWS_NL[20:])
+    with sdpa_kernel(SDPBackend.MATH), Counted() as counted:
+        heal(
+            Checkpoint.open(narrower),
+            source,
+            torch.eye(64),
+            text,
+            options,
+            device=torch.device("cpu"),
+        )
+    expected = work_of_distilling(chosen, options.settled(64), 4 * 64)
+    # The distance of streams is not counted, attention for half of what the unfused one does.
+    in_float32 = expected.passes + expected.products
+    assert counted.products[torch.float32] == pytest.approx(in_float32, rel=0.1)
 
 
 def test_measuring_cuts_costs_every_rehearsal_and_one_search_for_layers() -> None:

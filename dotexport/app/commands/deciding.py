@@ -20,6 +20,7 @@ from dotexport.app.terminal import (
     show_summary,
 )
 from dotexport.axes.plan import SizeOptions
+from dotexport.healing.heal_options import parse_heal
 from dotexport.models.text_options import MOST
 from dotexport.sizes.deployment import Deployment
 from dotexport.vocabulary.vocabulary_options import VocabularyOptions
@@ -40,6 +41,10 @@ def plan(
         int | None,
         typer.Option(help="Their tokens; default: 2048 or the context.", min=2, max=MOST),
     ] = None,
+    heal: Annotated[
+        str,
+        typer.Option(help="Distillation to estimate besides, as shrink --heal takes it: 20M, 200."),
+    ] = "local",
     as_json: Json = False,
 ) -> None:
     """Show sizes that all named targets take, and what they cost. Reads no weights.
@@ -50,6 +55,7 @@ def plan(
     from dotexport.models.checkpoint import read_config
     from dotexport.sizes.planning import calibrated, choose
 
+    _, distil = parse_heal(heal)
     folder = source_folder(model, config_only=True, tokenizer=vocabulary.asked)
     config = read_config(folder)
     if vocabulary.asked:
@@ -59,7 +65,7 @@ def plan(
         sizes = replace(sizes, vocab_size=chosen.plan.after.vocab_size)
     else:
         chosen = choose(config, sizes, where)
-    chosen = calibrated(config, chosen, samples, seqlen)
+    chosen = calibrated(config, chosen, samples, seqlen, distil)
     timed = planned_time(chosen.plan, sizes, where.targets)
     if as_json:
         show_json(chosen.as_dict() | timed)
