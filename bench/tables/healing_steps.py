@@ -22,12 +22,12 @@ from torch.nn.functional import kl_div, log_softmax
 
 from dotexport.axes.plan import read_model
 from dotexport.bench.tables.result_files import RESULTS, Out, save
-from dotexport.models.loading import load_float32
 from dotexport.healing.distil import NOWHERE, Healing
 from dotexport.healing.distil_loss import recorded, stream_distance
 from dotexport.healing.heal_options import HealOptions
 from dotexport.healing.healing_text import HealingText
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
+from dotexport.models.loading import load_float32
 from dotexport.storage.files import write_json
 
 MLP = "mlp."
