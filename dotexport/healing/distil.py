@@ -223,7 +223,7 @@ class Healing:
                 behind=self.behind,
             )
             loss = loss * (len(piece_BL) / len(tokens_BL))
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             self.masters.take_gradients()
             total += loss.item()
         weights = self.masters.weights.values()

@@ -66,7 +66,8 @@ def divergence(ours_CK: Tensor, theirs_CD: Tensor, ours: Head, theirs: Head) -> 
 
     Gradients flow into our hidden states and our table.
     """
-    total: Tensor = _Divergence.apply(ours_CK, ours.table_VK, theirs_CD, ours, theirs)
+    apply: Any = _Divergence.apply
+    total: Tensor = apply(ours_CK, ours.table_VK, theirs_CD, ours, theirs)
     return total
 
 

@@ -97,7 +97,7 @@ def shuffled(windows: Iterator[Window], random: np.random.Generator) -> Iterator
         place = int(random.integers(POOL))
         yield pool[place]
         pool[place] = window
-    random.shuffle(pool)  # type: ignore[arg-type]
+    random.shuffle(pool)
     yield from pool
 
 
