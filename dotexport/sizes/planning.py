@@ -84,7 +84,7 @@ class Costs:
     shrink_seconds: float
     allocation_seconds: float
     disk: int
-    distillation_seconds: float = 0.0
+    distillation_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,9 @@ class Choice:
             "shrink_seconds": round(self.costs.shrink_seconds, 1),
             "allocation_seconds": round(self.costs.allocation_seconds, 1),
             **(
-                {"distillation_seconds": round(self.costs.distillation_seconds, 1)}
-                if self.costs.distillation_seconds
-                else {}
+                {}
+                if self.costs.distillation_seconds is None
+                else {"distillation_seconds": round(self.costs.distillation_seconds, 1)}
             ),
             "disk_bytes": self.costs.disk,
             **({"vocabulary": self.vocabulary} if self.vocabulary else {}),
@@ -195,7 +195,7 @@ def calibrated(
         ),
         distillation_seconds=distillation_seconds(decided, heal, samples=samples, seqlen=window)
         if heal
-        else 0.0,
+        else None,
     )
     return replace(chosen, costs=costs)
 

@@ -204,6 +204,19 @@ def test_planning_estimates_for_the_text_that_will_be_read(dotexport: Command, m
     refused(dotexport("plan", model, *NARROW, "--samples", "0"), 2, "samples")
 
 
+def test_planning_estimates_distillation_where_it_is_asked_for(
+    dotexport: Command, model: Path
+) -> None:
+    found = {
+        heal: json.loads(dotexport("plan", model, *NARROW, "--heal", heal, "--json").out)
+        for heal in ("local", "10k", "10M")
+    }
+    assert "distillation_seconds" not in found["local"]
+    seconds = [found[heal]["distillation_seconds"] for heal in ("10k", "10M")]
+    assert 0 <= seconds[0] < seconds[1]
+    refused(dotexport("plan", model, *NARROW, "--heal", "10x"), 2, "--heal '10x' is not known")
+
+
 def test_a_value_that_half_precision_cannot_hold_is_refused(tmp_path: Path) -> None:
     writer = checkpoint.CheckpointWriter(
         tmp_path, {"w": checkpoint.TensorSpec((2,), torch.float16)}

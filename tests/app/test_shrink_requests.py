@@ -80,7 +80,7 @@ def test_text_that_is_not_there_is_refused(
         ([*NARROW, "--allocate", "guess"], 2, ["allocate must be one of", "measured", "'guess'"]),
         ([*NARROW, "--heads", "x"], 2, ["heads must be one of", "dot", "'x'"]),
         ([*NARROW, "--ridge", -1], 2, ["ridge must be at least 0, not -1"]),
-        ([*NARROW, "--heal", "soon"], 2, ["--heal 'soon'", "local+200"]),
+        ([*NARROW, "--heal", "soon"], 2, ["--heal 'soon'", "local+20M"]),
         ([*NARROW, "--seqlen", 513], 2, ["--seqlen 513", "context of 512 tokens"]),
         ([*NARROW, "--seqlen", 1], 2, ["seqlen must be at least 2, not 1"]),
         ([*NARROW, "--samples", 0], 2, ["samples must be at least 1"]),

@@ -207,7 +207,6 @@ def test_a_re_badged_model_computes_the_same(name: str, tiny: Tiny, tmp_path: Pa
     assert (before - after).abs().max() <= tolerance
 
 
-@pytest.mark.parametrize("refit", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_hidden_states_and_a_head_are_the_logits(name: str, tiny: Tiny) -> None:
     """With whatever divides or caps them in a class, as the classes themselves have it."""
@@ -221,6 +220,7 @@ def test_hidden_states_and_a_head_are_the_logits(name: str, tiny: Tiny) -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("refit", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_full_width_in_any_basis_that_it_has_is_the_original(
     name: str, refit: bool, tiny: Tiny, tmp_path: Path
