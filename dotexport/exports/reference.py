@@ -13,7 +13,7 @@ import importlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -150,6 +150,26 @@ def compute_reference(
             twice[0][1] if twice else None,
             twice[1][1] if twice else None,
         ),
+    )
+
+
+@torch.inference_mode()
+def held_to(
+    reference: Reference, checkpoint: Checkpoint, values: Mapping[str, torch.Tensor]
+) -> Reference:
+    """The same yardstick for an artifact with these values in the place of some weights: what torch
+    says with them and with inputs rounded to 8 bits is `rounded_twice`."""
+    model = load_float32(checkpoint)
+    for name, parameter in model.named_parameters():
+        if name in values:
+            _fill(parameter, values[name], name)
+    long = reference.long
+    where = (long.tokens, long.positions) if long else (np.empty(0, np.int64), ())
+    twice, far = _with_rounded_inputs(model, reference.sequences, *where)
+    return replace(
+        reference,
+        rounded_twice=twice,
+        long=long and replace(long, rounded_twice=far),
     )
 
 
@@ -350,9 +370,16 @@ def _rounded_logits(
     for product in products:
         product.weight.data = rounded_to_4_bits(product.weight.data)
     once = _logits_alone(model, sequences), _at(model, tokens, positions)
-    for product in products:
-        product.register_forward_pre_hook(lambda _, inputs: rounded_to_8_bits(inputs[0]))
-    return once, (_logits_alone(model, sequences), _at(model, tokens, positions))
+    return once, _with_rounded_inputs(model, sequences, tokens, positions)
+
+
+def _with_rounded_inputs(
+    model: Any, sequences: Iterable[Tokens], tokens: Tokens, positions: Sequence[int]
+) -> Far:
+    for product in model.modules():
+        if isinstance(product, torch.nn.Linear):
+            product.register_forward_pre_hook(lambda _, inputs: rounded_to_8_bits(inputs[0]))
+    return _logits_alone(model, sequences), _at(model, tokens, positions)
 
 
 def rounded_to_4_bits(weight_OI: torch.Tensor) -> torch.Tensor:
