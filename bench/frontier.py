@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from dotexport.errors import DotexportError, SizeError, UsageError
+from dotexport.exports.calibrating import Text as RoundingText
 from dotexport.exports.calibrating import calibrate, grids_of
 from dotexport.exports.exporting import ReadText
 from dotexport.exports.quality import CHUNK_BYTES, predictions
@@ -179,7 +180,11 @@ def frontier(
     read = [_read(models[0], text) for text in texts]
     workload, notes = _timed(target, workload, runtime, texts)
     with _home(out) as home:
-        made, skipped = _exported(models, target, precisions, home, rounded_for, progress)
+        read_by = {one.name: rounded_for(one.checkpoint) for one in models} if rounded_for else {}
+        made, skipped = _exported(models, target, precisions, home, read_by, progress)
+        if read_by:
+            source = read_by[ORIGINAL].told["text"]
+            notes.append(f"weights that become integers are rounded for {source} where that can be")
         _judge(made, target, models[0], read, home, progress)
         if workload is not None:
             setting = Setting(target, "", dict(runtime or {}), roofline=False)
@@ -277,11 +282,10 @@ def _exported(
     target: Target,
     precisions: Sequence[str],
     home: Path,
-    rounded_for: ReadText | None,
+    read_by: Mapping[str, RoundingText],
     progress: Progress,
 ) -> tuple[list[_Made], list[str]]:
     made, skipped, total = [], [], len(models) * len(precisions)
-    texts = {model.name: rounded_for(model.checkpoint) for model in models} if rounded_for else {}
     asked = [(model, precision) for model in models for precision in precisions]
     for number, (model, precision) in enumerate(asked):
         label = f"{model.name}-{target.name}-{precision}"
@@ -290,7 +294,7 @@ def _exported(
             skipped.append(f"{model.name} in {precision}: {'; '.join(problems)}")
             continue
         known = [SCHEMA, dict(model.sha256), target.name, precision]
-        text = texts.get(model.name)
+        text = read_by.get(model.name)
         grids = grids_of(target, model.checkpoint, precision) if text else {}
         key = _digest([*known, text.told] if text and grids else known)
         folder = home / ARTIFACTS / f"{label}-{key}"
