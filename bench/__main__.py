@@ -19,6 +19,7 @@ TABLES = {
     "mutations": "mutations",
     "optimum": "optimum",
     "pairs": "pairs",
+    "rounding": "rounded_for_text",
     "targets": "artifacts_written",
     "trust": "trust",
     "vocabulary": "smaller_vocabularies",

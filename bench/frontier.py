@@ -25,6 +25,9 @@ import torch
 
 from dotexport.errors import DotexportError, SizeError, UsageError
 from dotexport.exports.bits_per_byte import read_texts, spelled
+from dotexport.exports.calibrating import Text as RoundingText
+from dotexport.exports.calibrating import calibrate, grids_of
+from dotexport.exports.exporting import ReadText
 from dotexport.exports.quality import CHUNK_BYTES, predictions
 from dotexport.exports.target import Session, Target, resolve
 from dotexport.exports.verifying import require_device, require_runtime
@@ -170,6 +173,7 @@ def frontier(
     out: Path | None = None,
     workload: Workload | None = None,
     runtime: Mapping[str, Any] | None = None,
+    rounded_for: ReadText | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Frontier:
     """Measure every model in every precision.
@@ -183,6 +187,8 @@ def frontier(
         out: keeps artifacts and figures, and is gone on from; None: nothing is kept.
         workload: what is timed; None: nothing.
         runtime: options of the target for what is timed.
+        rounded_for: text that weights are rounded to integers for, where the target lets that be
+            chosen; None: to nearest.
 
     Raises:
         UsageError, SizeError, RuntimeMissingError, CalibrationError, CheckpointError,
@@ -195,7 +201,11 @@ def frontier(
     read = [_read(models[0], text) for text in texts]
     workload, notes = _timed(target, workload, runtime, texts)
     with _home(out) as home:
-        made, skipped = _exported(models, target, precisions, home, progress)
+        read_by = {one.name: rounded_for(one.checkpoint) for one in models} if rounded_for else {}
+        made, skipped = _exported(models, target, precisions, home, read_by, progress)
+        if read_by:
+            source = read_by[ORIGINAL].told["text"]
+            notes.append(f"weights that become integers are rounded for {source} where that can be")
         _judge(made, target, models[0], read, home, progress)
         if workload is not None:
             setting = Setting(target, "", dict(runtime or {}), roofline=False)
@@ -298,6 +308,7 @@ def _exported(
     target: Target,
     precisions: Sequence[str],
     home: Path,
+    read_by: Mapping[str, RoundingText],
     progress: Progress,
 ) -> tuple[list[_Made], list[str]]:
     made, skipped, total = [], [], len(models) * len(precisions)
@@ -308,11 +319,18 @@ def _exported(
         if problems := target.problems(model.checkpoint, precision):
             skipped.append(f"{model.name} in {precision}: {'; '.join(problems)}")
             continue
-        key = _digest([SCHEMA, dict(model.sha256), target.name, precision])
+        known = [SCHEMA, dict(model.sha256), target.name, precision]
+        text = read_by.get(model.name)
+        grids = grids_of(target, model.checkpoint, precision) if text else {}
+        key = _digest([*known, text.told] if text and grids else known)
         folder = home / ARTIFACTS / f"{label}-{key}"
         if not folder.is_dir():
+            chosen: dict[str, Any] = {}
+            if text and grids:
+                [rounding] = calibrate(model.checkpoint, text, [grids], progress=progress)
+                chosen["rounded"] = rounding.rounded
             with new_folder(folder) as partial:
-                target.write(model.checkpoint, partial, precision)
+                target.write(model.checkpoint, partial, precision, **chosen)
         made.append(_Made(model, precision, folder, home / POINTS / label))
     if not any(one.model.name == ORIGINAL for one in made):
         raise SizeError("the original cannot be exported:\n" + "\n".join(skipped))

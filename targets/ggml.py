@@ -9,27 +9,28 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from dotexport.errors import CheckpointError
 from dotexport.models.ggml.ggml_model import INTERLEAVED, interleaved
 from dotexport.models.ggml.ggml_rope import FACTORS, yarn_attention
 
-from . import kquants
+from . import ggml_blocks, kquants
 from .configs import frequencies, head_dim, rope_type, rope_words, window_of
+from .ggml_blocks import BLOCK
 from .ggml_vocab import add_tokenizer, tokenizer_problems
 
 if TYPE_CHECKING:
-    import torch
-
     from dotexport.exports.target import Session
     from dotexport.exports.text_parity import TextSide
+    from dotexport.merging.rounding import Grid, Rounded
     from dotexport.models.checkpoint import Checkpoint
     from dotexport.models.family import Family
     from dotexport.models.shapes import Sizes
@@ -64,7 +65,6 @@ FILE_TYPES = {
     "int6-k": gguf.LlamaFileType.MOSTLY_Q6_K,
     "int4-k": gguf.LlamaFileType.MOSTLY_Q4_K_M,
 }
-BLOCK = 32  # weights of a row that share one scale, in Q8_0 and Q4_0
 BLOCKS = dict.fromkeys(("int8", "int4"), BLOCK)
 SUPERBLOCKS = dict.fromkeys(("int6-k", "int4-k"), kquants.SUPERBLOCK)
 SENSITIVE = ("attn_v", "ffn_down")  # matrices that Q4_K_M keeps in Q6_K in half of the layers
@@ -106,7 +106,31 @@ class Gguf:
         stored = _bytes_by_name(family, sizes, precision)
         return sum(stored.values()) - (0 if sizes.tied else stored["token_embd.weight"])
 
-    def write(self, checkpoint: Checkpoint, folder: Path, precision: str) -> None:
+    def grids(self, checkpoint: Checkpoint, precision: str) -> dict[str, Grid]:
+        """Matrices that are stored as integers and multiplied, by the checkpoint's names."""
+        tied = checkpoint.config.get("tie_word_embeddings")
+        return {
+            name: ggml_blocks.GRIDS[kind]
+            for name, stored, kind in _stored(checkpoint, precision)
+            if kind in ggml_blocks.GRIDS and (tied or not stored.startswith("token_embd"))
+        }
+
+    def values(self, checkpoint: Checkpoint, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+        """What the matrices of a file are, by the checkpoint's names."""
+        from dotexport.models.ggml.ggml_model import GgufModel
+
+        model = GgufModel.open(folder / FILE)
+        for name in checkpoint.specs:
+            if len(checkpoint.specs[name].shape) == 2 and name in model.shapes:
+                yield name, model.tensor(name)
+
+    def write(
+        self,
+        checkpoint: Checkpoint,
+        folder: Path,
+        precision: str,
+        rounded: Mapping[str, Rounded] | None = None,
+    ) -> None:
         arch = ARCHITECTURES[checkpoint.config["architectures"][0]]
         writer = gguf.GGUFWriter(folder / FILE, gguf.MODEL_ARCH_NAMES[arch], use_temp_file=True)
         _add_sizes(writer, checkpoint)
@@ -114,7 +138,7 @@ class Gguf:
         add_tokenizer(writer, checkpoint)
         writer.add_file_type(FILE_TYPES[precision])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        _add_tensors(writer, checkpoint, arch, precision)
+        _add_tensors(writer, checkpoint, arch, precision, rounded or {})
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -128,8 +152,11 @@ class Gguf:
 
         return read_text(folder / FILE, excuse=excuses(load_tokenizer(checkpoint.folder)))
 
-    def wrong_in_file(self, checkpoint: Checkpoint, folder: Path) -> list[str]:
-        """What header and tensors are not the checkpoint's."""
+    def wrong_in_file(
+        self, checkpoint: Checkpoint, folder: Path, chosen: Collection[str] = ()
+    ) -> list[str]:
+        """What header and tensors are not the checkpoint's, but for those whose rounding was
+        chosen."""
         from .ggml_weights import wrong_in_file
 
         arch = ARCHITECTURES[checkpoint.config["architectures"][0]]
@@ -144,6 +171,7 @@ class Gguf:
                 _turned(name, checkpoint.tensor(name).float(), checkpoint.config, arch).numpy(),
             )
             for name in checkpoint.files
+            if name not in chosen
         )
         return wrong_in_file(folder / FILE, told, tensors)
 
@@ -321,12 +349,37 @@ def _num_kv_heads(config: Mapping[str, Any]) -> int:
 
 
 def _add_tensors(
-    writer: gguf.GGUFWriter, checkpoint: Checkpoint, arch: Any, precision: str
+    writer: gguf.GGUFWriter,
+    checkpoint: Checkpoint,
+    arch: Any,
+    precision: str,
+    rounded: Mapping[str, Rounded],
 ) -> None:
+    config, larger = checkpoint.config, []
+    for name, stored, kind in _stored(checkpoint, precision):
+        if kind == Type.F16 and precision != "fp16":
+            larger.append(stored)
+        if name in rounded:
+            rows = torch.from_numpy(ggml_blocks.pack(rounded[name], kind))
+            data = _turned(name, rows, config, arch).numpy()
+        else:
+            tensor = _turned(name, checkpoint.tensor(name).float(), config, arch).numpy()
+            quantize = kquants.quantize if kind in kquants.FORMATS else gguf.quantize
+            data = quantize(tensor, kind)
+        writer.add_tensor(stored, data, raw_dtype=kind)
+    if larger:
+        logger.warning(
+            "%d tensors stay F16, because their rows are no multiple of %d: %s",
+            *(len(larger), BLOCK, ", ".join(larger[:3])),
+        )
+
+
+def _stored(checkpoint: Checkpoint, precision: str) -> Iterator[tuple[str, str, Any]]:
+    """The checkpoint's name of a tensor, llama.cpp's, and how it is stored."""
     config = checkpoint.config
+    arch = ARCHITECTURES[config["architectures"][0]]
     layers, tied = config["num_hidden_layers"], bool(config.get("tie_word_embeddings"))
     names = gguf.get_tensor_name_map(arch, layers)
-    larger = []
     for name in checkpoint.files:
         if name.endswith("rotary_emb.inv_freq"):
             continue  # old files carry what every reader computes
@@ -335,16 +388,10 @@ def _add_tensors(
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if stored is None:
             raise CheckpointError(f"{name} has no name in GGUF; export with another target")
-        tensor = _turned(name, checkpoint.tensor(name).float(), config, arch).numpy()
-        kind = _type(stored, tensor.shape, precision, layers, tied=tied)
-        if kind == Type.F16 and precision != "fp16":
-            larger.append(stored)
-        quantize = kquants.quantize if kind in kquants.ENCODERS else gguf.quantize
-        writer.add_tensor(stored, quantize(tensor, kind), raw_dtype=kind)
-    if larger:
-        logger.warning(
-            "%d tensors stay F16, because their rows are no multiple of %d: %s",
-            *(len(larger), BLOCK, ", ".join(larger[:3])),
+        yield (
+            name,
+            stored,
+            _type(stored, checkpoint.specs[name].shape, precision, layers, tied=tied),
         )
 
 

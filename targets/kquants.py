@@ -2,18 +2,27 @@
 
 llama.cpp's formats Q4_K and Q6_K, in the layout that gguf.quants dequantises; that package itself
 only reads them. Every group gets the scale (and, in Q4_K, the offset) of the least squared error
-among a few candidates, each refined by least squares on its own rounding.
+among a few candidates, each refined by least squares on its own rounding. Where the inputs are
+known, errors count as much as their columns do, and `grid` tells merging/rounding.py the rest.
 
-Shapes: N superblocks, G groups of each, W weights of a group; J superblocks at once.
+Shapes: N superblocks, G groups of each, W weights of a group; J superblocks at once; O rows, I
+weights of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import gguf
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+    from dotexport.merging.rounding import Lattice, Rounded
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -25,13 +34,38 @@ CHUNK = 8192  # superblocks at a time: 8 MB of float32, and a few times that on 
 STRETCHES = np.linspace(-1.0, 1.0, 11, dtype=np.float32)
 
 
+@dataclass(frozen=True)
+class Format:
+    """One kind of K-quants, whose weights are step x level - offset.
+
+    Attributes:
+        levels: the lowest and the highest.
+        fit: what is stored for the groups of superblocks, (J, S), given how much a squared error of
+            each of their weights counts (None: all alike).
+        lattice: step and offset of each weight, (J, G, 1), from that.
+        pack: bytes, from levels (J, 256) and that.
+    """
+
+    levels: tuple[int, int]
+    fit: Callable[[Floats, Floats | None], Floats]
+    lattice: Callable[[Floats], tuple[Floats, Floats]]
+    pack: Callable[[NDArray[np.int8], Floats], Bytes]
+
+    def encode(self, blocks_J: Floats) -> Bytes:
+        stored_JS = self.fit(blocks_J, None)
+        step_JG1, offset_JG1 = self.lattice(stored_JS)
+        x_JGW = blocks_J.reshape(*step_JG1.shape[:2], -1)
+        q_JGW = _rounded((x_JGW + offset_JG1) * _inverse(step_JG1), *self.levels)
+        return self.pack(q_JGW.astype(np.int8).reshape(-1, SUPERBLOCK), stored_JS)
+
+
 def quantize(weight: NDArray[np.floating], kind: gguf.GGMLQuantizationType) -> Bytes:
     """Rows of bytes, as many as the weight has; the last axis must be whole superblocks.
 
     Raises:
         ValueError: rows that are no multiple of 256.
     """
-    encode = ENCODERS[kind]
+    encode = FORMATS[kind].encode
     if weight.shape[-1] % SUPERBLOCK:
         raise ValueError(f"rows of {weight.shape[-1]} are no multiple of {SUPERBLOCK}")
     blocks_N = np.ascontiguousarray(weight, dtype=np.float32).reshape(-1, SUPERBLOCK)
@@ -40,15 +74,62 @@ def quantize(weight: NDArray[np.floating], kind: gguf.GGMLQuantizationType) -> B
     return packed.reshape(*weight.shape[:-1], -1)
 
 
-def _q4_k(blocks_J: Floats) -> Bytes:
-    """Groups of 32 in 16 levels, scale and offset of each in 6 bits: 4.5 bits per weight."""
-    x_JGW = blocks_J.reshape(-1, 8, 32)
-    scale_JG, offset_JG = _affine(x_JGW)
-    d_J1, sc_JG = _shared(scale_JG, 63)
-    dmin_J1, m_JG = _shared(offset_JG, 63)
-    step_JGW, low_JGW = (d_J1 * sc_JG)[..., None], (dmin_J1 * m_JG)[..., None]
-    q_JGW = _rounded((x_JGW + low_JGW) * _inverse(step_JGW), 0, 15).astype(np.uint8)
-    pairs = q_JGW.reshape(-1, 4, 2, 32)
+def pack(rounded: Rounded, kind: gguf.GGMLQuantizationType) -> Bytes:
+    """Rows of bytes of a matrix whose levels were chosen on its `Grid`."""
+    outputs = len(rounded.levels_OI)
+    stored_NS = rounded.stored_OGS.flatten(0, 1).numpy()
+    levels_N = rounded.levels_OI.numpy().reshape(-1, SUPERBLOCK)
+    return FORMATS[kind].pack(levels_N, stored_NS).reshape(outputs, -1)
+
+
+@dataclass(frozen=True)
+class Superblocks:
+    """Superblocks as a `Grid` of merging/rounding.py."""
+
+    kind: gguf.GGMLQuantizationType
+    width: int = SUPERBLOCK
+
+    @property
+    def levels(self) -> tuple[int, int]:
+        return FORMATS[self.kind].levels
+
+    def lattices(
+        self, weights_OW: torch.Tensor, importance_W: torch.Tensor | None
+    ) -> Iterator[Lattice]:
+        import torch
+
+        from dotexport.merging.rounding import Lattice
+
+        chosen = FORMATS[self.kind]
+        blocks_J = np.ascontiguousarray(weights_OW.cpu().numpy())
+        importance = None if importance_W is None else importance_W.cpu().numpy()
+        stored_JS = chosen.fit(blocks_J, importance)
+        parts = (
+            np.broadcast_to(part_JG1, (*part_JG1.shape[:2], SUPERBLOCK // part_JG1.shape[1]))
+            for part_JG1 in chosen.lattice(stored_JS)
+        )
+        found = (torch.from_numpy(part.reshape(-1, SUPERBLOCK)) for part in parts)
+        step_OW, offset_OW, stored_OS = (
+            part.to(weights_OW.device) for part in (*found, torch.from_numpy(stored_JS))
+        )
+        yield Lattice(step_OW, offset_OW, stored_OS)
+
+
+def _fit_4(blocks_J: Floats, importance: Floats | None) -> Floats:
+    """d and dmin of the superblock, eight scales and eight offsets of groups of 32."""
+    scale_JG, offset_JG = _affine(blocks_J.reshape(-1, 8, 32), _of_groups(importance, 8))
+    return np.concatenate([*_shared(scale_JG, 63), *_shared(offset_JG, 63)], axis=1)
+
+
+def _lattice_4(stored_JS: Floats) -> tuple[Floats, Floats]:
+    d_J1, sc_JG, dmin_J1, m_JG = np.split(stored_JS, (1, 9, 10), axis=1)
+    return (d_J1 * sc_JG)[..., None], (dmin_J1 * m_JG)[..., None]
+
+
+def _pack_4(q_J: NDArray[np.int8], stored_JS: Floats) -> Bytes:
+    """Scale and offset of each group in 6 bits: 4.5 bits per weight."""
+    d_J1, sc_JG, dmin_J1, m_JG = np.split(stored_JS, (1, 9, 10), axis=1)
+    pairs = q_J.astype(np.uint8).reshape(-1, 4, 2, 32)
     nibbles = pairs[:, :, 0] | pairs[:, :, 1] << 4
     return np.concatenate(
         [_half(d_J1), _half(dmin_J1), _six_bits(sc_JG, m_JG), nibbles.reshape(-1, 128)], axis=1
@@ -63,27 +144,49 @@ def _six_bits(sc_JG: Floats, m_JG: Floats) -> Bytes:
     return np.concatenate([*first, sc[:, 4:] & 15 | (m[:, 4:] & 15) << 4], axis=1)
 
 
-def _q6_k(blocks_J: Floats) -> Bytes:
-    """Groups of 16 in 64 levels around zero, scale of each in 8 bits: 6.5625 bits per weight."""
-    x_JGW = blocks_J.reshape(-1, 16, 16)
-    d_J1, sc_JG = _shared(_symmetric(x_JGW), 127)
-    steps = _inverse((d_J1 * sc_JG)[..., None])
-    q_J = (_rounded(x_JGW * steps, -32, 31) + 32).astype(np.uint8).reshape(-1, SUPERBLOCK)
+def _fit_6(blocks_J: Floats, importance: Floats | None) -> Floats:
+    """d of the superblock and sixteen scales of groups of 16."""
+    scale_JG = _symmetric(blocks_J.reshape(-1, 16, 16), _of_groups(importance, 16))
+    return np.concatenate(_shared(scale_JG, 127), axis=1)
+
+
+def _lattice_6(stored_JS: Floats) -> tuple[Floats, Floats]:
+    step_JG1 = (stored_JS[:, :1] * stored_JS[:, 1:])[..., None]
+    return step_JG1, np.zeros_like(step_JG1)
+
+
+def _pack_6(q_J: NDArray[np.int8], stored_JS: Floats) -> Bytes:
+    """Scale of each group in 8 bits: 6.5625 bits per weight."""
+    q_J = (q_J + 32).astype(np.uint8)
     lower = (q_J & 15).reshape(-1, 2, 2, 64)
     upper = (q_J >> 4).reshape(-1, 2, 4, 32)
     ql = lower[:, :, 0] | lower[:, :, 1] << 4
     qh = upper[:, :, 0] | upper[:, :, 1] << 2 | upper[:, :, 2] << 4 | upper[:, :, 3] << 6
-    scales = sc_JG.astype(np.int8).view(np.uint8)
-    return np.concatenate([ql.reshape(-1, 128), qh.reshape(-1, 64), scales, _half(d_J1)], axis=1)
+    scales = stored_JS[:, 1:].astype(np.int8).view(np.uint8)
+    half = _half(stored_JS[:, :1])
+    return np.concatenate([ql.reshape(-1, 128), qh.reshape(-1, 64), scales, half], axis=1)
 
 
-ENCODERS: dict[gguf.GGMLQuantizationType, Callable[[Floats], Bytes]] = {
-    gguf.GGMLQuantizationType.Q4_K: _q4_k,
-    gguf.GGMLQuantizationType.Q6_K: _q6_k,
+FORMATS: dict[gguf.GGMLQuantizationType, Format] = {
+    gguf.GGMLQuantizationType.Q4_K: Format((0, 15), _fit_4, _lattice_4, _pack_4),
+    gguf.GGMLQuantizationType.Q6_K: Format((-32, 31), _fit_6, _lattice_6, _pack_6),
 }
 
 
-def _affine(x_JGW: Floats) -> tuple[Floats, Floats]:
+def _of_groups(importance: Floats | None, groups: int) -> Floats | None:
+    """Of each weight of a group, with a mean of 1 in each, (G, W)."""
+    if importance is None:
+        return None
+    importance_GW = importance.reshape(groups, -1).astype(np.float32)
+    scaled_GW: Floats = importance_GW / importance_GW.mean(-1, keepdims=True)
+    return scaled_GW
+
+
+def _weighed(x_JGW: Floats, importance_GW: Floats | None) -> Floats:
+    return x_JGW if importance_GW is None else x_JGW * importance_GW
+
+
+def _affine(x_JGW: Floats, importance_GW: Floats | None) -> tuple[Floats, Floats]:
     """Scale and offset, neither negative, of x ~ scale * q - offset with q in 0..15."""
     low = np.minimum(x_JGW.min(-1, keepdims=True), 0)
     width = x_JGW.max(-1, keepdims=True) - low
@@ -91,10 +194,11 @@ def _affine(x_JGW: Floats) -> tuple[Floats, Floats]:
     scale_JG, offset_JG = np.zeros_like(best), np.zeros_like(best)
     for stretch in STRETCHES:
         q = _rounded((x_JGW - low) * (15 + stretch) * _inverse(width), 0, 15)
-        scale, offset = _line(q, x_JGW)
+        scale, offset = _line(q, x_JGW, importance_GW)
         q = _rounded((x_JGW + offset[..., None]) * _inverse(scale[..., None]), 0, 15)
-        scale, offset = _line(q, x_JGW)
-        error = np.square(scale[..., None] * q - offset[..., None] - x_JGW).sum(-1)
+        scale, offset = _line(q, x_JGW, importance_GW)
+        gap_JGW = np.square(scale[..., None] * q - offset[..., None] - x_JGW)
+        error = _weighed(gap_JGW, importance_GW).sum(-1)
         better = error < best
         best = np.where(better, error, best)
         scale_JG = np.where(better, scale, scale_JG)
@@ -102,10 +206,11 @@ def _affine(x_JGW: Floats) -> tuple[Floats, Floats]:
     return scale_JG, offset_JG
 
 
-def _line(q_JGW: Floats, x_JGW: Floats) -> tuple[Floats, Floats]:
+def _line(q_JGW: Floats, x_JGW: Floats, importance_GW: Floats | None) -> tuple[Floats, Floats]:
     """Least squares of x on q; through zero where the line would need a negative offset."""
-    q_mean, x_mean = q_JGW.mean(-1), x_JGW.mean(-1)
-    qq, qx = np.square(q_JGW).mean(-1), (q_JGW * x_JGW).mean(-1)
+    weighed = _weighed(q_JGW, importance_GW)
+    q_mean, x_mean = weighed.mean(-1), _weighed(x_JGW, importance_GW).mean(-1)
+    qq, qx = (weighed * q_JGW).mean(-1), (weighed * x_JGW).mean(-1)
     slope = (qx - q_mean * x_mean) * _inverse(qq - q_mean**2)
     offset = slope * q_mean - x_mean
     through_zero = (offset < 0) | (slope <= 0)
@@ -115,7 +220,7 @@ def _line(q_JGW: Floats, x_JGW: Floats) -> tuple[Floats, Floats]:
     return slope, np.where(constant, -x_mean, np.where(through_zero, 0, offset))
 
 
-def _symmetric(x_JGW: Floats) -> Floats:
+def _symmetric(x_JGW: Floats, importance_GW: Floats | None) -> Floats:
     """Scale of x ~ scale * q with q in -32..31; its sign gives the largest weight the level -32."""
     at = np.abs(x_JGW).argmax(-1, keepdims=True)
     largest = np.take_along_axis(x_JGW, at, -1)
@@ -123,7 +228,8 @@ def _symmetric(x_JGW: Floats) -> Floats:
     scale_JG = np.zeros_like(best)
     for stretch in STRETCHES:
         q = _rounded(-x_JGW * (32 + stretch) * _inverse(largest), -32, 31)
-        qx, qq = (q * x_JGW).sum(-1), np.square(q).sum(-1)
+        weighed = _weighed(q, importance_GW)
+        qx, qq = (weighed * x_JGW).sum(-1), (weighed * q).sum(-1)
         gain = np.square(qx) * _inverse(qq)  # by how much the squared error falls below that of 0
         scale_JG = np.where(gain > best, qx * _inverse(qq), scale_JG)
         best = np.maximum(best, gain)

@@ -29,7 +29,7 @@ from dotexport.exports.parity import Parity, measure
 from dotexport.exports.reference import Reference, compute_reference
 from dotexport.exports.target import Logits, Tokens
 from dotexport.exports.text_parity import TextSide, load_tokenizer
-from dotexport.exports.verifying import STOCK, with_text, write_report
+from dotexport.exports.verifying import STOCK, Chosen, chosen_for, with_text, write_report
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.loading import Loaded
 from dotexport.storage import manifest
@@ -163,7 +163,8 @@ def verify_llama_cpp(out: Path, where: Path) -> list[Parity]:
     parities = []
     for name, entry in files.items():
         asked = (library, out / name, entry["precision"], reference)
-        parity = run(*asked, artifact=f"{name}-{NAME}", checkpoint=checkpoint)
+        chosen = chosen_for(checkpoint, entry)
+        parity = run(*asked, artifact=f"{name}-{NAME}", checkpoint=checkpoint, chosen=chosen)
         changed = manifest.changed_files(out / name, entry["files"])
         parities.append(replace(parity, problems=(*changed, *parity.problems)))
     write_report(out, parities, reference)
@@ -178,6 +179,7 @@ def run(
     *,
     artifact: str,
     checkpoint: Checkpoint | None = None,
+    chosen: Chosen | None = None,
 ) -> Parity:
     """Measure one artifact; one that llama.cpp does not run has failed.
 
@@ -190,15 +192,23 @@ def run(
             parity = measure(
                 session, reference, artifact=artifact, target=NAME, precision=precision
             )
-            return parity if checkpoint is None else _with_text(parity, session, folder, checkpoint)
+            if checkpoint is None:
+                return parity
+            return _with_text(parity, session, folder, checkpoint, chosen)
     except LlamaCppError as error:
         problem = f"it cannot be run: {error}"
         return Parity(artifact, NAME, precision, problems=(problem,))
 
 
-def _with_text(parity: Parity, session: LlamaCpp, folder: Path, checkpoint: Checkpoint) -> Parity:
+def _with_text(
+    parity: Parity,
+    session: LlamaCpp,
+    folder: Path,
+    checkpoint: Checkpoint,
+    chosen: Chosen | None,
+) -> Parity:
     target: Any = InLlamaCpp(session)
-    parity = with_text(parity, target, folder, checkpoint)
+    parity = with_text(parity, target, folder, checkpoint, chosen)
     if parity.text is None or parity.problems or parity.precision != EXACT:
         return parity
     problems = text_in_text_out(session, checkpoint, tie=parity.limits.tie)

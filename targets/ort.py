@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,7 +29,10 @@ from .genai_builder import builder_problems
 from .ort_session import open_decoder
 
 if TYPE_CHECKING:
+    import torch
+
     from dotexport.exports.text_parity import TextSide
+    from dotexport.merging.rounding import Grid, Rounded
     from dotexport.models.checkpoint import Checkpoint
 
 LEAST_SCALE_ERROR = 1e-4  # relative
@@ -72,7 +75,13 @@ class _Built:
     def config_problems(self, config: Mapping[str, Any], precision: str) -> list[str]:
         return _config_problems(config)
 
-    def write(self, checkpoint: Checkpoint, folder: Path, precision: str) -> None:
+    def write(
+        self,
+        checkpoint: Checkpoint,
+        folder: Path,
+        precision: str,
+        rounded: Mapping[str, Rounded] | None = None,
+    ) -> None:
         with tempfile.TemporaryDirectory(prefix="dotexport-") as cache:
             command = [
                 *_builder_command(self.answers(checkpoint.config, precision)),
@@ -82,6 +91,10 @@ class _Built:
                 *("--extra_options", *self.options(checkpoint.config, precision)),
             ]
             _run_quietly(command)
+        if rounded:
+            from .builder_weights import store
+
+            store(checkpoint, folder / "model.onnx", rounded)
 
     def text(self, checkpoint: Checkpoint, folder: Path) -> TextSide | None:
         """The tokenizer of the folder, and the start and ends that onnxruntime-genai reads."""
@@ -92,7 +105,9 @@ class _Built:
         stops = ends if isinstance(ends, list) else [] if ends is None else [ends]
         return read_folder(folder, start=model.get("bos_token_id"), stops=stops)
 
-    def wrong_in_file(self, checkpoint: Checkpoint, folder: Path) -> list[str]:
+    def wrong_in_file(
+        self, checkpoint: Checkpoint, folder: Path, chosen: Collection[str] = ()
+    ) -> list[str]:
         """Epsilons and rotary angles that are not the checkpoint's."""
         from .onnx_numbers import wrong_epsilons, wrong_tables
 
@@ -135,6 +150,29 @@ class OrtCpu(_Built):
         # of hundreds of nodes instead.
         grouped = {"is_gqa_supported": True} if precision == "fp16" else {}
         return super().answers(config, precision) | grouped
+
+    def grids(self, checkpoint: Checkpoint, precision: str) -> dict[str, Grid]:
+        """The matrices of all layers and the head's, by the checkpoint's names."""
+        from dotexport.merging.rounding import FOUR_BITS, Blocks
+
+        if precision != "int4":
+            return {}
+        tied = checkpoint.config.get("tie_word_embeddings")
+        blocks = Blocks(QUANTISED_BLOCK, (-8, 7), shares=FOUR_BITS)
+        return {
+            name: blocks
+            for name, spec in checkpoint.specs.items()
+            if len(spec.shape) == 2 and (tied or name != "model.embed_tokens.weight")
+        }
+
+    def values(self, checkpoint: Checkpoint, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+        """What the 4-bit matrices of a graph are, by the checkpoint's names."""
+        import torch
+
+        from .builder_weights import values
+
+        for name, value_OI in values(checkpoint, folder / "model.onnx"):
+            yield name, torch.from_numpy(value_OI)
 
     def options(self, config: Mapping[str, Any], precision: str) -> list[str]:
         options = super().options(config, precision)

@@ -5,12 +5,11 @@ operator for operator the same. bfloat16, which onnxruntime cannot multiply on C
 of the graph in float32 with the very values of the file. None of that says what the kernels of
 CUDA do: an artifact that was only rehearsed counts as not verified.
 
-Shapes: O, I outputs and inputs of a matrix product, K blocks of inputs with one scale each.
+Shapes: O, I outputs and inputs of a matrix product.
 """
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -21,8 +20,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from dotexport.exports.target import QUANTISED_BLOCK, Rehearsal
+from dotexport.exports.target import Rehearsal
 
+from .builder_weights import builders_name, constants_of, levels, place
 from .ort_session import open_decoder
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def rehearse(
     there goes unseen; `peak`, the largest magnitude that torch sees, tells of it.
     """
     model = ir.load(folder / "model.onnx")
-    wrong = list(_differences(checkpoint, _constants(model), precision))
+    wrong = list(_differences(checkpoint, constants_of(model), precision))
     problems = wrong[:MOST_NAMED]
     if len(wrong) > MOST_NAMED:
         problems.append(f"... and {len(wrong) - MOST_NAMED} more weights like these")
@@ -71,10 +71,6 @@ def rehearse(
 # Weights ----------------------------------------------------------------------------------------
 
 
-def _constants(model: Any) -> dict[str, Any]:
-    return {name: value.const_value for name, value in model.graph.initializers.items()}
-
-
 def _differences(
     checkpoint: Checkpoint, constants: Mapping[str, Any], precision: str
 ) -> Iterator[str]:
@@ -83,33 +79,17 @@ def _differences(
         if name.endswith("rotary_emb.inv_freq"):
             continue
         tensor = checkpoint.tensor(name)
-        problem = _difference(_builders_name(name, layers), tensor, constants, precision)
+        problem = _difference(builders_name(name, layers), tensor, constants, precision)
         if problem:
             yield f"{name}: {problem}"
 
 
-def _builders_name(name: str, num_layers: int) -> str:
-    """What the builder calls a tensor of the checkpoint.
-
-    >>> _builders_name("model.layers.1.self_attn.q_proj.bias", 3)
-    'model.layers.1.attn.q_proj.Add.bias'
-    >>> _builders_name("model.norm.weight", 3)
-    'model.layers.3.final_norm_layernorm.weight'
-    """
-    if name == "model.norm.weight":
-        return f"model.layers.{num_layers}.final_norm_layernorm.weight"
-    name = name.replace(".self_attn.", ".attn.")
-    name = re.sub(r"\.([qk]_norm)\.weight$", r".\1.layernorm.weight", name)
-    name = re.sub(r"(_proj|lm_head)\.weight$", r"\1.MatMul.weight", name)
-    return re.sub(r"_proj\.bias$", "_proj.Add.bias", name)
-
-
 def _difference(name: str, tensor: Any, constants: Mapping[str, Any], precision: str) -> str | None:
     """What is wrong with the stored form of one tensor; None: nothing."""
-    stem, skip = _place(name, tensor, constants)
+    stem, skip = place(name, len(tensor), constants)
     expected = tensor.float().numpy()
     if f"{stem}_Q4" in constants:
-        return _rounding_fault(expected, *_levels(stem, constants, skip, *expected.shape))
+        return _rounding_fault(expected, *levels(stem, constants, skip, *expected.shape))
     if stem not in constants:
         return "it is not in the graph"
     stored = constants[stem]
@@ -125,41 +105,6 @@ def _difference(name: str, tensor: Any, constants: Mapping[str, Any], precision:
     with np.errstate(over="ignore"):  # what float16 cannot hold is infinite on both sides
         wrong = (array != expected.astype(array.dtype)).sum()
     return f"{wrong:,} of {expected.size:,} numbers differ from the checkpoint" if wrong else None
-
-
-def _place(name: str, tensor: Any, constants: Mapping[str, Any]) -> tuple[str, int]:
-    """The constant that holds a tensor, and the outputs of it that come before the tensor's."""
-    found = re.search(r"\.(q_proj|k_proj|v_proj)\.", name)
-    if found:
-        packed = name.replace(found[1], "qkv_proj")
-        if packed in constants or f"{packed}_Q4" in constants:
-            return packed, _before(found[1], len(tensor), packed, constants)
-    if name == "model.embed_tokens.weight" and name not in constants:
-        return "lm_head.MatMul.weight", 0  # a tied table is stored once
-    return name, 0
-
-
-def _before(role: str, size: int, packed: str, constants: Mapping[str, Any]) -> int:
-    """Keys and values are as many, so that the size of any of the three tells the others'."""
-    if f"{packed}_Q4" in constants:
-        total = constants[f"{packed}_Q4"].shape[0]
-    else:
-        total = constants[packed].shape[-1]
-    return {"q_proj": 0, "k_proj": int(total) - 2 * size, "v_proj": int(total) - size}[role]
-
-
-def _levels(
-    stem: str, constants: Mapping[str, Any], skip: int, outputs: int, inputs: int
-) -> tuple[Array, Array]:
-    """level_OI, -8 to 7, and the scale_OI of each: two levels per byte, the first in the low half,
-    8 standing for zero."""
-    packed = constants[f"{stem}_Q4"].numpy()
-    byte_OKS = packed.reshape(packed.shape[0], -1, QUANTISED_BLOCK // 2)[skip : skip + outputs]
-    level = np.stack([byte_OKS & 15, byte_OKS >> 4], axis=-1).astype(np.int8) - 8
-    scale = constants[f"{stem}_scales"].numpy().astype(np.float32)
-    scale_OK = scale.reshape(packed.shape[0], -1)[skip : skip + outputs]
-    scale_OI = np.repeat(scale_OK, QUANTISED_BLOCK, axis=1)[:, :inputs]
-    return level.reshape(outputs, -1)[:, :inputs], scale_OI
 
 
 def _rounding_fault(expected_OI: Array, level_OI: Array, scale_OI: Array) -> str | None:

@@ -99,8 +99,10 @@ def _verified(out: Path, name: str, reference: Reference) -> Ending:
     checkpoint = Checkpoint.open(out / "hf")
 
     def look() -> None:
-        parity = verifying.check(target, precision, out / name, reference, artifact=name)
-        parity = verifying.with_text(parity, target, out / name, checkpoint)
+        chosen = verifying.chosen_for(checkpoint, entry)
+        asked = target, precision, out / name, reference
+        parity = verifying.check(*asked, artifact=name, chosen=chosen)
+        parity = verifying.with_text(parity, target, out / name, checkpoint, chosen)
         verifying.require([parity])
 
     return forked(look)

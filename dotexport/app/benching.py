@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dotexport.app.door import benches
+from dotexport.app.rounding import text_of
 from dotexport.app.steps import BenchStep, FrontierStep, ServedStep
 from dotexport.errors import UsageError
 from dotexport.models.finding import find_model
@@ -135,6 +136,7 @@ def frontier_into(
         out=out,
         workload=workload if step.timed else None,
         runtime={"llama_cpp": str(Path(step.llama_cpp).resolve())} if step.llama_cpp else {},
+        rounded_for=text_of(step.rounding, progress),
         progress=progress,
     )
     if out is not None:

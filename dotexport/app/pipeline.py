@@ -187,8 +187,12 @@ def _resumable(out: Path, recipe: Recipe) -> bool:
 
 
 def _export(recipe: Recipe, out: Path, progress: Progress) -> None:
+    from dotexport.app.rounding import text_of
+    from dotexport.exports.calibrating import grids_of
     from dotexport.exports.exporting import Request, export
     from dotexport.exports.target import resolve
+    from dotexport.exports.verifying import STOCK
+    from dotexport.models.checkpoint import Checkpoint
 
     wanted = {Request(*resolve(spec)).name: spec for spec in ("hf", *recipe.export)}
     made = manifest.read(out).get("artifacts", {})
@@ -196,7 +200,15 @@ def _export(recipe: Recipe, out: Path, progress: Progress) -> None:
     if left:
         progress(f"exporting and verifying {len(left)}", 0, 1)
         # What lies there unproven is of a run that was killed, or was spoilt since.
-        export(out, left, overwrite=True)
+        read, checkpoint = text_of(recipe.round, progress), Checkpoint.open(out / STOCK)
+        chosen = [
+            spec
+            for spec, (target, precision) in zip(left, map(resolve, left), strict=True)
+            if read is not None and grids_of(target, checkpoint, precision)
+        ]
+        for specs, text in ((chosen, read), ([s for s in left if s not in chosen], None)):
+            if specs:
+                export(out, specs, overwrite=True, read=text, progress=progress)
         card.write(out)
 
 

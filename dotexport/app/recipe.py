@@ -3,6 +3,7 @@
     model: path/to/model            # folder or hub id; `embedded` is the model that ships inside
     shrink: {params: 0.7x, calib: text.jsonl}
     export: [ort-cpu:fp32, ort-cpu:int4]
+    round: {calib: text.jsonl}      # of those, weights that become integers
     eval: {text: held-out.txt}
     bench: [{target: ort-cpu, precision: fp32}]
 
@@ -12,7 +13,7 @@ The keys of each step are the flags of its verb. A step that is left out is not 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, field
 from functools import cache
 from pathlib import Path
 from types import GenericAlias
@@ -22,14 +23,20 @@ import yaml
 
 from dotexport.app.steps import BenchStep, EvalStep, ShrinkStep
 from dotexport.errors import UsageError
+from dotexport.exports.rounding_options import RoundingOptions
 from dotexport.options import build, flags_of, values_of
 from dotexport.storage.reading import brief, read_yaml
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ConfigDict, ValidationError
 
-KEYS = ("model", "shrink", "export", "eval", "bench")
-STEPS: dict[str, type] = {"shrink": ShrinkStep, "eval": EvalStep, "bench": BenchStep}
+KEYS = ("model", "shrink", "export", "round", "eval", "bench")
+STEPS: dict[str, type] = {
+    "shrink": ShrinkStep,
+    "round": RoundingOptions,
+    "eval": EvalStep,
+    "bench": BenchStep,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +46,7 @@ class Recipe:
     model: str
     shrink: ShrinkStep
     export: tuple[str, ...] = ()
+    round: RoundingOptions = field(default_factory=RoundingOptions)
     eval: EvalStep | None = None
     bench: tuple[BenchStep, ...] = ()
 
@@ -63,6 +71,7 @@ class Recipe:
         for name, kind in STEPS.items():
             if isinstance(given.get(name), Mapping):
                 given[name] = build(kind, **given[name])
+        given["round"] = given.get("round") or RoundingOptions()
         given["export"] = tuple(given.get("export") or ())
         given["bench"] = tuple(build(BenchStep, **step) for step in given.get("bench") or ())
         return cls(**given)
@@ -73,6 +82,7 @@ class Recipe:
             "model": self.model,
             "shrink": values_of(self.shrink),
             "export": list(self.export),
+            **({"round": values_of(self.round)} if self.round.calib else {}),
             "eval": values_of(self.eval) if self.eval else None,
             "bench": [values_of(step) for step in self.bench],
         }
@@ -92,6 +102,7 @@ def _document() -> type[BaseModel]:
         "model": (text, ...),
         "shrink": (_step(ShrinkStep), ...),
         "export": (GenericAlias(list, text) | None, None),
+        "round": (_step(RoundingOptions) | None, None),
         "eval": (_step(EvalStep) | None, None),
         "bench": (GenericAlias(list, _step(BenchStep)) | None, None),
     }

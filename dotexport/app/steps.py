@@ -10,6 +10,7 @@ from typing import Any
 from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.axes.plan import SizeOptions
 from dotexport.errors import UsageError
+from dotexport.exports.rounding_options import RoundingOptions
 from dotexport.generation.generation_options import GenerationOptions
 from dotexport.healing.heal_options import parse_heal
 from dotexport.models.text_options import MIXED, SELF, SOURCES, TextOptions
@@ -195,6 +196,7 @@ class FrontierStep:
         help="Another model that could be taken instead, such as a smaller sibling, repeated: a "
         "folder, GGUF file or hub id. Its vocabulary may differ.",
     )
+    rounding: RoundingOptions = group(RoundingOptions)
     timed: bool = option(True, help="Measure speed and memory, too.", words=("--times/--no-times",))
     llama_cpp: str | None = option(
         None, help="gguf: folder of llama.cpp to time the files in; without, nothing is timed."

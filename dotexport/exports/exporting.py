@@ -7,18 +7,27 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dotexport.errors import ParityError, SizeError, UsageError
+from dotexport.exports.calibrating import (
+    Calibrated,
+    Progress,
+    Text,
+    calibrate,
+    grids_of,
+    require_grids,
+)
 from dotexport.exports.parity import Parity
 from dotexport.exports.reference import Reference, compute_reference
 from dotexport.exports.target import Target, find_target, resolve
 from dotexport.exports.verifying import (
     REPORT,
     STOCK,
+    Chosen,
     artifact_name,
     check,
     require,
@@ -36,16 +45,23 @@ from dotexport.storage.ownership import is_unfinished
 
 logger = logging.getLogger(__name__)
 
+ReadText = Callable[[Checkpoint], Text]
+
 
 @dataclass(frozen=True)
 class Artifact:
-    """What one target wrote: `files` maps names below `folder` to bytes and SHA-256."""
+    """What one target wrote: `files` maps names below `folder` to bytes and SHA-256.
+
+    Attributes:
+        calibration: what weights were rounded for (calibrating.py); None: to nearest, if at all.
+    """
 
     target: str
     precision: str
     folder: Path
     files: Mapping[str, Mapping[str, Any]]
     parity: Parity | None = None
+    calibration: Mapping[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -76,13 +92,19 @@ def export(
     out: Path | None = None,
     verify: bool = True,
     overwrite: bool = False,
+    read: ReadText | None = None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> list[Artifact]:
     """Write one artifact per spec (NAME or NAME:PRECISION) and hold each against torch.
 
     An output of dotexport takes its artifacts into itself; a plain model folder, or a GGUF file,
     needs `out`, which becomes such an output with a copy of the checkpoint in hf/.
 
+    Args:
+        read: the text that weights are rounded for, of a checkpoint; None: to nearest.
+
     Raises:
+        UsageError: `read`, and a target that has no rounding to choose.
         RuntimeMissingError: a target's runtime is not installed; or, with `verify`, its device is
             not here, so that nothing could be proven.
         SizeError: targets that cannot hold this model, with every reason of each.
@@ -95,15 +117,18 @@ def export(
     source = Checkpoint.open(home / STOCK if home else model)
     source.companions()  # refuses links that lead elsewhere
     _check_targets(requests, source, verify=verify)
+    if read is not None:
+        require_grids([(r.target, r.precision) for r in requests], source)
+    rounding = _Rounding(read, progress)
     if home is not None:
         with occupied(home, shared=True):
-            made = _exported(requests, source, home, verify=verify, overwrite=overwrite)
+            made = _exported(requests, source, home, rounding, verify=verify, overwrite=overwrite)
         return made.kept(home)
     assert out is not None  # _check_home saw to it
     home = out.expanduser().resolve()
     with new_folder(home, overwrite=overwrite) as partial:
         _start_output(source, partial)
-        made = _exported(requests, source, partial, verify=verify, overwrite=False)
+        made = _exported(requests, source, partial, rounding, verify=verify, overwrite=False)
         if not made.artifacts:
             made.kept(None)  # raises: of an output with nothing in it nothing stays
     return made.kept(home)
@@ -113,6 +138,7 @@ def _exported(
     requests: Sequence[Request],
     source: Checkpoint,
     home: Path,
+    rounding: _Rounding,
     *,
     verify: bool,
     overwrite: bool,
@@ -120,10 +146,12 @@ def _exported(
     for request in requests:
         if request.name != STOCK:
             check_free(home / request.name, overwrite=_may_replace(home, request, overwrite))
+    checkpoint = Checkpoint.open(home / STOCK)
     exporting = _Exporting(
         source=source,
-        checkpoint=Checkpoint.open(home / STOCK),
+        checkpoint=checkpoint,
         home=home,
+        rounded=rounding.of(requests, checkpoint),
         reference=_reference(home, requests) if verify else None,
         overwrite=overwrite,
     )
@@ -197,11 +225,13 @@ class _Exporting:
     Attributes:
         source: what was handed over, whose text side every artifact must have.
         checkpoint: the stock checkpoint of the output, which the others are written from.
+        rounded: by artifact, a rounding that was chosen.
     """
 
     source: Checkpoint
     checkpoint: Checkpoint
     home: Path
+    rounded: Mapping[str, Calibrated]
     reference: Reference | None
     overwrite: bool
 
@@ -226,7 +256,7 @@ class _Exporting:
         with occupied(folder):  # until it is recorded: a lock that is left says it was not
             overwrite = _may_replace(self.home, request, self.overwrite)
             with new_folder(folder, overwrite=overwrite) as partial:
-                request.target.write(self.checkpoint, partial, request.precision)
+                self.fill(request, partial)
                 artifact = self.prove(request, partial)
             try:
                 _record(self.home, artifact)
@@ -235,18 +265,46 @@ class _Exporting:
                 raise
         return artifact
 
+    def fill(self, request: Request, folder: Path) -> None:
+        asked = self.checkpoint, folder, request.precision
+        if (calibrated := self.rounded.get(request.name)) is None:
+            request.target.write(*asked)
+        else:
+            write: Any = request.target.write  # one that has grids takes what was chosen on them
+            write(*asked, rounded=calibrated.rounded)
+
     def prove(self, request: Request, folder: Path) -> Artifact:
         """Hold what lies in `folder` against torch before it gets its name."""
         target, precision = request.target, request.precision
-        parity = None
+        calibrated, parity = self.rounded.get(request.name), None
+        record = None if calibrated is None else calibrated.record
+        chosen = Chosen(self.checkpoint, record) if record else None
         if self.reference is not None:
-            parity = check(target, precision, folder, self.reference, artifact=request.name)
-            parity = with_text(parity, target, folder, self.source)
+            asked = target, precision, folder, self.reference
+            parity = check(*asked, artifact=request.name, chosen=chosen)
+            parity = with_text(parity, target, folder, self.source, chosen)
             write_report(self.home, [parity], self.reference)
             if not parity.passed:
                 raise _NotExactError(parity)
         files = manifest.hash_files(folder)
-        return Artifact(target.name, precision, self.home / request.name, files, parity)
+        where = self.home / request.name
+        return Artifact(target.name, precision, where, files, parity, record)
+
+
+@dataclass(frozen=True)
+class _Rounding:
+    """How weights are rounded to integers: for a text, or to nearest."""
+
+    read: ReadText | None
+    progress: Progress
+
+    def of(self, requests: Sequence[Request], checkpoint: Checkpoint) -> dict[str, Calibrated]:
+        """By artifact; those that it does not name are rounded to nearest."""
+        if self.read is None:
+            return {}
+        grids = [grids_of(r.target, checkpoint, r.precision) for r in requests]
+        made = calibrate(checkpoint, self.read(checkpoint), grids, progress=self.progress)
+        return {r.name: one for r, one in zip(requests, made, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -285,5 +343,6 @@ def _record(home: Path, artifact: Artifact) -> None:
         "bytes": artifact.num_bytes,
         "files": artifact.files,
         "parity": artifact.parity.as_dict() if artifact.parity else None,
+        **({"calibration": artifact.calibration} if artifact.calibration else {}),
     }
     manifest.merge(home, artifacts={artifact.name: entry})

@@ -128,9 +128,14 @@ def measure(
     target: str,
     precision: str,
     exact_rounding: bool = False,
+    limits: Limits | None = None,
 ) -> Parity:
-    """Hold one loaded artifact against torch; see `Target.exact_rounding` for the last option."""
-    limits = limits_of(precision, reference, exact_rounding=exact_rounding)
+    """Hold one loaded artifact against torch; see `Target.exact_rounding` for that option.
+
+    Args:
+        limits: None: those that follow from this reference.
+    """
+    limits = limits or limits_of(precision, reference, exact_rounding=exact_rounding)
     said = _everything_said(session, reference)
     phases = {name: _phase(name, said, reference, limits) for name in _expected(reference)}
     ratio = _perplexity_ratio(said["whole"], reference)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -149,6 +149,26 @@ def compute_reference(
     )
 
 
+@torch.inference_mode()
+def held_to(
+    reference: Reference, checkpoint: Checkpoint, values: Mapping[str, torch.Tensor]
+) -> Reference:
+    """The same yardstick for an artifact with these values in the place of some weights: what torch
+    says with them and with inputs rounded to 8 bits is `rounded_twice`. Memory holds both whole."""
+    loaded = Loaded(checkpoint, whole=True)
+    for name, parameter in loaded.model.named_parameters():
+        if name in values:
+            parameter.data.copy_(values[name])
+    long = reference.long
+    where = (long.tokens, long.positions) if long else (np.empty(0, np.int64), ())
+    twice, far = _with_rounded_inputs(loaded, reference.sequences, *where)
+    return replace(
+        reference,
+        rounded_twice=twice,
+        long=long and replace(long, rounded_twice=far),
+    )
+
+
 def _long_text(
     config: Any, sequences: Sequence[Tokens], reach: int
 ) -> tuple[Tokens, tuple[int, ...]]:
@@ -269,16 +289,23 @@ def _rounded_logits(
     loaded: Loaded, sequences: Sequence[Tokens], tokens: Tokens, positions: Sequence[int]
 ) -> tuple[Far, Far]:
     """Weights rounded, then inputs as well: logits of the sequences and of the long one."""
-    products = [m for m in loaded.model.modules() if isinstance(m, torch.nn.Linear)]
     with loaded.changed(_product_to_4_bits):
         once = _logits_alone(loaded, sequences), _at(loaded, tokens, positions)
-        for product in products:
-            product.register_forward_pre_hook(lambda _, inputs: rounded_to_8_bits(inputs[0]))
-        return once, (_logits_alone(loaded, sequences), _at(loaded, tokens, positions))
+        return once, _with_rounded_inputs(loaded, sequences, tokens, positions)
 
 
 def _product_to_4_bits(module: torch.nn.Module, values: torch.Tensor) -> torch.Tensor:
     return rounded_to_4_bits(values) if isinstance(module, torch.nn.Linear) else values
+
+
+def _with_rounded_inputs(
+    loaded: Loaded, sequences: Sequence[Tokens], tokens: Tokens, positions: Sequence[int]
+) -> Far:
+    """The model is of no use for anything else afterwards."""
+    for product in loaded.model.modules():
+        if isinstance(product, torch.nn.Linear):
+            product.register_forward_pre_hook(lambda _, inputs: rounded_to_8_bits(inputs[0]))
+    return _logits_alone(loaded, sequences), _at(loaded, tokens, positions)
 
 
 def rounded_to_4_bits(weight_OI: torch.Tensor) -> torch.Tensor:

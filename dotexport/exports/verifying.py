@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from dotexport.errors import CheckpointError, ParityError, RuntimeMissingError, UsageError
-from dotexport.exports.parity import Parity, measure, rounding_kl
-from dotexport.exports.reference import Reference, compute_reference
+from dotexport.exports.calibrating import wrong_values
+from dotexport.exports.parity import Parity, limits_of, measure, rounding_kl
+from dotexport.exports.reference import Reference, compute_reference, held_to
 from dotexport.exports.target import Rehearsal, Session, Target, find_target, lacking, resolve
 from dotexport.exports.text_parity import check_text
 from dotexport.models.checkpoint import Checkpoint
@@ -45,11 +46,12 @@ def verify(out: Path, targets: Sequence[str] | None = None) -> list[Parity]:
     for name, entry in entries.items():
         target, precision = known[name]
         asked = (target, precision, out / name, reference)
+        chosen = chosen_for(checkpoint, entry)
         if absent := lacking(target):
             parity = rehearse(*asked, checkpoint, absent, artifact=name)
         else:
-            parity = check(*asked, artifact=name)
-        parity = with_text(parity, target, out / name, checkpoint)
+            parity = check(*asked, artifact=name, chosen=chosen)
+        parity = with_text(parity, target, out / name, checkpoint, chosen)
         parities.append(_with_problems(parity, manifest.changed_files(out / name, entry["files"])))
     write_report(out, parities, reference)
     _record(out, parities)
@@ -63,6 +65,20 @@ def _record(out: Path, parities: Iterable[Parity]) -> None:
     manifest.merge(out, artifacts={n: artifacts[n] | {"parity": p} for n, p in told.items()})
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """A rounding that is not to the nearest level: of which weights, and what is told of it."""
+
+    checkpoint: Checkpoint
+    record: Mapping[str, Any]
+
+
+def chosen_for(checkpoint: Checkpoint, entry: Mapping[str, Any]) -> Chosen | None:
+    """As an artifact's entry in the manifest says; None: rounded to nearest, or not at all."""
+    record = entry.get("calibration")
+    return None if record is None else Chosen(checkpoint, record)
+
+
 def check(
     target: Target,
     precision: str,
@@ -71,13 +87,19 @@ def check(
     *,
     artifact: str,
     threads: int | None = None,
+    chosen: Chosen | None = None,
 ) -> Parity:
     """Load one artifact and measure it; one that cannot be run has failed."""
     require_runtime(target)
 
     def look() -> Parity:
         session = target.open(folder, threads=threads)
-        return _measured(session, target, precision, reference, artifact)
+        held = reference
+        if chosen is not None and precision in target.exact_rounding:
+            ask: Any = target
+            values = dict(ask.values(chosen.checkpoint, folder))
+            held = held_to(reference, chosen.checkpoint, values)
+        return _measured(session, target, precision, reference, artifact, held)
 
     return _or_failed(look, target, precision, artifact)
 
@@ -109,15 +131,22 @@ def rehearse(
 
 
 def _measured(
-    session: Session, target: Target, precision: str, reference: Reference, artifact: str
+    session: Session,
+    target: Target,
+    precision: str,
+    reference: Reference,
+    artifact: str,
+    held: Reference | None = None,
 ) -> Parity:
+    """Against `held`, within what rounding to nearest costs the `reference`."""
+    exact = precision in target.exact_rounding
     return measure(
         session,
-        reference,
+        held or reference,
         artifact=artifact,
         target=target.name,
         precision=precision,
-        exact_rounding=precision in target.exact_rounding,
+        limits=limits_of(precision, reference, exact_rounding=exact),
     )
 
 
@@ -132,10 +161,17 @@ def _or_failed(look: Callable[[], Parity], target: Target, precision: str, artif
         return Parity(artifact, target.name, precision, problems=(problem,))
 
 
-def with_text(parity: Parity, target: Target, folder: Path, checkpoint: Checkpoint) -> Parity:
+def with_text(
+    parity: Parity,
+    target: Target,
+    folder: Path,
+    checkpoint: Checkpoint,
+    chosen: Chosen | None = None,
+) -> Parity:
     """Add what comes of holding the artifact's tokenizer, template and ends against those of a
     checkpoint, where both have one; and the numbers in its files, where the target reads them."""
-    parity = _with_problems(parity, _wrong_in_file(target, folder, checkpoint))
+    wrong = _wrong_in_file(target, folder, checkpoint, chosen, parity.precision)
+    parity = _with_problems(parity, wrong)
     verdict = check_text(target, folder, checkpoint)
     if verdict is None:
         return parity
@@ -143,14 +179,18 @@ def with_text(parity: Parity, target: Target, folder: Path, checkpoint: Checkpoi
     return replace(parity, problems=problems, text=verdict.as_dict())
 
 
-def _wrong_in_file(target: Target, folder: Path, checkpoint: Checkpoint) -> list[str]:
+def _wrong_in_file(
+    target: Target, folder: Path, checkpoint: Checkpoint, chosen: Chosen | None, precision: str
+) -> list[str]:
     """What a target that reads its files back finds there, besides what they compute."""
-    ask = getattr(target, "wrong_in_file", None)
+    ask: Any = getattr(target, "wrong_in_file", lambda *_: [])
     try:
-        found: list[str] = ask(checkpoint, folder) if ask else []
+        if chosen is None:
+            return list(ask(checkpoint, folder))
+        wrong = wrong_values(target, precision, folder, chosen.checkpoint, chosen.record)
+        return [*ask(checkpoint, folder, chosen.record["tensors"]), *wrong]
     except Exception as error:  # of a damaged file, each reader raises its own
-        found = [f"its file cannot be read back: {type(error).__name__}: {error}"]
-    return found
+        return [f"its file cannot be read back: {type(error).__name__}: {error}"]
 
 
 def require_runtime(target: Target) -> None:

@@ -69,14 +69,31 @@ class Verdict(Section):
     perplexity_ratio: Number | None = None
 
 
+class StoredRounding(Section):
+    """Of one matrix: relative error of its outputs, that of rounding to nearest, and its values."""
+
+    loss: Number
+    nearest: Number
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class RoundedFor(Section):
+    """The text that an artifact's weights were rounded for, and what came of it."""
+
+    text: str
+    tokens: NonNegativeInt
+    tensors: dict[str, StoredRounding]
+
+
 class StoredArtifact(Section):
-    """One folder of the output."""
+    """One folder of the output; no `calibration`: rounded to nearest, if at all."""
 
     target: str
     precision: str
     bytes: NonNegativeInt
     files: dict[Inside, StoredFile]
     parity: Verdict | None
+    calibration: RoundedFor | None = None
 
 
 class Source(Section):

@@ -190,3 +190,51 @@ def test_links_of_the_hubs_cache_are_the_models_own(
     assert outcome.code == 0, outcome.err
     assert (tmp_path / "out/hf/tokenizer.json").is_file()
     assert not any(file.is_symlink() for file in (tmp_path / "out").rglob("*"))
+
+
+def test_integers_are_rounded_for_a_text(
+    dotexport: Command, model: Path, text: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf")
+    out = tmp_path / "out"
+    asked = ("export", model, "--target", "gguf:int8", "-o", out, "--calib", text)
+    outcome = dotexport(*asked, "--calib-samples", 3, "--calib-seqlen", 32, "--json")
+    assert outcome.code == 0, outcome.err
+    assert "rounding weights for what they read" in outcome.err
+    said = json.loads(outcome.out)["gguf-int8"]["calibration"]
+    assert (said["text"], said["tokens"]) == (str(text), 96)
+    assert dotexport("verify", out).code == 0
+    # The next export to nearest takes the word back.
+    assert dotexport("export", out, "--target", "gguf:int8", "--overwrite").code == 0
+    assert "calibration" not in manifest.read(out)["artifacts"]["gguf-int8"]
+
+
+def test_a_text_to_round_for_is_refused_where_it_says_nothing(
+    dotexport: Command, model: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    export = ("export", model, "-o", out, "--target")
+    refused(dotexport(*export, "hf", "--calib", text), 2, "hf:as-stored", "without --calib")
+    refused(dotexport(*export, "hf", "--calib-samples", 3), 2, "give --calib too")
+    pytest.importorskip("gguf")
+    refused(dotexport(*export, "gguf:int8", "--calib", tmp_path / "no.txt"), 1, "no.txt")
+    assert not out.exists()
+
+
+def test_a_recipe_rounds_those_of_its_exports_that_become_integers(
+    dotexport: Command, model: Path, text: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf")
+    content = f"""
+    model: {model}
+    shrink: {{hidden: 32, intermediate: 64, calib: {text}, samples: 4, seqlen: 32, heal: none}}
+    export: [gguf:fp16, gguf:int8]
+    round: {{calib: {text}, calib_samples: 4, calib_seqlen: 32}}
+    """
+    recipe, out = written(tmp_path / "recipe.yaml", content), tmp_path / "out"
+    assert (ended := dotexport("run", recipe, "-o", out)).code == 0, ended.err
+    made = manifest.read(out)["artifacts"]
+    assert {n: "calibration" in made[n] for n in ("gguf-fp16", "gguf-int8")} == {
+        "gguf-fp16": False,
+        "gguf-int8": True,
+    }

@@ -123,8 +123,8 @@ def content(out: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
     """All bytes of the checkpoint, and all figures of the report but for times."""
     report = json.loads((out / "reports" / "shrink.json").read_text("utf-8"))
     del report["seconds"], report["out"]
-    for time in ("seconds", "tokens_per_second"):
-        report.get("healing", {}).pop(time, None)
+    for rate in ("seconds", "tokens_per_second"):
+        report.get("healing", {}).pop(rate, None)
     return {file.name: file.read_bytes() for file in (out / "hf").iterdir()}, report
 
 

@@ -119,7 +119,7 @@ def rounded(checkpoint: Checkpoint, name: str, precision: str) -> torch.Tensor:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
     stored = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
     kind = _type(stored, values.shape, precision, layers, tied=tied)
-    quantize = kquants.quantize if kind in kquants.ENCODERS else gguf.quantize
+    quantize = kquants.quantize if kind in kquants.FORMATS else gguf.quantize
     return torch.from_numpy(gguf.dequantize(quantize(values, kind), kind).copy())
 
 

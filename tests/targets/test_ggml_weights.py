@@ -26,7 +26,7 @@ def write(file: Path, kind: Any, values_RI: Values, **changes: Any) -> Path:
     writer.add_block_count(said["llama.block_count"])
     writer.add_rope_freq_base(said["llama.rope.freq_base"])
     writer.add_name(said["general.name"])
-    quantize = kquants.quantize if kind in kquants.ENCODERS else gguf.quantize
+    quantize = kquants.quantize if kind in kquants.FORMATS else gguf.quantize
     writer.add_tensor("output.weight", quantize(values_RI, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

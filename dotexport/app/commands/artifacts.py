@@ -17,11 +17,13 @@ from dotexport.app.progress import progress
 from dotexport.app.steps import EvalStep
 from dotexport.app.terminal import show_json, show_parities, show_rows, stderr
 from dotexport.errors import UsageError
+from dotexport.exports.rounding_options import RoundingOptions
 
 
 def export(
     model: Annotated[Path, typer.Argument(help="Output of dotexport, or a plain model.")],
     target: Annotated[list[str], typer.Option(help="NAME or NAME:PRECISION, e.g. ort-cpu:int4.")],
+    rounding: RoundingOptions,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="For a plain model: where to."),
@@ -34,12 +36,22 @@ def export(
 
     Example: dotexport export OUT --target ort-cpu --target ort-cpu:int4
     """
+    from dotexport.app.rounding import text_of
     from dotexport.exports.exporting import export as write
     from dotexport.outputs import card
     from dotexport.storage import manifest
 
-    with stderr.status(f"exporting {', '.join(target)}"):
-        artifacts = write(model, target, out=out, verify=verify, overwrite=overwrite)
+    with progress() as report:
+        report(f"exporting {', '.join(target)}", 0, 1)
+        artifacts = write(
+            model,
+            target,
+            out=out,
+            verify=verify,
+            overwrite=overwrite,
+            read=text_of(rounding, report),
+            progress=report,
+        )
     home = artifacts[0].folder.parent
     card.write(home)
     if as_json:
