@@ -50,6 +50,7 @@ LIBRARIES = {
     "torch": ("torch", "transformers", "diffusers"),
     "openvino": ("openvino",),
     "executorch": ("executorch",),
+    "mlx": ("mlx", "mlx-lm"),
     "gguf": ("gguf", "torch", "transformers"),  # llama.cpp says its build as a provider
     "vllm": ("vllm",),
 }

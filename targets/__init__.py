@@ -16,6 +16,7 @@ BUILT_IN = {
     "openvino": "dotexport.targets.intel:OpenVino",
     "gguf": "dotexport.targets.ggml:Gguf",
     "executorch": "dotexport.targets.phone:ExecuTorch",
+    "mlx": "dotexport.targets.apple:Mlx",
 }
 
 # Runtimes that read what another target writes: a plan may name them, nothing is written for them.

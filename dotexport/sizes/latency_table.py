@@ -43,6 +43,7 @@ RUNTIMES = {
     "onnx": ("onnxruntime",),
     "openvino": ("openvino",),
     "executorch": ("executorch",),
+    "mlx": ("mlx", "mlx-lm"),
     "gguf": ("gguf", "torch", "transformers"),
     "hf": ("torch", "transformers"),
     "torch": ("torch", "transformers"),

@@ -36,6 +36,8 @@ LIBRARIES = (
     "executorch",
     "torchao",
     "gguf",
+    "mlx",
+    "mlx-lm",
     "onnxruntime",
     "onnxruntime-gpu",
     "onnxruntime-genai",

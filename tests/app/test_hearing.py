@@ -30,7 +30,7 @@ OURS = re.compile(
     r"|report .*|error: target .* cannot be run here.*|.*needs an NVIDIA GPU.*"
 )
 SHORT = ("--samples", "4", "--seqlen", "32")
-TARGETS = ("hf", "ort-cpu", "ort-cuda", "onnx", "openvino", "gguf", "executorch")
+TARGETS = ("hf", "ort-cpu", "ort-cuda", "onnx", "openvino", "gguf", "executorch", "mlx")
 VERBS: dict[str, tuple[str, ...]] = {
     "plan": ("plan", "MODEL", "--params", "0.7x"),
     "run": ("run", "RECIPE", "-o", "NEW"),

@@ -26,7 +26,7 @@ YARN = {
 }
 GEMMA = {"hidden_size": 80, "sliding_window": 512, "tie_word_embeddings": True}
 KINDS = ["sliding_attention", "full_attention"]
-ALL = ["onnx", "openvino", "ort-cpu", "gguf", "executorch"]
+ALL = ["onnx", "openvino", "ort-cpu", "gguf", "executorch", "mlx"]
 
 # Name -> the original, the targets that are tried, and those of them that hold what is written.
 MODELS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
@@ -37,34 +37,38 @@ MODELS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     ),
     "phi3": (
         {"model_type": "phi3", **SQUARE, "sliding_window": None},
-        ["onnx", "openvino", "ort-cpu"],
-        ["onnx", "openvino", "ort-cpu"],
+        ["onnx", "openvino", "ort-cpu", "mlx"],
+        ["onnx", "openvino", "ort-cpu", "mlx"],
     ),
-    "qwen2": ({"model_type": "qwen2", **SQUARE}, ["ort-cpu", "gguf"], ["ort-cpu", "gguf"]),
-    "qwen3": ({"model_type": "qwen3"}, ["ort-cpu"], ["ort-cpu"]),
+    "qwen2": (
+        {"model_type": "qwen2", **SQUARE},
+        ["ort-cpu", "gguf", "mlx"],
+        ["ort-cpu", "gguf", "mlx"],
+    ),
+    "qwen3": ({"model_type": "qwen3"}, ["ort-cpu", "mlx"], ["ort-cpu", "mlx"]),
     "qwen3-yarn": (
         {"model_type": "qwen3", "rope_parameters": YARN},
         ALL,
-        ["onnx", "openvino", "gguf", "executorch"],
+        ["onnx", "openvino", "gguf", "executorch", "mlx"],
     ),
     "granite": (
         {"model_type": "granite", "residual_multiplier": 0.2, "attention_multiplier": 0.1},
         ALL,
-        ["onnx", "openvino", "ort-cpu", "gguf", "executorch"],
+        ["onnx", "openvino", "ort-cpu", "gguf", "executorch", "mlx"],
     ),
     # 80 wide, for 64 has a root without decimals; the context is what windows see.
     "gemma2": (
         {"model_type": "gemma2", **GEMMA},
         ALL,
-        ["onnx", "openvino", "ort-cpu", "executorch"],
+        ["onnx", "openvino", "ort-cpu", "executorch", "mlx"],
     ),
     "gemma2-window": ({"model_type": "gemma2", "sliding_window": 16}, ALL, ["executorch"]),
     "gemma3": (
         {"model_type": "gemma3_text", "layer_types": KINDS, **GEMMA},
         ALL,
-        ["onnx", "openvino", "executorch"],
+        ["onnx", "openvino", "executorch", "mlx"],
     ),
-    "olmo2": ({"model_type": "olmo2"}, ALL, ["onnx", "openvino", "executorch"]),
+    "olmo2": ({"model_type": "olmo2"}, ALL, ["onnx", "openvino", "executorch", "mlx"]),
 }
 
 

@@ -38,7 +38,7 @@ def test_it_is_carried_by_a_class_that_holds_it(shallower: Path) -> None:
     assert config["sliding_window"] is None
 
 
-@pytest.mark.parametrize("name", ["ort-cpu", "onnx", "openvino", "gguf", "executorch"])
+@pytest.mark.parametrize("name", ["ort-cpu", "onnx", "openvino", "gguf", "executorch", "mlx"])
 def test_every_target_takes_it(name: str, shallower: Path) -> None:
     """Verified as it is written, in its own runtime."""
     try:
