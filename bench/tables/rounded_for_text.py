@@ -15,7 +15,7 @@ import typer
 
 from dotexport.app.pipeline import source_folder
 from dotexport.app.progress import progress
-from dotexport.app.rounding import text_of
+from dotexport.app.rounding_text import text_of
 from dotexport.exports.rounding_options import RoundingOptions
 from dotexport.models.text_options import TextOptions
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dotexport.app.door import benches
-from dotexport.app.rounding import text_of
+from dotexport.app.rounding_text import text_of
 from dotexport.app.steps import BenchStep, FrontierStep, ServedStep
 from dotexport.errors import UsageError
 from dotexport.models.finding import find_model

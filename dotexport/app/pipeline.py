@@ -187,7 +187,7 @@ def _resumable(out: Path, recipe: Recipe) -> bool:
 
 
 def _export(recipe: Recipe, out: Path, progress: Progress) -> None:
-    from dotexport.app.rounding import text_of
+    from dotexport.app.rounding_text import text_of
     from dotexport.exports.calibrating import grids_of
     from dotexport.exports.exporting import Request, export
     from dotexport.exports.target import resolve

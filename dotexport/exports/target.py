@@ -70,7 +70,10 @@ class Target(Protocol):
     a tokenizer of another form than transformers reads has `text(checkpoint, folder)`, what its
     runtime reads there: a `TextSide` of exports/text_parity.py, or None. One that can read its
     files back has `wrong_in_file(checkpoint, folder)`, what in them is not the checkpoint's though
-    logits may not show it.
+    logits may not show it. One whose rounding to integers can be chosen has `grids(checkpoint,
+    precision)`, by tensor the `Grid` of merging/rounding.py, empty where nothing is rounded;
+    `values(checkpoint, folder)`, what a file holds for them; takes `rounded`, levels by tensor, in
+    `write`, and in `wrong_in_file` the names of those that are held to `values` instead.
     """
 
     name: str

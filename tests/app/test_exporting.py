@@ -11,9 +11,12 @@ from typing import NoReturn
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
-from dotexport.app import shrinking
+from dotexport.app import pipeline, shrinking
+from dotexport.app.recipe import Recipe
+from dotexport.exports import exporting
 from dotexport.models import checkpoint
 from dotexport.storage import manifest
 from dotexport.targets import BUILT_IN
@@ -222,19 +225,25 @@ def test_a_text_to_round_for_is_refused_where_it_says_nothing(
 
 
 def test_a_recipe_rounds_those_of_its_exports_that_become_integers(
-    dotexport: Command, model: Path, text: Path, tmp_path: Path
+    dotexport: Command, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("gguf")
-    content = f"""
-    model: {model}
-    shrink: {{hidden: 32, intermediate: 64, calib: {text}, samples: 4, seqlen: 32, heal: none}}
-    export: [gguf:fp16, gguf:int8]
-    round: {{calib: {text}, calib_samples: 4, calib_seqlen: 32}}
-    """
-    recipe, out = written(tmp_path / "recipe.yaml", content), tmp_path / "out"
-    assert (ended := dotexport("run", recipe, "-o", out)).code == 0, ended.err
-    made = manifest.read(out)["artifacts"]
-    assert {n: "calibration" in made[n] for n in ("gguf-fp16", "gguf-int8")} == {
-        "gguf-fp16": False,
-        "gguf-int8": True,
-    }
+    out, asked = tmp_path / "out", {}
+    assert dotexport(*shrinking_of(model, text, out, *NARROW)).code == 0
+    recipe = Recipe.parse(
+        {
+            "model": str(model),
+            "shrink": {"calib": str(text)},
+            "export": ["gguf:fp16", "gguf:int8"],
+            "round": {"calib": str(text), "calib_samples": 4},
+        },
+        "recipe.yaml",
+    )
+    assert Recipe.parse(yaml.safe_load(recipe.dump()), "recipe.yaml") == recipe
+
+    def export(out: Path, specs: list[str], *, read: object, **_: object) -> None:
+        asked[tuple(specs)] = read is not None
+
+    monkeypatch.setattr(exporting, "export", export)
+    pipeline._export(recipe, out, lambda stage, done, total: None)
+    assert asked == {("gguf:int8",): True, ("hf", "gguf:fp16"): False}

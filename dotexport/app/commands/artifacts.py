@@ -36,7 +36,7 @@ def export(
 
     Example: dotexport export OUT --target ort-cpu --target ort-cpu:int4
     """
-    from dotexport.app.rounding import text_of
+    from dotexport.app.rounding_text import text_of
     from dotexport.exports.exporting import export as write
     from dotexport.outputs import card
     from dotexport.storage import manifest
