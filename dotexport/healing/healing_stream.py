@@ -1,7 +1,7 @@
 """Text to distil on that is read, or said by the original, as steps ask for it.
 
 Windows come in an order that is a function of the sources, their weights and the seed. What is in
-memory is a pool of each source's next windows, of which every one is drawn at random.
+memory is a pool of each file's or data set's next windows, of which every one is drawn at random.
 
 Shapes: N windows, L tokens per window, S tokens of a run.
 """
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dotexport.errors import CalibrationError
-from dotexport.models.text_options import Part
+from dotexport.models.text_options import SELF, Part
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,9 @@ class Streamed:
         source, epoch = self.parts[number].source, 0
         while True:
             random = np.random.default_rng([self.seed, number, epoch])
-            found = shuffled(filter(held.spare, self._cut(source)), random)
+            spared = filter(held.spare, self._cut(source))
+            # What the original says has no order, and is made when it is needed.
+            found: Iterator[Window] = spared if source == SELF else shuffled(spared, random)
             first = next(found, None)
             if first is None:
                 raise CalibrationError(

@@ -71,6 +71,18 @@ def test_no_more_is_read_than_a_pool() -> None:
     assert len(read) <= healing_stream.POOL + 21
 
 
+def test_the_original_says_no_more_than_is_needed() -> None:
+    said: list[int] = []
+
+    def documents(source: str) -> Iterator[str]:
+        for start in range(0, 1 << 30, 8):
+            said.append(start)
+            yield numbers(start, 8)
+
+    text = Streamed(parts_of("self"), documents, encode, 8, NONE_HELD, 0)
+    assert [int(window[0]) for window in islice(iter(text), 20)] == said
+
+
 def test_held_out_windows_are_left_out_wherever_they_begin() -> None:
     held = torch.arange(19, 27)[None]
     windows = islice(iter(streamed({"a": numbers(3, 80)}, "a", held)), 20)
