@@ -162,7 +162,7 @@ class Site:
         width = analytic_KI.shape[1] - (self._bias is not None)
         if self.width == width:
             return self._fit(train, held, analytic_KI), analytic_KI, {}
-        choice, coupling, candidates = self._choose(train, analytic_KI[:, :width])
+        choice, coupling, candidates = self._choose(train + held, analytic_KI[:, :width])
         kept = choice.kept if self._bias is None else pad(choice.kept, (0, 1), value=width)
         # Weights to fall back on; a choice by magnitude knows nothing of the neurons that leave.
         by_magnitude = self.method == "select"
