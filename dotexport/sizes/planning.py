@@ -25,8 +25,9 @@ from dotexport.errors import SizeError, UnsupportedModelError
 from dotexport.exports.target import Target, resolve_for_plan
 from dotexport.healing.heal_options import HealOptions
 from dotexport.models.family import Family
+from dotexport.models.memory import fits
 from dotexport.models.shapes import Sizes, cached_numbers, shapes
-from dotexport.narrowing.prepare import pick_device, usual_passes
+from dotexport.narrowing.prepare import WIDE, multiplies_bfloat16, pick_device, usual_passes
 from dotexport.sizes.allocation import rehearsals
 from dotexport.sizes.budget import (
     bytes_per_parameter,
@@ -381,7 +382,8 @@ def shrink_memory(
 
     Both streams over the text and one layer of each model in float32, beside it either a table in
     both widths (the original's twice) or the sums and solves of the widest refit in float64.
-    Streams beyond a quarter of the free memory lie on disk instead (narrowing/streams.py).
+    Streams beyond a quarter of the free memory lie on disk instead (narrowing/streams.py). Before
+    that the original is there as a whole, where it fits, and says the second text.
     """
     before, after = decided.before, decided.carried_after
     tokens = samples * min(seqlen, _window(config))
@@ -391,7 +393,11 @@ def shrink_memory(
     widest = max(size for space, size in before.spaces.items() if space != "vocab")
     solves = 8 * SOLVED * widest**2
     layer = 4 * (_layer(decided.family, before) + _layer(decided.carrier, after))
-    return LOADED + streams + layer + max(table, solves)
+    device = pick_device("auto")
+    halves = stream >= WIDE and multiplies_bfloat16(device)
+    whole = decided.parameters_before * (2 if halves else 4)
+    sampling = whole if fits(whole, device) else 0
+    return LOADED + max(sampling, streams + layer + max(table, solves))
 
 
 def _passes(config: Mapping[str, Any], decided: Plan) -> torch.dtype:
