@@ -133,8 +133,8 @@ MUTATIONS = (
     ),
     mutation(
         "models/checkpoint.py",
-        "if not bool(torch.isfinite(tensor).all()):",
-        "if bool(torch.isinf(tensor).any()):",
+        "bool(torch.isfinite(torch.stack(values.aminmax())).all())",
+        "not bool(torch.isinf(torch.stack(values.aminmax())).any())",
         "NaN is not looked for in tensors that are read.",
         "models/test_checkpoint.py",
     ),

@@ -82,7 +82,7 @@ def evaluate_into(
     asks = bool(step.generation.prompts or step.tasks.names or step.rival)
     dtype = dtype_of_sessions(out, baseline, step, where) if asks else step.dtype
     sides = [] if dtype is None else sides_of(out, baseline, step.artifacts, where, dtype)
-    rivals = _rivals(step.rival, {side.name for side in sides}, where, dtype or step.dtype)
+    rivals = _rivals(step.rivals, {side.name for side in sides}, where, dtype or step.dtype)
     read = (made.get("calibration") or {}).get("source"), (made.get("healing") or {}).get("text")
     doubts = (one_source(text, step.text.source, out / OWN_TEXT) for text in read if text)
     doubt = next(filter(None, doubts), None)

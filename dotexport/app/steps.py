@@ -111,10 +111,11 @@ class EvalStep:
     )
     generation: GenerationOptions = group(GenerationOptions)
     tasks: TaskOptions = group(TaskOptions)
-    rival: tuple[str, ...] = option(
-        (),
-        help="Another model that could be taken instead, such as a smaller sibling, repeated: a "
-        "folder, GGUF file or hub id. Compared in bits per byte, continuations and tasks.",
+    rival: str | None = option(
+        None,
+        help="Another model that could be taken instead, such as a smaller sibling: a folder, GGUF "
+        "file or hub id, with commas between several. Compared in bits per byte, continuations and "
+        "tasks.",
     )
     dtype: str = option(
         "fp32",
@@ -134,6 +135,10 @@ class EvalStep:
     @property
     def artifacts(self) -> tuple[str, ...]:
         return tuple(self.target.split(",")) if self.target else ()
+
+    @property
+    def rivals(self) -> tuple[str, ...]:
+        return tuple(self.rival.split(",")) if self.rival else ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -295,7 +295,8 @@ def _rounded_logits(
 
 
 def _product_to_4_bits(module: torch.nn.Module, values: torch.Tensor) -> torch.Tensor:
-    return rounded_to_4_bits(values) if isinstance(module, torch.nn.Linear) else values
+    is_matrix = isinstance(module, torch.nn.Linear) and values.ndim > 1
+    return rounded_to_4_bits(values) if is_matrix else values
 
 
 def _with_rounded_inputs(

@@ -230,19 +230,18 @@ def fit(
     """
     prior_OI = prior_OI.double()
     unchanged = Fit.unchanged(prior_OI, held_out)
+    energy = held_out.energy or 1.0
     if ridge is not None:
-        best = ridge
-    else:
-        best = _lowest(lambda strength: held_out.loss(solve(train, prior_OI, strength)))
-    weights_OI = solve(train, prior_OI, best)
-    error = held_out.loss(weights_OI) / (held_out.energy or 1.0)
-    if ridge is None and not error < unchanged.error:
+        weights_OI = solve(train, prior_OI, ridge)
+        return Fit(weights_OI, ridge, held_out.loss(weights_OI) / energy, unchanged.error)
+    best, loss = _lowest(lambda strength: held_out.loss(solve(train, prior_OI, strength)))
+    if not loss / energy < unchanged.error:
         return unchanged
-    return Fit(weights_OI, best, error, unchanged.error)
+    return Fit(solve(train, prior_OI, best), best, loss / energy, unchanged.error)
 
 
-def _lowest(loss: Callable[[float], float]) -> float:
-    """The strength of RIDGES with the least loss.
+def _lowest(loss: Callable[[float], float]) -> tuple[float, float]:
+    """The strength of RIDGES with the least loss, and that loss.
 
     Too weak and too strong both lose, so the search walks downhill from the strength in the middle.
     """
@@ -252,7 +251,7 @@ def _lowest(loss: Callable[[float], float]) -> float:
         best = place
         near = range(max(best - 1, 0), min(best + 2, len(RIDGES)))
         place = min(near, key=losses)
-    return RIDGES[best]
+    return RIDGES[best], losses(best)
 
 
 def compensate(

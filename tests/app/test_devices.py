@@ -17,7 +17,7 @@ from dotexport.narrowing.streams import Streams
 from ..pretended import Gpu, pretended
 from .conftest import Command
 
-SHAPES = ("--samples", 4, "--seqlen", 32)
+SHAPES = ("--samples", 4, "--seqlen", 32, *(ALONE := ("--other", "none")))
 
 
 def test_a_device_has_a_number_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,17 @@ def test_more_text_makes_the_host_wait_no_more_often(
     monkeypatch.setattr(streams, "TOKENS_PER_BATCH", 32)
     waits = []
     for samples, inside in ((3, 64), (12, 40)):
-        asked = ("shrink", model, "-o", tmp_path / str(samples), "--calib", text, "--seqlen", 32)
+        asked = (
+            "shrink",
+            model,
+            "-o",
+            tmp_path / str(samples),
+            "--calib",
+            text,
+            "--seqlen",
+            32,
+            *ALONE,
+        )
         cut = ("--samples", samples, "--intermediate", inside, "--ridge", 1e-3, "--device", "cuda")
         gpu = on_a_gpu(dotexport, *asked, *cut)
         waits.append(+gpu.waits)

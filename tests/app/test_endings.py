@@ -28,7 +28,8 @@ def test_what_nobody_foresaw_is_one_sentence_and_a_file(
 
     monkeypatch.setattr(checkpoint.CheckpointWriter, "write", failing)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    outcome = dotexport(*shrinking_of(model, text, tmp_path / "out", *NARROW))
+    asked = (*NARROW, "--other", "none")
+    outcome = dotexport(*shrinking_of(model, text, tmp_path / "out", *asked))
     refused(outcome, 1, f"error: {type(error).__name__}", "report it with that file")
     assert outcome.err.strip().splitlines()[-1].startswith("error: ")
     (saved,) = tmp_path.glob("dotexport-traceback-*.txt")
@@ -59,6 +60,7 @@ def test_a_full_disk_that_a_library_in_rust_met_is_told(
         raise SafetensorError("Error while serializing: I/O error: too large (os error 27)")
 
     monkeypatch.setattr(checkpoint.CheckpointWriter, "write", failing)
-    outcome = dotexport(*shrinking_of(model, text, tmp_path / "out", *NARROW))
+    asked = (*NARROW, "--other", "none")
+    outcome = dotexport(*shrinking_of(model, text, tmp_path / "out", *asked))
     refused(outcome, 1, "error: File too large: the system refused")
     assert names(tmp_path) == ["model", "text.txt"]

@@ -343,7 +343,8 @@ def test_streamed_text_goes_on_where_it_was(
     monkeypatch.setattr(own_text, "LONGEST", 40)
     mix, said = f"{tiny_text}=2,self", []
     heal = replace(STEPS, batch=2, seqlen=16, text=mix)
-    model, options = tiny_llama("wide-heads"), tiny(tiny_text, heal=heal)
+    model = tiny_llama("wide-heads")
+    options = replace(tiny(tiny_text, heal=heal), other="none")
     batch_of_texts = own_text._batch
     monkeypatch.setattr(
         own_text, "_batch", lambda *asked: said.append(asked[2]) or batch_of_texts(*asked)
