@@ -138,7 +138,7 @@ class Alive(TorchDispatchMode):
 def test_reference_and_eval_hold_a_fraction_of_what_they_judge(
     tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 8}
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 16}
     folder = tiny_model(model_type="llama", max_position_embeddings=48, **sizes)
     checkpoint = Checkpoint.open(folder)
     monkeypatch.setenv(LIMIT, "0")
