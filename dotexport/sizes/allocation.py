@@ -25,7 +25,8 @@ from dotexport.models.shapes import Sizes
 from dotexport.sizes.budget import filled, is_legal, num_rungs, preference, within_budget
 
 LOOKED_AT = 64  # plans predicted best, of which those that are apart are measured
-CHECKED = 3  # predicted best ones that are measured together, besides the rule's
+APART = 3  # of these are measured together
+CHECKED = APART + 2  # with the rule's plan, and the best of a single axis
 
 Measure = Callable[[Plan], float]
 Course = Callable[[Plan], Mapping[int, float]]
@@ -115,7 +116,7 @@ def allocate(
     curves = {axis.name: Curve(axis.name, (axis.size(before),), (0.0,), (0,)) for axis in AXES}
     for number, (name, plan) in enumerate(points.items()):
         size = _axis(name).size(plan.after)
-        progress(f"measuring cuts: {name} {size}", number, len(points) + CHECKED + 1)
+        progress(f"measuring cuts: {name} {size}", number, len(points) + CHECKED)
         curves[name] = _curve(_axis(name), plan, measure(plan), (courses or {}).get(name))
     # No cut of these could be measured.
     flat = [axis for axis in AXES if len(curves[axis.name].sizes) == 1]
@@ -128,10 +129,10 @@ def allocate(
 
     plans.sort(key=lambda p: (expected(p), -p.parameters_after))
     rule = min(plans, key=preference)
+    single = [p for p in plans if sum(not _same(p, axis) for axis in AXES) == 1]
     widest = partial(filled, config, asked, accept=accept)
-    finalists = list(
-        {p.after: p for p in (*_apart(map(widest, plans[:LOOKED_AT])), widest(rule))}.values()
-    )
+    likely = (*_apart(map(widest, plans[:LOOKED_AT])), *map(widest, (*single[:1], rule)))
+    finalists = list({p.after: p for p in likely}.values())
     checked = []
     for number, plan in enumerate(finalists):
         progress("checking sizes", len(points) + number, len(points) + len(finalists))
@@ -212,7 +213,7 @@ def _apart(plans: Iterable[Plan]) -> list[Plan]:
     for plan in plans:
         if all(_distance(plan.after, other.after) > 0.05 for other in taken):
             taken.append(plan)
-        if len(taken) == CHECKED:
+        if len(taken) == APART:
             break
     return taken
 

@@ -89,6 +89,19 @@ def test_what_was_predicted_best_is_not_taken_where_it_measures_worse() -> None:
     assert together(found.plan) < found.checked[0]["held_out_kl"]
 
 
+def test_a_single_axis_is_taken_where_any_two_cuts_together_cost_more() -> None:
+    """However good mixes are predicted to be: the best cut of one axis is measured beside them."""
+
+    def cost(plan: Plan) -> float:
+        cut = shares(plan)
+        alone = sum(w * s**2 for w, s in zip((3.0, 1.0, 3.0, 2.0), cut, strict=True))
+        return alone + 5.0 * (sum(map(bool, cut)) > 1)
+
+    found = allocate(CONFIG, ASKED, cost)
+    assert sum(map(bool, shares(found.plan))) == 1
+    assert cost(found.plan) == min(row["held_out_kl"] for row in found.checked)
+
+
 def test_an_axis_with_an_explicit_size_is_not_searched() -> None:
     asked = SizeOptions(params="0.7x", hidden_size=192, num_key_value_heads=4)
     found = allocate(CONFIG, asked, lambda plan: sum(shares(plan)))
