@@ -108,6 +108,7 @@ def axes(
     calib: Annotated[str, typer.Option(help="Calibration text.")],
     test: Annotated[str, typer.Option(help="Text of its domain.")],
     other: Annotated[str, typer.Option(help="Text of another domain.")],
+    second: Annotated[str, typer.Option(help="Half of what is calibrated on: a file.")],
     params: Annotated[list[str] | None, typer.Option(help="Budget; repeat it.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="A way; repeat it.")] = None,
     vocab: Annotated[int, typer.Option(help="Tokens where the vocabulary shrinks.")] = 16384,
@@ -138,10 +139,11 @@ def axes(
     )
     asked = ShrinkOptions(
         text=TextOptions(source=calib, samples=samples, seqlen=seqlen),
+        other=second,
         narrow=NarrowOptions(local=LocalOptions() if local else None, passes=passes),
     )
     later = {
-        **({"healed": partial(_healed, judge, asked.text, healed)} if healed else {}),
+        **({"healed": partial(_healed, judge, _mixed(asked), healed)} if healed else {}),
         **({"timed": partial(_timed, model, timed)} if timed else {}),
     }
     rows = [{"budget": "1x", "way": "the original", **_original(notes, judge)}]
@@ -173,12 +175,18 @@ def axes(
     notes.file.unlink()
 
 
-PROTOCOL = """{model}, calibrated on {samples} windows of {seqlen} tokens; {healing}; passes
-{passes}. Perplexity, its ratio to the original's and KL divergence from the original (nats per
-token) on the first {windows} windows of {length} tokens of two texts: of the calibration's domain,
-and of another one{passages}. Where tokens left, perplexity is per token of the original, over all
-of the text. Seconds are of the whole shrink, the choice of layers and of sizes included. ShortGPT
-and ReplaceMe drop as many layers as depth alone, and see the same text.{later}"""
+PROTOCOL = """{model}, calibrated on {samples} windows of {seqlen} tokens, half of them the second
+text, which the original sampled; {healing}; passes {passes}. Perplexity, its ratio to the
+original's and KL divergence from the original (nats per token) on the first {windows} windows of
+{length} tokens of two texts: of the calibration's domain, and of another one{passages}. Where
+tokens left, perplexity is per token of the original, over all of the text. Seconds are of the whole
+shrink, the choice of layers and of sizes included. ShortGPT and ReplaceMe drop as many layers as
+depth alone, and see the same text.{later}"""
+
+
+def _mixed(asked: ShrinkOptions) -> TextOptions:
+    """The windows that all are calibrated on."""
+    return replace(asked.text, source=f"{asked.text.source},{asked.other}")
 
 
 def _later_in_words(healed: int, timed: str) -> str:
@@ -286,7 +294,7 @@ def _rival(
     decided = plan(Checkpoint.open(model).config, SizeOptions(params=budget, axes=DEPTH))
     count = decided.before.num_layers - decided.after.num_layers
     started = time.perf_counter()
-    words = without_layers(name, model, folder, count, token_windows(model, asked.text))
+    words = without_layers(name, model, folder, count, token_windows(model, _mixed(asked)))
     return {
         "sizes": words,
         "class": decided.architectures[0].removesuffix("ForCausalLM"),

@@ -23,8 +23,8 @@ class ShrinkOptions:
         sizes: explicit sizes, or a budget.
         vocabulary: which tokens stay.
         text: calibration text.
-        other: a second text, of another kind, on which choices of sizes and layers are judged too
-            (generation/second_text.py).
+        other: a second text, of another kind, that is half of what is fitted on and of what is
+            judged by (generation/second_text.py).
         narrow: methods.
         allocate: how a budget is shared between the axes: `measured` cuts each axis alone and looks
             (sizes/allocation.py), `rule` reads config.json only.

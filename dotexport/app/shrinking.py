@@ -8,7 +8,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -45,7 +45,6 @@ from dotexport.narrowing.prepare import (
     rehearsals,
     tensor_specs,
 )
-from dotexport.narrowing.streams import held_out_windows
 from dotexport.outputs import card
 from dotexport.sizes.allocation import Allocation, allocate
 from dotexport.sizes.budget import plan, shortfall
@@ -59,7 +58,6 @@ from dotexport.vocabulary.trimming import Trimmed, check_rows, trim
 RECIPE = "recipe.yaml"
 OWN_TEXT = "reports/self.jsonl"
 SECOND_TEXT = "reports/second.jsonl"
-OTHER_TOKENS = 4096  # of the second text, at most
 
 logger = logging.getLogger(__name__)
 
@@ -190,6 +188,8 @@ def shrink(
             other_NL = _other_windows(
                 original, source, text, windows_NL, options, folder, where, workspace, progress
             )
+        if other_NL is not None:
+            windows_NL = windows_NL[: options.text.samples - len(other_NL)]
         depths = Depths(
             source,
             windows_NL,
@@ -229,7 +229,7 @@ def shrink(
             closed.basis,
             closed.costs,
             seconds,
-            len(windows_NL),
+            len(windows_NL) + (0 if other_NL is None else len(other_NL)),
             closed.sites,
             allocation,
             healing,
@@ -240,7 +240,7 @@ def shrink(
         if recipe:
             write_text(folder / RECIPE, recipe)
             manifest.update(folder, recipe=hashlib.sha256(recipe.encode()).hexdigest())
-        _describe(folder, described, options, shrunk, windows_NL, own, closed, passes)
+        _describe(folder, described, options, shrunk, windows_NL, other_NL, own, closed, passes)
         if isinstance(source, Trimmed):
             write_json(folder / "reports" / "vocabulary.json", {"original_ids": source.kept.ids})
     workspace.remove()
@@ -258,16 +258,19 @@ def _other_windows(
     workspace: Workspace,
     progress: Progress,
 ) -> torch.Tensor | None:
-    """Windows of the second text: as many as are held out of the first, or fewer."""
+    """Windows of the second text: half of all, and no more than the first has."""
     count, length = windows_NL.shape
-    held = len(held_out_windows(count, options.narrow.seed)) or 1
+    half = min(options.text.samples // 2, count)
+    if half == 0:
+        return None
     found = second_text(
         original,
         text,
         options.other,
         folder / SECOND_TEXT,
-        samples=min(held, -(-OTHER_TOKENS // length)),
+        samples=half,
         seqlen=length,
+        seed=options.narrow.seed,
         device=device,
         workspace=workspace,
         progress=progress,
@@ -313,10 +316,17 @@ def _narrowed(
             logger.warning("nothing is healed: only tokens leave, and every weight stays as it is")
         return _copied(source, decided.on_kept_tokens, folder, options), None
     decided = decided.on_kept_tokens
-    _warn_if_thin(windows_NL, decided)
+    _warn_if_thin([kind_NL for kind_NL in (windows_NL, other_NL) if kind_NL is not None], decided)
     text = None
     if options.heal is not None:  # refuses what cannot be, before hours of narrowing
-        text = healing_text(windows_NL, source.folder, read, options.heal, seed=options.narrow.seed)
+        text = healing_text(
+            windows_NL,
+            source.folder,
+            read,
+            options.heal,
+            seed=options.narrow.seed,
+            other_NL=other_NL,
+        )
     closed = _closed_form(
         source, decided, folder, windows_NL, other_NL, options, device, workspace, progress
     )
@@ -383,16 +393,16 @@ def _closed_form(
     return ClosedForm(E_DK, basis.as_dict(), tuple(run.costs), run.records, where, behind)
 
 
-def _warn_if_thin(windows_NL: torch.Tensor, decided: Plan) -> None:
+def _warn_if_thin(texts: Sequence[torch.Tensor], decided: Plan) -> None:
     """Say when there is less text than a least-squares problem of this size asks for."""
     # Readers see the whole stream; a writer is fitted on the neurons that stay.
     widest = max(decided.before.spaces["residual"], decided.after.spaces["mlp"])
-    tokens = windows_NL.numel()
-    if len(windows_NL) < 2 or tokens < 4 * widest:
+    windows, tokens = sum(map(len, texts)), sum(windows_NL.numel() for windows_NL in texts)
+    if windows < 2 or tokens < 4 * widest:
         logger.warning(
             "only %d windows with %d tokens of calibration text for layers up to %d wide; "
             "more text or --samples makes a better model",
-            len(windows_NL),
+            windows,
             tokens,
             widest,
         )
@@ -417,6 +427,7 @@ def _describe(
     options: ShrinkOptions,
     shrunk: Shrunk,
     windows_NL: torch.Tensor,
+    other_NL: torch.Tensor | None,
     own: Mapping[str, Any],
     closed: ClosedForm,
     passes: torch.dtype,
@@ -432,6 +443,7 @@ def _describe(
             "seqlen": windows_NL.shape[1],
             "sha256": _sha256(windows_NL),
             **({"own_text": {"file": OWN_TEXT, **own}} if own else {}),
+            **({} if other_NL is None else {"other": _second(options.other, other_NL)}),
         },
         sizes=shrunk.plan.as_dict(),
         kept_layers=shrunk.plan.kept_layers,
@@ -447,6 +459,10 @@ def _describe(
     )
     write_json(folder / "reports" / "shrink.json", shrunk.as_dict())
     card.write(folder)
+
+
+def _second(source: str, windows_NL: torch.Tensor) -> dict[str, Any]:
+    return {"source": source, "windows": len(windows_NL), "sha256": _sha256(windows_NL)}
 
 
 def _sha256(windows_NL: torch.Tensor) -> str:

@@ -39,8 +39,8 @@ class ShrinkStep:
     )
     other: str = option(
         SELF,
-        help="A second text, of another kind, by which layers and measured sizes are chosen too: "
-        "self, a source as --calib takes it, or none.",
+        help="A second text, of another kind, for half of the windows: self, a source as --calib "
+        "takes it, or none.",
     )
     narrow: NarrowOptions = group(NarrowOptions)
     heal: str = option(

@@ -1,4 +1,4 @@
-"""A second text, of another kind than the first: what was fitted to one kind is judged on both."""
+"""A second text, of another kind than the first: what serves one kind alone serves nobody."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from dotexport.errors import CalibrationError
-from dotexport.generation.own_text import Progress, write_own_text
+from dotexport.generation.own_text import LONGEST, Progress, write_own_text
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.memory import fits
 from dotexport.models.text_options import SELF, TextOptions, parts_of
@@ -19,8 +19,8 @@ from dotexport.storage.workspace import Workspace
 logger = logging.getLogger(__name__)
 
 NONE = "none"
-SEED = 1 << 16  # of the original's own text, so that it is none of that which is calibrated on
-SHORTEST, LONGEST = 64, 256  # slots of its rows: no more than the text needs
+SEED = 1 << 16  # of own text that judges: it is none of that which was calibrated on
+SHORTEST = 64  # slots of its rows: no more than the text needs
 STEP = "second-text"  # its name in a workspace
 
 
@@ -33,6 +33,7 @@ def second_text(
     samples: int,
     seqlen: int,
     device: torch.device,
+    seed: int = SEED,
     workspace: Workspace | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> TextOptions | None:
@@ -64,7 +65,7 @@ def second_text(
             found,
             samples,
             file,
-            seed=SEED,
+            seed=seed,
             device=device,
             workspace=workspace,
             progress=progress,

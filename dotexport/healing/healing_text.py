@@ -87,10 +87,19 @@ def _files(part: Part) -> list[str]:
 
 
 def healing_text(
-    windows_NL: Tensor, model: Path, text: TextOptions, options: HealOptions, *, seed: int
+    windows_NL: Tensor,
+    model: Path,
+    text: TextOptions,
+    options: HealOptions,
+    *,
+    seed: int,
+    other_NL: Tensor | None = None,
 ) -> HealingText:
     """The split that narrowing used too, and more windows of the same text, or other text, where
     asked for.
+
+    Args:
+        other_NL: windows of another kind of text, which narrowing used beside the others.
 
     Raises:
         UsageError: fewer windows than calibration has.
@@ -101,10 +110,10 @@ def healing_text(
             f"--heal-samples {options.samples} is less than the {len(windows_NL)} windows of "
             "calibration, which healing trains on too; give more, or fewer --samples"
         )
-    held = held_out_windows(len(windows_NL), seed)
-    train_NL = windows_NL[[n for n in range(len(windows_NL)) if n not in held]]
-    # A single window is both: nothing can be held out of it.
-    held_NL = windows_NL[sorted(held)] if held else windows_NL
+    splits = [_split(kind_NL, seed) for kind_NL in (windows_NL, other_NL) if kind_NL is not None]
+    train_NL, held_NL = (torch.cat(parts) for parts in zip(*splits, strict=True))
+    if not len(held_NL):  # a single window is both: nothing can be held out of it
+        held_NL = windows_NL
     if options.text is not None:
         for part in parts_of(options.text):
             if part.source != SELF:
@@ -114,3 +123,10 @@ def healing_text(
         everything_NL = token_windows(model, replace(text, samples=options.samples))
         train_NL = torch.cat([train_NL, everything_NL[len(windows_NL) :]])
     return HealingText(train_NL, held_NL)
+
+
+def _split(windows_NL: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Windows to train on, and those that are held out."""
+    held = held_out_windows(len(windows_NL), seed)
+    train = [n for n in range(len(windows_NL)) if n not in held]
+    return windows_NL[train], windows_NL[sorted(held)]

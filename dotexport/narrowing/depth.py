@@ -29,7 +29,7 @@ from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.layers import Layer, Stock
 from dotexport.narrowing.judging import Head, divergences
 from dotexport.narrowing.original import Original
-from dotexport.narrowing.streams import check_finite, held_out_windows, inverse_rms, recut
+from dotexport.narrowing.streams import check_finite, held_out_windows, inverse_rms
 from dotexport.storage.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Depths:
         left: layers of the original, the first to leave first.
         divergences: held-out KL once each of them has left too, nats per token.
         workspace: keeps the search after every layer.
-        other_NL: text of another kind, which judges as much.
+        other_NL: text of another kind, of which as much is looked at.
     """
 
     source: Checkpoint
@@ -127,15 +127,17 @@ class Depths:
 
 def _parts(windows_NL: Tensor, seed: int, other_NL: Tensor | None) -> tuple[Tensor, Tensor]:
     """Windows to fit on, and windows to judge by, as many of either kind; a single one is both."""
-    held = held_out_windows(len(windows_NL), seed)
-    short_NL = windows_NL[:, :LENGTH]
-    length = short_NL.shape[1]
-    fitted = [n for n in range(len(short_NL)) if n not in held][: -(-FITTED // length)]
-    judged = sorted(held)[: -(-JUDGED // length)]
-    judged_NL = short_NL[judged or fitted]
-    if other_NL is not None:
-        judged_NL = torch.cat([judged_NL, recut(other_NL, length)[: len(judged_NL)]])
-    return short_NL[fitted], judged_NL
+    kinds = [windows_NL] if other_NL is None else [windows_NL, other_NL]
+    fitted_NL, judged_NL = [], []
+    for kind_NL in kinds:
+        held = held_out_windows(len(kind_NL), seed)
+        short_NL = kind_NL[:, :LENGTH]
+        length = short_NL.shape[1]
+        fitted = [n for n in range(len(short_NL)) if n not in held]
+        fitted_NL.append(short_NL[fitted[: -(-FITTED // (length * len(kinds)))]])
+        judged_NL.append(short_NL[sorted(held)[: -(-JUDGED // length)]])
+    judged = torch.cat(judged_NL)
+    return torch.cat(fitted_NL), judged if len(judged) else torch.cat(fitted_NL)
 
 
 @dataclass(frozen=True)

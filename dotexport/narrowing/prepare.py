@@ -27,7 +27,7 @@ from dotexport.narrowing.run import (
     Nowhere,
     Writer,
 )
-from dotexport.narrowing.streams import Streams, recut
+from dotexport.narrowing.streams import Streams
 from dotexport.storage.files import write_json
 from dotexport.storage.workspace import Workspace
 
@@ -50,8 +50,8 @@ def prepare(
     """Everything a run needs, with config.json and empty weight files already in FOLDER/hf.
 
     Args:
-        other_NL: windows of another kind of text, as long as the others, that judge ridges, merges
-            and healing as well.
+        other_NL: windows of another kind of text, as long as the others; a share of either kind
+            judges.
     """
     source, decided = carry(source, decided)
     family = decided.family
@@ -83,7 +83,7 @@ def rehearsals(
     """
     windows_NL = windows_NL[:, :REHEARSED_LENGTH]
     if other_NL is not None:
-        other_NL = recut(other_NL, windows_NL.shape[1])
+        other_NL = other_NL[:, :REHEARSED_LENGTH]
     fitted_on = -(-rehearsed_tokens(source.config["hidden_size"]) // windows_NL.shape[1])
     cheap = replace(options, mlp="obs", heads="obs", local=None)
 

@@ -378,7 +378,8 @@ class Narrowing:
     def _judge(self, head_VD: Tensor, narrow_VK: Tensor) -> None:
         """Hold the narrowed model against the original on held-out windows of either kind."""
         heads = Head(self.original.stock, head_VD), Head(self.stock, narrow_VK)
-        kinds = (self.streams.of_its_kind or {0}, self.streams.other)
+        streams = self.streams
+        kinds = (streams.of_its_kind or {0}, streams.held_out & streams.other)
         self.costs = [self._cost(*heads, sorted(windows)) for windows in kinds if windows]
 
     def _cost(self, theirs: Head, ours: Head, windows: Sequence[int]) -> Cost:

@@ -38,7 +38,7 @@ class Streams:
 
     Attributes:
         held_out: windows that choose ridges and accept merges; the others are fitted on.
-        other: those of them that are text of another kind.
+        other: windows that are text of another kind.
         device: where batches are computed.
         drawn: what is the same in every layer, such as places that local healing draws.
     """
@@ -63,22 +63,25 @@ class Streams:
         scratch: Path | None = None,
         other_NL: Tensor | None = None,
     ) -> Streams:
-        """Args: other_NL: windows of another kind of text, of the same length, all held out."""
+        """Args: other_NL: windows of another kind of text, of the same length; a share of either
+        kind is held out."""
         held_out, other = held_out_windows(len(windows_NL), seed), frozenset[int]()
         if other_NL is not None:
-            other = frozenset(range(len(windows_NL), len(windows_NL) + len(other_NL)))
+            first = len(windows_NL)
+            other = frozenset(range(first, first + len(other_NL)))
+            held_out |= {first + window for window in held_out_windows(len(other_NL), seed)}
             windows_NL = torch.cat([windows_NL, other_NL])
         shape = tuple(windows_NL.shape)
         widths = (width_before, width_after)
         original_NLD, narrowed_NLK = _allocated([(*shape, w) for w in widths], device, scratch)
-        return cls(windows_NL, original_NLD, narrowed_NLK, held_out | other, device, other=other)
+        return cls(windows_NL, original_NLD, narrowed_NLK, held_out, device, other=other)
 
     def some(self, count: int) -> Streams:
-        """Streams of their own over `count` windows to fit on, and half as many held-out ones of
-        either kind."""
-        fitted = [n for n in range(len(self.windows_NL)) if n not in self.held_out]
-        held = [sorted(some)[: max(1, count // 2)] for some in (self.of_its_kind, self.other)]
-        chosen = sorted({*fitted[:count], *held[0], *held[1]})
+        """Streams of their own over `count` windows to fit on, shared by the kinds, and half as
+        many held-out ones of either kind."""
+        kinds = (self.of_its_kind, self.held_out & self.other)
+        held = [window for kind in kinds for window in sorted(kind)[: max(1, count // 2)]]
+        chosen = sorted([*self._fitted(count), *held])
         windows_NL = self.windows_NL[chosen]
         return Streams(
             windows_NL,
@@ -93,6 +96,14 @@ class Streams:
     def of_its_kind(self) -> frozenset[int]:
         """Held-out windows of the calibration text."""
         return self.held_out - self.other
+
+    def _fitted(self, count: int) -> list[int]:
+        """The first windows to fit on, half of them of either kind where there are as many."""
+        fitted = [n for n in range(len(self.windows_NL)) if n not in self.held_out]
+        other = [n for n in fitted if n in self.other]
+        own = [n for n in fitted if n not in self.other]
+        half = min(count // 2, len(other))
+        return [*own[: count - half], *other[:half]]
 
     def batches(self) -> Iterator[Rows]:
         """Consecutive windows, a few thousand tokens at a time, held-out ones apart."""
@@ -140,14 +151,14 @@ class Streams:
             check_finite(moments.inputs_II.diagonal().sum() + moments.targets)
         # A single window is both: nothing can be held out of it.
         held = sums.get(HELD_OUT, sums[FITTED])
-        if other := sums.get(OTHER):
+        if (other := sums.get(OTHER)) and HELD_OUT in sums:
             held = held + other.times(held.count / other.count)
         return sums[FITTED], held
 
     def _kind(self, window: int) -> str:
-        if window in self.other:
-            return OTHER
-        return HELD_OUT if window in self.held_out else FITTED
+        if window not in self.held_out:
+            return FITTED
+        return OTHER if window in self.other else HELD_OUT
 
 
 def inverse_rms(stream_BLD: Tensor) -> Tensor:
@@ -176,11 +187,6 @@ def check_finite(energy: Tensor) -> None:
             "in transformers: take an undamaged copy of it, and if it is stored in float16, "
             "convert it to bfloat16 first"
         )
-
-
-def recut(windows_NL: Tensor, length: int) -> Tensor:
-    """Windows of another length out of these, without what is left at their ends."""
-    return windows_NL.unfold(1, length, length).reshape(-1, length)
 
 
 def held_out_windows(count: int, seed: int) -> frozenset[int]:

@@ -34,6 +34,7 @@ from dotexport.narrowing.run import JUDGED, REHEARSED_LENGTH
 
 HELD_OUT = 1 / 8  # of the windows
 BACKWARD = 3  # a forward and a backward pass cost three forward ones
+LOCKSTEP = 3  # a token that is sampled, in a batch of rows, over one that is read with its window
 STRENGTHS = 4  # of a ridge that a fit tries, usually
 # Times that activations pass through memory: norms, nonlinearities and copies.
 TOUCHED = 10
@@ -82,9 +83,11 @@ def shrink_seconds(
 ) -> float:
     """Estimated time of narrowing on this machine, with calibration text of so many windows.
 
-    The choice of layers included; without distillation, and without reading and writing files.
+    The choice of layers and half of the text, which the original samples, included; without
+    distillation, and without reading and writing files.
     """
     work = work_of(decided, samples, seqlen) + work_of_choosing_layers(decided, seqlen)
+    work += work_of_sampling(decided, samples // 2 * seqlen)
     return work.seconds(rates(_stream(decided.before), passes))
 
 
@@ -159,6 +162,14 @@ def work_of(decided: Plan, samples: int, seqlen: int, *, local: bool = True) -> 
     )
 
 
+def work_of_sampling(decided: Plan, tokens: int) -> Work:
+    """What the original computes to say so many tokens (generation/own_text.py)."""
+    before = decided.before
+    layer = sum((site.passed for site in _sites(decided, 1, LENGTH)), Work())
+    head = Work(passes=2 * _stream(before) * before.vocab_size)
+    return (layer * before.num_layers + head) * (LOCKSTEP * tokens)
+
+
 def work_of_choosing_layers(decided: Plan, seqlen: int) -> Work:
     """What the search for layers that leave computes (narrowing/depth.py): every round walks
     through all of the layers once, and with every candidate through those behind it."""
@@ -166,15 +177,16 @@ def work_of_choosing_layers(decided: Plan, seqlen: int) -> Work:
     depth, count = before.num_layers, before.num_layers - decided.after.num_layers
     if count == 0:
         return Work()
-    D, V, tokens = _stream(before), before.vocab_size, FITTED + JUDGED_TOKENS
+    judged = 2 * JUDGED_TOKENS  # of either text
+    D, V, tokens = _stream(before), before.vocab_size, FITTED + judged
     *_, last = sites = _sites(decided, 1, min(seqlen, LENGTH))
     layer = sum((site.passed for site in sites), Work())
     trials = depth - 1 + sum(min(LOOKED_AT, depth - n - 1) for n in range(1, count))
-    heads = Work(passes=2 * D * V * JUDGED_TOKENS) * (trials + count)
+    heads = Work(passes=2 * D * V * judged) * (trials + count)
     N = last.inside
     fit = _moments(FITTED, N, D) + Work(factors=N**3 / 3 + 2 * D * N**2, sums=2 * D * N**2)
     fits = trials + count * (count - 1) // 2  # layers that left are fitted over in each round
-    walks = (count + 1) * depth * tokens + trials * depth / 2 * JUDGED_TOKENS
+    walks = (count + 1) * depth * tokens + trials * depth / 2 * judged
     return layer * walks + heads + fit * fits
 
 

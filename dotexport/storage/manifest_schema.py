@@ -181,12 +181,20 @@ class Basis(Section):
     method: Word
 
 
+class SecondText(Section):
+    """Text of another kind, in windows as long as those of the first."""
+
+    source: str
+    windows: NonNegativeInt
+
+
 class Calibration(Section):
     """The text that a model was narrowed on."""
 
     source: str
     windows: NonNegativeInt
     seqlen: NonNegativeInt
+    other: SecondText | None = None
 
 
 class Continuations(Section):

@@ -245,7 +245,7 @@ def test_the_end_says_what_it_cost_and_what_to_do_next(
     dotexport: Command, model: Path, text: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    outcome = dotexport(*shrinking_of(model, text, out, *NARROW))
+    outcome = dotexport(*shrinking_of(model, text, out, *NARROW, "--samples", 4))
     assert outcome.code == 0, outcome.err
     cost = manifest.read(out)["held_out"]
     # On text of another kind, too: what the original samples itself, where nothing else is said.
@@ -279,10 +279,17 @@ def test_the_second_text_changes_what_is_chosen_and_can_be_left_out(
     hashes = {}
     for other in ("none", "self", str(text)):
         out = tmp_path / f"out-{Path(other).stem}"
-        outcome = dotexport(*shrinking_of(model, text, out, *NARROW), "--other", other)
+        more = ("--samples", 5, "--other", other)
+        outcome = dotexport(*shrinking_of(model, text, out, *NARROW, *more))
         assert outcome.code == 0, outcome.err
         assert ("sampling text" in outcome.err) == (other == "self")
-        assert ("other_kl" in manifest.read(out)["held_out"]) == (other == "self")
+        record = manifest.read(out)
+        assert ("other_kl" in record["held_out"]) == (other == "self")
+        # Half of the windows, the larger half of the calibration text.
+        assert record["calibration"]["windows"] == (3 if other == "self" else 5)
+        assert (record["calibration"].get("other") or {}).get("windows") == (
+            2 if other == "self" else None
+        )
         hashes[other] = manifest.sha256(out / "hf/model.safetensors")
     # A text that is calibrated on already is no second one.
     assert hashes["none"] == hashes[str(text)] != hashes["self"]

@@ -20,6 +20,7 @@ from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.app.shrinking import shrink
 from dotexport.axes.plan import SizeOptions
 from dotexport.embedded import MODEL_DIR
+from dotexport.generation.second_text import NONE
 from dotexport.models.origin import licence, model_name
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import token_windows
@@ -273,7 +274,8 @@ def test_fitted_biases_make_up_for_the_mean_of_what_left(
     errors = {}
     for bias in (False, True):
         sizes = SizeOptions(intermediate_size=40, bias=bias)
-        shrunk = shrink(model, tmp_path / str(bias), ShrinkOptions(text=text, sizes=sizes))
+        options = ShrinkOptions(text=text, sizes=sizes, other=NONE)
+        shrunk = shrink(model, tmp_path / str(bias), options)
         first = next(site for site in shrunk.sites if site["site"] == "mlp.down_proj")
         errors[bias] = first["error"]
     assert errors[True] < errors[False]

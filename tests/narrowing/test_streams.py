@@ -89,35 +89,40 @@ def test_moments_of_both_parts_are_sums_over_their_own_windows(metric: bool) -> 
         assert sums.count == len(windows) * L
 
 
-def test_text_of_another_kind_is_held_out_and_counts_as_much_as_that_of_its_own() -> None:
-    """Three windows of it against two: each of its tokens counts two thirds."""
-    walked = made(others=3)
-    assert walked.other == {21, 22, 23}
+def test_of_either_kind_a_share_is_held_out_and_both_judge_as_much() -> None:
+    """One window of the other text against two: each of its tokens counts twice."""
+    walked = made(others=9)
+    assert walked.other == set(range(21, 30))
     assert walked.of_its_kind == held_out_windows(21, 0)
-    assert torch.equal(walked.windows_NL[21:], -walked.windows_NL[:3])
+    assert walked.held_out - walked.of_its_kind == {21 + n for n in held_out_windows(9, 0)}
+    assert torch.equal(walked.windows_NL[21:], -walked.windows_NL[:9])
     train, held = walked.moments(lambda rows: (walked.narrowed(rows), walked.original(rows)))
-    assert (train.count, held.count) == (19 * L, 4 * L)
+    assert (train.count, held.count) == ((19 + 8) * L, 4 * L)
     grams = []
-    for windows in (sorted(walked.of_its_kind), sorted(walked.other)):
-        z_TK = walked.narrowed_NLK[windows].flatten(0, 1).double()
+    for windows in (walked.of_its_kind, walked.other & walked.held_out):
+        z_TK = walked.narrowed_NLK[sorted(windows)].flatten(0, 1).double()
         grams.append(z_TK.T @ z_TK)
     # Products of a batch are float32.
-    wanted = grams[0] + grams[1] * 2 / 3
+    wanted = grams[0] + grams[1] * 2
     torch.testing.assert_close(held.inputs_II, wanted, rtol=1e-6, atol=1e-3)
 
 
+def test_other_text_too_short_to_hold_any_out_is_fitted_on() -> None:
+    walked = made(others=1)
+    assert walked.held_out == held_out_windows(21, 0)
+    train, held = walked.moments(lambda rows: (walked.narrowed(rows), walked.original(rows)))
+    assert (train.count, held.count) == (20 * L, 2 * L)
+
+
 def test_a_part_of_the_streams_has_windows_of_every_kind() -> None:
-    part = made(40, others=4).some(8)
-    assert len(part.windows_NL) == 8 + 4 + 4
+    part = made(40, others=24).some(9)
+    assert len(part.windows_NL) == 9 + 4 + 3
     assert len(part.of_its_kind) == 4
     assert all(bool((part.windows_NL[n] <= 0).all()) for n in part.other)
-    assert len(part.other) == 4
-
-
-def test_windows_are_cut_anew_without_what_is_left_over() -> None:
-    windows_NL = torch.arange(20).view(2, 10)
-    wanted = [[0, 1, 2, 3], [4, 5, 6, 7], [10, 11, 12, 13], [14, 15, 16, 17]]
-    assert streams.recut(windows_NL, 4).tolist() == wanted
+    assert len(part.other & part.held_out) == 3
+    assert len(part.other - part.held_out) == 4
+    few = made(40, others=3).some(9)  # one of them held out, and both others fitted on
+    assert (len(few.other), len(few.windows_NL)) == (3, 9 + 4 + 1)
 
 
 def test_of_a_single_window_nothing_is_held_out_and_it_judges_itself() -> None:

@@ -21,6 +21,8 @@ from torch.utils.flop_counter import flop_registry
 
 from dotexport.app.opening import open_source
 from dotexport.axes.plan import Plan, SizeOptions
+from dotexport.embedded import MODEL_DIR
+from dotexport.generation.own_text import sample_text
 from dotexport.healing.distil import heal
 from dotexport.healing.heal_options import HealOptions
 from dotexport.healing.healing_text import HealingText
@@ -38,6 +40,7 @@ from dotexport.sizes.effort import (
     work_of,
     work_of_choosing_layers,
     work_of_distilling,
+    work_of_sampling,
 )
 
 LLAMA_3_2_1B = {
@@ -74,6 +77,8 @@ class Counted(TorchDispatchMode):
         if (packet := func.overloadpacket) in flop_registry:
             count = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
             self.products[args[0].dtype] += count
+        elif packet is torch.ops.aten.linear:  # whole where no gradient is possible
+            self.products[args[0].dtype] += 2 * args[0].numel() * len(args[1])
         return out
 
 
@@ -137,12 +142,24 @@ def test_products_of_choosing_layers_are_those_that_are_counted(
     chosen = plan(source.config, SizeOptions(num_hidden_layers=layers))
     windows_NL = torch.randint(0, 90, (136, 64), generator=torch.Generator().manual_seed(0))
     with sdpa_kernel(SDPBackend.MATH), Counted() as counted:
-        Depths(source, windows_NL, 0, torch.device("cpu")).settled(chosen)
+        Depths(source, windows_NL, 0, torch.device("cpu"), other_NL=windows_NL.flip(0)).settled(
+            chosen
+        )
     expected = work_of_choosing_layers(chosen, 64)
     # An average of what lies behind a candidate; attention for half of what the unfused one does.
     in_float32 = expected.passes + expected.products
     assert counted.products[torch.float32] == pytest.approx(in_float32, rel=0.25)
     assert counted.products[torch.float64] == pytest.approx(expected.sums, rel=0.25)
+
+
+def test_products_of_a_sampled_token_are_those_that_are_counted() -> None:
+    source = Checkpoint.open(MODEL_DIR)
+    with sdpa_kernel(SDPBackend.MATH), Counted() as counted:
+        sampled = sample_text(source, tokens=512, longest=128)
+    expected = work_of_sampling(plan(source.config, SizeOptions(params="0.7x")), sampled.num_slots)
+    # Of texts shorter than 512 tokens, attention costs less.
+    in_float32 = (expected.passes + expected.products) / effort.LOCKSTEP
+    assert counted.products[torch.float32] == pytest.approx(in_float32, rel=0.25)
 
 
 def test_products_of_a_step_of_distillation_are_those_that_are_counted(
@@ -260,8 +277,8 @@ def test_time_is_the_sum_of_all_kinds_over_their_rates(monkeypatch: pytest.Monke
     assert (work * 3).seconds(per_second) == (work + work + work).seconds(per_second) == 81
     widths: list[int] = []
     monkeypatch.setattr(effort, "rates", lambda width, passes: widths.append(width) or per_second)
-    expected = work_of(decided(), 7, 300).seconds(per_second)
-    assert shrink_seconds(decided(), samples=7, seqlen=300) == expected
+    expected = work_of(decided(), 7, 300) + work_of_sampling(decided(), 3 * 300)
+    assert shrink_seconds(decided(), samples=7, seqlen=300) == expected.seconds(per_second)
     assert widths == [2048]  # matrices as wide as the original
 
 

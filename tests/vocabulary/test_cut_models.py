@@ -30,6 +30,7 @@ from dotexport.errors import UsageError
 from dotexport.exports.exporting import export
 from dotexport.exports.quality import evaluate
 from dotexport.exports.verifying import verify
+from dotexport.generation.second_text import NONE
 from dotexport.healing.heal_options import parse_heal
 from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.narrow_options import NarrowOptions
@@ -213,7 +214,7 @@ def test_healing_has_the_tokens_that_stay_for_its_original(
     monkeypatch.setattr(Workspace, "of", noted)
     text = replace(TEXT, samples=4, seqlen=32)
     _, distil = parse_heal("1", samples=None, precision="fp32", seed=0)
-    options = asked(sizes=SizeOptions(params="0.5x"), text=text, heal=distil)
+    options = asked(sizes=SizeOptions(params="0.5x"), text=text, heal=distil, other=NONE)
     narrowed = shrink(MODEL_DIR, tmp_path / "out", options)
     exact = shrink(MODEL_DIR, tmp_path / "exact", asked(text=text))
     windows_NL = token_windows(tmp_path / "exact/hf", text)
