@@ -220,9 +220,14 @@ def pretended(patch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     for name, answer in answers.items():
         patch.setattr(torch.cuda, name, answer)
     # Tensors of inference mode take no wrapper; functions were decorated with it long ago.
-    no_grad = torch.no_grad()
-    patch.setattr(torch.inference_mode, "__enter__", lambda _: no_grad.__enter__())
-    patch.setattr(torch.inference_mode, "__exit__", lambda _, *error: no_grad.__exit__(*error))
+    entered: list[torch.no_grad] = []  # one within another
+
+    def enter(_: object) -> None:
+        entered.append(torch.no_grad())
+        entered[-1].__enter__()
+
+    patch.setattr(torch.inference_mode, "__enter__", enter)
+    patch.setattr(torch.inference_mode, "__exit__", lambda _, *e: entered.pop().__exit__(*e))
     patch.setattr(torch.nn.functional, "scaled_dot_product_attention", _attention)
     gpu = Gpu()
     _entered.append(gpu)
