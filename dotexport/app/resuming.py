@@ -21,7 +21,7 @@ from dotexport.version import __version__
 
 Measure = Callable[[Plan], float]
 
-PLAN, CUTS = "plan", "cuts"
+PLAN, CUTS, HEALED_CUTS = "plan", "cuts", "healed-cuts"
 LIBRARIES = ("torch", "transformers", "tokenizers")
 
 
@@ -50,16 +50,16 @@ def workspace_of(
     return Workspace.of(out, identity)
 
 
-def remembered(measure: Measure, workspace: Workspace) -> Measure:
-    """The same, of which every figure is kept."""
-    kept = workspace.load(CUTS)
+def remembered(measure: Measure, workspace: Workspace, step: str = CUTS) -> Measure:
+    """The same, of which every figure is kept by this name."""
+    kept = workspace.load(step)
     figures: dict[str, float] = kept[0] if kept else {}
 
     def recalled(asked: Plan) -> float:
         sizes = json.dumps(_words(asked), sort_keys=True)
         if sizes not in figures:
             figures[sizes] = measure(asked)
-            workspace.save(CUTS, figures)
+            workspace.save(step, figures)
         return figures[sizes]
 
     return recalled

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from dotexport.app.opening import check_apart, check_tensors, open_source
-from dotexport.app.resuming import decided_once, remembered, steps_of, workspace_of
+from dotexport.app.rehearsing import healed_rehearsals
+from dotexport.app.resuming import HEALED_CUTS, decided_once, remembered, steps_of, workspace_of
 from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.axes.carrying import carry
 from dotexport.axes.plan import Plan, SizeOptions, read_model
@@ -209,6 +210,7 @@ def shrink(
                 progress,
                 courses=depths.courses,
                 accept=accept,
+                healed=_healed(source, windows_NL, other_NL, options, depths, folder, workspace),
             )
             decided = allocation.plan
         if sizes.latency is not None:
@@ -245,6 +247,23 @@ def shrink(
             write_json(folder / "reports" / "vocabulary.json", {"original_ids": source.kept.ids})
     workspace.remove()
     return shrunk
+
+
+def _healed(
+    source: Checkpoint,
+    windows_NL: torch.Tensor,
+    other_NL: torch.Tensor | None,
+    options: ShrinkOptions,
+    depths: Depths,
+    folder: Path,
+    workspace: Workspace,
+) -> Callable[[Plan], float] | None:
+    """What judges sizes behind a short distillation; None: no long one is to follow."""
+    trial = options.heal.trial(windows_NL.shape[1]) if options.heal else None
+    if trial is None:
+        return None
+    measure = healed_rehearsals(source, windows_NL, options, trial, depths.device, folder, other_NL)
+    return remembered(lambda p: measure(depths.settled(p).on_kept_tokens), workspace, HEALED_CUTS)
 
 
 def _other_windows(

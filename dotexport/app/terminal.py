@@ -71,11 +71,14 @@ def show_allocation(allocation: Allocation) -> None:
             curves.add_row(curve.axis, f"{size:,}", f"{parameters:,}", f"{kl:.4f}", bar)
     stderr.print(curves)
     labels = (axis.label for axis in AXES)
-    checked = Table(*labels, "parameters", "predicted KL", "held-out KL")
+    kinds = {"predicted_kl": "predicted KL", "held_out_kl": "held-out KL"}
+    if any("healed_kl" in row for row in allocation.checked):
+        kinds["healed_kl"] = "behind a short distillation"
+    checked = Table(*labels, "parameters", *kinds.values())
     checked.title = "together; the least was taken"
     for row in allocation.checked:
         sizes = (f"{row[key]:,}" for key in (*(axis.name for axis in AXES), "parameters"))
-        checked.add_row(*sizes, f"{row['predicted_kl']:.4f}", f"{row['held_out_kl']:.4f}")
+        checked.add_row(*sizes, *(f"{row[kind]:.4f}" for kind in kinds))
     stderr.print(checked)
 
 
@@ -111,8 +114,9 @@ def show_costs(chosen: Choice) -> None:
     console.print(table)
     if costs.allocation_seconds:
         console.print(
-            "these sizes are the rule's; shrink measures cuts first and may take others within the "
-            "same budget: --plan FILE or --allocate rule keeps to these",
+            "these sizes are the rule's; shrink measures cuts first, "
+            f"judged {costs.judged}, and may take others within the same budget: --plan FILE or "
+            "--allocate rule keeps to these",
             soft_wrap=True,
         )
     before, after = chosen.plan.architectures

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dotexport.errors import UsageError
@@ -24,6 +24,8 @@ MOST_TOKENS = 1 << 44  # to train on
 WINDOW, STEP_TOKENS, LEAST_STEPS = 512, (2048, 16384), 150
 EVALUATIONS = 16  # of a long run, about
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+# Of the tokens, to judge sizes behind; fewer than the least of these tell nothing.
+TRIAL_SHARE, TRIAL_TOKENS = 1 / 10, (8192, 65536)
 RATE_BY_WIDTH = 0.2  # measured on widths 64 and 192: three times as much is too much
 
 
@@ -116,6 +118,16 @@ class HealOptions:
         assert steps is not None  # __post_init__
         long = 0 if self.tokens is None else steps // EVALUATIONS
         return Schedule(steps, batch, length, self.every or max(25, long), self.warmup)
+
+    def trial(self, calibration: int) -> HealOptions | None:
+        """The same in short, on calibration text, by which sizes are judged; None: it is itself too
+        short for that."""
+        schedule = self.settled(calibration)
+        least, most = TRIAL_TOKENS
+        tokens = min(int(TRIAL_SHARE * schedule.steps * schedule.tokens_per_step), most)
+        if tokens < least:
+            return None
+        return replace(self, steps=None, tokens=tokens, text=None, samples=None, every=MOST)
 
     def peak_rate(self, hidden_size: int) -> float:
         """The wider a model, the smaller the steps that it takes well."""

@@ -110,7 +110,7 @@ def healing_text(
             f"--heal-samples {options.samples} is less than the {len(windows_NL)} windows of "
             "calibration, which healing trains on too; give more, or fewer --samples"
         )
-    splits = [_split(kind_NL, seed) for kind_NL in (windows_NL, other_NL) if kind_NL is not None]
+    splits = [split(kind_NL, seed) for kind_NL in (windows_NL, other_NL) if kind_NL is not None]
     train_NL, held_NL = (torch.cat(parts) for parts in zip(*splits, strict=True))
     if not len(held_NL):  # a single window is both: nothing can be held out of it
         held_NL = windows_NL
@@ -125,7 +125,7 @@ def healing_text(
     return HealingText(train_NL, held_NL)
 
 
-def _split(windows_NL: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def split(windows_NL: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Windows to train on, and those that are held out."""
     held = held_out_windows(len(windows_NL), seed)
     train = [n for n in range(len(windows_NL)) if n not in held]

@@ -91,6 +91,7 @@ def allocate(
     *,
     courses: Mapping[str, Course] | None = None,
     accept: Callable[[Plan], bool] = lambda plan: True,
+    healed: Measure | None = None,
 ) -> Allocation:
     """Choose sizes within a budget.
 
@@ -100,6 +101,8 @@ def allocate(
         courses: by axis, how divergence rises with its cut, where that is known up to a factor:
             from a plan that cuts it alone to a value for every size on the way there.
         accept: what else the plan must satisfy.
+        healed: the same divergence behind a short distillation, by which the last few plans are
+            judged; None: by `measure`.
 
     Raises:
         SizeError: no sizes meet the budget, or none of those are accepted.
@@ -136,9 +139,13 @@ def allocate(
     checked = []
     for number, plan in enumerate(finalists):
         progress("checking sizes", len(points) + number, len(points) + len(finalists))
-        checked.append((plan, measure(plan)))
-    taken, _ = min(checked, key=lambda pair: pair[1])
-    rows = tuple(_row(p, expected(p), found) for p, found in checked)
+        cost = measure(plan)
+        checked.append((plan, cost, healed(plan) if healed else cost))
+    taken = min(checked, key=lambda found: found[2])[0]
+    rows = tuple(
+        _row(p, expected(p), found) | ({"healed_kl": behind} if healed else {})
+        for p, found, behind in checked
+    )
     return Allocation(taken, tuple(c for c in curves.values() if len(c.sizes) > 1), rows)
 
 

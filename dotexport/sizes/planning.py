@@ -28,7 +28,7 @@ from dotexport.models.family import Family
 from dotexport.models.memory import fits
 from dotexport.models.shapes import Sizes, cached_numbers, shapes
 from dotexport.narrowing.prepare import WIDE, multiplies_bfloat16, pick_device, usual_passes
-from dotexport.sizes.allocation import rehearsals
+from dotexport.sizes.allocation import CHECKED, rehearsals
 from dotexport.sizes.budget import (
     bytes_per_parameter,
     check_sizes,
@@ -54,6 +54,7 @@ CACHE_BYTES = 4  # of a number in the KV cache, where a target does not say
 LOADED = 700_000_000  # an interpreter with torch and transformers, before any model
 # (I, I) matrices of float64 at once: moments twice, their sum, factors, inverses and products.
 SOLVED = 10
+TRAINING_FREE = "as they are without healing"
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Costs:
             may then be others than those of the plan.
         disk: weights in hf/ and all artifacts after narrowing.
         distillation_seconds: of distilling it behind that, where it is asked for.
+        judged: how the last few sizes are judged, where cuts are measured.
     """
 
     artifacts: Mapping[str, tuple[int, int]]
@@ -86,6 +88,7 @@ class Costs:
     allocation_seconds: float
     disk: int
     distillation_seconds: float | None = None
+    judged: str = TRAINING_FREE
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,7 @@ class Choice:
             "shrink_memory_bytes": self.costs.shrink_memory,
             "shrink_seconds": round(self.costs.shrink_seconds, 1),
             "allocation_seconds": round(self.costs.allocation_seconds, 1),
+            **({"judged": self.costs.judged} if self.costs.allocation_seconds else {}),
             **(
                 {}
                 if self.costs.distillation_seconds is None
@@ -188,8 +192,17 @@ def calibrated(
         heal: distillation besides.
     """
     window, decided = seqlen or _window(config), chosen.plan.on_kept_tokens
+    costs = chosen.costs
+    trial = heal.trial(window) if heal else None
+    if trial is not None and costs.allocation_seconds:
+        each = distillation_seconds(decided, trial, samples=samples, seqlen=window)
+        costs = replace(
+            costs,
+            allocation_seconds=costs.allocation_seconds + CHECKED * each,
+            judged=f"the last few behind a distillation on {trial.tokens:,} tokens",
+        )
     costs = replace(
-        chosen.costs,
+        costs,
         shrink_memory=shrink_memory(config, decided, samples=samples, seqlen=window),
         shrink_seconds=shrink_seconds(
             decided, samples=samples, seqlen=window, passes=_passes(config, decided)

@@ -102,6 +102,26 @@ def test_a_single_axis_is_taken_where_any_two_cuts_together_cost_more() -> None:
     assert cost(found.plan) == min(row["held_out_kl"] for row in found.checked)
 
 
+def test_behind_a_distillation_another_plan_is_taken_where_that_heals_it_more() -> None:
+    """Cuts in depth heal, cuts in width hardly do; curves are measured without."""
+
+    def cost(plan: Plan) -> float:
+        hidden, mlp, heads, depth = shares(plan)
+        return 4 * hidden**2 + mlp**2 + 5 * heads**2 + 3 * depth**2
+
+    def healed(plan: Plan) -> float:
+        hidden, mlp, heads, depth = shares(plan)
+        return hidden + mlp + heads + 0.01 * depth
+
+    plain, found = allocate(CONFIG, ASKED, cost), allocate(CONFIG, ASKED, cost, healed=healed)
+    assert [row["held_out_kl"] for row in found.checked] == [
+        row["held_out_kl"] for row in plain.checked
+    ]
+    assert healed(found.plan) == min(row["healed_kl"] for row in found.checked)
+    assert healed(found.plan) < healed(plain.plan)
+    assert "healed_kl" not in plain.checked[0]
+
+
 def test_an_axis_with_an_explicit_size_is_not_searched() -> None:
     asked = SizeOptions(params="0.7x", hidden_size=192, num_key_value_heads=4)
     found = allocate(CONFIG, asked, lambda plan: sum(shares(plan)))
