@@ -24,9 +24,10 @@ import numpy as np
 import torch
 
 from dotexport.errors import UsageError
+from dotexport.exports.kept_reference import reference_of
 from dotexport.exports.nasty_texts import Conversation
 from dotexport.exports.parity import Parity, measure
-from dotexport.exports.reference import Reference, compute_reference
+from dotexport.exports.reference import Reference
 from dotexport.exports.target import Logits, Tokens
 from dotexport.exports.text_parity import TextSide, load_tokenizer
 from dotexport.exports.verifying import STOCK, Chosen, chosen_for, with_text, write_report
@@ -159,7 +160,7 @@ def verify_llama_cpp(out: Path, where: Path) -> list[Parity]:
     _check_library(library)
     rounded = any(entry["precision"].startswith("int") for entry in files.values())
     checkpoint = Checkpoint.open(out / STOCK)
-    reference = compute_reference(checkpoint, rounded=rounded)
+    reference = reference_of(out, rounded=rounded)
     parities = []
     for name, entry in files.items():
         asked = (library, out / name, entry["precision"], reference)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from dotexport.errors import RuntimeMissingError
+from dotexport.exports.kept_reference import reference_of
 from dotexport.exports.parity import Limits, Parity, limits_of
-from dotexport.exports.reference import Reference, compute_reference
+from dotexport.exports.reference import Reference
 from dotexport.exports.verifying import STOCK, write_report
-from dotexport.models.checkpoint import Checkpoint
 
 from .configs import head_dim
 
@@ -87,7 +87,7 @@ def verify_vllm(out: Path, python: Path) -> Parity:
 def verify_several(outs: Sequence[Path], python: Path) -> list[Parity]:
     """The same for several outputs by one process, one model after the other: most of the time
     goes into starting it."""
-    references = [compute_reference(Checkpoint.open(out / STOCK), rounded=False) for out in outs]
+    references = [reference_of(out, rounded=False) for out in outs]
     models = [_asked(out / STOCK, one) for out, one in zip(outs, references, strict=True)]
     said = json.loads(_answer(python, json.dumps({"mark": MARK, "models": models})))
     parities = []

@@ -21,8 +21,9 @@ from dotexport.exports.calibrating import (
     grids_of,
     require_grids,
 )
+from dotexport.exports.kept_reference import reference_of
 from dotexport.exports.parity import Parity
-from dotexport.exports.reference import Reference, compute_reference
+from dotexport.exports.reference import Reference
 from dotexport.exports.target import Target, find_target, resolve
 from dotexport.exports.verifying import (
     REPORT,
@@ -214,8 +215,7 @@ def _start_output(source: Checkpoint, folder: Path) -> None:
 def _reference(home: Path, requests: Sequence[Request]) -> Reference:
     rounded = any(request.precision.startswith("int") for request in requests)
     precisions = {request.precision for request in requests}
-    checkpoint = Checkpoint.open(home / STOCK)
-    return compute_reference(checkpoint, rounded=rounded, precisions=precisions)
+    return reference_of(home, rounded=rounded, precisions=precisions)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 from dotexport.errors import CheckpointError, ParityError, RuntimeMissingError, UsageError
 from dotexport.exports.calibrating import wrong_values
+from dotexport.exports.kept_reference import reference_of
 from dotexport.exports.parity import Parity, limits_of, measure, rounding_kl
-from dotexport.exports.reference import Reference, compute_reference, held_to
+from dotexport.exports.reference import Reference, held_to
 from dotexport.exports.target import Rehearsal, Session, Target, find_target, lacking, resolve
 from dotexport.exports.text_parity import check_text
 from dotexport.models.checkpoint import Checkpoint
@@ -41,7 +42,7 @@ def verify(out: Path, targets: Sequence[str] | None = None) -> list[Parity]:
     needs_rounding = any(precision.startswith("int") for _, precision in known.values())
     checkpoint = Checkpoint.open(out / STOCK)
     precisions = {precision for _, precision in known.values()}
-    reference = compute_reference(checkpoint, rounded=needs_rounding, precisions=precisions)
+    reference = reference_of(out, rounded=needs_rounding, precisions=precisions)
     parities = []
     for name, entry in entries.items():
         target, precision = known[name]
