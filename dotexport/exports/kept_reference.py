@@ -21,7 +21,6 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-import dotexport
 from dotexport.exports.noise import Noise
 from dotexport.exports.reference import PRECISIONS, LongText, Reference, compute_reference
 from dotexport.models.checkpoint import Checkpoint
@@ -63,8 +62,7 @@ def reference_of(
 
 def _key(checkpoint: Checkpoint) -> str:
     """Of all that decides it."""
-    core = Path(dotexport.__file__).parent
-    code = [core / room for room in ROOMS]
+    code = [Path(__file__).parents[1] / room for room in ROOMS]
     said = {
         "files": manifest.hash_files(checkpoint.folder),
         "code": [manifest.sha256(file) for room in code for file in sorted(room.rglob("*.py"))],
