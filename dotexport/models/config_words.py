@@ -33,6 +33,7 @@ KERNELS = (
 OBEYED = (
     "attention_bias",
     "attention_multiplier",
+    "attention_out_bias",
     "attn_logit_softcapping",
     "embedding_multiplier",
     "final_logit_softcapping",
@@ -40,9 +41,12 @@ OBEYED = (
     "logits_scaling",
     "max_window_layers",
     "mlp_bias",
+    "no_rope_layer_interval",
+    "no_rope_layers",
     "query_pre_attn_scalar",
     "residual_multiplier",
     "sliding_window",
+    "use_bias",
     "use_sliding_window",
 )
 # What more than one reader has a default for; those of the classes differ.
@@ -75,7 +79,10 @@ def settled(config: Mapping[str, Any], *, of: object) -> dict[str, Any]:
     for key, why in dropped.items():
         if config[key] is not None:
             say_once(f"{of}: {key} in config.json is left out, {why}")
-    words = in_all_words({key: value for key, value in config.items() if key not in dropped})
+    kept = {key: value for key, value in config.items() if key not in dropped}
+    if family.rope_theta is not None:
+        kept = {"rope_theta": family.rope_theta} | kept
+    words = in_all_words(kept)
     return words | _granted(words)
 
 

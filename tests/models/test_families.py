@@ -137,9 +137,40 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
         SQUARE | {"model_type": "olmo2", "attention_bias": True, "tie_word_embeddings": True},
         "Olmo2ForCausalLM",
     ),
+    "smollm3": (
+        {
+            "model_type": "smollm3",
+            "no_rope_layers": [1, 0, 1, 1],  # one more than layers
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+        },
+        "SmolLM3ForCausalLM",
+    ),
+    "ministral": (
+        {
+            "model_type": "ministral",
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        "MinistralForCausalLM",
+    ),
+    "ministral3": (
+        {"model_type": "ministral3", "rope_parameters": YARN | {"llama_4_scaling_beta": 0.5}},
+        "Ministral3ForCausalLM",
+    ),
+    "seed-oss": (
+        {"model_type": "seed_oss", "attention_bias": True, "rope_parameters": LLAMA3},
+        "LlamaForCausalLM",
+    ),
+    "ernie": ({"model_type": "ernie4_5", "use_bias": True}, "Ernie4_5ForCausalLM"),
+    "hunyuan": (
+        {"model_type": "hunyuan_v1_dense", "tie_word_embeddings": True},
+        "HunYuanDenseV1ForCausalLM",
+    ),
 }
-if transformers.__version__.startswith("4."):  # its class takes no YaRN there
-    MODELS["olmo2"] = ({"model_type": "olmo2"}, "Olmo2ForCausalLM")
+if transformers.__version__.startswith("4."):
+    MODELS["olmo2"] = ({"model_type": "olmo2"}, "Olmo2ForCausalLM")  # its class takes no YaRN there
+    del MODELS["ministral3"]  # of release 5
 TOKENS_BL = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(1))
 
 Tiny = Callable[[str], Path]
