@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from dotexport.errors import CheckpointError
+from dotexport.errors import CheckpointError, UnsupportedModelError
 from dotexport.models.families import SUPPORTED
 from dotexport.models.family import Family
 from dotexport.models.rope import in_all_words, stock_config
@@ -59,6 +59,8 @@ TAKEN_FOR_GRANTED = (
     "rms_norm_eps",
     "tie_word_embeddings",
 )
+# By which queries grow with their position, of Ministral 3.
+GROWING = ("llama_4_scaling_beta", "original_max_position_embeddings")
 
 
 def settled(config: Mapping[str, Any], *, of: object) -> dict[str, Any]:
@@ -71,10 +73,12 @@ def settled(config: Mapping[str, Any], *, of: object) -> dict[str, Any]:
 
     Raises:
         CheckpointError: words that contradict each other.
+        UnsupportedModelError: the class is younger than this transformers.
     """
     family = _family(config)
     if family is None:
         return dict(config)
+    check_release(family)
     dropped = dict(_dropped(config, family))
     for key, why in dropped.items():
         if config[key] is not None:
@@ -106,6 +110,13 @@ def check_class(config: Mapping[str, Any]) -> None:
             "config.json gives layers that attend to a window (layer_types, or by default of the "
             "class) and no sliding_window that is in use; correct one of the two"
         )
+    rope = getattr(stock, "rope_parameters", None) or {}
+    lacking = [key for key in GROWING if rope.get(key) is None]
+    if config.get("model_type") == "ministral3" and lacking:
+        raise CheckpointError(
+            f"config.json gives rope_parameters without {' and '.join(lacking)}, by which Ministral "
+            "3 scales its queries; take the config.json that belongs to these weights"
+        )
 
 
 def _family(config: Mapping[str, Any]) -> Family | None:
@@ -129,6 +140,18 @@ def _dropped(config: Mapping[str, Any], family: Family) -> Iterator[tuple[str, s
     for key in OBEYED:
         if key in config and key not in _known(family.model_type) | refused:
             yield key, f"as {family.architecture} of transformers ignores it"
+
+
+@cache
+def check_release(family: Family) -> None:
+    """Refuse a class that is younger than this transformers."""
+    try:
+        stock_config({"model_type": family.model_type})
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModelError(
+            f"{family.architecture} is unknown to this release of transformers; "
+            "pip install 'transformers>=5'"
+        ) from error
 
 
 @cache

@@ -216,7 +216,9 @@ class Layer:
         positions = self.stock.positions(normed_BLD, self.number)
         asked = {}
         if "position_ids" in inspect.signature(module.forward).parameters:
-            asked["position_ids"] = torch.arange(normed_BLD.shape[1], device=normed_BLD.device)[None]
+            asked["position_ids"] = torch.arange(normed_BLD.shape[1], device=normed_BLD.device)[
+                None
+            ]
         with self._passing(normed_BLD):
             heads_BLI: Tensor = module(
                 hidden_states=normed_BLD,

@@ -24,8 +24,11 @@ from dotexport.healing import distil_head
 from dotexport.healing.distil_loss import read
 from dotexport.healing.heal_options import HealOptions
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter, read_config
+from dotexport.models.config_words import check_release
 from dotexport.models.families import SUPPORTED, find_family
+from dotexport.models.families.ministral import MINISTRAL3
 from dotexport.models.loading import capped_attention
+from dotexport.models.rope import stock_config
 from dotexport.models.shapes import num_parameters, read_sizes
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import token_windows
@@ -375,6 +378,35 @@ def test_what_has_no_table_is_refused_with_the_list_of_what_has() -> None:
         find_family(config)
     assert all(architecture in str(caught.value) for architecture in SUPPORTED)
     assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "class_"),
+    [
+        ("mixtral", "MixtralForCausalLM"),
+        ("qwen3_moe", "Qwen3MoeForCausalLM"),
+        ("gpt_oss", "GptOssForCausalLM"),
+        ("olmoe", "OlmoeForCausalLM"),
+        ("granitemoehybrid", "GraniteMoeHybridForCausalLM"),
+        ("lfm2", "Lfm2ForCausalLM"),
+        ("qwen3_next", "Qwen3NextForCausalLM"),
+        ("olmo3", "Olmo3ForCausalLM"),
+    ],
+)
+def test_models_of_other_layers_are_named_before_anything_is_read(kind: str, class_: str) -> None:
+    config = stock_config({"model_type": kind}).to_dict() | {"architectures": [class_]}
+    said = rf"{class_} is not supported \(model_type {kind}\)"
+    with pytest.raises(UnsupportedModelError, match=said) as caught:
+        find_family(config)
+    dense = kind in ("lfm2", "olmo3")
+    assert ("mixture of experts" in str(caught.value)) == (not dense)
+    assert caught.value.exit_code == 5
+
+
+def test_a_class_that_this_transformers_lacks_is_refused_with_the_release_to_take() -> None:
+    younger = replace(MINISTRAL3, model_type="of_tomorrow")
+    with pytest.raises(UnsupportedModelError, match="Ministral3ForCausalLM is unknown to this"):
+        check_release(younger)
 
 
 def test_a_model_of_more_than_text_is_told_how_its_text_part_can_be_narrowed() -> None:

@@ -43,6 +43,9 @@ TABLES = (
 SUPPORTED: dict[str, Family] = {family.architecture: family for family in TABLES}
 """Architecture -> family table."""
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Keys of config.json that say how many experts there are; some classes have one of theirs."""
+
 
 def find_family(config: Mapping[str, Any]) -> Family:
     """The table for the architecture that config.json names.
@@ -65,15 +68,21 @@ def find_family(config: Mapping[str, Any]) -> Family:
                 )
             _check_flags(family, config)
             return family
-    what = ", ".join(named) or f"model_type {config.get('model_type')}"
+    what = ", ".join(named) or "what names no architecture"
     hint = "docs/adding-a-family.md shows how to add a table"
-    if "text_config" in config:
+    if any(config.get(key) for key in EXPERTS):
+        hint = (
+            "it is a mixture of experts, for which there is no table; take the dense model of its "
+            "series"
+        )
+    elif "text_config" in config:
         hint = (
             "it holds more than a language model: save its language model alone, under its class "
             "for causal language modelling, and narrow that"
         )
     raise UnsupportedModelError(
-        f"{what} is not supported; dotexport narrows {', '.join(sorted(known))}. {hint}"
+        f"{what} is not supported (model_type {config.get('model_type')}); dotexport narrows "
+        f"{', '.join(sorted(known))}. {hint}"
     )
 
 

@@ -15,9 +15,7 @@ HUNYUAN = replace(
     LLAMA,
     model_type="hunyuan_v1_dense",
     architecture="HunYuanDenseV1ForCausalLM",
-    sublayers=sublayers(
-        readers="attention_bias", writer="attention_bias", inner_norms=HEAD_NORMS
-    ),
+    sublayers=sublayers(readers="attention_bias", writer="attention_bias", inner_norms=HEAD_NORMS),
     divides=False,
     carriers=(),
 )
