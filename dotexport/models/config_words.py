@@ -114,8 +114,8 @@ def check_class(config: Mapping[str, Any]) -> None:
     lacking = [key for key in GROWING if rope.get(key) is None]
     if config.get("model_type") == "ministral3" and lacking:
         raise CheckpointError(
-            f"config.json gives rope_parameters without {' and '.join(lacking)}, by which Ministral "
-            "3 scales its queries; take the config.json that belongs to these weights"
+            f"config.json gives rope_parameters without {' and '.join(lacking)}, by which "
+            "Ministral 3 scales its queries; take the config.json that belongs to these weights"
         )
 
 
