@@ -11,6 +11,19 @@ from numpy.typing import NDArray
 from dotexport.models.rope import rope_type as type_of
 from dotexport.models.rope import stock_config
 
+# Classes with windows, and how far back those see where config.json does not say.
+WINDOWS = {
+    "gemma2": 4096,
+    "gemma3_text": 4096,
+    "ministral": 4096,
+    "ministral3": None,
+    "mistral": 4096,
+    "phi3": None,
+    "qwen2": None,
+    "qwen3": None,
+    "smollm3": None,
+}
+
 
 def head_dim(config: Any) -> int:
     """Features of one head."""
@@ -29,11 +42,9 @@ def rope_type(config: Any) -> str:
 def window_of(config: Any) -> int | None:
     """How far back a layer attends, where a class has a window at all."""
     kind = config.get("model_type")
-    if kind in ("qwen2", "qwen3") and not config.get("use_sliding_window"):
+    if kind in ("qwen2", "qwen3", "smollm3") and not config.get("use_sliding_window"):
         return None
-    default = 4096 if kind in ("mistral", "gemma2", "gemma3_text") else None
-    in_layers = kind in ("mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text")
-    window: int | None = config.get("sliding_window", default) if in_layers else None
+    window: int | None = config.get("sliding_window", WINDOWS[kind]) if kind in WINDOWS else None
     return window
 
 

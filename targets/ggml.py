@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from dotexport.errors import CheckpointError
 from dotexport.models.ggml.ggml_model import INTERLEAVED, interleaved
 from dotexport.models.ggml.ggml_rope import FACTORS, yarn_attention
+from dotexport.models.rope import stock_config
 
 from . import ggml_blocks, kquants
 from .configs import frequencies, head_dim, rope_type, rope_words, window_of
@@ -44,7 +45,11 @@ ARCHITECTURES = {
     "GraniteForCausalLM": gguf.MODEL_ARCH.GRANITE,
     "Qwen2ForCausalLM": gguf.MODEL_ARCH.QWEN2,
     "Qwen3ForCausalLM": gguf.MODEL_ARCH.QWEN3,
+    "SmolLM3ForCausalLM": gguf.MODEL_ARCH.SMOLLM3,
+    "Ernie4_5ForCausalLM": gguf.MODEL_ARCH.ERNIE4_5,
 }
+WITHOUT_BIASES = {gguf.MODEL_ARCH.QWEN3, gguf.MODEL_ARCH.SMOLLM3, gguf.MODEL_ARCH.ERNIE4_5}
+NOT_ROTATED = 4  # every so many layers of SmolLM3, whatever a file says
 # Those that read a file of rope factors, which is how llama.cpp carries Llama 3's frequencies.
 WITH_FACTORS = {gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.GRANITE}
 ROPES = {"default", "linear", "yarn", "llama3"}
@@ -240,8 +245,15 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
             f"sliding_window {window} is not known to llama.cpp in this architecture, which "
             f"attends to all; lower max_position_embeddings from {context} to {window}"
         )
-    if config.get("attention_bias") and arch == gguf.MODEL_ARCH.QWEN3:
-        yield "attention_bias has no place in llama.cpp's qwen3; export with another target"
+    for flag in ("attention_bias", "mlp_bias", "use_bias"):
+        if config.get(flag) and arch in WITHOUT_BIASES:
+            name = gguf.MODEL_ARCH_NAMES[arch]
+            yield f"{flag} has no place in llama.cpp's {name}; export with another target"
+    if arch == gguf.MODEL_ARCH.SMOLLM3 and not unrotated_every(config, NOT_ROTATED):
+        yield (
+            f"no_rope_layers {config.get('no_rope_layers')} are not every {NOT_ROTATED}th, which "
+            "is what llama.cpp's smollm3 leaves unrotated; keep the original's layers"
+        )
     if config.get("hidden_act", "silu") != "silu":
         yield (
             f"hidden_act {config['hidden_act']!r} is not what llama.cpp computes for this "
@@ -259,6 +271,14 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
             "the weights are stored quantised (quantization_config); export the model they were "
             "made from"
         )
+
+
+def unrotated_every(config: Mapping[str, Any], step: int) -> bool:
+    """Whether the layers of SmolLM3 without a rotation are every so many, the first among them at
+    that place."""
+    stock = stock_config(config)
+    rotated = stock.no_rope_layers[: stock.num_hidden_layers]
+    return all(bool(one) == ((n + 1) % step != 0) for n, one in enumerate(rotated))
 
 
 def _rope_problems(config: Mapping[str, Any], arch: Any) -> Iterator[str]:

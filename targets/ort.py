@@ -268,6 +268,11 @@ def _config_problems(config: Any) -> list[str]:
             f"architecture {architecture} is unknown to the installed model builder; "
             "export it with another target"
         )
+    if architecture == "SmolLM3ForCausalLM":
+        problems.append(
+            "layers that do not rotate are not written by the model builder; export it with "
+            "another target"
+        )
     heads = config.get("num_attention_heads") or 0
     kv_heads = config.get("num_key_value_heads") or heads
     if heads % max(kv_heads, 1):

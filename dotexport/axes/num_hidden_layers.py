@@ -22,6 +22,8 @@ DEEPER = 0.7
 SEARCHED = (6, 12)
 """Numbers of layers of each grid, at most."""
 
+KINDS = ("layer_types", "no_rope_layers")
+
 
 class NumHiddenLayers(Axis):
     """Depth."""
@@ -84,6 +86,8 @@ class NumHiddenLayers(Axis):
 def _by_layer(config: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Lists of config.json, and kinds of layers that the class derives from a layer's number."""
     lists = {key: value for key, value in config.items() if isinstance(value, list)}
-    kinds = list(getattr(stock_config(config), "layer_types", None) or ())
-    # Layers that are all of one kind say so without a list.
-    return {"layer_types": kinds, **lists} if len(set(kinds)) > 1 else lists
+    stock = stock_config(config)
+    kinds = {key: list(getattr(stock, key, None) or ()) for key in KINDS}
+    # Layers that are all of one kind say so without a list; some lists have entries to spare.
+    mixed = {key: all_[: stock.num_hidden_layers] for key, all_ in kinds.items()}
+    return lists | {key: one for key, one in mixed.items() if len(set(one)) > 1}

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from dotexport.errors import CheckpointError
+from dotexport.errors import CheckpointError, UnsupportedModelError
 from dotexport.models.families import SUPPORTED
 from dotexport.models.family import Family
 from dotexport.models.rope import in_all_words, stock_config
@@ -33,6 +33,7 @@ KERNELS = (
 OBEYED = (
     "attention_bias",
     "attention_multiplier",
+    "attention_out_bias",
     "attn_logit_softcapping",
     "embedding_multiplier",
     "final_logit_softcapping",
@@ -40,9 +41,12 @@ OBEYED = (
     "logits_scaling",
     "max_window_layers",
     "mlp_bias",
+    "no_rope_layer_interval",
+    "no_rope_layers",
     "query_pre_attn_scalar",
     "residual_multiplier",
     "sliding_window",
+    "use_bias",
     "use_sliding_window",
 )
 # What more than one reader has a default for; those of the classes differ.
@@ -55,6 +59,8 @@ TAKEN_FOR_GRANTED = (
     "rms_norm_eps",
     "tie_word_embeddings",
 )
+# By which queries grow with their position, of Ministral 3.
+GROWING = ("llama_4_scaling_beta", "original_max_position_embeddings")
 
 
 def settled(config: Mapping[str, Any], *, of: object) -> dict[str, Any]:
@@ -67,15 +73,20 @@ def settled(config: Mapping[str, Any], *, of: object) -> dict[str, Any]:
 
     Raises:
         CheckpointError: words that contradict each other.
+        UnsupportedModelError: the class is younger than this transformers.
     """
     family = _family(config)
     if family is None:
         return dict(config)
+    check_release(family)
     dropped = dict(_dropped(config, family))
     for key, why in dropped.items():
         if config[key] is not None:
             say_once(f"{of}: {key} in config.json is left out, {why}")
-    words = in_all_words({key: value for key, value in config.items() if key not in dropped})
+    kept = {key: value for key, value in config.items() if key not in dropped}
+    if family.rope_theta is not None:
+        kept = {"rope_theta": family.rope_theta} | kept
+    words = in_all_words(kept)
     return words | _granted(words)
 
 
@@ -98,6 +109,13 @@ def check_class(config: Mapping[str, Any]) -> None:
         raise CheckpointError(
             "config.json gives layers that attend to a window (layer_types, or by default of the "
             "class) and no sliding_window that is in use; correct one of the two"
+        )
+    rope = getattr(stock, "rope_parameters", None) or {}
+    lacking = [key for key in GROWING if rope.get(key) is None]
+    if config.get("model_type") == "ministral3" and lacking:
+        raise CheckpointError(
+            f"config.json gives rope_parameters without {' and '.join(lacking)}, by which "
+            "Ministral 3 scales its queries; take the config.json that belongs to these weights"
         )
 
 
@@ -122,6 +140,18 @@ def _dropped(config: Mapping[str, Any], family: Family) -> Iterator[tuple[str, s
     for key in OBEYED:
         if key in config and key not in _known(family.model_type) | refused:
             yield key, f"as {family.architecture} of transformers ignores it"
+
+
+@cache
+def check_release(family: Family) -> None:
+    """Refuse a class that is younger than this transformers."""
+    try:
+        stock_config({"model_type": family.model_type})
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModelError(
+            f"{family.architecture} is unknown to this release of transformers; "
+            "pip install 'transformers>=5'"
+        ) from error
 
 
 @cache

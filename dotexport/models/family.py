@@ -99,6 +99,8 @@ class Family:
         num_key_value_heads: where config.json does not say; None: as many as heads.
         tied_by_default: what tie_word_embeddings is where config.json does not say.
         unit_offset: whether its norms multiply by 1 + weight.
+        rope_theta: base of its rotary embedding, where config.json does not say and readers that
+            do not know the class take another.
         scaled_embedding: whether rows of the embedding are multiplied by sqrt(hidden_size).
         refused: flags of config.json that make another model of it, and what they do.
     """
@@ -118,6 +120,7 @@ class Family:
     num_key_value_heads: int | None = None
     tied_by_default: bool = False
     unit_offset: bool = False
+    rope_theta: float | None = None
     scaled_embedding: bool = False
     refused: tuple[tuple[str, str], ...] = ()
 

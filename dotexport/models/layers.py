@@ -214,11 +214,17 @@ class Layer:
             return neurons_BLI.float()
         mask = self.stock.mask(self.number, normed_BLD.shape[1])
         positions = self.stock.positions(normed_BLD, self.number)
+        asked = {}
+        if "position_ids" in inspect.signature(module.forward).parameters:
+            asked["position_ids"] = torch.arange(normed_BLD.shape[1], device=normed_BLD.device)[
+                None
+            ]
         with self._passing(normed_BLD):
             heads_BLI: Tensor = module(
                 hidden_states=normed_BLD,
                 position_embeddings=positions,
                 attention_mask=None if mask is None else mask.to(normed_BLD.device),
+                **asked,
             )[0]
         return heads_BLI.float()
 

@@ -24,8 +24,11 @@ from dotexport.healing import distil_head
 from dotexport.healing.distil_loss import read
 from dotexport.healing.heal_options import HealOptions
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter, read_config
+from dotexport.models.config_words import check_release
 from dotexport.models.families import SUPPORTED, find_family
+from dotexport.models.families.ministral import MINISTRAL3
 from dotexport.models.loading import capped_attention
+from dotexport.models.rope import stock_config
 from dotexport.models.shapes import num_parameters, read_sizes
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import token_windows
@@ -137,9 +140,40 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
         SQUARE | {"model_type": "olmo2", "attention_bias": True, "tie_word_embeddings": True},
         "Olmo2ForCausalLM",
     ),
+    "smollm3": (
+        {
+            "model_type": "smollm3",
+            "no_rope_layers": [1, 0, 1, 1],  # one more than layers
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+        },
+        "SmolLM3ForCausalLM",
+    ),
+    "ministral": (
+        {
+            "model_type": "ministral",
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        "MinistralForCausalLM",
+    ),
+    "ministral3": (
+        {"model_type": "ministral3", "rope_parameters": YARN | {"llama_4_scaling_beta": 0.5}},
+        "Ministral3ForCausalLM",
+    ),
+    "seed-oss": (
+        {"model_type": "seed_oss", "attention_bias": True, "rope_parameters": LLAMA3},
+        "LlamaForCausalLM",
+    ),
+    "ernie": ({"model_type": "ernie4_5", "use_bias": True}, "Ernie4_5ForCausalLM"),
+    "hunyuan": (
+        {"model_type": "hunyuan_v1_dense", "tie_word_embeddings": True},
+        "HunYuanDenseV1ForCausalLM",
+    ),
 }
-if transformers.__version__.startswith("4."):  # its class takes no YaRN there
-    MODELS["olmo2"] = ({"model_type": "olmo2"}, "Olmo2ForCausalLM")
+if transformers.__version__.startswith("4."):
+    MODELS["olmo2"] = ({"model_type": "olmo2"}, "Olmo2ForCausalLM")  # its class takes no YaRN there
+    del MODELS["ministral3"]  # of release 5
 TOKENS_BL = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(1))
 
 Tiny = Callable[[str], Path]
@@ -344,6 +378,35 @@ def test_what_has_no_table_is_refused_with_the_list_of_what_has() -> None:
         find_family(config)
     assert all(architecture in str(caught.value) for architecture in SUPPORTED)
     assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "class_"),
+    [
+        ("mixtral", "MixtralForCausalLM"),
+        ("qwen3_moe", "Qwen3MoeForCausalLM"),
+        ("gpt_oss", "GptOssForCausalLM"),
+        ("olmoe", "OlmoeForCausalLM"),
+        ("granitemoehybrid", "GraniteMoeHybridForCausalLM"),
+        ("lfm2", "Lfm2ForCausalLM"),
+        ("qwen3_next", "Qwen3NextForCausalLM"),
+        ("olmo3", "Olmo3ForCausalLM"),
+    ],
+)
+def test_models_of_other_layers_are_named_before_anything_is_read(kind: str, class_: str) -> None:
+    config = stock_config({"model_type": kind}).to_dict() | {"architectures": [class_]}
+    said = rf"{class_} is not supported \(model_type {kind}\)"
+    with pytest.raises(UnsupportedModelError, match=said) as caught:
+        find_family(config)
+    dense = kind in ("lfm2", "olmo3")
+    assert ("mixture of experts" in str(caught.value)) == (not dense)
+    assert caught.value.exit_code == 5
+
+
+def test_a_class_that_this_transformers_lacks_is_refused_with_the_release_to_take() -> None:
+    younger = replace(MINISTRAL3, model_type="of_tomorrow")
+    with pytest.raises(UnsupportedModelError, match="Ministral3ForCausalLM is unknown to this"):
+        check_release(younger)
 
 
 def test_a_model_of_more_than_text_is_told_how_its_text_part_can_be_narrowed() -> None:

@@ -68,6 +68,17 @@ MODELS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         ALL,
         ["onnx", "openvino", "executorch", "mlx"],
     ),
+    "smollm3": (
+        {"model_type": "smollm3", "no_rope_layers": [1, 0]},
+        ["onnx", "ort-cpu", "gguf", "mlx"],
+        ["onnx"],
+    ),
+    "ministral3": (
+        {"model_type": "ministral3", "rope_parameters": YARN | {"llama_4_scaling_beta": 0.5}},
+        ["onnx", "ort-cpu", "gguf", "mlx"],
+        ["onnx"],
+    ),
+    "ernie": ({"model_type": "ernie4_5"}, ["ort-cpu", "gguf", "mlx"], ["ort-cpu", "gguf"]),
     "olmo2": ({"model_type": "olmo2"}, ALL, ["onnx", "openvino", "executorch", "mlx"]),
 }
 

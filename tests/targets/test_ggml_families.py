@@ -61,6 +61,8 @@ MODELS: dict[str, tuple[dict[str, Any], bool]] = {
     "qwen2": ({"model_type": "qwen2", **SQUARE}, True),
     "qwen3": ({"model_type": "qwen3", "tie_word_embeddings": True, **ODD}, False),
     "qwen3-yarn": ({"model_type": "qwen3", "rope_parameters": YARN}, False),
+    "smollm3": ({"model_type": "smollm3", "num_hidden_layers": 4, **SQUARE}, False),
+    "ernie": ({"model_type": "ernie4_5", "tie_word_embeddings": True}, False),
 }
 
 
@@ -126,6 +128,11 @@ def test_sizes_are_in_the_words_of_the_architecture(of: Any) -> None:
     ("changes", "word"),
     [
         ({"model_type": "qwen3", "attention_bias": True}, "attention_bias"),
+        ({"model_type": "ernie4_5", "use_bias": True}, "use_bias"),
+        (
+            {"model_type": "smollm3", "num_hidden_layers": 2, "no_rope_layers": [1, 0]},
+            "not every 4th",
+        ),
         ({"model_type": "qwen3", "rope_parameters": LLAMA3}, "left out by llama.cpp's qwen3"),
         ({"model_type": "mistral", "sliding_window": 16}, "attends to all"),
         ({"model_type": "llama", "rope_parameters": YARN | {"beta_fast": 16}}, "beta_fast"),
@@ -142,6 +149,8 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(
         "mistral": "MistralForCausalLM",
         "llama": "LlamaForCausalLM",
         "phi3": "Phi3ForCausalLM",
+        "smollm3": "SmolLM3ForCausalLM",
+        "ernie4_5": "Ernie4_5ForCausalLM",
     }
     config = {
         "architectures": [architectures[changes["model_type"]]],

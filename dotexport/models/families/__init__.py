@@ -6,21 +6,45 @@ from collections.abc import Mapping
 from typing import Any
 
 from dotexport.errors import CheckpointError, UnsupportedModelError
+from dotexport.models.families.ernie4_5 import ERNIE4_5
 from dotexport.models.families.gemma2 import GEMMA2
 from dotexport.models.families.gemma3 import GEMMA3
 from dotexport.models.families.granite import GRANITE
+from dotexport.models.families.hunyuan import HUNYUAN
 from dotexport.models.families.llama import LLAMA
+from dotexport.models.families.ministral import MINISTRAL, MINISTRAL3
 from dotexport.models.families.mistral import MISTRAL
 from dotexport.models.families.olmo2 import OLMO2
 from dotexport.models.families.phi3 import PHI3
 from dotexport.models.families.qwen2 import QWEN2
 from dotexport.models.families.qwen3 import QWEN3
+from dotexport.models.families.seed_oss import SEED_OSS
+from dotexport.models.families.smollm3 import SMOLLM3
 from dotexport.models.family import Family
 from dotexport.models.shapes import Sizes
 
-TABLES = (LLAMA, MISTRAL, GRANITE, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, OLMO2)
+TABLES = (
+    LLAMA,
+    MISTRAL,
+    MINISTRAL,
+    MINISTRAL3,
+    SMOLLM3,
+    GRANITE,
+    QWEN2,
+    QWEN3,
+    PHI3,
+    GEMMA2,
+    GEMMA3,
+    OLMO2,
+    SEED_OSS,
+    ERNIE4_5,
+    HUNYUAN,
+)
 SUPPORTED: dict[str, Family] = {family.architecture: family for family in TABLES}
 """Architecture -> family table."""
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Keys of config.json that say how many experts there are; some classes have one of theirs."""
 
 
 def find_family(config: Mapping[str, Any]) -> Family:
@@ -44,15 +68,21 @@ def find_family(config: Mapping[str, Any]) -> Family:
                 )
             _check_flags(family, config)
             return family
-    what = ", ".join(named) or f"model_type {config.get('model_type')}"
+    what = ", ".join(named) or "what names no architecture"
     hint = "docs/adding-a-family.md shows how to add a table"
-    if "text_config" in config:
+    if any(config.get(key) for key in EXPERTS):
+        hint = (
+            "it is a mixture of experts, for which there is no table; take the dense model of its "
+            "series"
+        )
+    elif "text_config" in config:
         hint = (
             "it holds more than a language model: save its language model alone, under its class "
             "for causal language modelling, and narrow that"
         )
     raise UnsupportedModelError(
-        f"{what} is not supported; dotexport narrows {', '.join(sorted(known))}. {hint}"
+        f"{what} is not supported (model_type {config.get('model_type')}); dotexport narrows "
+        f"{', '.join(sorted(known))}. {hint}"
     )
 
 

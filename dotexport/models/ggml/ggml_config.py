@@ -11,12 +11,14 @@ from typing import Any
 
 from dotexport.errors import CheckpointError, UnsupportedModelError
 from dotexport.models.families import find_carrier
+from dotexport.models.families.ernie4_5 import ERNIE4_5
 from dotexport.models.families.gemma2 import GEMMA2
 from dotexport.models.families.gemma3 import GEMMA3
 from dotexport.models.families.granite import GRANITE
 from dotexport.models.families.llama import LLAMA
 from dotexport.models.families.qwen2 import QWEN2
 from dotexport.models.families.qwen3 import QWEN3
+from dotexport.models.families.smollm3 import SMOLLM3
 from dotexport.models.family import ALWAYS, Family
 from dotexport.models.ggml.ggml_file import GgufFile
 from dotexport.models.ggml.ggml_rope import read_rope
@@ -30,6 +32,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3": QWEN3,
     "gemma2": GEMMA2,
     "gemma3": GEMMA3,
+    "smollm3": SMOLLM3,
+    "ernie4_5": ERNIE4_5,
 }
 # Keys below the architecture -> keys of config.json.
 SIZES = {

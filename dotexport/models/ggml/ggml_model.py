@@ -17,7 +17,7 @@ from dotexport.models.ggml.ggml_file import EXACT, GgufFile, sound
 from dotexport.models.ggml.ggml_rope import FACTORS
 from dotexport.models.shapes import read_sizes, shapes
 
-INTERLEAVED = {"llama", "granite"}  # they turn neighbours of a head by one angle
+INTERLEAVED = {"llama", "granite", "smollm3"}  # they turn neighbours of a head by one angle
 HARMLESS = (".attn_rot_embd", ".rotary_emb.inv_freq")  # what every reader computes
 
 
