@@ -87,6 +87,7 @@ def settled(config: Mapping[str, Any], *, of: object) -> dict[str, Any]:
     if family.rope_theta is not None:
         kept = {"rope_theta": family.rope_theta} | kept
     words = in_all_words(kept)
+    _check_growth(words)
     return words | _granted(words)
 
 
@@ -110,9 +111,13 @@ def check_class(config: Mapping[str, Any]) -> None:
             "config.json gives layers that attend to a window (layer_types, or by default of the "
             "class) and no sliding_window that is in use; correct one of the two"
         )
-    rope = getattr(stock, "rope_parameters", None) or {}
+
+
+def _check_growth(config: Mapping[str, Any]) -> None:
+    """Ministral 3 fails on a text where its rotary parameters lack what its queries grow by."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     lacking = [key for key in GROWING if rope.get(key) is None]
-    if config.get("model_type") == "ministral3" and lacking:
+    if config.get("model_type") == "ministral3" and rope and lacking:
         raise CheckpointError(
             f"config.json gives rope_parameters without {' and '.join(lacking)}, by which "
             "Ministral 3 scales its queries; take the config.json that belongs to these weights"

@@ -343,6 +343,13 @@ def test_words_that_make_another_kind_of_model_are_refused(
         read_model(read_config(folder))
 
 
+@pytest.mark.skipif(not NEW, reason="4.57 does not know the class")
+def test_a_ministral_3_without_what_its_queries_grow_by_is_refused(tmp_path: Path) -> None:
+    folder = made(tmp_path, "ministral3", rope_parameters=YARN)
+    with pytest.raises(CheckpointError, match="rope_parameters without llama_4_scaling_beta, by"):
+        open_source(folder)
+
+
 @pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "qwen3"])
 def test_layers_with_a_window_that_has_no_width_are_refused(tmp_path: Path, kind: str) -> None:
     folder = made(tmp_path, kind)
