@@ -55,6 +55,13 @@ class Encoder:
         return self.base.get_submodule(self.kind.stack)  # type: ignore[return-value]
 
 
+def layers_of(model: nn.Module, kind: Kind) -> nn.ModuleList:
+    """The stack of a stock model of this kind."""
+    base: Any = model.base_model
+    layers: nn.ModuleList = base.get_submodule(kind.stack)
+    return layers
+
+
 def open_encoder(folder: Path) -> Encoder:
     """An encoder with its weights.
 

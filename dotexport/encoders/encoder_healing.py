@@ -47,7 +47,7 @@ def heal(
             wanted = encoder.base(**batch.inputs).last_hidden_state
         loss = _loss(base(**batch.inputs).last_hidden_state, wanted, batch, pooling)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()
         schedule.step()

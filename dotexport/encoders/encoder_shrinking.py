@@ -17,6 +17,7 @@ from dotexport.encoders.encoder_folder import (
     artifact,
     check_apart,
     describe_source,
+    layers_of,
     open_encoder,
     save_encoder,
 )
@@ -165,7 +166,7 @@ def _cosine(encoder: Encoder, model: nn.Module, judges: list[Batch], pooling: st
 
 def _sizes(encoder: Encoder, model: nn.Module, sizes: Sizes) -> dict[str, list[int]]:
     kind, before = encoder.kind, before_of(encoder)
-    layers: nn.Module = model.base_model.get_submodule(kind.stack)  # type: ignore[operator]
+    layers = layers_of(model, kind)
     return {
         "parameters": [num_parameters(encoder.model), num_parameters(model)],
         "parameters_of_layers": [num_parameters(encoder.layers), num_parameters(layers)],

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dotexport.encoders.encoder_folder import Encoder
+from dotexport.encoders.encoder_folder import Encoder, layers_of
 from dotexport.encoders.sentences import Batch
 from dotexport.merging.neurons import MERGE_LEVELS, Merge, barycentres, choose, importance
 from dotexport.merging.ot.cost import same_sign_distance
@@ -74,7 +74,7 @@ def walk(
         kept_layers: ascending, the first layer among them.
     """
     model = cut(encoder, kept_layers)
-    layers = model.base_model.get_submodule(encoder.kind.stack)  # type: ignore[operator]
+    layers = layers_of(model, encoder.kind)
     theirs = list(_starts(encoder.base, encoder.layers[0], some))
     ours = [replace(stream) for stream in theirs]
     ends = [*kept_layers[1:], len(encoder.layers)]
@@ -98,7 +98,8 @@ def cut(encoder: Encoder, kept_layers: Sequence[int]) -> nn.Module:
     """A copy with these layers alone."""
     model = copy.deepcopy(encoder.model)
     owner, _, name = encoder.kind.stack.rpartition(".")
-    stack = model.base_model.get_submodule(owner)  # type: ignore[operator]
+    base: Any = model.base_model
+    stack = base.get_submodule(owner)
     setattr(stack, name, nn.ModuleList([getattr(stack, name)[n] for n in kept_layers]))
     setattr(model.config, encoder.kind.depth, len(kept_layers))
     return model

@@ -76,7 +76,7 @@ def batches(encoder: Encoder, sentences: Sequence[str], options: SentenceOptions
     most = min(options.seqlen, _context(encoder))
     size = min(options.batch, max(1, len(sentences) // HELD_OUT))
     takes = inspect.signature(encoder.base.forward).parameters
-    made = []
+    made: list[Batch] = []
     for start in range(0, len(sentences), size):
         some = list(sentences[start : start + size])
         inputs = tokenizer(
