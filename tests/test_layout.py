@@ -25,7 +25,7 @@ DOOR = ROOT / CORE / "app/door.py"
 # Rooms of the core, by stage: each imports from itself and from those before it alone.
 ROOMS = (
     *("storage", "embedded", "models", "vocabulary", "merging", "axes", "narrowing", "exports"),
-    *("generation", "tasks", "healing", "sizes", "outputs", "diffusion", "app"),
+    *("generation", "tasks", "healing", "sizes", "outputs", "diffusion", "encoders", "app"),
 )
 LEAVES = {"errors", "options", "version"}
 # What stands before the rooms: the package itself, and names that other packages import.

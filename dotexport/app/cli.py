@@ -22,24 +22,39 @@ from dotexport.app.endings import ended
 from dotexport.app.flags import with_options
 from dotexport.app.hearing import listen
 from dotexport.app.terminal import stderr
+from dotexport.encoders.kinds import holds_encoder
+from dotexport.errors import CheckpointError, UsageError
 from dotexport.version import __version__
 
 
 class Verbs(TyperGroup):
     """Ends an interrupted verb with a word and exit code 130, whatever the release of typer.
 
-    A verb that is given a diffusers pipeline is the one of app/commands/pipelines.py instead.
+    A verb that is given a diffusers pipeline is the one of app/commands/pipelines.py instead, and
+    one that is given a text encoder the one of app/commands/encoders.py.
     """
 
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
         # What an output holds so far says nothing of the model that is to replace it.
-        given = (arg for before, arg in pairwise(args) if before not in ("-o", "--out"))
+        given = [arg for before, arg in pairwise(args) if before not in ("-o", "--out")]
         if any(map(_holds_pipeline, given)):
             from dotexport.app.commands.pipelines import app as pipelines
 
             known = typer.main.get_command(pipelines)
             if args[0] in getattr(known, "commands", {}):
                 return known.resolve_command(ctx, args)  # type: ignore[attr-defined]
+        if encoder := next(filter(_holds_encoder, given), None):
+            from dotexport.app.commands.encoders import app as encoders
+
+            known = typer.main.get_command(encoders)
+            can = getattr(known, "commands", {})
+            if args[0] in can:
+                return known.resolve_command(ctx, args)  # type: ignore[attr-defined]
+            if args[0] in VERBS:
+                raise UsageError(
+                    f"{encoder} is a text encoder, which {args[0]} does not take; expected a "
+                    f"decoder LLM. Of encoders there are {', '.join(can)}"
+                )
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
@@ -56,6 +71,13 @@ def _holds_pipeline(argument: str) -> bool:
     try:
         return any((at / "model_index.json").is_file() for at in (folder, folder / "pipeline"))
     except OSError:  # no name of a folder at all
+        return False
+
+
+def _holds_encoder(argument: str) -> bool:
+    try:
+        return Path(argument).is_dir() and holds_encoder(Path(argument))
+    except (OSError, CheckpointError):
         return False
 
 

@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +22,7 @@ from dotexport.diffusion.moments import Moments
 from dotexport.diffusion.sampling import replaced
 from dotexport.diffusion.tables import Site, linear
 from dotexport.merging.neurons import MERGE_LEVELS, barycentres
-from dotexport.merging.ot.cost import Array, Cost, Indices, cosine
+from dotexport.merging.ot.cost import same_sign_distance
 from dotexport.merging.ot.coupling import couple
 from dotexport.merging.transport_options import TransportOptions
 
@@ -116,12 +115,6 @@ def _trials(
     return [
         Trial(level, rows, Moments.zeros(*shape), Moments.zeros(*shape)) for level, rows in made
     ]
-
-
-def same_sign_distance(gram_NN: Array, kept_K: Indices) -> Cost:
-    """Distance of unit activation vectors, `|| a_i/|a_i| - a_j/|a_j| ||`, over its maximum."""
-    distance_NK = np.sqrt(np.maximum(2.0 - 2.0 * cosine(gram_NN, kept_K), 0.0))
-    return Cost(distance_NK / max(distance_NK.max(initial=0.0), 1e-300), np.ones_like(distance_NK))
 
 
 def _rows(model: nn.Module, site: Site, share_KN: Tensor) -> Rows:

@@ -70,8 +70,11 @@ def read(out: Path) -> dict[str, Any]:
     from dotexport.storage.schema import validated
 
     content = read_json(file, advice=ADVICE, finite=True)
-    pipeline = content.get("kind") == "diffusion"
-    kind = kinds.PipelineManifest if pipeline else kinds.DecoderManifest
+    others: dict[str, type[kinds.Manifest]] = {
+        "diffusion": kinds.PipelineManifest,
+        "encoder": kinds.EncoderManifest,
+    }
+    kind = others.get(str(content.get("kind")), kinds.DecoderManifest)
     validated(kind, content, str(file), error=CheckpointError, advice=ADVICE)
     return content
 

@@ -435,3 +435,20 @@ class PipelineManifest(Manifest):
     quality: dict[str, Any] | None = None
     bench: dict[str, dict[str, Any]] = {}
     bench_bytes: dict[str, list[int]] = {}
+
+
+# Of encoders -------------------------------------------------------------------------------------
+
+
+class EncoderManifest(Manifest):
+    """Output of shrink for a text encoder."""
+
+    with_shrink = ("source", "sizes", "calibration", "held_out")
+
+    kind: Literal["encoder"]
+    shrink: dict[str, Any] | None = None
+    sizes: dict[str, Annotated[list[int], Field(min_length=2, max_length=2)]] = {}
+    kept_layers: list[NonNegativeInt] = []
+    calibration: dict[str, Any] | None = None
+    held_out: dict[str, Number] | None = None
+    quality: dict[str, Any] | None = None

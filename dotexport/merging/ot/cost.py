@@ -52,3 +52,9 @@ def activation_distance(gram_NN: Array, kept_K: Indices) -> Cost:
     distance_NK = np.sqrt(np.maximum(2.0 - 2.0 * sign_NK * cosine_NK, 0.0))
     largest = distance_NK.max(initial=0.0)
     return Cost(distance_NK / largest if largest > 0 else distance_NK, sign_NK)
+
+
+def same_sign_distance(gram_NN: Array, kept_K: Indices) -> Cost:
+    """Distance of unit activation vectors, `|| a_i/|a_i| - a_j/|a_j| ||`, over its maximum."""
+    distance_NK = np.sqrt(np.maximum(2.0 - 2.0 * cosine(gram_NN, kept_K), 0.0))
+    return Cost(distance_NK / max(distance_NK.max(initial=0.0), 1e-300), np.ones_like(distance_NK))

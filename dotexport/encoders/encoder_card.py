@@ -1,0 +1,61 @@
+"""The model card of a narrowed encoder, written anew whenever a verb adds to the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dotexport.outputs.markdown import front_matter, plain
+from dotexport.storage import manifest
+from dotexport.storage.files import write_text
+
+Row = tuple[str, str, str, str]
+
+
+def write(out: Path) -> None:
+    """Render OUT/README.md."""
+    write_text(out / "README.md", "\n".join(_lines(manifest.read(out))) + "\n")
+
+
+def rows(record: Mapping[str, Any]) -> Iterator[Row]:
+    """Label, original, narrowed, change: for the card and for the terminal."""
+    for word, (before, after) in record.get("sizes", {}).items():
+        yield word.replace("_", " "), f"{before:,}", f"{after:,}", f"{after / before:.3f}x"
+    held = record.get("held_out", {})
+    if held:
+        yield "cosine of embeddings, held-out calibration text", "1", f"{held['cosine']:.4f}", ""
+    for word, value in record.get("quality", {}).items():
+        if isinstance(value, float):
+            yield word.replace("_", " "), "", f"{value:.4f}", ""
+
+
+def _lines(record: Mapping[str, Any]) -> Iterator[str]:
+    source, options = record["source"], record["shrink"]
+    yield front_matter(
+        library_name="transformers",
+        base_model=source["model"],
+        license=source["licence"],
+        tags=["dotexport", "pruned"],
+    )
+    yield ""
+    yield f"# {plain(source['model'])}, narrowed by dotexport"
+    yield ""
+    yield "`hf/` is of the same stock class and loads as the original does."
+    yield ""
+    yield "| | original | narrowed | change |"
+    yield "|---|---:|---:|---|"
+    for row in rows(record):
+        yield f"| {' | '.join(map(plain, row))} |"
+    yield ""
+    yield "## How it was made"
+    yield ""
+    yield (
+        f"method `{options['method']}`, {record['calibration']['sentences']:,} sentences of "
+        f"calibration text, {options['heal']} steps of distillation, seed {options['seed']}; "
+        f"dotexport {record['dotexport']}. `dotexport.json` has every figure."
+    )
+    yield ""
+    yield "## Licence"
+    yield ""
+    yield f"That of the original{': ' + plain(source['licence']) if source['licence'] else ''}."

@@ -1,0 +1,163 @@
+"""Folders of encoders: opened with the stock class, and written with everything else as it was."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dotexport.encoders.kinds import STOCK, Kind, class_of, kind_of, transformer_of
+from dotexport.errors import CheckpointError, UsageError
+from dotexport.models.checkpoint import all_finite
+from dotexport.models.origin import licence, model_name
+from dotexport.models.weight_files import tensor_files
+from dotexport.storage import manifest
+from dotexport.storage.files import write_json
+from dotexport.storage.reading import read_json
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ot", "*.onnx")
+LEFT = (*WEIGHTS, "model.safetensors.index.json", "README.md", ".*", "onnx", "openvino")
+"""What is not carried over: weights in any form, the card of the original, hidden files."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A stock model in evaluation, float32.
+
+    Attributes:
+        root: the folder; of sentence-transformers the one with modules.json.
+        home: where config.json lies, `root` or below it.
+        config: config.json as it is written.
+        dtype: what most of its weights are stored in.
+        names: tensors that the file holds.
+    """
+
+    root: Path
+    home: Path
+    config: Mapping[str, Any]
+    kind: Kind
+    model: nn.Module
+    dtype: torch.dtype
+    names: frozenset[str]
+
+    @property
+    def base(self) -> nn.Module:
+        base: nn.Module = self.model.base_model  # type: ignore[assignment]
+        return base
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.base.get_submodule(self.kind.stack)  # type: ignore[return-value]
+
+
+def layers_of(model: nn.Module, kind: Kind) -> nn.ModuleList:
+    """The stack of a stock model of this kind."""
+    base: Any = model.base_model
+    layers: nn.ModuleList = base.get_submodule(kind.stack)
+    return layers
+
+
+def open_encoder(folder: Path) -> Encoder:
+    """An encoder with its weights.
+
+    Raises:
+        CheckpointError: weights that are missing, damaged or of another class.
+        UnsupportedModelError: a class that is not known here.
+    """
+    import transformers
+
+    root = folder / STOCK if (folder / STOCK).is_dir() else folder
+    home = transformer_of(folder)
+    config = read_json(home / "config.json", advice="take a fresh copy", finite=True)
+    kind, name = kind_of(config), class_of(config)
+    tensor_files(home)  # says what is wrong with the weight files
+    try:
+        model, found = getattr(transformers, name).from_pretrained(
+            home, dtype="auto", output_loading_info=True, attn_implementation="eager"
+        )
+    except (ValueError, TypeError, RuntimeError, LookupError) as error:
+        first = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{home} does not load as {name} ({first}); take the config.json that belongs to "
+            "these weights"
+        ) from error
+    missing = {key for key in found["missing_keys"] if "pooler." not in key}
+    if missing or found["mismatched_keys"]:
+        first = sorted(map(str, missing or found["mismatched_keys"]))[0]
+        raise CheckpointError(
+            f"{home} has no fitting tensor for {first} of {name}; is the download complete?"
+        )
+    dtype = model.dtype
+    model = model.float().eval()
+    state = model.state_dict()
+    for key, value in state.items():
+        if value.is_floating_point() and not all_finite(value):
+            raise CheckpointError(
+                f"{key} in {home} holds NaN or infinite values; take another copy"
+            )
+    names = frozenset(state) - set(found["missing_keys"])
+    return Encoder(root, home, config, kind, model, dtype, names)
+
+
+def save_encoder(encoder: Encoder, model: nn.Module, folder: Path) -> None:
+    """Write a folder like the original's around another model of its class; words of sizes in
+    config.json are those of the model."""
+    shutil.copytree(encoder.root, folder, ignore=shutil.ignore_patterns(*LEFT))
+    home = folder / encoder.home.relative_to(encoder.root)
+    config = dict(encoder.config)
+    for word in (encoder.kind.width, encoder.kind.depth):
+        config[word] = getattr(model.config, word)
+    state = {
+        key: value.to(encoder.dtype) if value.is_floating_point() else value
+        for key, value in model.state_dict().items()
+        if _old_name(key, encoder) in encoder.names
+    }
+    model.to(encoder.dtype)
+    model.save_pretrained(home, state_dict=state)  # type: ignore[operator]
+    model.float()
+    write_json(home / "config.json", config)
+
+
+def _old_name(key: str, encoder: Encoder) -> str:
+    """Every layer has the tensors of the first."""
+    stack = f"{encoder.kind.stack}."
+    before, found, after = key.partition(stack)
+    return f"{before}{found}0.{after.partition('.')[2]}" if found else key
+
+
+def describe_source(encoder: Encoder) -> dict[str, Any]:
+    """What the manifest says about the model that went in."""
+    files = sorted({*tensor_files(encoder.home).values(), encoder.home / "config.json"})
+    return {
+        "model": model_name(encoder.root),
+        "licence": licence(encoder.root),
+        "bytes": sum(file.stat().st_size for file in files if file.suffix != ".json"),
+        "sha256": {f.relative_to(encoder.root).as_posix(): manifest.sha256(f) for f in files},
+    }
+
+
+def artifact(folder: Path, target: str, precision: str) -> dict[str, Any]:
+    """A folder as an entry of the manifest's artifacts."""
+    files = manifest.hash_files(folder)
+    num_bytes = sum(entry["bytes"] for entry in files.values())
+    return {
+        "target": target,
+        "precision": precision,
+        "bytes": num_bytes,
+        "files": files,
+        "parity": None,
+    }
+
+
+def check_apart(folder: Path, out: Path) -> None:
+    """Refuse an output that would replace the model it comes from."""
+    if folder.resolve().is_relative_to(out.expanduser().resolve()):
+        raise UsageError(
+            f"the model {folder} lies inside the output {out}, which would replace it; "
+            "give another output folder"
+        )

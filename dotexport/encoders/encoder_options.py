@@ -1,0 +1,74 @@
+"""How an encoder is narrowed and judged: what can be asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dotexport.errors import UsageError
+from dotexport.models.text_options import SOURCES
+from dotexport.options import group, option
+
+METHODS = ("ot", "obs", "select")
+COUNTS = ("all", "layers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentenceOptions:
+    """Which sentences are read, one after another, from running text."""
+
+    source: str = option(help=f"Text, cut into sentences. {SOURCES}", flag="text")
+    samples: int = option(1024, help="Sentences, at most.")
+    seqlen: int = option(128, help="Tokens of one, at most.")
+    batch: int = option(32, help="Sentences at once.")
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 16), ("seqlen", 4), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise UsageError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinkOptions:
+    """Sizes, methods and text.
+
+    Attributes:
+        params: budget, `0.7x` or a number.
+        count: what the budget counts.
+        width, depth: sizes that are given instead.
+        method: `ot` merges neurons that leave into kept ones, `obs` leaves that out, `select` takes
+            those that contribute most and repairs nothing: the baseline.
+        heal: steps of distillation.
+    """
+
+    text: SentenceOptions = group(source={"key": "calib"})
+    params: str | None = option(None, help="Budget: 0.7x of the parameters, or 15M.")
+    count: str = option(
+        "all",
+        help="What --params counts: all parameters, or those of the layers (embeddings and heads "
+        "stay).",
+    )
+    width: int | None = option(
+        None,
+        help="Neurons of an MLP that stay (hidden_dim of DistilBERT).",
+        flag="intermediate_size",
+    )
+    depth: int | None = option(None, help="Layers that stay.", flag="num_hidden_layers")
+    method: str = option(
+        "ot", help="ot, obs (no merging), or select (largest neurons, no repair: a baseline)."
+    )
+    heal: int = option(0, help="Steps of distillation on hidden states and embeddings.")
+    seed: int = option(0, help="Same seed, same bytes.")
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UsageError(f"--method {self.method} is not known; expected {', '.join(METHODS)}")
+        if self.count not in COUNTS:
+            raise UsageError(f"--count {self.count} is not known; expected {', '.join(COUNTS)}")
+        if self.heal < 0:
+            raise UsageError(f"--heal must not be negative, not {self.heal}")
+        asked = self.width is not None or self.depth is not None
+        if (self.params is not None) == asked:
+            raise UsageError(
+                "say how narrow: either --params 0.7x, or --intermediate-size and "
+                "--num-hidden-layers"
+            )

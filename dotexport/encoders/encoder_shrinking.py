@@ -1,0 +1,206 @@
+"""The shrink verb for text encoders: a folder goes in, OUT/hf of the same stock class comes out."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dotexport.encoders import encoder_card
+from dotexport.encoders.encoder_folder import (
+    Encoder,
+    artifact,
+    check_apart,
+    describe_source,
+    layers_of,
+    open_encoder,
+    save_encoder,
+)
+from dotexport.encoders.encoder_healing import heal
+from dotexport.encoders.encoder_options import ShrinkOptions
+from dotexport.encoders.encoder_sizes import (
+    Sizes,
+    before_of,
+    candidates,
+    choose_layers,
+    num_parameters,
+)
+from dotexport.encoders.encoder_walk import Progress, Walked, walk
+from dotexport.encoders.kinds import STOCK
+from dotexport.encoders.sentences import (
+    Batch,
+    batches,
+    embed,
+    mean_cosine,
+    pooling_of,
+    read_sentences,
+)
+from dotexport.storage import manifest
+from dotexport.storage.files import write_json
+from dotexport.storage.output import check_free, new_folder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """Sizes that meet the budget, and how close embeddings of held-out sentences stay."""
+
+    sizes: Sizes
+    kept_layers: list[int]
+    walked: Walked
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """What shrink made.
+
+    Attributes:
+        cosine: mean cosine of embeddings of held-out sentences to the original's: of the closed
+            form, and after distillation.
+        tried: every size that was narrowed to choose between, with its cosine.
+    """
+
+    out: Path
+    sizes: dict[str, list[int]]
+    kept_layers: list[int]
+    cosine: tuple[float, float]
+    tried: list[dict[str, Any]]
+    sites: list[dict[str, Any]]
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"out": str(self.out), "seconds": round(self.seconds, 2)}
+
+
+def shrink(
+    folder: Path,
+    out: Path,
+    options: ShrinkOptions,
+    *,
+    overwrite: bool = False,
+    progress: Progress = lambda stage, done, total: None,
+) -> Shrunk:
+    """Narrow an encoder and write OUT/hf, manifest, card and report.
+
+    Raises:
+        CheckpointError, CalibrationError, UnsupportedModelError, SizeError, UsageError.
+    """
+    started = time.perf_counter()
+    check_free(out, overwrite=overwrite)
+    check_apart(folder, out)
+    encoder = open_encoder(folder)
+    pooling = pooling_of(encoder)
+    wanted = candidates(encoder, options)
+    more = options.heal * options.text.batch
+    sentences = read_sentences(options.text, more=more)
+    some = batches(encoder, sentences[: options.text.samples], options.text)
+    judges = [batch for batch in some if batch.held]
+    best, tried = _best(encoder, some, judges, pooling, wanted, options, progress)
+    model, healed = best.walked.model, best.cosine
+    if options.heal:
+        behind = batches(encoder, sentences[options.text.samples :], options.text)
+        learned = [batch for batch in some if not batch.held] + behind
+        model = heal(
+            encoder,
+            model,
+            learned,
+            judges,
+            pooling,
+            options.heal,
+            seed=options.seed,
+            progress=progress,
+        )
+        healed = _cosine(encoder, model, judges, pooling)
+    with new_folder(out, overwrite=overwrite) as partial:
+        save_encoder(encoder, model, partial / STOCK)
+        shrunk = Shrunk(
+            out,
+            _sizes(encoder, model, best.sizes),
+            best.kept_layers,
+            (best.cosine, healed),
+            tried,
+            best.walked.sites,
+            time.perf_counter() - started,
+        )
+        _describe(partial, encoder, options, shrunk, sentences, pooling)
+    return shrunk
+
+
+def _best(
+    encoder: Encoder,
+    some: list[Batch],
+    judges: list[Batch],
+    pooling: str,
+    wanted: list[Sizes],
+    options: ShrinkOptions,
+    progress: Progress,
+) -> tuple[Tried, list[dict[str, Any]]]:
+    """The sizes whose embeddings stay closest, of those that meet the budget."""
+    least = min(sizes.depth for sizes in wanted)
+    course = choose_layers(encoder, judges, pooling, least, progress)
+    best, said = None, []
+    for sizes in wanted:
+        kept = course[len(encoder.layers) - sizes.depth]
+        walked = walk(encoder, some, kept, sizes.width, options.method, progress)
+        tried = Tried(sizes, kept, walked, _cosine(encoder, walked.model, judges, pooling))
+        said.append({**asdict(sizes), "kept_layers": kept, "cosine": tried.cosine})
+        if best is None or tried.cosine > best.cosine:
+            best = tried
+        elif tried.cosine < best.cosine - 0.1:  # it gets worse with every further layer
+            break
+    assert best is not None
+    return best, said
+
+
+def _cosine(encoder: Encoder, model: nn.Module, judges: list[Batch], pooling: str) -> float:
+    base: nn.Module = model.base_model  # type: ignore[assignment]
+    return mean_cosine(embed(base, judges, pooling), embed(encoder.base, judges, pooling))
+
+
+def _sizes(encoder: Encoder, model: nn.Module, sizes: Sizes) -> dict[str, list[int]]:
+    kind, before = encoder.kind, before_of(encoder)
+    layers = layers_of(model, kind)
+    return {
+        "parameters": [num_parameters(encoder.model), num_parameters(model)],
+        "parameters_of_layers": [num_parameters(encoder.layers), num_parameters(layers)],
+        kind.width: [before.width, sizes.width],
+        kind.depth: [before.depth, sizes.depth],
+    }
+
+
+def _describe(
+    folder: Path,
+    encoder: Encoder,
+    options: ShrinkOptions,
+    shrunk: Shrunk,
+    sentences: list[str],
+    pooling: str,
+) -> None:
+    held = {"cosine": shrunk.cosine[1], "closed_form_cosine": shrunk.cosine[0]}
+    manifest.update(
+        folder,
+        kind="encoder",
+        source=describe_source(encoder),
+        shrink=asdict(options),
+        sizes=shrunk.sizes,
+        kept_layers=shrunk.kept_layers,
+        calibration={
+            "source": options.text.source,
+            "sentences": len(sentences),
+            "pooling": pooling,
+            "sha256": hashlib.sha256("\n".join(sentences).encode()).hexdigest(),
+        },
+        held_out=held,
+        artifacts={STOCK: artifact(folder / STOCK, STOCK, "as-stored")},
+        environment=manifest.environment(),
+        timings={"shrink_seconds": round(shrunk.seconds, 2)},
+    )
+    write_json(folder / "reports" / "shrink.json", shrunk.as_dict())
+    encoder_card.write(folder)

@@ -1,0 +1,147 @@
+"""Sentences in, embeddings out: the folder's own pooling, or the mean of all tokens.
+
+Shapes: N sentences, L tokens of one, D width of the stream.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dotexport.encoders.encoder_folder import Encoder
+from dotexport.encoders.encoder_options import SentenceOptions
+from dotexport.errors import CalibrationError, UnsupportedModelError
+from dotexport.models.documents import documents
+from dotexport.storage.reading import read_json
+
+LEAST_WORDS = 5
+HELD_OUT = 4
+"""One batch in so many judges, and is not fitted."""
+POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sentences as a model reads them.
+
+    Attributes:
+        inputs: input_ids, attention_mask and what else the tokenizer says, (N, L) each.
+        held: takes part in no fit.
+    """
+
+    inputs: dict[str, Tensor]
+    held: bool = False
+
+    @property
+    def mask(self) -> Tensor:
+        return self.inputs["attention_mask"].bool()
+
+
+def read_sentences(options: SentenceOptions, *, more: int = 0) -> list[str]:
+    """Sentences of a text, at most `samples` and `more` besides.
+
+    Raises:
+        CalibrationError: there are too few to fit and to judge.
+    """
+    found = list(islice(_sentences(options.source), options.samples + more))
+    if len(found) < HELD_OUT * 4:
+        raise CalibrationError(
+            f"{options.source} holds {len(found)} sentences of {LEAST_WORDS} words and more; "
+            f"expected {HELD_OUT * 4} at least: give more text"
+        )
+    return found
+
+
+def _sentences(source: str) -> Iterator[str]:
+    for document in documents(source):
+        for line in document.splitlines():
+            for sentence in re.split(r"(?<=[.!?])\s+", line.strip()):
+                if len(sentence.split()) >= LEAST_WORDS:
+                    yield sentence
+
+
+def batches(encoder: Encoder, sentences: Sequence[str], options: SentenceOptions) -> list[Batch]:
+    """Batches in the order of the sentences."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(encoder.home)
+    most = min(options.seqlen, _context(encoder))
+    size = min(options.batch, max(1, len(sentences) // HELD_OUT))
+    takes = inspect.signature(encoder.base.forward).parameters
+    made: list[Batch] = []
+    for start in range(0, len(sentences), size):
+        some = list(sentences[start : start + size])
+        inputs = tokenizer(
+            some, padding=True, truncation=True, max_length=most, return_tensors="pt"
+        )
+        taken = {name: value for name, value in inputs.items() if name in takes}
+        made.append(Batch(taken, held=len(made) % HELD_OUT == HELD_OUT - 1))
+    return made
+
+
+def _context(encoder: Encoder) -> int:
+    """Tokens that there are positions for; RoBERTa counts them from behind its padding."""
+    most = int(encoder.config.get("max_position_embeddings", 512))
+    return most - 2 if encoder.kind.prefix in ("Roberta", "XLMRoberta") else most
+
+
+def pooling_of(encoder: Encoder) -> str:
+    """`mean` or `cls`: what the folder's 1_Pooling says, and `mean` where it says nothing.
+
+    Raises:
+        UnsupportedModelError: another pooling, or modules behind it that are not normalisation.
+    """
+    file = encoder.root / "modules.json"
+    if not file.is_file():
+        return "mean"
+    modules = json.loads(file.read_text(encoding="utf-8"))
+    found = "mean"
+    for module in modules:
+        word = str(module["type"]).rpartition(".")[2]
+        if word == "Pooling":
+            place = encoder.root / module["path"] / "config.json"
+            said: dict[str, Any] = read_json(place, advice="take a fresh copy")
+            named = [key for key, value in said.items() if "_mode" in key and value]
+            names = [POOLINGS.get(key) for key in named]
+            if said.get("pooling_mode") in ("mean", "cls"):  # as later releases write it
+                names = [said["pooling_mode"]]
+            if len(names) != 1 or names[0] is None:
+                raise UnsupportedModelError(
+                    f"{place} pools by {', '.join(named)}; expected mean or cls alone"
+                )
+            found = names[0]
+        elif word not in ("Transformer", "Normalize"):
+            raise UnsupportedModelError(
+                f"{file} has a module {word}; expected Transformer, Pooling and Normalize alone"
+            )
+    return found
+
+
+def pooled(hidden_NLD: Tensor, mask_NL: Tensor, pooling: str) -> Tensor:
+    """Embeddings of unit length, (N, D)."""
+    if pooling == "cls":
+        return nn.functional.normalize(hidden_NLD[:, 0], dim=-1)
+    mask_NL1 = mask_NL[..., None].to(hidden_NLD.dtype)
+    mean_ND = (hidden_NLD * mask_NL1).sum(1) / mask_NL1.sum(1)
+    return nn.functional.normalize(mean_ND, dim=-1)
+
+
+@torch.no_grad()
+def embed(base: nn.Module, some: Sequence[Batch], pooling: str) -> Tensor:
+    """Embeddings of all sentences, (N, D)."""
+    return torch.cat(
+        [pooled(base(**batch.inputs).last_hidden_state, batch.mask, pooling) for batch in some]
+    )
+
+
+def mean_cosine(ours_ND: Tensor, theirs_ND: Tensor) -> float:
+    """Of embeddings of the same sentences."""
+    return float((ours_ND * theirs_ND).sum(-1).mean())

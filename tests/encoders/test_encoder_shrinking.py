@@ -1,0 +1,194 @@
+"""Text encoders through the command line: narrowed, loaded by stock classes, judged, refused."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from typer.testing import CliRunner
+
+from dotexport.app.cli import app
+from dotexport.encoders.encoder_folder import open_encoder
+from dotexport.encoders.encoder_options import ShrinkOptions
+from dotexport.encoders.encoder_quality import recall
+from dotexport.encoders.encoder_walk import walk
+from dotexport.encoders.sentences import Batch
+from dotexport.errors import CheckpointError, SizeError, UsageError
+
+WORDS = [f"w{n}" for n in range(60)]
+SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+SIZES = {"vocab_size": 64, "max_position_embeddings": 40, "pad_token_id": 0}
+BERT = {"hidden_size": 24, "intermediate_size": 64, "num_hidden_layers": 3}
+BERT |= {"num_attention_heads": 4, **SIZES}
+DISTIL = {"dim": 24, "hidden_dim": 64, "n_layers": 3, "n_heads": 4, **SIZES}
+KINDS = {
+    "bert": (transformers.BertModel, transformers.BertConfig(**BERT)),
+    "roberta": (
+        transformers.RobertaForSequenceClassification,
+        transformers.RobertaConfig(**BERT, num_labels=3),
+    ),
+    "xlm-roberta": (
+        transformers.XLMRobertaForTokenClassification,
+        transformers.XLMRobertaConfig(**BERT, num_labels=3),
+    ),
+    "distilbert": (
+        transformers.DistilBertForQuestionAnswering,
+        transformers.DistilBertConfig(**DISTIL),
+    ),
+}
+
+
+def made(folder: Path, name: str) -> Path:
+    """An encoder with weights large enough to say something, and a tokenizer of 60 words."""
+    kind, config = KINDS[name]
+    torch.manual_seed(0)
+    model = kind(config)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data.mul_(8)
+    model.save_pretrained(folder)
+    vocab = {word: n for n, word in enumerate([*SPECIAL, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    dice = random.Random(0)
+    lines = [" ".join(dice.choices(WORDS, k=dice.randint(5, 14))) for _ in range(160)]
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def sentence_transformer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = made(tmp_path_factory.mktemp("st") / "model", "bert")
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {
+            "idx": 1,
+            "name": "1",
+            "path": "1_Pooling",
+            "type": "sentence_transformers.models.Pooling",
+        },
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    (folder / "1_Pooling").mkdir()
+    said = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+    (folder / "1_Pooling/config.json").write_text(json.dumps(said, indent=1), encoding="utf-8")
+    return folder
+
+
+def run(*args: object) -> dict[str, object]:
+    result = CliRunner().invoke(app, [*map(str, args), "--json"])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    found: dict[str, object] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_result_loads_with_its_stock_class(name: str, text: str, tmp_path: Path) -> None:
+    model, out = made(tmp_path / "model", name), tmp_path / "out"
+    shrunk = run(
+        "shrink", model, "-o", out, "--params", "0.8x", "--count", "layers", "--calib", text
+    )
+    loaded, found = KINDS[name][0].from_pretrained(out / "hf", output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    before, after = shrunk["sizes"]["parameters_of_layers"]  # type: ignore[index]
+    assert 0.7 * before < after <= 0.8 * before
+    assert sum(p.numel() for p in loaded.parameters()) == shrunk["sizes"]["parameters"][1]  # type: ignore[index]
+    quality = run("eval", out, "--baseline", model, "--text", text, "--samples", 64)
+    assert 0.5 < quality["cosine"] < 1
+    assert 0 < quality["recall_at_10"] <= 1
+    assert ("kl" in quality) == (name != "bert")
+
+
+def test_repair_beats_leaving_it_out(sentence_transformer: Path, text: str, tmp_path: Path) -> None:
+    cosines = {}
+    for method in ("ot", "obs", "select"):
+        size = ("--intermediate-size", 32, "--method", method, "--calib", text)
+        shrunk = run("shrink", sentence_transformer, "-o", tmp_path / method, *size)
+        cosines[method] = shrunk["cosine"][0]  # type: ignore[index]
+    assert cosines["obs"] > cosines["select"]
+    assert cosines["ot"] > cosines["select"]
+
+
+def test_sentence_transformers_files_are_carried_over(
+    sentence_transformer: Path, text: str, tmp_path: Path
+) -> None:
+    size = ("--num-hidden-layers", 2, "--calib", text, "--heal", 20)
+    shrunk = run("shrink", sentence_transformer, "-o", tmp_path / "out", *size)
+    for name in ("modules.json", "1_Pooling/config.json", "tokenizer.json"):
+        carried = (tmp_path / "out/hf" / name).read_bytes()
+        assert carried == (sentence_transformer / name).read_bytes()
+    config = json.loads((tmp_path / "out/hf/config.json").read_text(encoding="utf-8"))
+    assert (config["num_hidden_layers"], config["intermediate_size"]) == (2, 64)
+    closed, healed = shrunk["cosine"]  # type: ignore[misc]
+    assert healed > closed
+
+
+def test_nothing_cut_is_the_same_model(sentence_transformer: Path) -> None:
+    encoder = open_encoder(sentence_transformer)
+    tokens = torch.randint(4, 64, (16, 12), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    some = [Batch(inputs), Batch(inputs, held=True)]
+    model = walk(encoder, some, [0, 1, 2], 64, "ot").model
+    with torch.no_grad():
+        gap = model(**inputs).last_hidden_state - encoder.model(**inputs).last_hidden_state
+    assert gap.abs().max() < 1e-4
+
+
+def test_recall_counts_shared_neighbours() -> None:
+    turned = torch.nn.functional.normalize(torch.randn(40, 8, generator=torch.Generator()), dim=-1)
+    assert recall(turned, turned) == 1.0
+    assert recall(turned, turned.flip(0)) < 0.7
+
+
+@pytest.mark.parametrize(
+    "verb", ["bench", "plan", "frontier", "latency", "export", "verify", "report"]
+)
+def test_other_verbs_name_the_kind(verb: str, sentence_transformer: Path) -> None:
+    with pytest.raises(UsageError, match=f"is a text encoder, which {verb} does not take"):
+        run(verb, sentence_transformer)
+
+
+def test_refusals_say_what_to_do(sentence_transformer: Path, text: str, tmp_path: Path) -> None:
+    asked = ("shrink", sentence_transformer, "-o", tmp_path / "out", "--calib", text)
+    with pytest.raises(SizeError, match="embeddings, heads and one layer"):
+        run(*asked, "--params", "0.01x")
+    with pytest.raises(UsageError, match="cannot stay"):
+        run(*asked, "--intermediate-size", 65)
+    with pytest.raises(UsageError, match="say how narrow"):
+        run(*asked)
+    with pytest.raises(UsageError, match="not known"):
+        ShrinkOptions(text=None, params="0.5x", method="best")  # type: ignore[arg-type]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/file").touch()
+    with pytest.raises(UsageError, match="not empty"):
+        run(*asked, "--params", "0.9x")
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def test_weights_of_another_config_are_refused(tmp_path: Path) -> None:
+    folder = made(tmp_path / "model", "bert")
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(config | {"num_hidden_layers": 4}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="no fitting tensor"):
+        open_encoder(folder)
