@@ -8,7 +8,7 @@ from dotexport.errors import UsageError
 from dotexport.models.text_options import SOURCES
 from dotexport.options import group, option
 
-METHODS = ("ot", "obs", "select")
+METHODS = ("dot", "obs", "select")
 COUNTS = ("all", "layers")
 
 
@@ -35,8 +35,8 @@ class ShrinkOptions:
         params: budget, `0.7x` or a number.
         count: what the budget counts.
         width, depth: sizes that are given instead.
-        method: `ot` merges neurons that leave into kept ones, `obs` leaves that out, `select` takes
-            those that contribute most and repairs nothing: the baseline.
+        method: `dot` merges neurons that leave into kept ones, `obs` leaves that out, `select`
+            takes those that contribute most and repairs nothing: the baseline.
         heal: steps of distillation.
     """
 
@@ -50,25 +50,24 @@ class ShrinkOptions:
     width: int | None = option(
         None,
         help="Neurons of an MLP that stay (hidden_dim of DistilBERT).",
-        flag="intermediate_size",
+        flag="intermediate",
     )
-    depth: int | None = option(None, help="Layers that stay.", flag="num_hidden_layers")
+    depth: int | None = option(None, help="Layers that stay.", flag="layers")
     method: str = option(
-        "ot", help="ot, obs (no merging), or select (largest neurons, no repair: a baseline)."
+        "dot",
+        help="dot, obs (no merging), or select (largest neurons, no repair: a baseline).",
+        flag="mlp",
     )
     heal: int = option(0, help="Steps of distillation on hidden states and embeddings.")
     seed: int = option(0, help="Same seed, same bytes.")
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise UsageError(f"--method {self.method} is not known; expected {', '.join(METHODS)}")
+            raise UsageError(f"--mlp {self.method} is not known; expected {', '.join(METHODS)}")
         if self.count not in COUNTS:
             raise UsageError(f"--count {self.count} is not known; expected {', '.join(COUNTS)}")
         if self.heal < 0:
             raise UsageError(f"--heal must not be negative, not {self.heal}")
         asked = self.width is not None or self.depth is not None
         if (self.params is not None) == asked:
-            raise UsageError(
-                "say how narrow: either --params 0.7x, or --intermediate-size and "
-                "--num-hidden-layers"
-            )
+            raise UsageError("say how narrow: either --params 0.7x, or --intermediate and --layers")

@@ -159,7 +159,7 @@ class _Site:
         train, held = whole[0]
         kept = choose("obs", train.given_last(), writer.weight.detach(), width)
         merges = [Merge(kept)]
-        if method == "ot" and width < writer.in_features:
+        if method == "dot" and width < writer.in_features:
             merges += _merges(train.of(_all(writer)), writer.weight.detach(), kept)
         trials = [(train.of(_and_last(kept, writer)), held.of(_and_last(kept, writer)))]
         if merges[1:]:

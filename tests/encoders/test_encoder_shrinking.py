@@ -121,18 +121,18 @@ def test_the_result_loads_with_its_stock_class(name: str, text: str, tmp_path: P
 
 def test_repair_beats_leaving_it_out(sentence_transformer: Path, text: str, tmp_path: Path) -> None:
     cosines = {}
-    for method in ("ot", "obs", "select"):
-        size = ("--intermediate-size", 32, "--method", method, "--calib", text)
+    for method in ("dot", "obs", "select"):
+        size = ("--intermediate", 32, "--mlp", method, "--calib", text)
         shrunk = run("shrink", sentence_transformer, "-o", tmp_path / method, *size)
         cosines[method] = shrunk["cosine"][0]  # type: ignore[index]
     assert cosines["obs"] > cosines["select"]
-    assert cosines["ot"] > cosines["select"]
+    assert cosines["dot"] > cosines["select"]
 
 
 def test_sentence_transformers_files_are_carried_over(
     sentence_transformer: Path, text: str, tmp_path: Path
 ) -> None:
-    size = ("--num-hidden-layers", 2, "--calib", text, "--heal", 20)
+    size = ("--layers", 2, "--calib", text, "--heal", 20)
     shrunk = run("shrink", sentence_transformer, "-o", tmp_path / "out", *size)
     for name in ("modules.json", "1_Pooling/config.json", "tokenizer.json"):
         carried = (tmp_path / "out/hf" / name).read_bytes()
@@ -148,7 +148,7 @@ def test_nothing_cut_is_the_same_model(sentence_transformer: Path) -> None:
     tokens = torch.randint(4, 64, (16, 12), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     some = [Batch(inputs), Batch(inputs, held=True)]
-    model = walk(encoder, some, [0, 1, 2], 64, "ot").model
+    model = walk(encoder, some, [0, 1, 2], 64, "dot").model
     with torch.no_grad():
         gap = model(**inputs).last_hidden_state - encoder.model(**inputs).last_hidden_state
     assert gap.abs().max() < 1e-4
@@ -173,7 +173,7 @@ def test_refusals_say_what_to_do(sentence_transformer: Path, text: str, tmp_path
     with pytest.raises(SizeError, match="embeddings, heads and one layer"):
         run(*asked, "--params", "0.01x")
     with pytest.raises(UsageError, match="cannot stay"):
-        run(*asked, "--intermediate-size", 65)
+        run(*asked, "--intermediate", 65)
     with pytest.raises(UsageError, match="say how narrow"):
         run(*asked)
     with pytest.raises(UsageError, match="not known"):
