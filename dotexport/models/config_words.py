@@ -87,7 +87,7 @@ def settled(config: Mapping[str, Any], *, of: object) -> dict[str, Any]:
     if family.rope_theta is not None:
         kept = {"rope_theta": family.rope_theta} | kept
     words = in_all_words(kept)
-    _check_growth(words)
+    _check_growth(config)
     return words | _granted(words)
 
 
@@ -114,10 +114,19 @@ def check_class(config: Mapping[str, Any]) -> None:
 
 
 def _check_growth(config: Mapping[str, Any]) -> None:
-    """Ministral 3 fails on a text where its rotary parameters lack what its queries grow by."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    """Ministral 3 fails on a text where its rotary parameters lack what its queries grow by, and
+    where they turn heads in part."""
+    if config.get("model_type") != "ministral3":
+        return
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if part not in (None, 1.0):
+        raise CheckpointError(
+            f"config.json gives partial_rotary_factor = {part}, which Ministral 3 does not know; "
+            "take the config.json that belongs to these weights"
+        )
     lacking = [key for key in GROWING if rope.get(key) is None]
-    if config.get("model_type") == "ministral3" and rope and lacking:
+    if rope and lacking:
         raise CheckpointError(
             f"config.json gives rope_parameters without {' and '.join(lacking)}, by which "
             "Ministral 3 scales its queries; take the config.json that belongs to these weights"
