@@ -5,6 +5,7 @@ The verbs stand in commands/; heavy imports wait until one of them needs them.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from itertools import pairwise
@@ -127,7 +128,18 @@ def common(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what is done.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
 ) -> None:
+    one_process()
     listen(verbose=verbose)
+
+
+def one_process() -> None:
+    """Refuse to run once per process of torchrun over the same output."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" in os.environ and processes != "1":
+        raise UsageError(
+            f"dotexport runs in one process, and torchrun started {processes}; start it without "
+            "torchrun"
+        )
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
