@@ -20,9 +20,13 @@ from dotexport.storage import manifest
 from dotexport.storage.files import write_json
 from dotexport.storage.reading import read_json
 
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ot", "*.onnx")
-LEFT = (*WEIGHTS, "model.safetensors.index.json", "README.md", ".*", "onnx", "openvino")
-"""What is not carried over: weights in any form, the card of the original, hidden files."""
+WEIGHTS = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ot", "*.onnx"),
+    "model.safetensors.index.json",
+)
+LEFT = ("README.md", ".*", "onnx", "openvino")
+"""What is not carried over: the card of the original, hidden files, the model in other forms; and
+its weights, where config.json lies. Other modules of sentence-transformers keep theirs."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,12 @@ def open_encoder(folder: Path) -> Encoder:
 def save_encoder(encoder: Encoder, model: nn.Module, folder: Path) -> None:
     """Write a folder like the original's around another model of its class; words of sizes in
     config.json are those of the model."""
-    shutil.copytree(encoder.root, folder, ignore=shutil.ignore_patterns(*LEFT))
+
+    def left(place: str, names: list[str]) -> set[str]:
+        own = WEIGHTS if Path(place) == encoder.home else ()
+        return shutil.ignore_patterns(*LEFT, *own)(place, names)
+
+    shutil.copytree(encoder.root, folder, ignore=left)
     home = folder / encoder.home.relative_to(encoder.root)
     config = dict(encoder.config)
     for word in (encoder.kind.width, encoder.kind.depth):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import random
 from pathlib import Path
 
@@ -133,10 +134,15 @@ def test_sentence_transformers_files_are_carried_over(
     sentence_transformer: Path, text: str, tmp_path: Path
 ) -> None:
     size = ("--layers", 2, "--calib", text, "--heal", 20)
-    shrunk = run("shrink", sentence_transformer, "-o", tmp_path / "out", *size)
-    for name in ("modules.json", "1_Pooling/config.json", "tokenizer.json"):
+    model = Path(shutil.copytree(sentence_transformer, tmp_path / "model"))
+    dense = model / "2_Dense/model.safetensors"  # another module has its own weights
+    dense.parent.mkdir()
+    dense.write_bytes(b"of another module")
+    shrunk = run("shrink", model, "-o", tmp_path / "out", *size)
+    said = ("modules.json", "1_Pooling/config.json", "tokenizer.json", "2_Dense/model.safetensors")
+    for name in said:
         carried = (tmp_path / "out/hf" / name).read_bytes()
-        assert carried == (sentence_transformer / name).read_bytes()
+        assert carried == (model / name).read_bytes()
     config = json.loads((tmp_path / "out/hf/config.json").read_text(encoding="utf-8"))
     assert (config["num_hidden_layers"], config["intermediate_size"]) == (2, 64)
     closed, healed = shrunk["cosine"]  # type: ignore[misc]
