@@ -44,6 +44,8 @@ def window_of(config: Any) -> int | None:
     kind = config.get("model_type")
     if kind in ("qwen2", "qwen3", "smollm3") and not config.get("use_sliding_window"):
         return None
+    if "sliding_attention" not in (config.get("layer_types") or ("sliding_attention",)):
+        return None
     window: int | None = config.get("sliding_window", WINDOWS[kind]) if kind in WINDOWS else None
     return window
 

@@ -19,7 +19,7 @@ from dotexport.exports.parity import Limits, Parity, limits_of
 from dotexport.exports.reference import Reference
 from dotexport.exports.verifying import STOCK, write_report
 
-from .configs import head_dim
+from .configs import head_dim, rope_words
 
 NAME = "vllm"
 LAST_LINES = 15
@@ -70,6 +70,13 @@ class Vllm:
             problems.append(
                 f"hidden_size {config.get('hidden_size')} is not {heads} heads of {width}, and "
                 f"vLLM's {architecture} passes over head_dim; plan with --square"
+            )
+        rope = rope_words(config)
+        original = rope.get("original_max_position_embeddings") or 0
+        if rope.get("llama_4_scaling_beta") and original < config["max_position_embeddings"]:
+            problems.append(
+                f"llama_4_scaling_beta is not read by vLLM's {architecture}, whose queries stay as "
+                f"they are beyond {original} tokens; lower max_position_embeddings to {original}"
             )
         return problems
 

@@ -205,8 +205,8 @@ MUTATIONS = (
     ),
     mutation(
         "sizes/allocation.py",
-        "taken, _ = min(checked, key=lambda pair: pair[1])",
-        "taken, _ = checked[0]",
+        "taken = min(checked, key=lambda found: found[2])[0]",
+        "taken = checked[0][0]",
         "Sizes are taken as predicted, whatever was measured of them together.",
         "sizes/test_allocation.py",
     ),

@@ -1,4 +1,5 @@
-"""Sizes judged as they will be used: behind a short distillation, where a long one is to follow.
+"""What sizes within a budget are judged by: short narrowings, and what is left behind a short
+distillation where a long one is to follow.
 
 What heals best is not what costs least before: a cut in depth may be behind one in width, and ahead
 of it a few hundred thousand tokens later. So where distillation was asked for, the plans that are
@@ -8,22 +9,53 @@ measured together are narrowed and distilled in short.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dotexport.app.resuming import CLOSER_CUTS, CUTS, HEALED_CUTS, Measure, remembered
 from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.axes.plan import Plan
 from dotexport.healing.distil import heal
 from dotexport.healing.heal_options import HealOptions
 from dotexport.healing.healing_text import HealingText, split
 from dotexport.models.checkpoint import Checkpoint
-from dotexport.narrowing.prepare import prepare, rehearsed_tokens
-from dotexport.narrowing.run import REHEARSED_LENGTH
+from dotexport.narrowing.depth import Depths
+from dotexport.narrowing.prepare import prepare, rehearsals, rehearsed_tokens
+from dotexport.narrowing.run import CLOSER, REHEARSED_LENGTH
 from dotexport.storage.workspace import Workspace
+
+
+def measures(
+    source: Checkpoint,
+    windows_NL: Tensor,
+    other_NL: Tensor | None,
+    options: ShrinkOptions,
+    depths: Depths,
+    folder: Path,
+    workspace: Workspace,
+) -> tuple[Measure, Measure, Measure | None]:
+    """For cuts of one axis; for the last few sizes, with more text; and for these behind a short
+    distillation, where there is to be a long one. Every figure is kept in the workspace.
+
+    Args:
+        depths: which layers stay where some leave.
+        folder: takes what is distilled, meanwhile.
+    """
+
+    def kept(measure: Measure, step: str) -> Measure:
+        return remembered(lambda p: measure(depths.settled(p).on_kept_tokens), workspace, step)
+
+    text = (source, windows_NL, options.narrow, depths.device, other_NL)
+    first = kept(rehearsals(*text), CUTS)
+    closer = kept(rehearsals(*text, times=CLOSER), CLOSER_CUTS)
+    trial = options.heal.trial(windows_NL.shape[1]) if options.heal else None
+    if trial is None:
+        return first, closer, None
+    asked = (source, windows_NL, options, trial, depths.device, folder, other_NL)
+    return first, closer, kept(healed_rehearsals(*asked), HEALED_CUTS)
 
 
 def healed_rehearsals(
@@ -34,7 +66,7 @@ def healed_rehearsals(
     device: torch.device,
     scratch: Path,
     other_NL: Tensor | None = None,
-) -> Callable[[Plan], float]:
+) -> Measure:
     """A function from a plan to its held-out divergence behind a short distillation, nats per
     token; what is narrowed for it lies in `scratch` meanwhile.
 

@@ -21,7 +21,7 @@ from dotexport.version import __version__
 
 Measure = Callable[[Plan], float]
 
-PLAN, CUTS, HEALED_CUTS = "plan", "cuts", "healed-cuts"
+PLAN, CUTS, CLOSER_CUTS, HEALED_CUTS = "plan", "cuts", "closer-cuts", "healed-cuts"
 LIBRARIES = ("torch", "transformers", "tokenizers")
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from dotexport.app.opening import check_apart, check_tensors, open_source
-from dotexport.app.rehearsing import healed_rehearsals
-from dotexport.app.resuming import HEALED_CUTS, decided_once, remembered, steps_of, workspace_of
+from dotexport.app.rehearsing import measures
+from dotexport.app.resuming import decided_once, steps_of, workspace_of
 from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.axes.carrying import carry
 from dotexport.axes.plan import Plan, SizeOptions, read_model
@@ -43,7 +43,6 @@ from dotexport.narrowing.prepare import (
     dtype_of_passes,
     pick_device,
     prepare,
-    rehearsals,
     tensor_specs,
 )
 from dotexport.outputs import card
@@ -202,15 +201,18 @@ def shrink(
             other_NL=other_NL,
         )
         if options.allocate == "measured" and sizes.budgeted:
-            rehearse = rehearsals(source, windows_NL, options.narrow, where, other_NL)
+            first, closer, healed = measures(
+                source, windows_NL, other_NL, options, depths, folder, workspace
+            )
             allocation = allocate(
                 config,
                 sizes,
-                remembered(lambda p: rehearse(depths.settled(p).on_kept_tokens), workspace),
+                first,
                 progress,
                 courses=depths.courses,
                 accept=accept,
-                healed=_healed(source, windows_NL, other_NL, options, depths, folder, workspace),
+                closer=closer,
+                healed=healed,
             )
             decided = allocation.plan
         if sizes.latency is not None:
@@ -247,23 +249,6 @@ def shrink(
             write_json(folder / "reports" / "vocabulary.json", {"original_ids": source.kept.ids})
     workspace.remove()
     return shrunk
-
-
-def _healed(
-    source: Checkpoint,
-    windows_NL: torch.Tensor,
-    other_NL: torch.Tensor | None,
-    options: ShrinkOptions,
-    depths: Depths,
-    folder: Path,
-    workspace: Workspace,
-) -> Callable[[Plan], float] | None:
-    """What judges sizes behind a short distillation; None: no long one is to follow."""
-    trial = options.heal.trial(windows_NL.shape[1]) if options.heal else None
-    if trial is None:
-        return None
-    measure = healed_rehearsals(source, windows_NL, options, trial, depths.device, folder, other_NL)
-    return remembered(lambda p: measure(depths.settled(p).on_kept_tokens), workspace, HEALED_CUTS)
 
 
 def _other_windows(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # torch takes seconds, and sizes are planned without
 FLOOR = 8
 """Below 8 no runtime's kernels are made for a width; the larger steps are those they like."""
 
-STEPS = ((16384, 512), (8448, 256), (2048, 128), (1024, 64), (256, 32), (0, FLOOR))
+STEPS = ((16384, 512), (12288, 256), (2048, 128), (1024, 64), (256, 32), (0, FLOOR))
 
 LEAST_SHARE = 0.25
 """Narrower than this share of the original, an axis is not searched."""

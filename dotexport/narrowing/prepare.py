@@ -72,6 +72,8 @@ def rehearsals(
     options: NarrowOptions,
     device: torch.device,
     other_NL: torch.Tensor | None = None,
+    *,
+    times: int = 1,
 ) -> Callable[[Plan], float]:
     """A function from a plan to its held-out divergence, from a closed form that writes nothing.
 
@@ -80,11 +82,13 @@ def rehearsals(
 
     Args:
         other_NL: windows of another kind of text; the divergence is then the mean of both.
+        times: as much text as a first look takes.
     """
     windows_NL = windows_NL[:, :REHEARSED_LENGTH]
     if other_NL is not None:
         other_NL = other_NL[:, :REHEARSED_LENGTH]
-    fitted_on = -(-rehearsed_tokens(source.config["hidden_size"]) // windows_NL.shape[1])
+    tokens = times * rehearsed_tokens(source.config["hidden_size"])
+    fitted_on = -(-tokens // windows_NL.shape[1])
     cheap = replace(options, mlp="obs", heads="obs", local=None)
 
     def measure(planned: Plan) -> float:

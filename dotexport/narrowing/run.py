@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 # Tokens to fit on where several sizes are measured before one is taken, at least, and per axis of
 # the stream.
 REHEARSED, REHEARSED_PER_AXIS = 4096, 8
+CLOSER = 4  # times as much text, for the last few sizes: a wide writer gains more by it than others
 REHEARSED_LENGTH = 512  # of their windows, at most
 COMPARED = 64  # the same for several bases, which are closer together than sizes
 JUDGED = 8192  # held-out tokens that decide

@@ -91,6 +91,7 @@ def allocate(
     *,
     courses: Mapping[str, Course] | None = None,
     accept: Callable[[Plan], bool] = lambda plan: True,
+    closer: Measure | None = None,
     healed: Measure | None = None,
 ) -> Allocation:
     """Choose sizes within a budget.
@@ -101,8 +102,8 @@ def allocate(
         courses: by axis, how divergence rises with its cut, where that is known up to a factor:
             from a plan that cuts it alone to a value for every size on the way there.
         accept: what else the plan must satisfy.
-        healed: the same divergence behind a short distillation, by which the last few plans are
-            judged; None: by `measure`.
+        closer: the same divergence with more text, for the last few plans; None: `measure`.
+        healed: the same behind a short distillation, by which these are judged then.
 
     Raises:
         SizeError: no sizes meet the budget, or none of those are accepted.
@@ -139,7 +140,7 @@ def allocate(
     checked = []
     for number, plan in enumerate(finalists):
         progress("checking sizes", len(points) + number, len(points) + len(finalists))
-        cost = measure(plan)
+        cost = (closer or measure)(plan)
         checked.append((plan, cost, healed(plan) if healed else cost))
     taken = min(checked, key=lambda found: found[2])[0]
     rows = tuple(
@@ -167,10 +168,11 @@ def accepted(
     return next(filter(None, (list(filter(accept, plans)) for plans in grids)), [])
 
 
-def rehearsals(decided: Plan, plans: Sequence[Plan]) -> list[Plan]:
-    """Plans such as `allocate` will measure, where the rule has decided for one of these."""
-    cuts = [found for axis in AXES if (found := alone(axis, plans))]
-    return [p.on_kept_tokens for p in (*cuts, *[decided] * (CHECKED + 1))]
+def rehearsals(decided: Plan, plans: Sequence[Plan]) -> tuple[list[Plan], list[Plan]]:
+    """Plans such as `allocate` will measure, where the rule has decided for one of these: cuts of
+    one axis, and the last few."""
+    cuts = [found.on_kept_tokens for axis in AXES if (found := alone(axis, plans))]
+    return cuts, [decided.on_kept_tokens] * CHECKED
 
 
 def alone(axis: Axis, plans: Sequence[Plan]) -> Plan | None:

@@ -30,7 +30,7 @@ from dotexport.narrowing.depth import JUDGED as JUDGED_TOKENS
 from dotexport.narrowing.narrow_options import LocalOptions
 from dotexport.narrowing.norm_statistics import MOST_SITES
 from dotexport.narrowing.prepare import rehearsed_tokens
-from dotexport.narrowing.run import JUDGED, REHEARSED_LENGTH
+from dotexport.narrowing.run import CLOSER, JUDGED, REHEARSED_LENGTH
 
 HELD_OUT = 1 / 8  # of the windows
 BACKWARD = 3  # a forward and a backward pass cost three forward ones
@@ -92,16 +92,22 @@ def shrink_seconds(
 
 
 def allocation_seconds(
-    rehearsed: Sequence[Plan], *, seqlen: int = 2048, passes: torch.dtype = torch.float32
+    rehearsed: Sequence[Plan],
+    checked: Sequence[Plan] = (),
+    *,
+    seqlen: int = 2048,
+    passes: torch.dtype = torch.float32,
 ) -> float:
-    """Estimated time of measuring these plans before one is taken (allocation.py); 0 for none."""
+    """Estimated time of measuring these plans before one is taken, those that are checked on more
+    text (allocation.py); 0 for none."""
     if not rehearsed:
         return 0.0
     seqlen = min(seqlen, REHEARSED_LENGTH)
     tokens = rehearsed_tokens(_stream(rehearsed[0].before))
     samples = math.ceil(1.5 * tokens / seqlen)  # half as many are held out
-    work = sum((work_of(p, samples, seqlen, local=False) for p in rehearsed), Work())
-    deepest = min(rehearsed, key=lambda p: p.after.num_layers)
+    looks = [*((p, samples) for p in rehearsed), *((p, CLOSER * samples) for p in checked)]
+    work = sum((work_of(p, count, seqlen, local=False) for p, count in looks), Work())
+    deepest = min((p for p, _ in looks), key=lambda p: p.after.num_layers)
     work += work_of_choosing_layers(deepest, seqlen)
     return work.seconds(rates(_stream(deepest.before), passes))
 

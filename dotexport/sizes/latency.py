@@ -104,11 +104,12 @@ def _token(config: Mapping[str, Any], plan: Plan, device: torch.device) -> Calla
     head = nn.Linear(width, sizes.vocab_size, bias=False, device=device)
     x_11D = torch.randn(1, 1, width, device=device)
     positions = stock.positions(x_11D)
+    first_11 = torch.zeros(1, 1, dtype=torch.long, device=device)
 
     @torch.no_grad()
     def token() -> None:
         for _ in range(sizes.num_layers):
-            layer(x_11D, position_embeddings=positions, attention_mask=None)
+            layer(x_11D, position_embeddings=positions, position_ids=first_11, attention_mask=None)
         head(x_11D)
         if device.type == "cuda":
             torch.cuda.synchronize()

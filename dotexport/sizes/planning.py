@@ -164,8 +164,8 @@ def choose(config: Mapping[str, Any], asked: SizeOptions, where: Deployment) -> 
             binding.append("square")
         if asked.budgeted:
             binding.append(BUDGET)
-        rehearsed = rehearsals(decided, plans) if asked.budgeted else []
-        costs = _costs(config, decided, targets, rehearsed)
+        looks = rehearsals(decided, plans) if asked.budgeted else ([], [])
+        costs = _costs(config, decided, targets, *looks)
         flags = as_flags(decided, asked)
         short = shortfall(config, asked, decided)
         whole = frozen(config, asked, decided, {rule.name: rule.problems for rule in rules})
@@ -331,6 +331,7 @@ def _costs(
     decided: Plan,
     targets: Sequence[tuple[Target, str]],
     rehearsed: Sequence[Plan],
+    checked: Sequence[Plan],
 ) -> Costs:
     stored = bytes_per_parameter(config)
     before, after = decided.before, decided.carried_after
@@ -352,7 +353,9 @@ def _costs(
         shrink_seconds(
             decided.on_kept_tokens, seqlen=_window(config), passes=_passes(config, decided)
         ),
-        allocation_seconds(rehearsed, seqlen=_window(config), passes=_passes(config, decided)),
+        allocation_seconds(
+            rehearsed, checked, seqlen=_window(config), passes=_passes(config, decided)
+        ),
         sum(pair[1] for pair in artifacts.values()),
     )
 

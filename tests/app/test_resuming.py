@@ -182,11 +182,13 @@ def test_stopped_behind_every_step_it_makes_none_twice_and_ends_with_the_same_by
                 shrink(model, out, commands[name])
             except StopError:
                 assert not out.exists()
-    figures = {"cuts", "depth", "distillation"}  # of which every one is kept as it is found
+    # Of these every figure is kept as it is found.
+    figures = {"cuts", "closer-cuts", "depth", "distillation"}
     report = right[1]
     asked = report.get("allocation", {"curves": [], "checked": []})
-    points = len(asked["checked"]) + sum(len(curve["sizes"]) - 1 for curve in asked["curves"])
+    points = sum(len(curve["sizes"]) - 1 for curve in asked["curves"])
     assert bool(points) <= watch.saved.count("cuts") <= points
+    assert watch.saved.count("closer-cuts") == len(asked["checked"])
     gone = LAYERS - len(report["kept_layers"])
     assert gone <= watch.saved.count("depth") <= LAYERS - 1
     steps = [step for step in watch.saved if step not in figures]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from dotexport.app.shrink_options import ShrinkOptions
@@ -9,7 +11,7 @@ from dotexport.axes.plan import Plan, SizeOptions
 from dotexport.errors import SizeError, UsageError
 from dotexport.models.text_options import TextOptions
 from dotexport.sizes.allocation import Curve, allocate
-from dotexport.sizes.budget import within_budget
+from dotexport.sizes.budget import plan, within_budget
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -100,6 +102,32 @@ def test_a_single_axis_is_taken_where_any_two_cuts_together_cost_more() -> None:
     found = allocate(CONFIG, ASKED, cost)
     assert sum(map(bool, shares(found.plan))) == 1
     assert cost(found.plan) == min(row["held_out_kl"] for row in found.checked)
+
+
+def test_with_more_text_another_plan_is_taken_where_that_makes_it_better() -> None:
+    """Curves are measured on little, in which the MLP looks dearer than it is."""
+
+    def little(plan: Plan) -> float:
+        hidden, mlp, heads, depth = shares(plan)
+        return 4 * hidden**2 + 6 * mlp**2 + 5 * heads**2 + 3 * depth**2
+
+    def more(plan: Plan) -> float:
+        hidden, mlp, heads, depth = shares(plan)
+        return 4 * hidden**2 + 0.1 * mlp**2 + 5 * heads**2 + 3 * depth**2
+
+    plain = allocate(CONFIG, ASKED, little)
+    found = allocate(CONFIG, ASKED, little, closer=more)
+    assert found.curves == plain.curves
+    assert [row["held_out_kl"] for row in found.checked] == [
+        pytest.approx(more(plan)) for plan in (_planned(row) for row in found.checked)
+    ]
+    assert more(found.plan) == min(row["held_out_kl"] for row in found.checked)
+    assert more(found.plan) < more(plain.plan)
+
+
+def _planned(row: dict[str, Any]) -> Plan:
+    names = ("hidden_size", "intermediate_size", "num_key_value_heads", "num_hidden_layers")
+    return plan(CONFIG, SizeOptions(**{name: row[name] for name in names}))
 
 
 def test_behind_a_distillation_another_plan_is_taken_where_that_heals_it_more() -> None:

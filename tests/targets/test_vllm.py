@@ -21,7 +21,7 @@ from dotexport.app.cli import app
 from dotexport.errors import RuntimeMissingError
 from dotexport.exports.exporting import export
 from dotexport.exports.reference import Reference, compute_reference
-from dotexport.targets.vllm_tokens import MARK, verify_several, verify_vllm
+from dotexport.targets.vllm_tokens import MARK, Vllm, verify_several, verify_vllm
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +127,33 @@ def test_vllm_says_the_greedy_tokens_of_torch_for_every_class_that_a_model_is_ca
     assert {n: p.problems for n, p in zip(CARRIERS, found, strict=True)} == dict.fromkeys(
         CARRIERS, ()
     )
+
+
+def test_queries_that_grow_with_their_position_are_refused_by_plan() -> None:
+    config = {
+        "architectures": ["Ministral3ForCausalLM"],
+        "model_type": "ministral3",
+        "num_attention_heads": 4,
+        "hidden_size": 64,
+        "max_position_embeddings": 512,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+            "llama_4_scaling_beta": 0.1,
+        },
+    }
+    [problem] = Vllm().config_problems(config, "as-stored")
+    assert "llama_4_scaling_beta" in problem
+    assert "max_position_embeddings to 128" in problem
+    assert Vllm().config_problems(config | {"max_position_embeddings": 128}, "as-stored") == []
+
+
+# --- the real one
+
+
+CARRIERS = ["llama", "biased", "odd", "mistral", "phi3", "granite", "qwen3"]
 
 
 @pytest.mark.vllm
