@@ -266,7 +266,8 @@ def test_kv_heads_that_are_not_said_are_those_of_the_class(
     try:
         meant = AutoConfig.from_pretrained(tmp_path).num_key_value_heads
     except Exception:
-        with pytest.raises(DotexportError, match=r"refuses config\.json"):
+        said = r"refuses config\.json|is unknown to this release of transformers"
+        with pytest.raises(DotexportError, match=said):
             read_model(read_config(tmp_path))
         return
     if meant is None:  # 4.57 builds no model of it
