@@ -28,7 +28,7 @@ from dotexport.vocabulary.vocabulary_options import VocabularyOptions
 from .conftest import Command, names
 
 ASKED = ShrinkOptions(
-    sizes=SizeOptions(params="0.8x", axes="intermediate_size,num_key_value_heads"),
+    sizes=SizeOptions(params="0.8x", axes="intermediate_size,num_hidden_layers"),
     text=TextOptions(source="embedded:calibration", samples=8, seqlen=64),
     heal=HealOptions(steps=4, batch=4, every=2, precision="fp32"),
 )
