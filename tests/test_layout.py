@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -302,3 +303,28 @@ def test_no_file_reads_or_writes_pickle() -> None:
             calls = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
             # The training that is no verb keeps its own state, and torch reads it weights_only.
             assert file.name == "train.py" or not calls & {"torch.load", "torch.save"}, file
+
+
+# What an extra brings, and who asks for it: the rooms and targets that say so where it is missing.
+EXTRAS = {
+    *("PIL", "datasets", "diffusers", "executorch", "gguf", "lm_eval", "mlx", "mlx_lm"),
+    *("onnxscript", "openvino", "pyarrow", "sklearn", "torchao"),
+}
+# Modules whose wheels have other names, and those that come with another.
+WHEELS = {"ot": "pot", "yaml": "pyyaml", "pydantic_core": "pydantic", "tokenizers": "transformers"}
+
+
+def test_all_that_is_imported_comes_with_a_plain_install() -> None:
+    """An environment with every extra hides what a user's lacks."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wheels = (one.lower().replace("_", "-") for one in project["dependencies"])
+    declared = {re.split(r"[^a-z0-9-]", wheel, maxsplit=1)[0] for wheel in wheels}
+    missing = set()
+    for file in (file for folder in ALLOWED for file in sources(folder)):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            tops = {name.partition(".")[0] for name in imported(node, file)}
+            for top in tops - EXTRAS - {CORE, ""} - set(sys.stdlib_module_names):
+                wheel = WHEELS.get(top, top).replace("_", "-")
+                if not {wheel, f"{wheel}-gpu", f"{wheel}-cuda"} & declared:
+                    missing.add(f"{top} in {file.relative_to(ROOT)}")
+    assert missing == set()
