@@ -50,7 +50,7 @@ def workspace_of(
     return Workspace.of(out, identity)
 
 
-def remembered(measure: Measure, workspace: Workspace, step: str = CUTS) -> Measure:
+def remembered(measure: Measure, workspace: Workspace, step: str) -> Measure:
     """The same, of which every figure is kept by this name."""
     kept = workspace.load(step)
     figures: dict[str, float] = kept[0] if kept else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,15 @@ def show_summary(out: Path, title: str) -> None:
     from dotexport.storage import manifest
 
     show_rows(title, manifest.read(out), summary.paths(out))
+
+
+def show_figures(rows: Iterable[Sequence[str]], narrowed: str, title: str, made: str) -> None:
+    """What a card says, original beside narrowed; then what was made, and where it lies."""
+    table = Table("", "original", narrowed, "change", title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    stderr.print(made, soft_wrap=True, highlight=False)
 
 
 def show_next(out: Path, model: str) -> None:

@@ -103,11 +103,13 @@ def _write(
         "noise": {name: asdict(noise) for name, noise in reference.noise.items()},
         "long": long and {"positions": long.positions, "context": long.context},
     }
-    file.parent.mkdir(exist_ok=True)
     partial = hidden(file, "partial")
     try:
+        file.parent.mkdir(exist_ok=True)
         save_file(arrays, partial, {"reference": json.dumps(said)})
         partial.replace(file)
+    except (OSError, SafetensorError) as error:  # it is a help, and no result
+        logger.warning("torch's logits are not kept for the next call (%s)", error)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -108,3 +108,18 @@ def test_verify_asks_torch_once_for_all_calls_and_not_at_all_where_that_is_quick
     (made / FILE).unlink()
     assert all(parity.passed for parity in verify(made))
     assert not (made / FILE).exists()
+
+
+def test_what_cannot_be_kept_is_computed_and_said(
+    out: Path,
+    computed: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kept_reference, "save_file", full)
+    assert reference_of(out).logits
+    assert "torch's logits are not kept for the next call" in caplog.text
+    assert list((out / "reports").iterdir()) == []

@@ -13,7 +13,7 @@ import typer
 
 from dotexport.app.flags import with_options
 from dotexport.app.progress import progress
-from dotexport.app.terminal import show_json, stderr
+from dotexport.app.terminal import show_figures, show_json
 from dotexport.encoders.encoder_options import SentenceOptions, ShrinkOptions
 
 from .shared_options import Json, Out, Overwrite
@@ -81,14 +81,8 @@ def evaluate(
 
 def show(out: Path, title: str) -> None:
     """Original beside narrowed, for whatever figures the manifest holds."""
-    from rich.console import Console
-    from rich.table import Table
-
     from dotexport.encoders import encoder_card
     from dotexport.storage import manifest
 
-    table = Table("", "original", "narrowed", "change", title=title)
-    for row in encoder_card.rows(manifest.read(out)):
-        table.add_row(*row)
-    Console().print(table)
-    stderr.print(f"model {out / 'hf'}", soft_wrap=True, highlight=False)
+    rows = encoder_card.rows(manifest.read(out))
+    show_figures(rows, "narrowed", title, f"model {out / 'hf'}")

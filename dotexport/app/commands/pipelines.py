@@ -15,7 +15,7 @@ import typer
 
 from dotexport.app.flags import with_options
 from dotexport.app.progress import progress
-from dotexport.app.terminal import show_json, stderr
+from dotexport.app.terminal import show_figures, show_json, stderr
 from dotexport.diffusion.pipeline_options import PruneStep, SampleOptions, parse_extra
 
 from .shared_options import Json, Out, Overwrite
@@ -238,14 +238,8 @@ def show_parities(parities: Sequence[Parity]) -> None:
 
 def show(out: Path, title: str) -> None:
     """Dense beside pruned, for whatever figures the manifest holds."""
-    from rich.console import Console
-    from rich.table import Table
-
     from dotexport.diffusion import pipeline_card
     from dotexport.storage import manifest
 
-    table = Table("", "original", "pruned", "change", title=title)
-    for row in pipeline_card.rows(manifest.read(out)):
-        table.add_row(*row)
-    Console().print(table)
-    stderr.print(f"pipeline {out / 'pipeline'}", soft_wrap=True, highlight=False)
+    rows = pipeline_card.rows(manifest.read(out))
+    show_figures(rows, "pruned", title, f"pipeline {out / 'pipeline'}")
