@@ -30,11 +30,13 @@ from dotexport.exports.target import QUANTISED_BLOCK, Logits, Tokens
 from .growing import GrowingSession
 
 if TYPE_CHECKING:
+    from dotexport.exports.encoder_target import Arrays, EncoderGraph, EncoderSession
     from dotexport.models.checkpoint import Checkpoint
 
 Array = NDArray[np.float32]
 
 GRAPH = "openvino_model.xml"
+ENCODER = "openvino"  # where sentence-transformers looks for an encoder's
 FIXED_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 # What is verified is what the weights say: left to itself the plugin computes in bfloat16 where the
@@ -55,6 +57,7 @@ class OpenVino:
     weight_bits: ClassVar = {"fp32": (32, 32), "fp16": (16, 16), "int8": (8, 16), "int4": (4.5, 16)}
     row_groups: ClassVar = {"int4": QUANTISED_BLOCK}
     exact_rounding = ()  # blocks are smaller where a width is no multiple of 32
+    encoder_precisions = ("fp32", "fp16", "int8")
 
     def missing(self) -> list[str]:
         return []  # without openvino this file cannot be imported
@@ -75,24 +78,59 @@ class OpenVino:
         if precision in ("int8", "int4"):
             _round_products(graph, bits=int(precision[3:]))
             _halve_tables(graph)
-        if precision == "fp16":
-            compress_model_transformation(graph)
-        for option, value in EXACT.items():
-            graph.set_rt_info(value, ["runtime_options", option])
-        ov.save_model(graph, folder / GRAPH, compress_to_fp16=False)
+        _save(graph, folder / GRAPH, precision)
         for file in [checkpoint.folder / "config.json", *checkpoint.companions()]:
             shutil.copyfile(file, folder / file.name)
 
     def open(self, folder: Path, *, threads: int | None = None) -> OpenVinoSession:
         return OpenVinoSession(folder, threads=threads)
 
+    def write_encoder(self, graph: EncoderGraph, folder: Path, precision: str) -> None:
+        model = _converted(graph.program())
+        for ports, names in ((model.inputs, graph.inputs), (model.outputs, graph.outputs)):
+            for port, name in zip(ports, names, strict=True):
+                port.get_tensor().set_names({name})
+        if precision == "int8":
+            _round_products(model, bits=8)
+            _halve_tables(model)
+        (folder / ENCODER).mkdir()
+        _save(model, folder / ENCODER / GRAPH, precision)
+
+    def open_encoder(self, folder: Path, *, threads: int | None = None) -> EncoderSession:
+        request = _compiled(folder / ENCODER / GRAPH, threads).create_infer_request()
+
+        def run(inputs: Arrays) -> list[Any]:
+            made = request.infer(dict(inputs))
+            return [made[number].copy() for number in range(len(made))]
+
+        return run
+
 
 def _translate(checkpoint: Checkpoint) -> Any:
     from .traced import trace
 
+    return _converted(trace(checkpoint))
+
+
+def _converted(program: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, about its own deprecations
-        return ov.convert_model(trace(checkpoint))
+        return ov.convert_model(program)
+
+
+def _save(graph: Any, file: Path, precision: str) -> None:
+    if precision == "fp16":
+        compress_model_transformation(graph)
+    for option, value in EXACT.items():
+        graph.set_rt_info(value, ["runtime_options", option])
+    ov.save_model(graph, file, compress_to_fp16=False)
+
+
+def _compiled(file: Path, threads: int | None) -> Any:
+    options: dict[str, Any] = {**EXACT, "PERFORMANCE_HINT": "LATENCY"}
+    if threads is not None:
+        options["INFERENCE_NUM_THREADS"] = threads
+    return ov.Core().compile_model(file, OpenVinoSession.providers[0], options)
 
 
 def _name_ports(graph: Any) -> dict[str, str]:
@@ -210,11 +248,7 @@ class OpenVinoSession(GrowingSession):
     providers = ("CPU",)
 
     def __init__(self, folder: Path, *, threads: int | None = None) -> None:
-        options: dict[str, Any] = {**EXACT, "PERFORMANCE_HINT": "LATENCY"}
-        if threads is not None:
-            options["INFERENCE_NUM_THREADS"] = threads
-        compiled = ov.Core().compile_model(folder / GRAPH, self.providers[0], options)
-        self.request = compiled.create_infer_request()
+        self.request = _compiled(folder / GRAPH, threads).create_infer_request()
 
     def forget(self, num_sequences: int) -> None:
         self.request.reset_state()

@@ -34,6 +34,7 @@ from dotexport.exports.text_parity import (
 )
 
 if TYPE_CHECKING:
+    from dotexport.exports.encoder_target import Arrays, EncoderGraph, EncoderSession
     from dotexport.models.checkpoint import Checkpoint
 
 
@@ -71,6 +72,7 @@ class ExecuTorch:
     weight_bits: ClassVar = {"fp32": (32, 32), "int4": (4.5, 8, 12.5)}
     row_groups: ClassVar = {"int4": QUANTISED_BLOCK}
     exact_rounding = ()  # scales are rounded to bfloat16, activations per token
+    encoder_precisions = ("fp32",)
 
     def missing(self) -> list[str]:
         return []  # without executorch this file cannot be imported
@@ -100,8 +102,7 @@ class ExecuTorch:
                 model.set_output_embeddings(SharedTable(model.get_input_embeddings().weight))
             program = trace_bounded(model, context=context, chunk=min(CHUNK, context))
             lowered = _lower(program, _constants(checkpoint))
-        with (folder / PROGRAM).open("wb") as file:
-            lowered.write_to_file(file)
+        _save(lowered, folder)
         for companion in [checkpoint.folder / "config.json", *checkpoint.companions()]:
             shutil.copyfile(companion, folder / companion.name)
 
@@ -118,6 +119,18 @@ class ExecuTorch:
 
     def open(self, folder: Path, *, threads: int | None = None) -> ExecuTorchSession:
         return ExecuTorchSession(folder, threads=threads)
+
+    def write_encoder(self, graph: EncoderGraph, folder: Path, precision: str) -> None:
+        with _quiet():
+            _save(_lower(graph.program(single=True), {"get_max_seq_len": graph.context}), folder)
+
+    def open_encoder(self, folder: Path, *, threads: int | None = None) -> EncoderSession:
+        return RowByRow(folder, threads=threads)
+
+
+def _save(lowered: Any, folder: Path) -> None:
+    with (folder / PROGRAM).open("wb") as file:
+        lowered.write_to_file(file)
 
 
 def _context(config: Mapping[str, Any]) -> int:
@@ -295,10 +308,7 @@ class ExecuTorchSession:
 
     def step(self, tokens_B: Tokens) -> Logits:
         if not self.programs:
-            raise UsageError(
-                "another session has changed the number of threads, which one pool serves, and "
-                "this cache went with it; start again"
-            )
+            raise UsageError(CHANGED_THREADS)
         self._check_room(int(self.length_B.max()) + 1)
         return np.stack(
             [self._append(row, tokens_B[row : row + 1])[0] for row in range(len(tokens_B))]
@@ -321,9 +331,33 @@ class ExecuTorchSession:
             )
 
 
+class RowByRow:
+    """An encoder's program, which reads one sequence at a time."""
+
+    def __init__(self, folder: Path, *, threads: int | None = None) -> None:
+        if threads is not None:
+            _use_threads(threads)
+        self.programs = [_load(folder / PROGRAM)]
+        _OPEN.add(self)
+
+    def __call__(self, inputs: Arrays) -> list[Any]:
+        if not self.programs:
+            raise UsageError(CHANGED_THREADS)
+        forward = self.programs[0].load_method("forward")
+        rows = []
+        for row in range(len(inputs["input_ids"])):
+            some = [torch.from_numpy(value[row : row + 1].copy()) for value in inputs.values()]
+            rows.append([made.numpy().copy() for made in forward.execute(some)])
+        return [np.concatenate(made) for made in zip(*rows, strict=True)]
+
+
+CHANGED_THREADS = (
+    "another session has changed the number of threads, which one pool serves, and this cache went "
+    "with it; start again"
+)
 # Programs keep the pool that they were loaded with, and one pool serves the whole process: run
 # after it was replaced, they wait for ever.
-_OPEN: weakref.WeakSet[ExecuTorchSession] = weakref.WeakSet()
+_OPEN: weakref.WeakSet[ExecuTorchSession | RowByRow] = weakref.WeakSet()
 
 
 def _use_threads(threads: int) -> None:

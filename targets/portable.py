@@ -27,9 +27,14 @@ from .growing import GrowingSession
 from .ort_session import open_graph
 
 if TYPE_CHECKING:
+    from dotexport.exports.encoder_target import Arrays, EncoderGraph, EncoderSession
     from dotexport.models.checkpoint import Checkpoint
 
-GRAPH, WEIGHTS = "model.onnx", "model.onnx_data"
+GRAPH = "model.onnx"
+# Where Optimum, transformers.js and sentence-transformers look for an encoder's, and how they name
+# it.
+ENCODER = "onnx"
+ENCODER_GRAPHS = {"fp32": GRAPH, "fp16": "model_fp16.onnx", "int8": "model_quantized.onnx"}
 FIXED_INPUTS = ("input_ids", "attention_mask", "position_ids")
 OPSET = 18
 ONE_FILE = 1 << 30  # weights above this many bytes lie beside the graph: protobuf ends at 2 GiB
@@ -43,6 +48,7 @@ class Portable:
     precisions = ("fp32", "int8")
     exact_rounding = ()
     weight_bits: ClassVar = {"fp32": (32, 32), "int8": (8, 8)}
+    encoder_precisions = ("fp32", "fp16", "int8")
 
     def missing(self) -> list[str]:
         return []  # without onnxscript this file cannot be imported
@@ -65,7 +71,7 @@ class Portable:
         if precision == "int8":
             _look_up_columns(model.graph)
             _round_tables(model.graph, _round_products(model.graph))
-        _save(model, folder)
+        _save(model, folder / GRAPH)
         for file in [checkpoint.folder / "config.json", *checkpoint.companions()]:
             shutil.copyfile(file, folder / file.name)
 
@@ -78,27 +84,53 @@ class Portable:
     def open(self, folder: Path, *, threads: int | None = None) -> PortableSession:
         return PortableSession(folder, threads=threads)
 
+    def write_encoder(self, graph: EncoderGraph, folder: Path, precision: str) -> None:
+        program = graph.program(half=precision == "fp16")
+        model = _written(program, list(graph.inputs), list(graph.outputs))
+        for value in model.graph.inputs:
+            value.shape = ir.Shape(["batch_size", "sequence_length"])
+        _forget_origins(model)
+        _turn_matrices(model.graph)
+        if precision == "int8":
+            _round_tables(model.graph, _round_products(model.graph))
+        (folder / ENCODER).mkdir()
+        _save(model, folder / ENCODER / ENCODER_GRAPHS[precision])
+
+    def open_encoder(self, folder: Path, *, threads: int | None = None) -> EncoderSession:
+        [file] = (folder / ENCODER).glob("*.onnx")
+        session = open_graph(file, threads)
+
+        def run(inputs: Arrays) -> list[Any]:
+            made: list[Any] = session.run(None, dict(inputs))
+            return made
+
+        return run
+
 
 def _translate(checkpoint: Checkpoint) -> Any:
-    import torch
-
     from .traced import trace
 
-    program = trace(checkpoint)
     past, present = _cache_names(checkpoint.config["num_hidden_layers"])
+    model = _written(trace(checkpoint), [*FIXED_INPUTS, *past], ["logits", *present])
+    _name_axes(model.graph)
+    return model
+
+
+def _written(program: Any, inputs: list[str], outputs: list[str]) -> Any:
+    import torch
+
     # It warns of operators of torchvision, whether or not the model has any.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, about its own deprecations
         written: Any = torch.onnx.export(
             program,
-            input_names=[*FIXED_INPUTS, *past],
-            output_names=["logits", *present],
+            input_names=inputs,
+            output_names=outputs,
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
         )
-    _name_axes(written.model.graph)
     return written.model
 
 
@@ -162,9 +194,10 @@ def _forget_origins(model: Any) -> None:
         value.metadata_props.clear()
 
 
-def _save(model: Any, folder: Path) -> None:
+def _save(model: Any, file: Path) -> None:
     num_bytes = sum(v.const_value.nbytes for v in model.graph.initializers.values())
-    ir.save(model, folder / GRAPH, external_data=WEIGHTS if num_bytes > ONE_FILE else None)
+    beside = f"{file.name}_data" if num_bytes > ONE_FILE else None
+    ir.save(model, file, external_data=beside)
 
 
 def _look_up_columns(graph: Any) -> None:
@@ -222,8 +255,13 @@ def _round_products(graph: Any) -> dict[Any, tuple[Any, Any]]:
         weight, step_O = matrices[matrix] = _round_outputs(graph, matrix)
         whole = ir.node("MatMulInteger", [level, weight])
         real = ir.node("Cast", whole.outputs, {"to": ir.DataType.FLOAT})
-        steps = ir.node("Mul", [scale, step_O])
-        product = ir.node("Mul", [real.outputs[0], steps.outputs[0]])
+        if _is_biased(node):
+            # One after the other: what it fuses otherwise, onnxruntime computes without the bias.
+            steps = ir.node("Mul", [real.outputs[0], scale])
+            product = ir.node("Mul", [steps.outputs[0], step_O])
+        else:
+            steps = ir.node("Mul", [scale, step_O])
+            product = ir.node("Mul", [real.outputs[0], steps.outputs[0]])
         graph.insert_before(node, [whole, real, steps, product])
         before, after = node.outputs[0], product.outputs[0]
         after.shape, after.dtype = before.shape, ir.DataType.FLOAT
@@ -231,6 +269,11 @@ def _round_products(graph: Any) -> dict[Any, tuple[Any, Any]]:
         after.name = before.name
         graph.remove(node, safe=True)
     return matrices
+
+
+def _is_biased(product: Any) -> bool:
+    readers = [reader for reader, _ in product.outputs[0].uses() if reader.op_type == "Add"]
+    return any(value.is_initializer() for reader in readers for value in reader.inputs)
 
 
 def _round_tokens(graph: Any, before: Any, x: Any) -> tuple[Any, Any]:

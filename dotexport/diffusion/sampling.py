@@ -9,7 +9,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from dotexport.errors import (
     UnsupportedModelError,
     UsageError,
 )
+from dotexport.models.quiet import quiet as quiet_all
 from dotexport.storage.reading import read_json
 
 INDEX = "model_index.json"
@@ -71,24 +72,11 @@ def load(folder: Path) -> Any:
     return pipe
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> AbstractContextManager[None]:
     """No bars and advice of other libraries while a pipeline loads or is saved."""
     import diffusers.utils.logging as theirs
-    import transformers.utils.logging as others
 
-    libraries: tuple[Any, ...] = (theirs, others)
-    before = [(at.is_progress_bar_enabled(), at.get_verbosity()) for at in libraries]
-    for library in libraries:
-        library.disable_progress_bar()
-        library.set_verbosity_error()
-    try:
-        yield
-    finally:
-        for library, (shown, verbosity) in zip(libraries, before, strict=True):
-            library.set_verbosity(verbosity)
-            if shown:
-                library.enable_progress_bar()
+    return quiet_all(theirs)
 
 
 def component_of(pipe: Any) -> str:

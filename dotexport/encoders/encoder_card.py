@@ -47,6 +47,7 @@ def _lines(record: Mapping[str, Any]) -> Iterator[str]:
     yield "|---|---:|---:|---|"
     for row in rows(record):
         yield f"| {' | '.join(map(plain, row))} |"
+    yield from _artifacts(record["artifacts"])
     yield ""
     yield "## How it was made"
     yield ""
@@ -59,3 +60,21 @@ def _lines(record: Mapping[str, Any]) -> Iterator[str]:
     yield "## Licence"
     yield ""
     yield f"That of the original{': ' + plain(source['licence']) if source['licence'] else ''}."
+
+
+def _artifacts(artifacts: Mapping[str, Any]) -> Iterator[str]:
+    """Folders, their bytes, and whether they were held against torch."""
+    yield ""
+    yield "| folder | MB | differs from torch by |"
+    yield "|---|---:|---|"
+    for name, entry in artifacts.items():
+        parity = entry["parity"]
+        if name == "hf":
+            told = "it is what torch reads"
+        elif parity is None:
+            told = "not verified"
+        elif parity["passed"]:
+            told = f"{parity['difference']:.2g} (limit {parity['limit']:.2g})"
+        else:
+            told = "**failed**: " + plain("; ".join(parity["problems"]))
+        yield f"| `{name}/` | {entry['bytes'] / 1e6:.2f} | {told} |"

@@ -15,6 +15,7 @@ from dotexport.encoders.kinds import STOCK, Kind, class_of, kind_of, transformer
 from dotexport.errors import CheckpointError, UsageError
 from dotexport.models.checkpoint import all_finite
 from dotexport.models.origin import licence, model_name
+from dotexport.models.quiet import quiet
 from dotexport.models.weight_files import tensor_files
 from dotexport.storage import manifest
 from dotexport.storage.files import write_json
@@ -81,9 +82,10 @@ def open_encoder(folder: Path) -> Encoder:
     kind, name = kind_of(config), class_of(config)
     tensor_files(home)  # says what is wrong with the weight files
     try:
-        model, found = getattr(transformers, name).from_pretrained(
-            home, dtype="auto", output_loading_info=True, attn_implementation="eager"
-        )
+        with quiet():
+            model, found = getattr(transformers, name).from_pretrained(
+                home, dtype="auto", output_loading_info=True, attn_implementation="eager"
+            )
     except (ValueError, TypeError, RuntimeError, LookupError) as error:
         first = str(error).partition("\n")[0]
         raise CheckpointError(
@@ -108,15 +110,21 @@ def open_encoder(folder: Path) -> Encoder:
     return Encoder(root, home, config, kind, model, dtype, names)
 
 
-def save_encoder(encoder: Encoder, model: nn.Module, folder: Path) -> None:
-    """Write a folder like the original's around another model of its class; words of sizes in
-    config.json are those of the model."""
+def copy_beside(encoder: Encoder, folder: Path) -> None:
+    """Copy everything but the weights and what belongs to the original alone."""
 
     def left(place: str, names: list[str]) -> set[str]:
         own = WEIGHTS if Path(place) == encoder.home else ()
         return shutil.ignore_patterns(*LEFT, *own)(place, names)
 
-    shutil.copytree(encoder.root, folder, ignore=left)
+    shutil.copytree(encoder.root, folder, ignore=left, dirs_exist_ok=True)
+
+
+def save_encoder(encoder: Encoder, model: nn.Module, folder: Path) -> None:
+    """Write a folder like the original's around another model of its class; words of sizes in
+    config.json are those of the model."""
+
+    copy_beside(encoder, folder)
     home = folder / encoder.home.relative_to(encoder.root)
     config = dict(encoder.config)
     for word in (encoder.kind.width, encoder.kind.depth):
@@ -127,7 +135,8 @@ def save_encoder(encoder: Encoder, model: nn.Module, folder: Path) -> None:
         if _old_name(key, encoder) in encoder.names
     }
     model.to(encoder.dtype)
-    model.save_pretrained(home, state_dict=state)  # type: ignore[operator]
+    with quiet():
+        model.save_pretrained(home, state_dict=state)  # type: ignore[operator]
     model.float()
     write_json(home / "config.json", config)
 

@@ -16,10 +16,14 @@ from dotexport.storage.reading import read_json
 
 STOCK = "hf"
 MODULES = "modules.json"
-HEADS = (
-    *("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"),
-    "ForQuestionAnswering",
-)
+OUTPUTS = {
+    "Model": ("last_hidden_state",),
+    "ForMaskedLM": ("logits",),
+    "ForSequenceClassification": ("logits",),
+    "ForTokenClassification": ("logits",),
+    "ForQuestionAnswering": ("start_logits", "end_logits"),
+}
+"""How a class ends -> what it answers with, under the names that ONNX readers expect."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,16 @@ def kind_of(config: Mapping[str, Any]) -> Kind:
     return found
 
 
+def outputs_of(name: str) -> tuple[str, ...]:
+    """What a stock class of this name answers with."""
+    return next(outputs for end, outputs in OUTPUTS.items() if name.endswith(end))
+
+
+def reads_segments(config: Mapping[str, Any]) -> bool:
+    """Whether token_type_ids say anything: BERT alone has more than one kind of them."""
+    return kind_of(config).prefix == "Bert"
+
+
 def class_of(config: Mapping[str, Any]) -> str:
     """Name of the stock class.
 
@@ -136,7 +150,7 @@ def class_of(config: Mapping[str, Any]) -> str:
     """
     prefix = kind_of(config).prefix
     named = (config.get("architectures") or [f"{prefix}Model"])[0]
-    known = [f"{prefix}{head}" for head in HEADS]
+    known = [f"{prefix}{head}" for head in OUTPUTS]
     if named not in known:
         raise UnsupportedModelError(
             f"config.json names the class {named}; expected one of {', '.join(known)}"

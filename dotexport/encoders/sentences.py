@@ -73,7 +73,7 @@ def batches(encoder: Encoder, sentences: Sequence[str], options: SentenceOptions
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(encoder.home)
-    most = min(options.seqlen, _context(encoder))
+    most = min(options.seqlen, context_of(encoder))
     size = min(options.batch, max(1, len(sentences) // HELD_OUT))
     takes = inspect.signature(encoder.base.forward).parameters
     made: list[Batch] = []
@@ -87,7 +87,7 @@ def batches(encoder: Encoder, sentences: Sequence[str], options: SentenceOptions
     return made
 
 
-def _context(encoder: Encoder) -> int:
+def context_of(encoder: Encoder) -> int:
     """Tokens that there are positions for; RoBERTa counts them from behind its padding."""
     most = int(encoder.config.get("max_position_embeddings", 512))
     return most - 2 if encoder.kind.prefix in ("Roberta", "XLMRoberta") else most

@@ -113,8 +113,9 @@ def export(
     """
     requests = list({r.name: r for r in (Request(*resolve(spec)) for spec in specs)}.values())
     model = opened(model)
-    home = _output_of(model)
-    _check_home(model, home, out, overwrite=overwrite)
+    if output_of(model) is None:
+        read_config(model)  # refuses what is no model
+    home = home_of(model, out, overwrite=overwrite)
     source = Checkpoint.open(home / STOCK if home else model)
     source.companions()  # refuses links that lead elsewhere
     _check_targets(requests, source, verify=verify)
@@ -125,7 +126,7 @@ def export(
         with occupied(home, shared=True):
             made = _exported(requests, source, home, rounding, verify=verify, overwrite=overwrite)
         return made.kept(home)
-    assert out is not None  # _check_home saw to it
+    assert out is not None  # home_of saw to it
     home = out.expanduser().resolve()
     with new_folder(home, overwrite=overwrite) as partial:
         _start_output(source, partial)
@@ -159,7 +160,7 @@ def _exported(
     return exporting.run(requests)
 
 
-def _output_of(model: Path) -> Path | None:
+def output_of(model: Path) -> Path | None:
     """The output folder that this is, or whose hf/ this is; None: a plain model folder."""
     inside = model.resolve()
     parents = (inside, inside.parent) if inside.name == STOCK else (inside,)
@@ -170,14 +171,18 @@ def _may_replace(home: Path, request: Request, overwrite: bool) -> bool:
     return overwrite or is_unfinished(home / request.name)
 
 
-def _check_home(model: Path, home: Path | None, out: Path | None, *, overwrite: bool) -> None:
+def home_of(model: Path, out: Path | None, *, overwrite: bool) -> Path | None:
+    """The output that takes its artifacts into itself; None: a plain model, whose output is `out`.
+
+    Raises:
+        UsageError: no output for a plain model, or another one than the model's own.
+    """
+    home = output_of(model)
     if home is not None and out is not None and out.resolve() != home:
         raise UsageError(
             f"{model} is an output of dotexport, which takes its artifacts into itself; "
             "leave the output folder (-o) away"
         )
-    if home is None:
-        read_config(model)  # refuses what is no model either
     if home is None and out is None:
         raise UsageError(
             f"{model} is a plain model folder, and nothing is written into it; "
@@ -188,6 +193,7 @@ def _check_home(model: Path, home: Path | None, out: Path | None, *, overwrite: 
             f"{out} is an output of dotexport already; to add a target to it, `dotexport export "
             f"{out} --target ...`, or give another output folder"
         )
+    return home
 
 
 def _check_targets(requests: Sequence[Request], checkpoint: Checkpoint, *, verify: bool) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from typer.testing import CliRunner
 
 from dotexport.app.cli import app
@@ -21,76 +20,7 @@ from dotexport.encoders.encoder_walk import walk
 from dotexport.encoders.sentences import Batch
 from dotexport.errors import CheckpointError, SizeError, UsageError
 
-WORDS = [f"w{n}" for n in range(60)]
-SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
-SIZES = {"vocab_size": 64, "max_position_embeddings": 40, "pad_token_id": 0}
-BERT = {"hidden_size": 24, "intermediate_size": 64, "num_hidden_layers": 3}
-BERT |= {"num_attention_heads": 4, **SIZES}
-DISTIL = {"dim": 24, "hidden_dim": 64, "n_layers": 3, "n_heads": 4, **SIZES}
-KINDS = {
-    "bert": (transformers.BertModel, transformers.BertConfig(**BERT)),
-    "roberta": (
-        transformers.RobertaForSequenceClassification,
-        transformers.RobertaConfig(**BERT, num_labels=3),
-    ),
-    "xlm-roberta": (
-        transformers.XLMRobertaForTokenClassification,
-        transformers.XLMRobertaConfig(**BERT, num_labels=3),
-    ),
-    "distilbert": (
-        transformers.DistilBertForQuestionAnswering,
-        transformers.DistilBertConfig(**DISTIL),
-    ),
-}
-
-
-def made(folder: Path, name: str) -> Path:
-    """An encoder with weights large enough to say something, and a tokenizer of 60 words."""
-    kind, config = KINDS[name]
-    torch.manual_seed(0)
-    model = kind(config)
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            parameter.data.mul_(8)
-    model.save_pretrained(folder)
-    vocab = {word: n for n, word in enumerate([*SPECIAL, *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    dice = random.Random(0)
-    lines = [" ".join(dice.choices(WORDS, k=dice.randint(5, 14))) for _ in range(160)]
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text("\n".join(lines), encoding="utf-8")
-    return str(file)
-
-
-@pytest.fixture(scope="module")
-def sentence_transformer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = made(tmp_path_factory.mktemp("st") / "model", "bert")
-    modules = [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-        {
-            "idx": 1,
-            "name": "1",
-            "path": "1_Pooling",
-            "type": "sentence_transformers.models.Pooling",
-        },
-    ]
-    (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
-    (folder / "1_Pooling").mkdir()
-    said = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
-    (folder / "1_Pooling/config.json").write_text(json.dumps(said, indent=1), encoding="utf-8")
-    return folder
+Made = Callable[[Path, str], Path]
 
 
 def run(*args: object) -> dict[str, object]:
@@ -102,13 +32,18 @@ def run(*args: object) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_the_result_loads_with_its_stock_class(name: str, text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["bert", "roberta", "xlm-roberta", "distilbert"])
+def test_the_result_loads_with_its_stock_class(
+    name: str, text: str, made: Made, tmp_path: Path
+) -> None:
     model, out = made(tmp_path / "model", name), tmp_path / "out"
     shrunk = run(
         "shrink", model, "-o", out, "--params", "0.8x", "--count", "layers", "--calib", text
     )
-    loaded, found = KINDS[name][0].from_pretrained(out / "hf", output_loading_info=True)
+    [kind] = json.loads((model / "config.json").read_text(encoding="utf-8"))["architectures"]
+    loaded, found = getattr(transformers, kind).from_pretrained(
+        out / "hf", output_loading_info=True
+    )
     assert not found["missing_keys"]
     assert not found["unexpected_keys"]
     before, after = shrunk["sizes"]["parameters_of_layers"]  # type: ignore[index]
@@ -166,9 +101,7 @@ def test_recall_counts_shared_neighbours() -> None:
     assert recall(turned, turned.flip(0)) < 0.7
 
 
-@pytest.mark.parametrize(
-    "verb", ["bench", "plan", "frontier", "latency", "export", "verify", "report"]
-)
+@pytest.mark.parametrize("verb", ["bench", "plan", "frontier", "latency", "report"])
 def test_other_verbs_name_the_kind(verb: str, sentence_transformer: Path) -> None:
     with pytest.raises(UsageError, match=f"is a text encoder, which {verb} does not take"):
         run(verb, sentence_transformer)
@@ -191,7 +124,7 @@ def test_refusals_say_what_to_do(sentence_transformer: Path, text: str, tmp_path
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
 
 
-def test_weights_of_another_config_are_refused(tmp_path: Path) -> None:
+def test_weights_of_another_config_are_refused(made: Made, tmp_path: Path) -> None:
     folder = made(tmp_path / "model", "bert")
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))

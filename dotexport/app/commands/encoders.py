@@ -1,22 +1,26 @@
 """The verbs of the command line for text encoders: one function per verb, no logic.
 
-`dotexport shrink FOLDER` and `eval` come here when FOLDER is a BERT, RoBERTa,
+`dotexport shrink FOLDER`, `export`, `verify` and `eval` come here when FOLDER is a BERT, RoBERTa,
 XLM-R or DistilBERT, a folder of sentence-transformers, or an output that holds one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dotexport.app.flags import with_options
 from dotexport.app.progress import progress
-from dotexport.app.terminal import show_figures, show_json
+from dotexport.app.terminal import show_figures, show_json, stderr
 from dotexport.encoders.encoder_options import SentenceOptions, ShrinkOptions
 
 from .shared_options import Json, Out, Overwrite
+
+if TYPE_CHECKING:
+    from dotexport.encoders.encoder_verifying import Parity
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", no_args_is_help=True)
 
@@ -55,6 +59,68 @@ def shrink(
     show(out, f"narrowed in {shrunk.seconds:.0f} s")
 
 
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="Output of dotexport, or a plain encoder.")],
+    target: Annotated[
+        list[str],
+        typer.Option(help="onnx, openvino or executorch, or NAME:PRECISION, e.g. onnx:int8."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="For a plain encoder: where to.")
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Hold each artifact against torch.")] = True,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write artifacts of a text encoder, each held against torch before it is kept.
+
+    onnx (fp32, fp16, int8) is what transformers.js, Optimum and sentence-transformers' onnx backend
+    read, openvino (fp32, fp16, int8) what its openvino backend reads, executorch (fp32) a program
+    for phones.
+
+    Example: dotexport export OUT --target onnx:int8 --target openvino
+    """
+    from dotexport.encoders import encoder_exporting
+    from dotexport.storage import manifest
+
+    with progress() as report:
+        names = encoder_exporting.export(
+            model, target, out=out, verify=verify, overwrite=overwrite, progress=report
+        )
+    home = out or model
+    made = manifest.read(home)["artifacts"]
+    if as_json:
+        show_json({name: made[name] for name in names})
+        return
+    for name in names:
+        note = "" if made[name]["parity"] else "  not verified"
+        size = f"{made[name]['bytes'] / 1e6:.2f} MB{note}"
+        stderr.print(f"{home / name}  {size}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def verify(
+    out: Output,
+    target: Annotated[list[str] | None, typer.Option(help="Only these; default: all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Hold every artifact against torch: its files, and what it answers to padded and long batches.
+
+    Exit code 3 if one of them does not compute what torch computes.
+    """
+    from dotexport.encoders import encoder_verifying
+    from dotexport.exports.verifying import require
+
+    with stderr.status("verifying"):
+        parities = encoder_verifying.verify(out, target)
+    if as_json:
+        show_json([parity.as_dict() for parity in parities])
+    else:
+        show_parities(parities)
+    require(parities)
+
+
 @app.command("eval")
 @with_options
 def evaluate(
@@ -86,3 +152,19 @@ def show(out: Path, title: str) -> None:
 
     rows = encoder_card.rows(manifest.read(out))
     show_figures(rows, "narrowed", title, f"model {out / 'hf'}")
+
+
+def show_parities(parities: Sequence[Parity]) -> None:
+    """How far each artifact is from torch, the limit it is held to, and the verdict."""
+    from rich.table import Table
+
+    table = Table("artifact", "difference (limit)", "batch x tokens", "verdict")
+    for parity in parities:
+        known = parity.difference is not None
+        table.add_row(
+            parity.artifact,
+            f"{parity.difference:.2g} ({parity.limit:.2g})" if known else "",
+            ", ".join(parity.shapes),
+            "passed" if parity.passed else "; ".join(parity.problems),
+        )
+    stderr.print(table)

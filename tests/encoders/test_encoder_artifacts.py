@@ -1,0 +1,240 @@
+"""Artifacts of text encoders through the command line: written, held against torch, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dotexport.app.cli import app
+from dotexport.encoders.encoder_folder import open_encoder
+from dotexport.encoders.encoder_verifying import check
+from dotexport.errors import CheckpointError, ParityError, UsageError
+from dotexport.exports.target import find_target
+
+for runtime in ("onnxscript", "openvino", "executorch"):
+    pytest.importorskip(runtime)
+
+Made = Callable[[Path, str], Path]
+
+
+def run(*args: object) -> Any:
+    result = CliRunner().invoke(app, [*map(str, args), "--json"])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def exported(sentence_transformer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output with an artifact of every target in every precision."""
+    out = tmp_path_factory.mktemp("exported") / "out"
+    specs = [f"onnx:{p}" for p in ("fp32", "fp16", "int8")]
+    specs += [f"openvino:{p}" for p in ("fp32", "fp16", "int8")] + ["executorch"]
+    run("export", sentence_transformer, "-o", out, *(x for s in specs for x in ("--target", s)))
+    return out
+
+
+def test_every_artifact_computes_what_torch_computes(exported: Path) -> None:
+    told = {one["artifact"]: one for one in run("verify", exported)}
+    assert all(one["passed"] for one in told.values())
+    assert set(told) == {
+        *("hf", "onnx-fp32", "onnx-fp16", "onnx-int8", "openvino-fp32", "openvino-fp16"),
+        *("openvino-int8", "executorch-fp32"),
+    }
+    for name, one in told.items():
+        if name.endswith("fp32"):
+            assert one["difference"] < 1e-5
+        elif name != "hf":  # it is rounded, and not by much
+            assert 1e-5 < one["difference"] < one["limit"]
+    assert one["shapes"] == ["1 x 1", "3 x 17", "1 x 40"]
+
+
+def test_artifacts_lie_where_their_readers_look(exported: Path, sentence_transformer: Path) -> None:
+    graphs = {
+        "onnx-fp32": "onnx/model.onnx",
+        "onnx-fp16": "onnx/model_fp16.onnx",
+        "onnx-int8": "onnx/model_quantized.onnx",
+        "openvino-fp32": "openvino/openvino_model.xml",
+        "executorch-fp32": "model.pte",
+    }
+    for name, graph in graphs.items():
+        assert (exported / name / graph).is_file()
+        for beside in ("config.json", "tokenizer.json", "modules.json", "1_Pooling/config.json"):
+            carried = (exported / name / beside).read_bytes()
+            assert carried == (sentence_transformer / beside).read_bytes()
+        assert not list((exported / name).rglob("*.safetensors"))
+    bytes_of = {n: (exported / n / g).stat().st_size for n, g in graphs.items()}
+    assert bytes_of["onnx-int8"] < bytes_of["onnx-fp16"] < bytes_of["onnx-fp32"]
+
+
+HEADS = {
+    "bert": "ORTModelForFeatureExtraction",
+    "roberta": "ORTModelForSequenceClassification",
+    "xlm-roberta": "ORTModelForTokenClassification",
+    "distilbert": "ORTModelForQuestionAnswering",
+}
+TOKENS = torch.tensor([[1, 9, 8, 7, 2]])
+
+
+@pytest.fixture(scope="module")
+def narrowed(made: Made, text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Outputs of every kind, by its name, each with an ONNX graph."""
+    folder = tmp_path_factory.mktemp("narrowed")
+    for name in HEADS:
+        run(
+            "shrink",
+            made(folder / f"of-{name}", name),
+            "-o",
+            folder / name,
+            "--layers",
+            1,
+            "--calib",
+            text,
+        )
+        run("export", folder / name, "--target", "onnx")
+    return folder
+
+
+def said_by_torch(out: Path) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        made = open_encoder(out).model(input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS))
+    return dict(made)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_graphs_have_the_names_that_readers_know(name: str, narrowed: Path) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(narrowed / name / "onnx-fp32/onnx/model.onnx")
+    asked = [port.name for port in session.get_inputs()]
+    more = ["token_type_ids"] if name == "bert" else []
+    assert asked == ["input_ids", "attention_mask", *more]
+    feed = dict.fromkeys(asked, torch.zeros_like(TOKENS).numpy())
+    feed |= {"input_ids": TOKENS.numpy(), "attention_mask": torch.ones_like(TOKENS).numpy()}
+    wanted = said_by_torch(narrowed / name)
+    for port, value in zip(session.get_outputs(), session.run(None, feed), strict=True):
+        assert (torch.from_numpy(value) - wanted[port.name]).abs().max() < 1e-4
+    card = (narrowed / name / "README.md").read_text(encoding="utf-8")
+    assert "| `onnx-fp32/` |" in card
+
+
+def test_a_graph_of_other_weights_is_not_kept(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = made(tmp_path / "model", "bert")
+    target: Any = type(find_target("onnx"))
+    write = target.write_encoder
+
+    def spoilt(self: Any, graph: Any, folder: Path, precision: str) -> None:
+        write(self, graph, folder, precision)
+        file = folder / "onnx/model.onnx"
+        content = bytearray(file.read_bytes())
+        value = graph.model.encoder.layer[1].output.dense.bias.detach().numpy().tobytes()
+        start = content.index(value)
+        content[start : start + 4] = torch.tensor([0.05]).numpy().tobytes()
+        file.write_bytes(content)
+
+    monkeypatch.setattr(target, "write_encoder", spoilt)
+    with pytest.raises(ParityError, match="onnx-fp32: its outputs differ from torch's"):
+        run("export", model, "-o", tmp_path / "out", "--target", "onnx")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ParityError, match="it was not kept"):
+        run("export", model, "-o", tmp_path / "out", "--target", "onnx", "--target", "openvino")
+    assert sorted(f.name for f in (tmp_path / "out").iterdir() if f.is_dir()) == [
+        *("hf", "openvino-fp32", "reports")
+    ]
+
+
+def test_what_was_spoilt_later_is_found(exported: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(exported, tmp_path / "out"))
+    file = out / "openvino-fp32/openvino/openvino_model.bin"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    file.write_bytes(content)
+    result = CliRunner().invoke(app, ["verify", str(out), "--target", "openvino:fp32", "--json"])
+    assert isinstance(result.exception, ParityError)
+    [told] = json.loads(result.stdout.splitlines()[-1])
+    assert "changed after the export" in told["problems"][0]
+    assert "differ from torch's" in told["problems"][1]
+    assert not json.loads((out / "dotexport.json").read_text())["artifacts"]["openvino-fp32"][
+        "parity"
+    ]["passed"]
+    broken = check(
+        find_target("onnx"),  # type: ignore[arg-type]
+        "fp32",
+        open_encoder(out),
+        out / "hf",
+        "onnx-fp32",
+    )
+    assert not broken.passed
+    assert "cannot be run" in broken.problems[0]
+
+
+def test_int8_is_the_same_in_every_batch(exported: Path) -> None:
+    """Scales are of each token: neither padding nor neighbours change what it gets."""
+    session: Any = find_target("onnx")
+    answer = session.open_encoder(exported / "onnx-int8")
+    tokens = torch.randint(4, 64, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens)
+    mask[0, 5:] = 0
+    inputs = {"input_ids": tokens, "attention_mask": mask, "token_type_ids": 0 * tokens}
+    [together] = answer({name: value.numpy() for name, value in inputs.items()})
+    [alone] = answer({name: value[:1, :5].numpy() for name, value in inputs.items()})
+    assert abs(together[0, :5] - alone[0]).max() < 1e-4
+
+
+def test_refusals_say_what_to_do(
+    sentence_transformer: Path, exported: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="holds no text encoder; expected onnx, openvino, exec"):
+        run("export", sentence_transformer, "-o", tmp_path / "out", "--target", "gguf")
+    with pytest.raises(UsageError, match="cannot write an encoder as 'int4'; it writes fp32"):
+        run("export", sentence_transformer, "-o", tmp_path / "out", "--target", "openvino:int4")
+    with pytest.raises(UsageError, match="give an output folder with -o"):
+        run("export", sentence_transformer, "--target", "onnx")
+    with pytest.raises(UsageError, match="leave the output folder"):
+        run("export", exported, "-o", tmp_path / "out", "--target", "onnx")
+    with pytest.raises(UsageError, match="not empty"):
+        run("export", exported, "--target", "onnx")
+    with pytest.raises(UsageError, match="no artifact of mlx to verify; it has hf, onnx-fp32"):
+        run("verify", exported, "--target", "mlx")
+    with pytest.raises(CheckpointError, match="not an output of dotexport"):
+        run("verify", sentence_transformer)
+    assert not (tmp_path / "out").exists()
+
+
+OPTIMUM = """
+import json, sys
+import torch
+import optimum.onnxruntime as ort
+tokens = torch.tensor(json.loads(sys.argv[3]))
+for name, kind in json.loads(sys.argv[2]).items():
+    model = getattr(ort, kind).from_pretrained(f"{sys.argv[1]}/{name}/onnx-fp32")
+    said = model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+    print(json.dumps({output: value.tolist() for output, value in said.items()}))
+"""
+
+
+@pytest.mark.optimum
+def test_optimum_reads_the_folders(narrowed: Path) -> None:
+    if "DOTEXPORT_OPTIMUM_PYTHON" not in os.environ:
+        pytest.skip("set DOTEXPORT_OPTIMUM_PYTHON to a Python with optimum-onnx")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [os.environ["DOTEXPORT_OPTIMUM_PYTHON"], "-c", OPTIMUM, str(narrowed)]
+    command += [json.dumps(HEADS), json.dumps(TOKENS.tolist())]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name, line in zip(HEADS, done.stdout.splitlines()[-4:], strict=True):
+        wanted = said_by_torch(narrowed / name)
+        for output, value in json.loads(line).items():
+            assert (torch.tensor(value) - wanted[output]).abs().max() < 1e-4
