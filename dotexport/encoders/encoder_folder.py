@@ -56,8 +56,19 @@ class Encoder:
         return base
 
     @property
+    def num_tokens(self) -> int:
+        """Rows of its embedding."""
+        return rows_of(self.model)
+
+    @property
     def layers(self) -> nn.ModuleList:
         return self.base.get_submodule(self.kind.stack)  # type: ignore[return-value]
+
+
+def rows_of(model: nn.Module) -> int:
+    """Tokens that its embedding has rows for."""
+    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return int(table.num_embeddings)
 
 
 def layers_of(model: nn.Module, kind: Kind) -> nn.ModuleList:

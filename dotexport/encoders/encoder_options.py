@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dotexport.errors import UsageError
 from dotexport.models.text_options import SOURCES
 from dotexport.options import group, option
+from dotexport.vocabulary.vocabulary_options import VocabularyOptions
 
 METHODS = ("dot", "obs", "select")
 COUNTS = ("all", "layers")
@@ -60,6 +61,7 @@ class ShrinkOptions:
     )
     heal: int = option(0, help="Steps of distillation on hidden states and embeddings.")
     seed: int = option(0, help="Same seed, same bytes.")
+    vocabulary: VocabularyOptions = group(VocabularyOptions)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -68,6 +70,14 @@ class ShrinkOptions:
             raise UsageError(f"--count {self.count} is not known; expected {', '.join(COUNTS)}")
         if self.heal < 0:
             raise UsageError(f"--heal must not be negative, not {self.heal}")
-        asked = self.width is not None or self.depth is not None
-        if (self.params is not None) == asked:
-            raise UsageError("say how narrow: either --params 0.7x, or --intermediate and --layers")
+        sized = self.width is not None or self.depth is not None
+        if (self.params is not None and sized) or not (self.narrows or self.vocabulary.asked):
+            raise UsageError(
+                "say how narrow: either --params 0.7x, or --intermediate and --layers; or which "
+                "tokens stay, with --vocab or --vocab-for, alone or besides"
+            )
+
+    @property
+    def narrows(self) -> bool:
+        """Whether layers are changed: the vocabulary alone is cut exactly."""
+        return (self.params, self.width, self.depth) != (None, None, None)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dotexport.encoders import encoder_card
-from dotexport.encoders.encoder_folder import open_encoder
+from dotexport.encoders.encoder_folder import Encoder, open_encoder
 from dotexport.encoders.encoder_options import SentenceOptions
 from dotexport.encoders.sentences import (
     Batch,
@@ -24,6 +24,7 @@ from dotexport.encoders.sentences import (
     read_sentences,
 )
 from dotexport.errors import UsageError
+from dotexport.models.text_windows import read_tokenizer
 from dotexport.storage import manifest
 from dotexport.storage.files import write_json
 
@@ -46,12 +47,13 @@ def evaluate(narrowed: Path, original: Path, options: SentenceOptions) -> dict[s
         )
     pooling = pooling_of(theirs)
     sentences = read_sentences(options)
-    some = batches(theirs, sentences, options)
-    ours_ND, theirs_ND = (embed(one.base, some, pooling) for one in (ours, theirs))
+    pairs = _read_by_both(ours, theirs, sentences, options)
+    ours_ND = embed(ours.base, [one for one, _ in pairs], pooling)
+    theirs_ND = embed(theirs.base, [one for _, one in pairs], pooling)
     return {
         "cosine": mean_cosine(ours_ND, theirs_ND),
         "recall_at_10": recall(ours_ND, theirs_ND),
-        **_answers(ours.model, theirs.model, some),
+        **_answers(ours, theirs, pairs),
         "sentences": len(sentences),
         "pooling": pooling,
         "text": options.source,
@@ -73,26 +75,69 @@ def recall(ours_ND: Tensor, theirs_ND: Tensor, count: int = NEIGHBOURS) -> float
     return float(shared_NKK.any(-1).float().mean())
 
 
+def _read_by_both(
+    ours: Encoder, theirs: Encoder, sentences: list[str], options: SentenceOptions
+) -> list[tuple[Batch, Batch]]:
+    """The same sentences in the tokens of each, which may be fewer than the original's."""
+    read = (batches(one, sentences, options) for one in (ours, theirs))
+    return list(zip(*read, strict=True))
+
+
 @torch.no_grad()
-def _answers(ours: nn.Module, theirs: nn.Module, some: Sequence[Batch]) -> dict[str, float]:
+def _answers(
+    ours: Encoder, theirs: Encoder, pairs: Sequence[tuple[Batch, Batch]]
+) -> dict[str, float]:
     """Agreement and KL(original || narrowed) of class probabilities, in nats; nothing without a
-    task head."""
+    task head. Answers about tokens are compared in sentences of which both read the same ones."""
     same, divergence, count = 0.0, 0.0, 0
-    for batch in some:
-        made, wanted = ours(**batch.inputs), theirs(**batch.inputs)
+    rows, their_rows = _shared_rows(ours, theirs)
+    is_over_tokens = type(ours.model).__name__.endswith("ForMaskedLM")
+    for read, their_read in pairs:
+        made, wanted = ours.model(**read.inputs), theirs.model(**their_read.inputs)
+        alike_N, mask_NL = _read_alike(read, their_read, rows, their_rows)
         for name in OUTPUTS:
             if getattr(wanted, name, None) is None:
                 continue
             logits, expected = getattr(made, name), getattr(wanted, name)
-            if name == "logits" and expected.ndim == 3:  # of tokens, not of sentences
-                logits, expected = logits[batch.mask], expected[batch.mask]
-            elif name != "logits":  # positions: padding is none
-                logits, expected = (x.masked_fill(~batch.mask, -1e9) for x in (logits, expected))
+            if name != "logits" or expected.ndim == 3:  # of tokens, not of sentences
+                logits, expected = (x[alike_N, : mask_NL.shape[1]] for x in (logits, expected))
+                if name == "logits":
+                    logits, expected = logits[mask_NL], expected[mask_NL]
+                else:  # positions: padding is none
+                    logits, expected = (x.masked_fill(~mask_NL, -1e9) for x in (logits, expected))
+            if is_over_tokens:
+                logits, expected = logits[:, rows], expected[:, their_rows]
             log_ours, log_theirs = logits.log_softmax(-1), expected.log_softmax(-1)
             divergence += float((log_theirs.exp() * (log_theirs - log_ours)).sum())
             same += float((logits.argmax(-1) == expected.argmax(-1)).sum())
             count += len(logits)
     return {"agreement": same / count, "kl": divergence / count} if count else {}
+
+
+def _shared_rows(ours: Encoder, theirs: Encoder) -> tuple[Tensor, Tensor]:
+    """Rows of either table that are the same token."""
+    if ours.num_tokens == theirs.num_tokens:
+        rows = torch.arange(ours.num_tokens)
+        return rows, rows
+    vocabularies = (read_tokenizer(one.home).get_vocab() for one in (ours, theirs))
+    known, all_known = vocabularies
+    found = [(known[token], row) for token, row in all_known.items() if token in known]
+    both_R2 = torch.tensor(found)
+    return both_R2[:, 0], both_R2[:, 1]
+
+
+def _read_alike(
+    read: Batch, their_read: Batch, rows: Tensor, their_rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sentences of which both read the same tokens, and where these sentences have tokens."""
+    same = torch.full((int(max(rows.max(), read.inputs["input_ids"].max())) + 1,), -1)
+    same[rows] = their_rows
+    length = min(read.mask.shape[1], their_read.mask.shape[1])
+    mask_NL = read.mask[:, :length]
+    tokens_NL = same[read.inputs["input_ids"][:, :length]]
+    equal_NL = (tokens_NL == their_read.inputs["input_ids"][:, :length]) | ~mask_NL
+    alike_N = equal_NL.all(-1) & (read.mask.sum(-1) == their_read.mask.sum(-1))
+    return alike_N, mask_NL[alike_N]
 
 
 def evaluate_into(out: Path, baseline: Path, options: SentenceOptions) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dotexport.encoders import encoder_card
 from dotexport.encoders.encoder_folder import (
@@ -19,10 +21,11 @@ from dotexport.encoders.encoder_folder import (
     describe_source,
     layers_of,
     open_encoder,
+    rows_of,
     save_encoder,
 )
 from dotexport.encoders.encoder_healing import heal
-from dotexport.encoders.encoder_options import ShrinkOptions
+from dotexport.encoders.encoder_options import SentenceOptions, ShrinkOptions
 from dotexport.encoders.encoder_sizes import (
     Sizes,
     before_of,
@@ -30,6 +33,7 @@ from dotexport.encoders.encoder_sizes import (
     choose_layers,
     num_parameters,
 )
+from dotexport.encoders.encoder_vocabulary import trimmed
 from dotexport.encoders.encoder_walk import Progress, Walked, walk
 from dotexport.encoders.kinds import STOCK
 from dotexport.encoders.sentences import (
@@ -46,6 +50,8 @@ from dotexport.storage.output import check_free, new_folder
 
 logger = logging.getLogger(__name__)
 
+ORIGINAL_IDS = "original_ids"
+
 
 @dataclass(frozen=True)
 class Tried:
@@ -55,6 +61,39 @@ class Tried:
     kept_layers: list[int]
     walked: Walked
     cosine: float
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Held-out sentences, as the narrower model reads them.
+
+    Attributes:
+        wanted_ND: what the original makes of them, with all of its tokens.
+    """
+
+    batches: list[Batch]
+    wanted_ND: Tensor
+    pooling: str
+
+    @classmethod
+    def of(
+        cls,
+        original: Encoder,
+        encoder: Encoder,
+        sentences: list[str],
+        some: list[Batch],
+        options: SentenceOptions,
+    ) -> Judges:
+        """Args: some: the sentences as `encoder` reads them, which may have fewer tokens."""
+        theirs = some if encoder is original else batches(original, sentences, options)
+        pooling = pooling_of(original)
+        wanted_ND = embed(original.base, [batch for batch in theirs if batch.held], pooling)
+        return cls([batch for batch in some if batch.held], wanted_ND, pooling)
+
+    def cosine(self, model: nn.Module) -> float:
+        """Mean cosine of its embeddings to the original's."""
+        base: nn.Module = model.base_model  # type: ignore[assignment]
+        return mean_cosine(embed(base, self.batches, self.pooling), self.wanted_ND)
 
 
 @dataclass(frozen=True)
@@ -92,17 +131,39 @@ def shrink(
     Raises:
         CheckpointError, CalibrationError, UnsupportedModelError, SizeError, UsageError.
     """
-    started = time.perf_counter()
     check_free(out, overwrite=overwrite)
     check_apart(folder, out)
-    encoder = open_encoder(folder)
-    pooling = pooling_of(encoder)
-    wanted = candidates(encoder, options)
+    with tempfile.TemporaryDirectory(prefix="dotexport-") as scratch:
+        return _shrink(folder, out, options, Path(scratch), progress, overwrite=overwrite)
+
+
+def _shrink(
+    folder: Path,
+    out: Path,
+    options: ShrinkOptions,
+    scratch: Path,
+    progress: Progress,
+    *,
+    overwrite: bool,
+) -> Shrunk:
+    started = time.perf_counter()
+    encoder = original = open_encoder(folder)
     more = options.heal * options.text.batch
     sentences = read_sentences(options.text, more=more)
+    vocabulary: Mapping[str, Any] = {}
+    if options.vocabulary.asked:
+        encoder, vocabulary = trimmed(
+            original, options.vocabulary, options.text.source, scratch, progress
+        )
+    wanted = candidates(encoder, options, total=num_parameters(original.model))
     some = batches(encoder, sentences[: options.text.samples], options.text)
-    judges = [batch for batch in some if batch.held]
-    best, tried = _best(encoder, some, judges, pooling, wanted, options, progress)
+    judges = Judges.of(original, encoder, sentences[: options.text.samples], some, options.text)
+    if options.narrows:
+        best, tried = _best(encoder, some, judges, wanted, options, progress)
+    else:  # as it is, but for its tokens
+        everything = list(range(len(encoder.layers)))
+        walked = Walked(encoder.model, [])
+        best, tried = Tried(wanted[0], everything, walked, judges.cosine(encoder.model)), []
     model, healed = best.walked.model, best.cosine
     if options.heal:
         behind = batches(encoder, sentences[options.text.samples :], options.text)
@@ -111,45 +172,44 @@ def shrink(
             encoder,
             model,
             learned,
-            judges,
-            pooling,
+            judges.batches,
+            judges.pooling,
             options.heal,
             seed=options.seed,
             progress=progress,
         )
-        healed = _cosine(encoder, model, judges, pooling)
+        healed = judges.cosine(model)
     with new_folder(out, overwrite=overwrite) as partial:
         save_encoder(encoder, model, partial / STOCK)
         shrunk = Shrunk(
             out,
-            _sizes(encoder, model, best.sizes),
+            _sizes(original, model, best.sizes),
             best.kept_layers,
             (best.cosine, healed),
             tried,
             best.walked.sites,
             time.perf_counter() - started,
         )
-        _describe(partial, encoder, options, shrunk, sentences, pooling)
+        _describe(partial, original, options, shrunk, sentences, judges.pooling, vocabulary)
     return shrunk
 
 
 def _best(
     encoder: Encoder,
     some: list[Batch],
-    judges: list[Batch],
-    pooling: str,
+    judges: Judges,
     wanted: list[Sizes],
     options: ShrinkOptions,
     progress: Progress,
 ) -> tuple[Tried, list[dict[str, Any]]]:
     """The sizes whose embeddings stay closest, of those that meet the budget."""
     least = min(sizes.depth for sizes in wanted)
-    course = choose_layers(encoder, judges, pooling, least, progress)
+    course = choose_layers(encoder, judges.batches, judges.pooling, least, progress)
     best, said = None, []
     for sizes in wanted:
         kept = course[len(encoder.layers) - sizes.depth]
         walked = walk(encoder, some, kept, sizes.width, options.method, progress)
-        tried = Tried(sizes, kept, walked, _cosine(encoder, walked.model, judges, pooling))
+        tried = Tried(sizes, kept, walked, judges.cosine(walked.model))
         said.append({**asdict(sizes), "kept_layers": kept, "cosine": tried.cosine})
         if best is None or tried.cosine > best.cosine:
             best = tried
@@ -157,11 +217,6 @@ def _best(
             break
     assert best is not None
     return best, said
-
-
-def _cosine(encoder: Encoder, model: nn.Module, judges: list[Batch], pooling: str) -> float:
-    base: nn.Module = model.base_model  # type: ignore[assignment]
-    return mean_cosine(embed(base, judges, pooling), embed(encoder.base, judges, pooling))
 
 
 def _sizes(encoder: Encoder, model: nn.Module, sizes: Sizes) -> dict[str, list[int]]:
@@ -172,6 +227,7 @@ def _sizes(encoder: Encoder, model: nn.Module, sizes: Sizes) -> dict[str, list[i
         "parameters_of_layers": [num_parameters(encoder.layers), num_parameters(layers)],
         kind.width: [before.width, sizes.width],
         kind.depth: [before.depth, sizes.depth],
+        "vocab_size": [encoder.num_tokens, rows_of(model)],
     }
 
 
@@ -182,7 +238,12 @@ def _describe(
     shrunk: Shrunk,
     sentences: list[str],
     pooling: str,
+    vocabulary: Mapping[str, Any],
 ) -> None:
+    if vocabulary:
+        said = {key: value for key, value in vocabulary.items() if key != ORIGINAL_IDS}
+        manifest.update(folder, vocabulary=said)
+        write_json(folder / "reports/vocabulary.json", {ORIGINAL_IDS: vocabulary[ORIGINAL_IDS]})
     held = {"cosine": shrunk.cosine[1], "closed_form_cosine": shrunk.cosine[0]}
     manifest.update(
         folder,

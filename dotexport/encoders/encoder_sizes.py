@@ -54,8 +54,11 @@ def before_of(encoder: Encoder) -> Sizes:
     return Sizes(int(writer.in_features), len(encoder.layers))  # type: ignore[arg-type]
 
 
-def candidates(encoder: Encoder, options: ShrinkOptions) -> list[Sizes]:
+def candidates(encoder: Encoder, options: ShrinkOptions, *, total: int) -> list[Sizes]:
     """Sizes that were asked for, or all those at which the budget is used up.
+
+    Args:
+        total: parameters of the original, which may have more tokens.
 
     Raises:
         SizeError: no size meets the budget.
@@ -70,7 +73,7 @@ def candidates(encoder: Encoder, options: ShrinkOptions) -> list[Sizes]:
                 f"{before.depth}; give at least 1 and at most that"
             )
         return [asked]
-    budget, fixed = _budget(encoder, options)
+    budget, fixed = _budget(encoder, options, total)
     found = []
     for depth in range(before.depth, 0, -1):
         widths = range(before.width // STEP * STEP, 0, -STEP)
@@ -83,18 +86,19 @@ def candidates(encoder: Encoder, options: ShrinkOptions) -> list[Sizes]:
         raise SizeError(
             f"{budget:,} parameters cannot be met: embeddings, heads and one layer are "
             f"{parameters_after(encoder, Sizes(STEP, 1)):,} ({fixed:,} of them outside of the "
-            "layers); ask for more, or count the layers alone with --count layers"
+            "layers); ask for more, count the layers alone with --count layers, or take tokens "
+            "with --vocab"
         )
     return found
 
 
-def _budget(encoder: Encoder, options: ShrinkOptions) -> tuple[int, int]:
+def _budget(encoder: Encoder, options: ShrinkOptions, total: int) -> tuple[int, int]:
     """Parameters of the whole model at most, and how many lie outside of the layers."""
     assert options.params is not None
-    total = num_parameters(encoder.model)
-    fixed = total - num_parameters(encoder.layers)
+    layers = num_parameters(encoder.layers)
+    fixed = num_parameters(encoder.model) - layers
     if options.count == "layers":
-        return fixed + parse_budget(options.params, total - fixed), fixed
+        return fixed + parse_budget(options.params, layers), fixed
     return parse_budget(options.params, total), fixed
 
 

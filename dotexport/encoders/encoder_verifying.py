@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dotexport.encoders.encoder_folder import Encoder, open_encoder
+from dotexport.encoders.encoder_folder import Encoder, open_encoder, rows_of
 from dotexport.encoders.kinds import STOCK, outputs_of, reads_segments
 from dotexport.encoders.sentences import context_of
 from dotexport.errors import RuntimeMissingError, UsageError
@@ -138,7 +138,7 @@ def _batches(graph: EncoderGraph) -> Iterator[dict[str, Tensor]]:
     """One token, sequences of several lengths side by side, and one as long as there is room for;
     tokens are drawn from the whole vocabulary."""
     dice = torch.Generator().manual_seed(0)
-    rows = int(graph.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    rows = rows_of(graph.model)
     padding = int(getattr(graph.model.config, "pad_token_id", None) or 0)
     shapes = [shape for shape in SHAPES if shape[1] < graph.context]
     for B, L in (*shapes, (1, graph.context)):

@@ -35,6 +35,7 @@ class Kind:
         attention, attention_norm: what the attention writes with, and the norm behind it.
         reader, activation, writer, norm: of the MLP.
         width, depth: words of config.json.
+        counts_from_padding: whether the first position is the one behind the id of padding.
     """
 
     prefix: str
@@ -47,6 +48,7 @@ class Kind:
     norm: str = "output.LayerNorm"
     width: str = "intermediate_size"
     depth: str = "num_hidden_layers"
+    counts_from_padding: bool = False
 
 
 DISTIL = Kind(
@@ -63,8 +65,8 @@ DISTIL = Kind(
 )
 KINDS = {
     "bert": Kind("Bert"),
-    "roberta": Kind("Roberta"),
-    "xlm-roberta": Kind("XLMRoberta"),
+    "roberta": Kind("Roberta", counts_from_padding=True),
+    "xlm-roberta": Kind("XLMRoberta", counts_from_padding=True),
     "distilbert": DISTIL,
 }
 """model_type -> its names."""

@@ -90,7 +90,7 @@ def batches(encoder: Encoder, sentences: Sequence[str], options: SentenceOptions
 def context_of(encoder: Encoder) -> int:
     """Tokens that there are positions for; RoBERTa counts them from behind its padding."""
     most = int(encoder.config.get("max_position_embeddings", 512))
-    return most - 2 if encoder.kind.prefix in ("Roberta", "XLMRoberta") else most
+    return most - 2 if encoder.kind.counts_from_padding else most
 
 
 def pooling_of(encoder: Encoder) -> str:

@@ -116,6 +116,20 @@ def choose_tokens(
     return reading, kept
 
 
+@dataclass(frozen=True)
+class TrimmedText:
+    """The text side of a model with fewer tokens: what lies beside its weights.
+
+    Attributes:
+        config: config.json, as it was written.
+        report: what is said of it.
+    """
+
+    config: Mapping[str, Any]
+    kept: Kept
+    report: Mapping[str, Any]
+
+
 def trim(
     original: Checkpoint,
     options: VocabularyOptions,
@@ -134,15 +148,42 @@ def trim(
     Raises:
         UnsupportedModelError, CheckpointError, CalibrationError, SizeError, UsageError.
     """
-    before, kept = choose_tokens(
-        original.folder, original.config, options, calibration, progress, own, workspace
+    made = trim_text(
+        original.folder,
+        original.config,
+        original.companions(),
+        options,
+        calibration,
+        folder,
+        progress,
+        own,
+        workspace,
     )
+    return Trimmed(folder, made.config, original.files, original, made.kept, made.report)
+
+
+def trim_text(
+    source: Path,
+    config: Mapping[str, Any],
+    companions: Iterable[Path],
+    options: VocabularyOptions,
+    calibration: str,
+    folder: Path,
+    progress: Progress = lambda stage, done, total: None,
+    own: str | None = None,
+    workspace: Workspace | None = None,
+) -> TrimmedText:
+    """The same without weights.
+
+    Args:
+        source: folder of the tokenizer.
+        companions: files that travel with the model; those that would contradict it are left out.
+    """
+    before, kept = choose_tokens(source, config, options, calibration, progress, own, workspace)
     new = kept.new_ids
-    config = renumbered(original.config, kept) | {"vocab_size": len(kept.ids)}
+    config = renumbered(config, kept) | {"vocab_size": len(kept.ids)}
     write_json(folder / "config.json", config)
-    left_out = [
-        file.name for file in original.companions() if not _write(file, folder, before, new)
-    ]
+    left_out = [file.name for file in companions if not _write(file, folder, before, new)]
     if left_out:
         logger.warning(
             "left out, as they hold the original's tokens: %s; %s says the same",
@@ -154,16 +195,16 @@ def trim(
     check_names(before, after, kept.ids)
     sources = dict.fromkeys(filter(None, (options.vocab_for, calibration)))
     other = chain(OTHER, before.added, template_texts(before.tokenizer))
-    proofs = {source: prove(before, after, kept.ids, documents(source, own)) for source in sources}
+    proofs = {text: prove(before, after, kept.ids, documents(text, own)) for text in sources}
     proofs["other text"] = prove(before, after, kept.ids, filter(before.reads, other))
     report = {
         **kept.as_dict(),
         "text": options.vocab_for or calibration,
         "sha256": hashlib.sha256(json.dumps(kept.ids).encode()).hexdigest(),
         "files_left_out": left_out,
-        "proof": {source: proof.as_dict() for source, proof in proofs.items()},
+        "proof": {text: proof.as_dict() for text, proof in proofs.items()},
     }
-    return Trimmed(folder, config, original.files, original, kept, report)
+    return TrimmedText(config, kept, report)
 
 
 def check_rows(written: Checkpoint, source: Trimmed) -> None:

@@ -1,4 +1,4 @@
-"""Small encoders of every kind that are made on the spot, and text in their sixty words."""
+"""Small encoders of every kind that are made on the spot, and text in sixty of their words."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 WORDS = [f"w{n}" for n in range(60)]
+MORE = [f"w{n}" for n in range(60, 200)]  # words that the text does not use
+PIECES = ["w", *(f"##{digit}" for digit in range(10))]  # what spells any of them
 SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
-SIZES = {"vocab_size": 64, "max_position_embeddings": 40, "pad_token_id": 0}
+SIZES = {"vocab_size": 224, "max_position_embeddings": 40, "pad_token_id": 0}
 BERT = {"hidden_size": 24, "intermediate_size": 64, "num_hidden_layers": 3}
 BERT |= {"num_attention_heads": 4, **SIZES}
 DISTIL = {"dim": 24, "hidden_dim": 64, "n_layers": 3, "n_heads": 4, **SIZES}
@@ -32,11 +34,12 @@ KINDS = {
         transformers.DistilBertForQuestionAnswering,
         transformers.DistilBertConfig(**DISTIL),
     ),
+    "masked": (transformers.BertForMaskedLM, transformers.BertConfig(**BERT)),
 }
 
 
 def make(folder: Path, name: str) -> Path:
-    """An encoder with weights large enough to say something, and a tokenizer of 60 words."""
+    """An encoder with weights large enough to say something, and a tokenizer of 200 words."""
     kind, config = KINDS[name]
     torch.manual_seed(0)
     model = kind(config)
@@ -46,14 +49,18 @@ def make(folder: Path, name: str) -> Path:
         elif name_of.endswith("bias"):  # zeros, which could be left out
             parameter.data.normal_(std=0.1)
     model.save_pretrained(folder)
-    vocab = {word: n for n, word in enumerate([*SPECIAL, *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    vocab = {word: n for n, word in enumerate([*SPECIAL, *MORE, *WORDS, *PIECES])}
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
     transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
     ).save_pretrained(folder)
     return folder
 

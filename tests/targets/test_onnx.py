@@ -123,19 +123,10 @@ def test_int8_keeps_the_biases_of_products(
     tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fused with a scale per token, onnxruntime 1.31 computes a product without its bias."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
     from dotexport.targets import portable
 
-    model = tiny_model(model_type="qwen2", num_hidden_layers=2, hidden_size=64)
-    weights = load_file(model / "model.safetensors")
-    dice = torch.Generator().manual_seed(0)
-    for name, value in weights.items():
-        if name.endswith("bias"):
-            value.copy_(torch.randn(value.shape, generator=dice))
-    save_file(weights, model / "model.safetensors", {"format": "pt"})
-    reference = compute_reference(Checkpoint.open(model), rounded=False)
+    model = tiny_model(model_type="qwen2", num_hidden_layers=2, max_position_embeddings=128)
+    reference = compute_reference(Checkpoint.open(model))
     target, kl = find_target("onnx"), []
     for word, as_it_was in (("kept", False), ("fused", True)):
         if as_it_was:
@@ -143,8 +134,8 @@ def test_int8_keeps_the_biases_of_products(
         (folder := tmp_path / word).mkdir()
         target.write(Checkpoint.open(model), folder, "int8")
         parity = check(target, "int8", folder, reference, artifact="onnx-int8")
-        kl.append(parity.phases["prefill"].kl)
-    assert kl[0] < 0.01 < 0.1 < kl[1]
+        kl.append(parity.kl)
+    assert 50 * kl[0] < kl[1]  # a rounding costs far less than biases of the size of a tenth
 
 
 def lookups(graph: Any) -> set[str]:

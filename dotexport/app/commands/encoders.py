@@ -42,7 +42,7 @@ def shrink(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Narrow a text encoder: fewer MLP neurons and layers; OUT/hf is of the same stock class.
+    """Narrow a text encoder: fewer MLP neurons, layers and tokens; OUT/hf is of the same class.
 
     Pooling and what else sentence-transformers keeps is carried over byte by byte. Attention heads
     stay: the stock classes have no place for fewer.
