@@ -8,14 +8,12 @@ session on inputs that were recorded from the pipeline. `torch` measures the mod
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from dotexport.diffusion import graphs, onnx_folder, pipeline_card, saving
@@ -25,9 +23,7 @@ from dotexport.storage import manifest
 from dotexport.storage.files import write_json
 from dotexport.storage.output import folder_bytes
 
-from .statistics import compare
-
-WARMUPS = 3
+from .turns import in_turns, torch_threads
 
 
 @dataclass(frozen=True)
@@ -58,54 +54,17 @@ def bench_pipeline(
         manifest.require_unchanged(folder)
     record: dict[str, Any] = {"target": target, "threads": threads, "batch": batch, "steps": steps}
     with ExitStack() as stack:
-        stack.enter_context(_threads(threads))
+        stack.enter_context(torch_threads(threads))
         subjects = [
             stack.enter_context(_subject(folder, home, target, batch, steps, threads, candidate))
             for folder, home in zip(pipelines, (baseline, candidate), strict=True)
         ]
         for name in ("step", "whole"):
             calls = [getattr(subject, name) for subject in subjects]
-            record[name] = _compare(calls, groups, seconds, seed, name, progress)
+            record[name] = in_turns(calls, groups, seconds, seed, name, progress)
     record["bytes"] = [subject.num_bytes for subject in subjects]
     _record(candidate, f"{target.replace(':', '-')}", record)
     return record
-
-
-def _compare(
-    calls: Sequence[Callable[[], object]],
-    groups: int,
-    seconds: float,
-    seed: int,
-    name: str,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Times of both in A B B A turns; each sample is long enough for the clock."""
-    for call in calls:
-        for _ in range(WARMUPS):
-            call()
-    timings: list[list[list[float]]] = [[], []]
-    started, done = time.perf_counter(), 0
-    while done < groups or time.perf_counter() - started < 2 * seconds:
-        taken: list[list[float]] = [[], []]
-        for which in (0, 1, 1, 0):
-            begun = time.perf_counter()
-            calls[which]()
-            taken[which].append(time.perf_counter() - begun)
-        for all_taken, some in zip(timings, taken, strict=True):
-            all_taken.append(some)
-        done += 1
-        progress(f"timing {name}", min(done, groups), groups)
-    found = compare(timings[1], timings[0], seed=seed)
-    return {
-        "baseline_ms": 1e3 * float(np.median(timings[0])),
-        "candidate_ms": 1e3 * float(np.median(timings[1])),
-        "ratio": found.ratio,
-        "low": found.low,
-        "high": found.high,
-        "verdict": found.verdict,
-        "groups": found.groups,
-        "samples_ms": [[[round(1e3 * t, 4) for t in g] for g in rows] for rows in timings],
-    }
 
 
 @contextmanager
@@ -156,16 +115,6 @@ def _artifact(
         tried = onnx_folder.cases(pipe, told)
         onnx_folder.write_graphs(pipe, folder, Path(scratch), tried, precision)
         yield Path(scratch)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _record(out: Path, name: str, record: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ HOMES = {
     "annotated": "ci",
     "append_history": "history",
     "bench": "measure",
+    "bench_encoder": "encoder",
     "bench_pipeline": "diffusion",
     "bench_served": "vllm.served_run",
     "check_options": "measure",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dotexport.outputs.markdown import front_matter, plain
+from dotexport.outputs.timed_rows import timed_rows
 from dotexport.storage import manifest
 from dotexport.storage.files import write_text
 
@@ -26,12 +27,7 @@ def rows(record: Mapping[str, Any]) -> Iterator[Row]:
     for label, dense, pruned, digits in _quality(record.get("quality", {})):
         change = f"{pruned / dense:.3f}x" if dense else ""
         yield label, f"{dense:.{digits}f}", f"{pruned:.{digits}f}", change
-    for name, measured in record.get("bench", {}).items():
-        before, after = measured["baseline_ms"], measured["candidate_ms"]
-        yield f"{name}, ms", f"{before:.2f}", f"{after:.2f}", measured["verdict"]
-    for name, measured in record.get("bench_bytes", {}).items():
-        sizes = [value / 1e6 for value in measured]
-        yield f"{name}, MB", f"{sizes[0]:.2f}", f"{sizes[1]:.2f}", f"{sizes[1] / sizes[0]:.3f}x"
+    yield from timed_rows(record)
 
 
 def _quality(quality: Mapping[str, Any]) -> Iterator[tuple[str, float, float, int]]:

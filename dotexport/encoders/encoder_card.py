@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dotexport.outputs.markdown import front_matter, plain
+from dotexport.outputs.timed_rows import timed_rows
 from dotexport.storage import manifest
 from dotexport.storage.files import write_text
 
@@ -28,6 +29,11 @@ def rows(record: Mapping[str, Any]) -> Iterator[Row]:
     for word, value in record.get("quality", {}).items():
         if isinstance(value, float):
             yield word.replace("_", " "), "", f"{value:.4f}", ""
+    for name, quality in record.get("artifact_quality", {}).items():
+        for word, value in quality.items():
+            if isinstance(value, float):
+                yield f"{word.replace('_', ' ')}, {name}", "", f"{value:.4f}", ""
+    yield from timed_rows(record)
 
 
 def _lines(record: Mapping[str, Any]) -> Iterator[str]:

@@ -120,6 +120,18 @@ def _write_all(
     return failed
 
 
+def write_artifact(
+    target: EncoderTarget, encoder: Encoder, folder: Path, name: str, precision: str
+) -> None:
+    """Write one into a folder and hold it against torch.
+
+    Raises:
+        ParityError: it does not compute what torch computes.
+    """
+    parity = _write(target, encoder, folder, name, precision, verify=True)
+    require([parity] if parity else [])
+
+
 def _write(
     target: EncoderTarget,
     encoder: Encoder,

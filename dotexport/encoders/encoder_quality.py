@@ -5,7 +5,7 @@ Shapes: N sentences, D width of an embedding, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +15,47 @@ from torch import Tensor
 from dotexport.encoders import encoder_card
 from dotexport.encoders.encoder_folder import Encoder, open_encoder
 from dotexport.encoders.encoder_options import SentenceOptions
+from dotexport.encoders.encoder_verifying import graph_of, named
+from dotexport.encoders.encoder_walk import Progress
+from dotexport.encoders.kinds import outputs_of
 from dotexport.encoders.sentences import (
     Batch,
     batches,
-    embed,
     mean_cosine,
+    pooled,
     pooling_of,
     read_sentences,
 )
 from dotexport.errors import UsageError
+from dotexport.exports.encoder_target import resolve_encoder
 from dotexport.models.text_windows import read_tokenizer
 from dotexport.storage import manifest
 from dotexport.storage.files import write_json
 
 NEIGHBOURS = 10
-OUTPUTS = ("logits", "start_logits", "end_logits")
+HIDDEN = "last_hidden_state"
+
+Said = dict[str, Tensor]
+Say = Callable[[Batch], Said]
+"""What a model answers to a batch, by the name of the output."""
 
 
-def evaluate(narrowed: Path, original: Path, options: SentenceOptions) -> dict[str, Any]:
+def evaluate(
+    narrowed: Path,
+    original: Path,
+    options: SentenceOptions,
+    *,
+    spec: str | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> dict[str, Any]:
     """Figures of a narrowed model beside the original on the same sentences.
 
+    Args:
+        spec: an artifact of the narrowed one, which answers in its own runtime; None: torch does.
+
     Raises:
-        CheckpointError, CalibrationError, UnsupportedModelError.
-        UsageError: models of different classes.
+        CheckpointError, CalibrationError, UnsupportedModelError, RuntimeMissingError.
+        UsageError: models of different classes, or no such artifact.
     """
     theirs, ours = open_encoder(original), open_encoder(narrowed)
     if type(theirs.model) is not type(ours.model):
@@ -45,19 +63,68 @@ def evaluate(narrowed: Path, original: Path, options: SentenceOptions) -> dict[s
             f"{narrowed} is a {type(ours.model).__name__} and {original} a "
             f"{type(theirs.model).__name__}; give the original of this output"
         )
+    said, wanted = _of_torch(ours), _of_torch(theirs)
+    if spec is not None:
+        said = _of_artifact(ours, narrowed, spec)
     pooling = pooling_of(theirs)
     sentences = read_sentences(options)
     pairs = _read_by_both(ours, theirs, sentences, options)
-    ours_ND = embed(ours.base, [one for one, _ in pairs], pooling)
-    theirs_ND = embed(theirs.base, [one for _, one in pairs], pooling)
+    embeddings, answers = [], _Answers(ours, theirs)
+    for number, (read, their_read) in enumerate(pairs):
+        progress("evaluating", number, len(pairs))
+        made, expected = said(read), wanted(their_read)
+        if HIDDEN in made:
+            both = ((made, read), (expected, their_read))
+            embeddings.append([pooled(found[HIDDEN], one.mask, pooling) for found, one in both])
+        answers.add(read, their_read, made, expected)
+    progress("evaluating", len(pairs), len(pairs))
     return {
-        "cosine": mean_cosine(ours_ND, theirs_ND),
-        "recall_at_10": recall(ours_ND, theirs_ND),
-        **_answers(ours, theirs, pairs),
+        **_closeness(embeddings),
+        **answers.as_dict(),
         "sentences": len(sentences),
         "pooling": pooling,
         "text": options.source,
     }
+
+
+def _of_torch(encoder: Encoder) -> Say:
+    """The stock model, and what its last layer says."""
+
+    @torch.no_grad()
+    def say(read: Batch) -> Said:
+        made = encoder.model(**read.inputs)
+        known = {name: made[name] for name in outputs_of(type(encoder.model).__name__)}
+        if HIDDEN not in known:
+            known[HIDDEN] = encoder.base(**read.inputs).last_hidden_state
+        return known
+
+    return say
+
+
+def _of_artifact(encoder: Encoder, out: Path, spec: str) -> Say:
+    """What an artifact of an output answers in its own runtime."""
+    listed = manifest.read(out)["artifacts"]
+    name = named(spec, listed, out)
+    target, _ = resolve_encoder(f"{listed[name]['target']}:{listed[name]['precision']}")
+    manifest.require_unchanged(out / name)
+    session = target.open_encoder(out / name / encoder.home.relative_to(encoder.root))
+    inputs, outputs = graph_of(encoder).inputs, outputs_of(type(encoder.model).__name__)
+
+    def say(read: Batch) -> Said:
+        given = {"token_type_ids": torch.zeros_like(read.inputs["input_ids"]), **read.inputs}
+        arrays = {name: given[name].numpy() for name in inputs}
+        return dict(zip(outputs, map(torch.from_numpy, session(arrays)), strict=True))
+
+    return say
+
+
+def _closeness(embeddings: Sequence[Sequence[Tensor]]) -> dict[str, float]:
+    """Nothing of a head's artifact, which does not say them."""
+    if not embeddings:
+        return {}
+    ours_ND, theirs_ND = (torch.cat(side) for side in zip(*embeddings, strict=True))
+    cosine = mean_cosine(ours_ND, theirs_ND)
+    return {"cosine": cosine, "recall_at_10": recall(ours_ND, theirs_ND)}
 
 
 def recall(ours_ND: Tensor, theirs_ND: Tensor, count: int = NEIGHBOURS) -> float:
@@ -83,35 +150,36 @@ def _read_by_both(
     return list(zip(*read, strict=True))
 
 
-@torch.no_grad()
-def _answers(
-    ours: Encoder, theirs: Encoder, pairs: Sequence[tuple[Batch, Batch]]
-) -> dict[str, float]:
+class _Answers:
     """Agreement and KL(original || narrowed) of class probabilities, in nats; nothing without a
     task head. Answers about tokens are compared in sentences of which both read the same ones."""
-    same, divergence, count = 0.0, 0.0, 0
-    rows, their_rows = _shared_rows(ours, theirs)
-    is_over_tokens = type(ours.model).__name__.endswith("ForMaskedLM")
-    for read, their_read in pairs:
-        made, wanted = ours.model(**read.inputs), theirs.model(**their_read.inputs)
-        alike_N, mask_NL = _read_alike(read, their_read, rows, their_rows)
-        for name in OUTPUTS:
-            if getattr(wanted, name, None) is None:
-                continue
-            logits, expected = getattr(made, name), getattr(wanted, name)
+
+    def __init__(self, ours: Encoder, theirs: Encoder) -> None:
+        self.rows, self.their_rows = _shared_rows(ours, theirs)
+        self.is_over_tokens = type(ours.model).__name__.endswith("ForMaskedLM")
+        self.same, self.divergence, self.count = 0.0, 0.0, 0
+
+    def add(self, read: Batch, their_read: Batch, made: Said, wanted: Said) -> None:
+        alike_N, mask_NL = _read_alike(read, their_read, self.rows, self.their_rows)
+        for name in wanted.keys() - {HIDDEN}:
+            logits, expected = made[name], wanted[name]
             if name != "logits" or expected.ndim == 3:  # of tokens, not of sentences
                 logits, expected = (x[alike_N, : mask_NL.shape[1]] for x in (logits, expected))
                 if name == "logits":
                     logits, expected = logits[mask_NL], expected[mask_NL]
                 else:  # positions: padding is none
                     logits, expected = (x.masked_fill(~mask_NL, -1e9) for x in (logits, expected))
-            if is_over_tokens:
-                logits, expected = logits[:, rows], expected[:, their_rows]
+            if self.is_over_tokens:
+                logits, expected = logits[:, self.rows], expected[:, self.their_rows]
             log_ours, log_theirs = logits.log_softmax(-1), expected.log_softmax(-1)
-            divergence += float((log_theirs.exp() * (log_theirs - log_ours)).sum())
-            same += float((logits.argmax(-1) == expected.argmax(-1)).sum())
-            count += len(logits)
-    return {"agreement": same / count, "kl": divergence / count} if count else {}
+            self.divergence += float((log_theirs.exp() * (log_theirs - log_ours)).sum())
+            self.same += float((logits.argmax(-1) == expected.argmax(-1)).sum())
+            self.count += len(logits)
+
+    def as_dict(self) -> dict[str, float]:
+        if not self.count:
+            return {}
+        return {"agreement": self.same / self.count, "kl": self.divergence / self.count}
 
 
 def _shared_rows(ours: Encoder, theirs: Encoder) -> tuple[Tensor, Tensor]:
@@ -140,12 +208,24 @@ def _read_alike(
     return alike_N, mask_NL[alike_N]
 
 
-def evaluate_into(out: Path, baseline: Path, options: SentenceOptions) -> dict[str, Any]:
+def evaluate_into(
+    out: Path,
+    baseline: Path,
+    options: SentenceOptions,
+    *,
+    spec: str | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> dict[str, Any]:
     """Evaluate an output beside the original, and record it there."""
-    manifest.read(out)  # refuses what is no output
-    record = evaluate(out, baseline, options)
-    manifest.update(out, quality=record)
-    write_json(out / "reports" / "quality.json", record)
+    listed = manifest.read(out)["artifacts"]  # refuses what is no output
+    record = evaluate(out, baseline, options, spec=spec, progress=progress)
+    if spec is None:
+        manifest.update(out, quality=record)
+        write_json(out / "reports/quality.json", record)
+    else:
+        name = named(spec, listed, out)
+        manifest.merge(out, artifact_quality={name: record})
+        write_json(out / f"reports/quality-{name}.json", record)
     if "shrink" in manifest.read(out):
         encoder_card.write(out)
     return record

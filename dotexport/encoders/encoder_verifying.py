@@ -76,7 +76,7 @@ def verify(out: Path, specs: Sequence[str] | None = None) -> list[Parity]:
         UsageError: a target that is not there.
     """
     listed = manifest.read(out).get("artifacts", {})
-    wanted = list(listed) if specs is None else [_named(spec, listed, out) for spec in specs]
+    wanted = list(listed) if specs is None else [named(spec, listed, out) for spec in specs]
     encoder = open_encoder(out)
     parities = []
     for name in wanted:
@@ -95,12 +95,17 @@ def verify(out: Path, specs: Sequence[str] | None = None) -> list[Parity]:
     return parities
 
 
-def _named(spec: str, listed: dict[str, Any], out: Path) -> str:
+def named(spec: str, listed: dict[str, Any], out: Path) -> str:
+    """The artifact that is meant by its folder's name or by NAME:PRECISION.
+
+    Raises:
+        UsageError: there is none.
+    """
     name = spec.replace(":", "-")
     found = [one for one in listed if one == name or listed[one]["target"] == spec]
     if not found:
         raise UsageError(
-            f"{out} has no artifact of {spec} to verify; it has {', '.join(listed)}: write one "
+            f"{out} has no artifact of {spec}; it has {', '.join(listed)}: write one "
             "with dotexport export"
         )
     return found[0]

@@ -193,6 +193,47 @@ def test_int8_is_the_same_in_every_batch(exported: Path) -> None:
     assert abs(together[0, :5] - alone[0]).max() < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("artifact", "least", "most"),
+    [("onnx-fp32", 0.99999, 1.00001), ("onnx-int8", 0.99, 0.99999), ("executorch", 0.99999, 1.00001)],
+)
+def test_eval_reads_embeddings_of_an_artifact_in_its_runtime(
+    artifact: str,
+    least: float,
+    most: float,
+    exported: Path,
+    sentence_transformer: Path,
+    text: str,
+) -> None:
+    """Nothing was narrowed here: what differs is what rounding to 8 bits costs."""
+    asked = ("--baseline", sentence_transformer, "--text", text, "--samples", 32)
+    quality = run("eval", exported, *asked, "--target", artifact)
+    assert least < quality["cosine"] < most
+    said = json.loads((exported / "dotexport.json").read_text(encoding="utf-8"))
+    name = "executorch-fp32" if artifact == "executorch" else artifact
+    assert said["artifact_quality"][name]["cosine"] == quality["cosine"]
+    assert (exported / f"reports/quality-{name}.json").is_file()
+
+
+@pytest.mark.parametrize("target", ["torch", "onnx", "openvino:int8"])
+def test_bench_times_both_models_in_turns(
+    target: str, exported: Path, sentence_transformer: Path
+) -> None:
+    few = ("--groups", 2, "--seconds", 0, "--batch", 2, "--seqlen", 9)
+    asked = ("--baseline", sentence_transformer, "--target", target)
+    record = run("bench", exported, *asked, *few)
+    times, rates = record["call"], record["sentences_per_second"]
+    assert times["low"] <= times["ratio"] <= times["high"]
+    assert len(times["samples_ms"][0]) == 2
+    assert rates == pytest.approx([2e3 / times["baseline_ms"], 2e3 / times["candidate_ms"]])
+    assert record["bytes"][0] == pytest.approx(record["bytes"][1], rel=0.01)  # the same model
+    words = f"{target}, 2 x 9 tokens, 1 threads"
+    said = json.loads((exported / "dotexport.json").read_text(encoding="utf-8"))
+    assert said["bench"][words]["ratio"] == times["ratio"]
+    with pytest.raises(UsageError, match="more than the 40 tokens"):
+        run("bench", exported, *asked, "--seqlen", 41)
+
+
 def test_refusals_say_what_to_do(
     sentence_transformer: Path, exported: Path, tmp_path: Path
 ) -> None:
@@ -206,7 +247,7 @@ def test_refusals_say_what_to_do(
         run("export", exported, "-o", tmp_path / "out", "--target", "onnx")
     with pytest.raises(UsageError, match="not empty"):
         run("export", exported, "--target", "onnx")
-    with pytest.raises(UsageError, match="no artifact of mlx to verify; it has hf, onnx-fp32"):
+    with pytest.raises(UsageError, match="no artifact of mlx; it has hf, onnx-fp32"):
         run("verify", exported, "--target", "mlx")
     with pytest.raises(CheckpointError, match="not an output of dotexport"):
         run("verify", sentence_transformer)

@@ -101,7 +101,7 @@ def test_recall_counts_shared_neighbours() -> None:
     assert recall(turned, turned.flip(0)) < 0.7
 
 
-@pytest.mark.parametrize("verb", ["bench", "plan", "frontier", "latency", "report"])
+@pytest.mark.parametrize("verb", ["plan", "frontier", "latency", "report"])
 def test_other_verbs_name_the_kind(verb: str, sentence_transformer: Path) -> None:
     with pytest.raises(UsageError, match=f"is a text encoder, which {verb} does not take"):
         run(verb, sentence_transformer)

@@ -1,7 +1,7 @@
 """The verbs of the command line for text encoders: one function per verb, no logic.
 
-`dotexport shrink FOLDER`, `export`, `verify` and `eval` come here when FOLDER is a BERT, RoBERTa,
-XLM-R or DistilBERT, a folder of sentence-transformers, or an output that holds one.
+`dotexport shrink FOLDER`, `export`, `verify`, `eval` and `bench` come here when FOLDER is a BERT,
+RoBERTa, XLM-R or DistilBERT, a folder of sentence-transformers, or an output that holds one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dotexport.app.progress import progress
 from dotexport.app.terminal import show_figures, show_json, stderr
 from dotexport.encoders.encoder_options import SentenceOptions, ShrinkOptions
 
-from .shared_options import Json, Out, Overwrite
+from .shared_options import Groups, Json, Out, Overwrite, Seconds, Seed, Threads
 
 if TYPE_CHECKING:
     from dotexport.encoders.encoder_verifying import Parity
@@ -127,6 +127,10 @@ def evaluate(
     out: Output,
     baseline: Annotated[Path, typer.Option(help="The original encoder.")],
     options: SentenceOptions,
+    target: Annotated[
+        str | None,
+        typer.Option(help="An artifact of it instead, through its runtime: onnx-int8, onnx:int8."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Embeddings beside the original's: mean cosine, and recall@10 of the original's neighbours.
@@ -138,11 +142,56 @@ def evaluate(
     """
     from dotexport.encoders.encoder_quality import evaluate_into
 
-    record = evaluate_into(out, baseline, options)
+    with progress() as report:
+        record = evaluate_into(out, baseline, options, spec=target, progress=report)
     if as_json:
         show_json(record)
         return
     show(out, "quality")
+
+
+@app.command()
+def bench(
+    candidate: Output,
+    baseline: Annotated[Path, typer.Option(help="The original encoder.")],
+    target: Annotated[
+        str, typer.Option(help="onnx, openvino, executorch, NAME:PRECISION, or torch.")
+    ] = "onnx",
+    batch: Annotated[int, typer.Option(min=1, help="Sentences at once.")] = 1,
+    seqlen: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 128,
+    threads: Threads = 1,
+    groups: Groups = 10,
+    seconds: Seconds = 5.0,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Latency of one call on a batch of sentences, sentences per second and bytes, against the
+    original.
+
+    Both run in this process and take turns (A B B A). What has no artifact for the target yet is
+    exported into a temporary folder first.
+
+    Example: dotexport bench OUT --baseline ./all-MiniLM-L6-v2 --target onnx:int8 --batch 32
+    """
+    from dotexport.app.door import benches
+
+    with progress() as report:
+        record = benches().bench_encoder(
+            candidate,
+            baseline,
+            target,
+            batch=batch,
+            seqlen=seqlen,
+            threads=threads,
+            groups=groups,
+            seconds=seconds,
+            seed=seed,
+            progress=report,
+        )
+    if as_json:
+        show_json(record)
+        return
+    show(candidate, "speed")
 
 
 def show(out: Path, title: str) -> None:

@@ -18,7 +18,7 @@ from dotexport.app.progress import progress
 from dotexport.app.terminal import show_figures, show_json, stderr
 from dotexport.diffusion.pipeline_options import PruneStep, SampleOptions, parse_extra
 
-from .shared_options import Json, Out, Overwrite
+from .shared_options import Groups, Json, Out, Overwrite, Seconds, Seed, Threads
 
 if TYPE_CHECKING:
     from dotexport.diffusion.onnx_folder import Parity
@@ -31,7 +31,6 @@ Extra = Annotated[
     list[str] | None,
     typer.Option("--pipeline-arg", help="NAME=VALUE for the pipeline's call; may be repeated."),
 ]
-Seed = Annotated[int, typer.Option(help="Same seed, same bytes.")]
 
 
 @app.callback()
@@ -181,11 +180,9 @@ def bench(
     target: Annotated[str, typer.Option(help="onnx, onnx:fp16, or torch.")] = "onnx",
     batch: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the whole pipeline.")] = 4,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    groups: Annotated[
-        int, typer.Option(min=2, help="A B B A turns; 8 and more give a verdict.")
-    ] = 10,
-    seconds: Annotated[float, typer.Option(min=0, help="Seconds for each model, at least.")] = 5.0,
+    threads: Threads = 1,
+    groups: Groups = 10,
+    seconds: Seconds = 5.0,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
