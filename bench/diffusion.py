@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from dotexport.app.turn_options import TurnOptions
 from dotexport.diffusion import graphs, onnx_folder, pipeline_card, saving
 from dotexport.diffusion.calibration import Progress
 from dotexport.diffusion.sampling import component_of, load, sample
@@ -39,29 +40,34 @@ def bench_pipeline(
     candidate: Path,
     baseline: Path,
     target: str,
+    options: TurnOptions | None = None,
     *,
     batch: int = 1,
     steps: int = 4,
-    threads: int = 1,
-    groups: int = 10,
-    seconds: float = 5.0,
-    seed: int = 0,
     progress: Progress = lambda stage, done, total: None,
 ) -> dict[str, Any]:
     """Compare an output with the original and record it in its manifest, card and reports."""
+    options = options or TurnOptions()
     pipelines = [saving.pipeline_of(folder) for folder in (baseline, candidate)]
     for folder in pipelines:
         manifest.require_unchanged(folder)
-    record: dict[str, Any] = {"target": target, "threads": threads, "batch": batch, "steps": steps}
+    record: dict[str, Any] = {
+        "target": target,
+        "threads": options.threads,
+        "batch": batch,
+        "steps": steps,
+    }
     with ExitStack() as stack:
-        stack.enter_context(torch_threads(threads))
+        stack.enter_context(torch_threads(options.threads))
         subjects = [
-            stack.enter_context(_subject(folder, home, target, batch, steps, threads, candidate))
+            stack.enter_context(
+                _subject(folder, home, target, batch, steps, options.threads, candidate)
+            )
             for folder, home in zip(pipelines, (baseline, candidate), strict=True)
         ]
         for name in ("step", "whole"):
             calls = [getattr(subject, name) for subject in subjects]
-            record[name] = in_turns(calls, groups, seconds, seed, name, progress)
+            record[name] = in_turns(calls, options, name, progress)
     record["bytes"] = [subject.num_bytes for subject in subjects]
     _record(candidate, f"{target.replace(':', '-')}", record)
     return record

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from dotexport.app.turn_options import TurnOptions
 from dotexport.encoders import encoder_card
 from dotexport.encoders.encoder_exporting import write_artifact
 from dotexport.encoders.encoder_folder import Encoder, open_encoder
@@ -47,13 +48,10 @@ def bench_encoder(
     candidate: Path,
     baseline: Path,
     target: str,
+    options: TurnOptions | None = None,
     *,
     batch: int = 1,
     seqlen: int = 128,
-    threads: int = 1,
-    groups: int = 10,
-    seconds: float = 5.0,
-    seed: int = 0,
     progress: Progress = lambda stage, done, total: None,
 ) -> dict[str, Any]:
     """Compare an output with the original and record it in its manifest, card and reports.
@@ -62,19 +60,20 @@ def bench_encoder(
         UsageError: a target that holds no encoders, or sentences longer than the context.
         CheckpointError, RuntimeMissingError, ParityError.
     """
+    options = options or TurnOptions()
     manifest.read(candidate)  # refuses what is no output
     with ExitStack() as stack:
-        stack.enter_context(torch_threads(threads))
+        stack.enter_context(torch_threads(options.threads))
         subjects = [
-            stack.enter_context(_subject(folder, target, batch, seqlen, threads))
+            stack.enter_context(_subject(folder, target, batch, seqlen, options.threads))
             for folder in (baseline, candidate)
         ]
         shape = f"{batch} x {seqlen} tokens"
         calls = [subject.call for subject in subjects]
-        times = in_turns(calls, groups, seconds, seed, shape, progress)
+        times = in_turns(calls, options, shape, progress)
     record = {
         "target": target,
-        "threads": threads,
+        "threads": options.threads,
         "batch": batch,
         "seqlen": seqlen,
         "call": times,

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from dotexport.app.turn_options import TurnOptions
+
 from .statistics import compare
 
 WARMUPS = 3
@@ -20,9 +22,7 @@ Progress = Callable[[str, int, int], None]
 
 def in_turns(
     calls: Sequence[Call],
-    groups: int,
-    seconds: float,
-    seed: int,
+    options: TurnOptions,
     name: str,
     progress: Progress = lambda stage, done, total: None,
 ) -> dict[str, Any]:
@@ -30,15 +30,13 @@ def in_turns(
 
     Args:
         calls: of the baseline, and of the candidate.
-        groups: A B B A turns, at least.
-        seconds: for each of both, at least.
     """
     for call in calls:
         for _ in range(WARMUPS):
             call()
     timings: list[list[list[float]]] = [[], []]
     started, done = time.perf_counter(), 0
-    while done < groups or time.perf_counter() - started < 2 * seconds:
+    while done < options.groups or time.perf_counter() - started < 2 * options.seconds:
         taken: list[list[float]] = [[], []]
         for which in (0, 1, 1, 0):
             begun = time.perf_counter()
@@ -47,8 +45,8 @@ def in_turns(
         for all_taken, some in zip(timings, taken, strict=True):
             all_taken.append(some)
         done += 1
-        progress(f"timing {name}", min(done, groups), groups)
-    found = compare(timings[1], timings[0], seed=seed)
+        progress(f"timing {name}", min(done, options.groups), options.groups)
+    found = compare(timings[1], timings[0], seed=options.seed)
     return {
         "baseline_ms": 1e3 * float(np.median(timings[0])),
         "candidate_ms": 1e3 * float(np.median(timings[1])),

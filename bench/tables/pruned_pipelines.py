@@ -20,6 +20,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from dotexport.app.turn_options import TurnOptions
 from dotexport.diffusion import sampling
 from dotexport.diffusion.calibration import Calibration
 from dotexport.diffusion.denoiser import Stored
@@ -187,7 +188,7 @@ def speed(
                 prune=PruneOptions(method="random"),
             )
             made = shrink(folder, target, options)
-            found = bench_pipeline(target, folder, "onnx", seconds=seconds)
+            found = bench_pipeline(target, folder, "onnx", TurnOptions(seconds=seconds))
             for what in ("step", "whole"):
                 rows.append(
                     {

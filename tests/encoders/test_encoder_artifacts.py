@@ -195,7 +195,11 @@ def test_int8_is_the_same_in_every_batch(exported: Path) -> None:
 
 @pytest.mark.parametrize(
     ("artifact", "least", "most"),
-    [("onnx-fp32", 0.99999, 1.00001), ("onnx-int8", 0.99, 0.99999), ("executorch", 0.99999, 1.00001)],
+    [
+        ("onnx-fp32", 0.99999, 1.00001),
+        ("onnx-int8", 0.99, 0.99999),
+        ("executorch", 0.99999, 1.00001),
+    ],
 )
 def test_eval_reads_embeddings_of_an_artifact_in_its_runtime(
     artifact: str,

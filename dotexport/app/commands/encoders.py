@@ -15,9 +15,10 @@ import typer
 from dotexport.app.flags import with_options
 from dotexport.app.progress import progress
 from dotexport.app.terminal import show_figures, show_json, stderr
+from dotexport.app.turn_options import TurnOptions
 from dotexport.encoders.encoder_options import SentenceOptions, ShrinkOptions
 
-from .shared_options import Groups, Json, Out, Overwrite, Seconds, Seed, Threads
+from .shared_options import Json, Out, Overwrite
 
 if TYPE_CHECKING:
     from dotexport.encoders.encoder_verifying import Parity
@@ -151,18 +152,16 @@ def evaluate(
 
 
 @app.command()
+@with_options
 def bench(
     candidate: Output,
     baseline: Annotated[Path, typer.Option(help="The original encoder.")],
+    options: TurnOptions,
     target: Annotated[
         str, typer.Option(help="onnx, openvino, executorch, NAME:PRECISION, or torch.")
     ] = "onnx",
     batch: Annotated[int, typer.Option(min=1, help="Sentences at once.")] = 1,
     seqlen: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 128,
-    threads: Threads = 1,
-    groups: Groups = 10,
-    seconds: Seconds = 5.0,
-    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Latency of one call on a batch of sentences, sentences per second and bytes, against the
@@ -177,16 +176,7 @@ def bench(
 
     with progress() as report:
         record = benches().bench_encoder(
-            candidate,
-            baseline,
-            target,
-            batch=batch,
-            seqlen=seqlen,
-            threads=threads,
-            groups=groups,
-            seconds=seconds,
-            seed=seed,
-            progress=report,
+            candidate, baseline, target, options, batch=batch, seqlen=seqlen, progress=report
         )
     if as_json:
         show_json(record)

@@ -16,9 +16,10 @@ import typer
 from dotexport.app.flags import with_options
 from dotexport.app.progress import progress
 from dotexport.app.terminal import show_figures, show_json, stderr
+from dotexport.app.turn_options import TurnOptions
 from dotexport.diffusion.pipeline_options import PruneStep, SampleOptions, parse_extra
 
-from .shared_options import Groups, Json, Out, Overwrite, Seconds, Seed, Threads
+from .shared_options import Json, Out, Overwrite
 
 if TYPE_CHECKING:
     from dotexport.diffusion.onnx_folder import Parity
@@ -174,16 +175,14 @@ def evaluate(
 
 
 @app.command()
+@with_options
 def bench(
     candidate: Output,
     baseline: Annotated[Path, typer.Option(help="The original pipeline.")],
+    options: TurnOptions,
     target: Annotated[str, typer.Option(help="onnx, onnx:fp16, or torch.")] = "onnx",
     batch: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the whole pipeline.")] = 4,
-    threads: Threads = 1,
-    groups: Groups = 10,
-    seconds: Seconds = 5.0,
-    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Latency of one step of the denoiser and of the whole pipeline, against the original.
@@ -197,16 +196,7 @@ def bench(
 
     with progress() as report:
         record = benches().bench_pipeline(
-            candidate,
-            baseline,
-            target,
-            batch=batch,
-            steps=steps,
-            threads=threads,
-            groups=groups,
-            seconds=seconds,
-            seed=seed,
-            progress=report,
+            candidate, baseline, target, options, batch=batch, steps=steps, progress=report
         )
     if as_json:
         show_json(record)

@@ -15,7 +15,3 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder; must be n
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, logs on stderr.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same bytes.")]
-Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
-Groups = Annotated[int, typer.Option(min=2, help="A B B A turns; 8 and more give a verdict.")]
-Seconds = Annotated[float, typer.Option(min=0, help="Seconds for each model, at least.")]

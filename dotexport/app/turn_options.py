@@ -1,0 +1,28 @@
+"""How two models are timed in turns: what can be asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dotexport.errors import UsageError
+from dotexport.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurnOptions:
+    """Original and candidate are called in A B B A turns, in one process.
+
+    Attributes:
+        groups: turns, at least.
+        seconds: for each model, at least.
+    """
+
+    threads: int = option(1, help="CPU threads.")
+    groups: int = option(10, help="A B B A turns; 8 and more give a verdict.")
+    seconds: float = option(5.0, help="Seconds for each model, at least.")
+    seed: int = option(0, help="Same seed, same interval of the same timings.")
+
+    def __post_init__(self) -> None:
+        for name, least in (("threads", 1), ("groups", 2), ("seconds", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"--{name} must be at least {least}, not {getattr(self, name)}")
