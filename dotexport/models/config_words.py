@@ -59,6 +59,8 @@ TAKEN_FOR_GRANTED = (
     "rms_norm_eps",
     "tie_word_embeddings",
 )
+# Of which a release of transformers reads one or the other, where the class is a mixture.
+EXPERTS = ("num_experts", "num_local_experts")
 # By which queries grow with their position, of Ministral 3.
 GROWING = ("llama_4_scaling_beta", "original_max_position_embeddings")
 
@@ -86,7 +88,7 @@ def settled(config: Mapping[str, Any], *, of: object) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key not in dropped}
     if family.rope_theta is not None:
         kept = {"rope_theta": family.rope_theta} | kept
-    words = in_all_words(kept)
+    words = in_all_words(kept) | _experts(config, family)
     _check_growth(config)
     return words | _granted(words)
 
@@ -131,6 +133,19 @@ def _check_growth(config: Mapping[str, Any]) -> None:
             f"config.json gives rope_parameters without {' and '.join(lacking)}, by which "
             "Ministral 3 scales its queries; take the config.json that belongs to these weights"
         )
+
+
+def _experts(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The number of experts in both of its words."""
+    said = [config[key] for key in EXPERTS if config.get(key) is not None]
+    if not family.experts_key or not said:
+        return {}
+    if said[0] != said[-1]:
+        raise CheckpointError(
+            f"config.json gives num_experts = {said[0]} and num_local_experts = {said[-1]}, of "
+            "which releases of transformers read one or the other; keep the right one"
+        )
+    return dict.fromkeys(EXPERTS, said[0])
 
 
 def _family(config: Mapping[str, Any]) -> Family | None:

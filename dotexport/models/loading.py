@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dotexport.errors import CheckpointError, UnsupportedModelError
 from dotexport.models.checkpoint import Checkpoint
+from dotexport.models.fused import in_memory
 from dotexport.models.memory import fits
 from dotexport.models.rope import stock_config
 
@@ -60,10 +61,10 @@ class Loaded:
         device: torch.device = CPU,
         whole: bool | None = None,
     ) -> None:
-        self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = device
         self.model = _empty(checkpoint, dtype, device)
+        self.checkpoint = in_memory(checkpoint, dict(self.model.named_parameters()))
         self._change: Change | None = None
         self._handles: list[Any] = []
         self._rooms: dict[tuple[int, ...], Tensor] = {}

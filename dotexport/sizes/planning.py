@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dotexport.axes import AXES
+from dotexport.axes import axes_of
 from dotexport.axes.carrying import planned_config
 from dotexport.axes.plan import Plan, SizeOptions
 from dotexport.errors import SizeError, UnsupportedModelError
@@ -291,12 +291,12 @@ def _splitting(where: Deployment) -> list[Rule]:
 
 def _uneven(devices: int, decided: Plan) -> list[str]:
     """What does not split evenly over devices."""
-    return [text for axis in AXES for text in axis.uneven(decided.after, devices)]
+    return [text for axis in axes_of(decided.after) for text in axis.uneven(decided.after, devices)]
 
 
 def _torn(group: int, devices: int, decided: Plan) -> list[str]:
     """Rows that end inside a group of weights."""
-    return [text for axis in AXES for text in axis.torn(decided.after, group, devices)]
+    return [text for axis in axes_of(decided.after) for text in axis.torn(decided.after, group, devices)]
 
 
 def rules_of_target(config: Mapping[str, Any], target: Target, precision: str) -> list[Rule]:
