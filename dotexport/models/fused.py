@@ -86,6 +86,22 @@ def in_memory(checkpoint: Checkpoint, parameters: Collection[str]) -> Checkpoint
     return Fused(checkpoint.folder, checkpoint.config, checkpoint.files, checkpoint, moved, stacks)
 
 
+def in_files(
+    checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters of a class as the files of this checkpoint have them."""
+    view = in_memory(checkpoint, tensors)
+    if not isinstance(view, Fused):
+        yield from tensors.items()
+        return
+    for name, tensor in tensors.items():
+        if name not in view.stacks:
+            yield view.moved.get(name, name), tensor
+            continue
+        for expert, stacked in zip(view.stacks[name], tensor, strict=True):
+            yield from zip(expert, stacked.chunk(len(expert)), strict=True)
+
+
 def _fused(family: Family, layer: int, num_experts: int) -> Iterator[tuple[str, Names]]:
     """Tensors of a layer's mixture in memory, and those that they are in a file."""
     [mixture] = [sublayer for sublayer in family.sublayers if sublayer.router]

@@ -213,6 +213,8 @@ def _empty(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> 
             f"transformers cannot build the model of {checkpoint.folder} ({error}); "
             "expected the config.json of a causal language model, without remote code"
         ) from error
+    if hasattr(model.config, "_experts_implementation"):  # the one that computes in every dtype
+        model.config._experts_implementation = "eager"
     for module in model.modules():
         for key, buffer in module._buffers.items():
             module._buffers[key] = None if buffer is None else buffer.to(device)
