@@ -95,7 +95,11 @@ class ExpertSite(Site):
             expert.give(lacking_NLK, -1)
         report = {"error": self._held_out_energy(lacking_NLK) / energy, "analytic_error": analytic}
         kept = {} if len(self._kept_E) == self.teacher.num_experts else {"experts": self._kept_E}
-        yield {"site": self.sublayer.writer.name, **report, **{k: v.tolist() for k, v in kept.items()}}
+        yield {
+            "site": self.sublayer.writer.name,
+            **report,
+            **{k: v.tolist() for k, v in kept.items()},
+        }
 
     def _wanted(self) -> Tensor:
         """What all experts together are to add, (N, L, K): with error feedback E^T X+ - r, without

@@ -296,7 +296,9 @@ def _uneven(devices: int, decided: Plan) -> list[str]:
 
 def _torn(group: int, devices: int, decided: Plan) -> list[str]:
     """Rows that end inside a group of weights."""
-    return [text for axis in axes_of(decided.after) for text in axis.torn(decided.after, group, devices)]
+    return [
+        text for axis in axes_of(decided.after) for text in axis.torn(decided.after, group, devices)
+    ]
 
 
 def rules_of_target(config: Mapping[str, Any], target: Target, precision: str) -> list[Rule]:

@@ -353,9 +353,7 @@ def test_a_narrowed_model_is_stock_loads_and_generates(
     experts = {"num_experts": 3} if "num_experts_per_tok" in MODELS[name][0] else {}
     options = ShrinkOptions(
         text=text_beside(tmp_path),
-        sizes=SizeOptions(
-            hidden_size=40, num_key_value_heads=1, sizes=inner(name, 64) | experts
-        ),
+        sizes=SizeOptions(hidden_size=40, num_key_value_heads=1, sizes=inner(name, 64) | experts),
         narrow=NarrowOptions(local=None),
         max_shard_bytes=40_000,
     )
@@ -386,7 +384,8 @@ def test_a_narrowed_model_is_stock_loads_and_generates(
 
 
 @pytest.mark.parametrize(
-    "name", ["mistral", "qwen2", "qwen3", "granite", "phi3", "gemma2", "gemma3", "olmo2", "qwen3-moe"]
+    "name",
+    ["mistral", "qwen2", "qwen3", "granite", "phi3", "gemma2", "gemma3", "olmo2", "qwen3-moe"],
 )
 def test_a_narrowed_family_learns_from_its_original(
     name: str, tiny_model: Callable[..., Path], tmp_path: Path
