@@ -93,13 +93,11 @@ class ExpertSite(Site):
             expert.give(lacking_NLK, 1)
             expert.narrow(lacking_NLK)
             expert.give(lacking_NLK, -1)
-        report = {"error": self._held_out_energy(lacking_NLK) / energy, "analytic_error": analytic}
-        kept = {} if len(self._kept_E) == self.teacher.num_experts else {"experts": self._kept_E}
-        yield {
-            "site": self.sublayer.writer.name,
-            **report,
-            **{k: v.tolist() for k, v in kept.items()},
-        }
+        report: dict[str, Any] = {"site": f"{self.sublayer.module}.experts"}
+        report |= {"error": self._held_out_energy(lacking_NLK) / energy, "analytic_error": analytic}
+        if self.num_experts < self.teacher.num_experts:
+            report["experts"] = self._kept_E.tolist()
+        yield report
 
     def _wanted(self) -> Tensor:
         """What all experts together are to add, (N, L, K): with error feedback E^T X+ - r, without
