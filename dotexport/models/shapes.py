@@ -57,6 +57,20 @@ class Sizes:
         """How many there are of it in a layer."""
         return self.num_experts if linear.each else 1
 
+    @property
+    def mixture(self) -> bool:
+        return self.num_experts > 0
+
+    @property
+    def fitted(self) -> float:
+        """Neurons that an MLP's writer is fitted on, over the share of the tokens that it sees."""
+        neurons = max(self.spaces["mlp"], self.spaces["expert"])
+        return neurons * (self.num_experts / self.num_experts_per_tok if self.mixture else 1.0)
+
+    def used(self, linear: Linear) -> int:
+        """How many of these a token is multiplied with."""
+        return self.num_experts_per_tok if linear.each else 1
+
     @cached_property
     def spaces(self) -> dict[str, int]:
         """Space -> number of neurons."""
@@ -120,9 +134,7 @@ def _layer_parameters(family: Family, sizes: Sizes) -> Iterator[int]:
 def num_multiplications(family: Family, sizes: Sizes) -> int:
     """Of the matrices of one decoded token: every linear of every layer, and the head."""
     layer = sum(
-        (sizes.num_experts_per_tok if linear.each else 1)
-        * sum(sizes.rows(linear))
-        * sizes.spaces[linear.in_]
+        sizes.used(linear) * sum(sizes.rows(linear)) * sizes.spaces[linear.in_]
         for linear in family.linears
     )
     return sizes.num_layers * layer + sizes.vocab_size * sizes.hidden_size

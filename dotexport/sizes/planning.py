@@ -406,7 +406,8 @@ def shrink_memory(
     before, after = decided.before, decided.carried_after
     tokens = samples * min(seqlen, _window(config))
     stream, narrower = before.spaces["residual"], after.spaces["residual"]
-    streams = 4 * tokens * (stream + narrower)
+    # What experts still lack is a stream of its own while they are fitted one after another.
+    streams = 4 * tokens * (stream + narrower * (2 if before.mixture else 1))
     table = 4 * before.vocab_size * (2 * stream + narrower)
     widest = max(size for space, size in before.spaces.items() if space != "vocab")
     solves = 8 * SOLVED * widest**2
