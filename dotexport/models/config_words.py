@@ -55,11 +55,15 @@ TAKEN_FOR_GRANTED = (
     "final_logit_softcapping",
     "hidden_act",
     "max_position_embeddings",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_local_experts",
     "num_key_value_heads",
     "rms_norm_eps",
     "tie_word_embeddings",
 )
-# Of which a release of transformers reads one or the other, where the class is a mixture.
 EXPERTS = ("num_experts", "num_local_experts")
 # By which queries grow with their position, of Ministral 3.
 GROWING = ("llama_4_scaling_beta", "original_max_position_embeddings")
@@ -88,8 +92,11 @@ def settled(config: Mapping[str, Any], *, of: object) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key not in dropped}
     if family.rope_theta is not None:
         kept = {"rope_theta": family.rope_theta} | kept
-    words = in_all_words(kept) | _experts(config, family)
+    words = in_all_words(kept)
     _check_growth(config)
+    if family.experts_key:
+        words = _counted(words)
+        words = _counted(words | _granted(words))
     return words | _granted(words)
 
 
@@ -135,17 +142,16 @@ def _check_growth(config: Mapping[str, Any]) -> None:
         )
 
 
-def _experts(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """The number of experts in both of its words."""
+def _counted(config: Mapping[str, Any]) -> dict[str, Any]:
+    """With the number of experts under both of its names: transformers 4.57 and 5 look for another
+    one in Qwen3-MoE, and take their default where it is absent."""
     said = [config[key] for key in EXPERTS if config.get(key) is not None]
-    if not family.experts_key or not said:
-        return {}
-    if said[0] != said[-1]:
+    if said and said[0] != said[-1]:
         raise CheckpointError(
             f"config.json gives num_experts = {said[0]} and num_local_experts = {said[-1]}, of "
             "which releases of transformers read one or the other; keep the right one"
         )
-    return dict.fromkeys(EXPERTS, said[0])
+    return {**config, **dict.fromkeys(EXPERTS, *said[:1])} if said else dict(config)
 
 
 def _family(config: Mapping[str, Any]) -> Family | None:
