@@ -262,7 +262,7 @@ def test_kv_heads_that_are_not_said_are_those_of_the_class(
     tmp_path: Path, kind: str, given: Any, heads: int
 ) -> None:
     words = {"num_attention_heads": heads, "num_key_value_heads": given}
-    config = {"model_type": kind, **SIZES, **words}
+    config = {"model_type": kind, **SIZES, **EXPERTS, "num_local_experts": 4, **words}
     family = next(f for f in SUPPORTED.values() if f.model_type == kind)
     config = {key: value for key, value in config.items() if value is not ...}
     (tmp_path / "config.json").write_text(
