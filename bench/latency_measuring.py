@@ -84,6 +84,11 @@ def measure_table(
     precision = choose_precision(target, options.precision)
     config = read_config(model)
     family, before = read_model(config)
+    if before.mixture:
+        raise UnsupportedModelError(
+            f"times of a mixture of experts ({family.architecture}) hang on which experts a text "
+            "goes to, and are not tabled; give a budget of --params or --size"
+        )
     whole = Plan(family, before, before)
     _check_context(config, options)
     environment = manifest.environment()

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from .configs import head_dim, window_of
+from .traced import gather_experts
 
 ATTENTION = "dotexport_bounded"
 
@@ -81,6 +82,7 @@ def trace_bounded(model: Any, *, context: int, chunk: int) -> ExportedProgram:
     # Neither 0 nor 1 token, which would be taken for a constant.
     inputs = {"input_ids": torch.ones(1, 3, dtype=torch.long), "cache_position": torch.arange(3)}
     axes = {"input_ids": {1: tokens}, "cache_position": {0: tokens}}
+    gather_experts(model)
     decoder = BoundedDecoder(model, context).eval()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -18,9 +18,11 @@ WINDOWS = {
     "ministral": 4096,
     "ministral3": None,
     "mistral": 4096,
+    "mixtral": None,
     "phi3": None,
     "qwen2": None,
     "qwen3": None,
+    "qwen3_moe": 4096,
     "smollm3": None,
 }
 
@@ -42,7 +44,7 @@ def rope_type(config: Any) -> str:
 def window_of(config: Any) -> int | None:
     """How far back a layer attends, where a class has a window at all."""
     kind = config.get("model_type")
-    if kind in ("qwen2", "qwen3", "smollm3") and not config.get("use_sliding_window"):
+    if kind in ("qwen2", "qwen3", "qwen3_moe", "smollm3") and not config.get("use_sliding_window"):
         return None
     if "sliding_attention" not in (config.get("layer_types") or ("sliding_attention",)):
         return None

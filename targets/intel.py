@@ -65,12 +65,12 @@ class OpenVino:
     def problems(self, checkpoint: Checkpoint, precision: str) -> list[str]:
         from .traced import trace_problems
 
-        return trace_problems(checkpoint)
+        return trace_problems(checkpoint, precision)
 
     def config_problems(self, config: Mapping[str, Any], precision: str) -> list[str]:
         from .traced import config_problems
 
-        return config_problems(config)
+        return config_problems(config, precision)
 
     def write(self, checkpoint: Checkpoint, folder: Path, precision: str) -> None:
         graph = _translate(checkpoint)

@@ -86,7 +86,7 @@ class ExecuTorch:
     def config_problems(self, config: Mapping[str, Any], precision: str) -> list[str]:
         from .traced import graph_problems
 
-        return graph_problems(config)
+        return graph_problems(config, precision)
 
     def write(self, checkpoint: Checkpoint, folder: Path, precision: str) -> None:
         from .bounded import trace_bounded

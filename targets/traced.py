@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.export import Dim, ExportedProgram
-from transformers import DynamicCache
+from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from .configs import head_dim, rope_type, window_of
@@ -26,6 +26,8 @@ Layers = list[tuple[torch.Tensor, torch.Tensor]]
 # Their frequencies depend on the length of the text, and a graph holds one set of them.
 CHANGING_ROPE = {"dynamic", "longrope"}
 PLAIN_LAYERS = {"full_attention", "sliding_attention"}
+# How transformers computes a mixture, from release 5 on.
+GATHERED = "_experts_implementation"
 
 
 class Decoder(torch.nn.Module):
@@ -72,12 +74,20 @@ def filled_cache(past: Layers) -> DynamicCache:
 def trace(checkpoint: Checkpoint) -> ExportedProgram:
     """The graph of a stock checkpoint in float32: any batch, any length, any fill of the cache."""
     model: Any = HuggingFace().open(checkpoint.folder).model
+    gather_experts(model)
     inputs = _sample_inputs(model.config)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.export.export(
             Decoder(model), (), inputs, dynamic_shapes=_dynamic_axes(inputs), strict=False
         )
+
+
+def gather_experts(model: Any) -> None:
+    """Let a mixture multiply each token with the matrices of its experts, gathered: which tokens go
+    to one expert is not known when a graph is written."""
+    if hasattr(model.config, GATHERED):
+        setattr(model.config, GATHERED, "batched_mm")
 
 
 def _sample_inputs(config: Any) -> dict[str, Any]:
@@ -103,18 +113,18 @@ def _dynamic_axes(inputs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def trace_problems(checkpoint: Checkpoint) -> list[str]:
+def trace_problems(checkpoint: Checkpoint, precision: str) -> list[str]:
     """Every reason why one graph with a plain cache cannot stand for this model."""
     stock = HuggingFace().problems(checkpoint, "as-stored")
-    return stock + config_problems(checkpoint.config)
+    return stock + config_problems(checkpoint.config, precision)
 
 
-def config_problems(config: Any) -> list[str]:
+def config_problems(config: Any, precision: str) -> list[str]:
     """Those that config.json alone gives."""
-    return graph_problems(config) + _window_problems(config)
+    return graph_problems(config, precision) + _window_problems(config)
 
 
-def graph_problems(config: Any) -> list[str]:
+def graph_problems(config: Any, precision: str) -> list[str]:
     """Those of any one graph, wherever its cache is kept."""
     problems = []
     rope = rope_type(config)
@@ -129,6 +139,7 @@ def graph_problems(config: Any) -> list[str]:
             f"layers of type {', '.join(odd)} keep another state than keys and values; "
             "take a model with plain attention"
         )
+    problems += _mixture_problems(config, precision)
     if config.get("quantization_config"):
         problems.append(
             "the weights are stored quantised (quantization_config); export the model they were "
@@ -136,6 +147,23 @@ def graph_problems(config: Any) -> list[str]:
         )
     if config.get("is_encoder_decoder"):
         problems.append("it is an encoder-decoder; only decoders are exported")
+    return problems
+
+
+def _mixture_problems(config: Any, precision: str) -> list[str]:
+    if not config.get("num_experts_per_tok"):
+        return []
+    problems = []
+    if not hasattr(PretrainedConfig, GATHERED):
+        problems.append(
+            "this release of transformers computes a mixture of experts in a way that no graph "
+            "holds; pip install 'transformers>=5'"
+        )
+    if precision.startswith("int"):
+        problems.append(
+            "the experts of a mixture are most of its weights, and would not be rounded: the graph "
+            "gathers their matrices before it multiplies; export it as fp32"
+        )
     return problems
 
 

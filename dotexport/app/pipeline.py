@@ -28,7 +28,7 @@ from dotexport.app.opening import check_apart
 from dotexport.app.recipe import Recipe
 from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.app.shrinking import shrink
-from dotexport.axes import AXES
+from dotexport.axes import axes_of
 from dotexport.axes.plan import Plan, SizeOptions, read_model, resized
 from dotexport.errors import CalibrationError, SizeError, UsageError
 from dotexport.exports.target import Target, parse_spec
@@ -295,7 +295,7 @@ def keep_promise(
         return {}
     family, before = read_model(read_config(model))
     made = manifest.read(out)["sizes"]
-    after = resized(before, {axis.name: made[axis.name][1] for axis in AXES})
+    after = resized(before, {axis.name: made[axis.name][1] for axis in axes_of(before)})
     rows = made["vocab_size"][1] if "vocab_size" in made else before.vocab_size
     cut = Plan(family, before, replace(after, vocab_size=rows))
     promised = promise(cut, replace(asked, vocab_size=rows))

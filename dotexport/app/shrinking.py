@@ -399,8 +399,9 @@ def _closed_form(
 
 def _warn_if_thin(texts: Sequence[torch.Tensor], decided: Plan) -> None:
     """Say when there is less text than a least-squares problem of this size asks for."""
-    # Readers see the whole stream; a writer is fitted on the neurons that stay.
-    widest = max(decided.before.spaces["residual"], decided.after.spaces["mlp"])
+    # Readers see the whole stream; a writer is fitted on the neurons that stay, that of an expert
+    # on its share of the tokens.
+    widest = max(decided.before.spaces["residual"], round(decided.after.fitted))
     windows, tokens = sum(map(len, texts)), sum(windows_NL.numel() for windows_NL in texts)
     if windows < 2 or tokens < 4 * widest:
         logger.warning(

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dotexport.axes import AXES
+from dotexport.axes import AXES, axes_of
 
 if TYPE_CHECKING:
     from dotexport.axes.plan import Plan
@@ -79,14 +79,15 @@ def show_allocation(allocation: Allocation) -> None:
             bar = "█" * round(12 * kl / (largest or 1.0))
             curves.add_row(curve.axis, f"{size:,}", f"{parameters:,}", f"{kl:.4f}", bar)
     stderr.print(curves)
-    labels = (axis.label for axis in AXES)
+    axes = [axis for axis in AXES if axis.name in allocation.checked[0]]
+    labels = (axis.label for axis in axes)
     kinds = {"predicted_kl": "predicted KL", "held_out_kl": "held-out KL"}
     if any("healed_kl" in row for row in allocation.checked):
         kinds["healed_kl"] = "behind a short distillation"
     checked = Table(*labels, "parameters", *kinds.values())
     checked.title = "together; the least was taken"
     for row in allocation.checked:
-        sizes = (f"{row[key]:,}" for key in (*(axis.name for axis in AXES), "parameters"))
+        sizes = (f"{row[key]:,}" for key in (*(axis.name for axis in axes), "parameters"))
         checked.add_row(*sizes, *(f"{row[kind]:.4f}" for kind in kinds))
     stderr.print(checked)
 
@@ -95,7 +96,7 @@ def show_shares(decided: Plan) -> None:
     """What each axis is a part of, and what a cut of it leaves exact."""
     table = Table("axis", "of parameters", "of KV cache", "of time per token", "what stays exact")
     table.title = "share of the original that has this axis"
-    for axis in AXES:
+    for axis in axes_of(decided.before):
         shares = axis.shares(decided.family, decided.before)
         parts = (shares.parameters, shares.cache, shares.time)
         table.add_row(axis.name, *(f"{100 * part:.0f} %" for part in parts), axis.exact)
@@ -147,7 +148,7 @@ def show_latency(content: Mapping[str, Any], file: Path) -> None:
     original = content["original"]
     depth = content["layers"]
     title = f"time over the original's, {content['target']}:{content['precision']}"
-    labels = (axis.label for axis in AXES)
+    labels = (axis.label for axis in AXES if axis.name in content["rows"][0])
     table = Table(*labels, "batch", "decode", "prefill", title=title)
     for row in content["rows"]:
         if row["layers"] == depth["measured"]:
@@ -171,7 +172,7 @@ def show_latency(content: Mapping[str, Any], file: Path) -> None:
 
 def _latency_cells(row: Mapping[str, Any]) -> Iterator[str]:
     """Sizes and ratios; of a held-out size, what the table says beside it."""
-    for name in (*(axis.name for axis in AXES), "batch"):
+    for name in (*(axis.name for axis in AXES if axis.name in row), "batch"):
         yield f"{row[name]:,}"
     for metric in ("decode", "prefill"):
         found = row[metric]

@@ -9,8 +9,11 @@ from __future__ import annotations
 from dotexport.axes.axis import Axis
 from dotexport.axes.hidden_size import HiddenSize
 from dotexport.axes.intermediate_size import IntermediateSize
+from dotexport.axes.moe_intermediate_size import MoeIntermediateSize
+from dotexport.axes.num_experts import NumExperts
 from dotexport.axes.num_hidden_layers import NumHiddenLayers
 from dotexport.axes.num_key_value_heads import NumKeyValueHeads
+from dotexport.models.shapes import Sizes
 
 AXES: list[Axis] = [
     HiddenSize(
@@ -37,6 +40,22 @@ AXES: list[Axis] = [
         weight=1.5,
         exact="groups whose output others give as well leave without a trace",
     ),
+    NumExperts(
+        name="num_experts",
+        flag="experts",
+        label="experts",
+        help="Experts of every mixture (num_experts); a token goes to as many as before.",
+        weight=1.0,
+        exact="experts that no token goes to leave without a trace where gates sum to 1",
+    ),
+    MoeIntermediateSize(
+        name="moe_intermediate_size",
+        flag="expert_width",
+        label="expert width",
+        help="Width of every expert (moe_intermediate_size).",
+        weight=1.0,
+        exact="neurons that the others of their expert give as well leave without a trace",
+    ),
     NumHiddenLayers(
         name="num_hidden_layers",
         flag="layers",
@@ -46,3 +65,8 @@ AXES: list[Axis] = [
         exact="layers that add nothing leave without a trace",
     ),
 ]
+
+
+def axes_of(sizes: Sizes) -> list[Axis]:
+    """Those that a model of these sizes has."""
+    return [axis for axis in AXES if axis.size(sizes)]

@@ -116,7 +116,9 @@ class Axis(ABC):
         Raises:
             SizeError: naming the nearest legal ones.
         """
-        asked = self.size(after)
+        asked, flag = self.size(after), self.flag.replace("_", "-")
+        if not self.size(before):
+            raise SizeError(f"--{flag} {asked}: {family.architecture} has no {self.name}")
         if asked > self.size(before):
             wrong: str | None = f"is more than the original's {self.size(before)}"
         else:
@@ -124,7 +126,6 @@ class Axis(ABC):
         if wrong is None:
             return
         legal = " and ".join(map(str, self.nearest(family, before, after))) or "none"
-        flag = self.flag.replace("_", "-")
         raise SizeError(f"--{flag} {asked} {wrong}; the nearest legal: {legal}")
 
     def strain(self, before: Sizes, after: Sizes) -> float:

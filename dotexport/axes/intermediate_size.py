@@ -32,26 +32,26 @@ class IntermediateSize(InnerAxis):
     space: ClassVar[str] = "mlp"
 
     def grids(self, family: Family, before: Sizes) -> list[list[int]]:
-        width = before.intermediate_size
+        width = self.size(before)
         found = [multiples(step, width) for step in steps(width)]
         coarsest = next((sizes for sizes in found if len(sizes) >= CHOICE), found[-1])
         return [sorted({*coarsest, width})]
 
     def problem(self, family: Family, before: Sizes, after: Sizes) -> str | None:
-        whole = after.intermediate_size == before.intermediate_size
-        return None if whole else off_grid(after.intermediate_size, FLOOR)
+        whole = self.size(after) == self.size(before)
+        return None if whole else off_grid(self.size(after), FLOOR)
 
     def uneven(self, after: Sizes, devices: int) -> list[str]:
-        rest = after.intermediate_size % devices
-        return [f"{self.name} {after.intermediate_size} {OVER.format(devices)}"] if rest else []
+        rest = self.size(after) % devices
+        return [f"{self.name} {self.size(after)} {OVER.format(devices)}"] if rest else []
 
     def torn(self, after: Sizes, group: int, devices: int) -> list[str]:
-        return off_group(self.name, after.intermediate_size, group * devices)
+        return off_group(self.name, self.size(after), group * devices)
 
     def units(self, sizes: Sizes) -> Units:
         from dotexport.merging.neurons import Neurons
 
-        return Neurons(sizes.intermediate_size)
+        return Neurons(self.size(sizes))
 
     def method(self, options: Any) -> str:
         return str(options.mlp)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from dotexport.axes import AXES
+from dotexport.axes import AXES, axes_of
 from dotexport.axes.axis import Axis
 from dotexport.errors import UsageError
 from dotexport.models.config_words import check_class
@@ -80,7 +80,7 @@ class Plan:
         """The original's layers that stay, ascending: as measured, or as every axis has them."""
         if self.layers is not None:
             return list(self.layers)
-        kept = [set(axis.layers(self.before, self.after)) for axis in AXES]
+        kept = [set(axis.layers(self.before, self.after)) for axis in axes_of(self.before)]
         return sorted(set(range(self.before.num_layers)).intersection(*kept))
 
     @property
@@ -91,16 +91,17 @@ class Plan:
 
     def sizes(self) -> dict[str, int]:
         """What is left on every axis."""
-        return {axis.name: axis.size(self.after) for axis in AXES}
+        return {axis.name: axis.size(self.after) for axis in axes_of(self.before)}
 
     def in_words(self) -> str:
         """The same as people read it."""
-        return ", ".join(f"{axis.label} {axis.size(self.after)}" for axis in AXES)
+        return ", ".join(f"{axis.label} {axis.size(self.after)}" for axis in axes_of(self.before))
 
     def as_dict(self) -> dict[str, Any]:
         """Name of every number -> before and after."""
-        rows = {axis.name: [axis.size(self.before), axis.size(self.after)] for axis in AXES}
-        for key in (*(key for axis in AXES for key in axis.keys), "head_dim"):
+        axes = axes_of(self.before)
+        rows = {axis.name: [axis.size(self.before), axis.size(self.after)] for axis in axes}
+        for key in (*(key for axis in axes for key in axis.keys), "head_dim"):
             rows[key] = [getattr(self.before, key), getattr(self.after, key)]
         if self.before.vocab_size != self.after.vocab_size:
             rows["vocab_size"] = [self.before.vocab_size, self.after.vocab_size]
@@ -115,7 +116,7 @@ class Plan:
         is said in the words of all releases of transformers (models/rope.py).
         """
         changed = dict(config)
-        for axis in AXES:
+        for axis in axes_of(self.before):
             changed |= axis.config(config, self.before, self.after, self.kept_layers)
         changed["head_dim"] = self.after.head_dim
         changed["vocab_size"] = self.after.vocab_size

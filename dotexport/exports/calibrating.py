@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dotexport.axes.plan import read_model
-from dotexport.errors import UsageError
+from dotexport.errors import UnsupportedModelError, UsageError
 from dotexport.exports.target import Target
 from dotexport.merging.refit import gram
 from dotexport.merging.rounding import MOST_ERROR, Grid, Rounded, moved, nearest, solve
@@ -134,6 +134,11 @@ def _inputs(
 ) -> Iterator[tuple[list[str], Tensor]]:
     """Names of matrices that read the same, and the Gram matrix of what they read."""
     family, sizes = read_model(checkpoint.config)
+    if sizes.mixture:
+        raise UnsupportedModelError(
+            f"--calib: experts of {family.architecture} see different tokens, and each its own; "
+            "export it without --calib"
+        )
     stored = {spec.dtype for spec in checkpoint.specs.values() if len(spec.shape) == 2}
     passes = usual_passes(sizes.hidden_size, stored, device)
     stock = Stock.of(checkpoint.config, device, passes)

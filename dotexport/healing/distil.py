@@ -29,6 +29,7 @@ from dotexport.healing.distil_memory import needs_recomputing, recompute_layers,
 from dotexport.healing.heal_options import HealOptions, Schedule
 from dotexport.healing.healing_text import HealingText
 from dotexport.models.checkpoint import Checkpoint
+from dotexport.models.fused import in_memory
 from dotexport.models.loading import load_float32
 from dotexport.storage.workspace import Workspace
 
@@ -194,7 +195,7 @@ class Healing:
             held,
             options,
             schedule,
-            {name: spec.dtype for name, spec in student.specs.items()},
+            {name: spec.dtype for name, spec in in_memory(student, masters.weights).specs.items()},
             passes,
             new_optimizer(masters, options),
             at_once,

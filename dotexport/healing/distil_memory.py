@@ -43,8 +43,10 @@ def activation_bytes(config: Any, tokens: int, passes: torch.dtype = torch.float
     heads = config.num_attention_heads + (getattr(config, "num_key_value_heads", None) or 0)
     head_dim = getattr(config, "head_dim", None)
     head_dim = head_dim or config.hidden_size // config.num_attention_heads
+    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    neurons = width * (getattr(config, "num_experts_per_tok", None) or 1)
     per_layer = 4 * 4 * config.hidden_size + passes.itemsize * (
-        2 * config.hidden_size + 3 * heads * head_dim + 4 * config.intermediate_size
+        2 * config.hidden_size + 3 * heads * head_dim + 4 * neurons
     )
     return int(tokens * config.num_hidden_layers * per_layer)
 

@@ -16,6 +16,7 @@ from dotexport.healing.distil import heal
 from dotexport.healing.heal_options import HealOptions
 from dotexport.healing.healing_text import HealingText
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter
+from dotexport.models.fused import in_files
 from dotexport.narrowing.closed_form import ClosedForm
 from dotexport.storage.workspace import Workspace
 
@@ -42,8 +43,9 @@ def heal_into(
     """
     workspace.given({"healing": text.digests()})
     kept = workspace.load(STEP)
+    student = Checkpoint.open(hf)
     healed = heal(
-        Checkpoint.open(hf),
+        student,
         source,
         closed.E_DK,
         text,
@@ -56,7 +58,7 @@ def heal_into(
         saved=kept,
     )
     writer = new_writer()
-    for name, tensor in healed.tensors.items():
+    for name, tensor in in_files(student, healed.tensors):
         writer.write(name, tensor)
     writer.finish()
     return healed.report | {"options": asdict(options)}

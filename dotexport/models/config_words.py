@@ -55,10 +55,16 @@ TAKEN_FOR_GRANTED = (
     "final_logit_softcapping",
     "hidden_act",
     "max_position_embeddings",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_local_experts",
     "num_key_value_heads",
     "rms_norm_eps",
     "tie_word_embeddings",
 )
+EXPERTS = ("num_experts", "num_local_experts")
 # By which queries grow with their position, of Ministral 3.
 GROWING = ("llama_4_scaling_beta", "original_max_position_embeddings")
 
@@ -88,6 +94,9 @@ def settled(config: Mapping[str, Any], *, of: object) -> dict[str, Any]:
         kept = {"rope_theta": family.rope_theta} | kept
     words = in_all_words(kept)
     _check_growth(config)
+    if family.experts_key:
+        words = _counted(words)
+        words = _counted(words | _granted(words))
     return words | _granted(words)
 
 
@@ -131,6 +140,18 @@ def _check_growth(config: Mapping[str, Any]) -> None:
             f"config.json gives rope_parameters without {' and '.join(lacking)}, by which "
             "Ministral 3 scales its queries; take the config.json that belongs to these weights"
         )
+
+
+def _counted(config: Mapping[str, Any]) -> dict[str, Any]:
+    """With the number of experts under both of its names: transformers 4.57 and 5 look for another
+    one in Qwen3-MoE, and take their default where it is absent."""
+    said = [config[key] for key in EXPERTS if config.get(key) is not None]
+    if said and said[0] != said[-1]:
+        raise CheckpointError(
+            f"config.json gives num_experts = {said[0]} and num_local_experts = {said[-1]}, of "
+            "which releases of transformers read one or the other; keep the right one"
+        )
+    return {**config, **dict.fromkeys(EXPERTS, *said[:1])} if said else dict(config)
 
 
 def _family(config: Mapping[str, Any]) -> Family | None:

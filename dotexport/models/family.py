@@ -6,6 +6,8 @@ Spaces, and the number of neurons in each (all from config.json):
     mlp       intermediate_size                    between gate/up and down
     query     num_attention_heads * head_dim       between q and o
     kv        num_key_value_heads * head_dim       k and v
+    experts   num_experts                          rows of a router
+    expert    moe_intermediate_size                between gate/up and down of one expert
     vocab     vocab_size
 
 Parameter counts, width checks, legal sizes and the narrowing itself follow from the table.
@@ -21,12 +23,16 @@ from dotexport.errors import UsageError
 ALWAYS = "always"
 """In the place of a flag: a bias that the class has without asking config.json."""
 
+EACH = "{}"
+"""In the name of a Linear: the number of an expert. There is one for each of them."""
+
 
 @dataclass(frozen=True)
 class Linear:
     """A torch.nn.Linear: weight (out, in).
 
     Attributes:
+        name: as in the files; with EACH in it, of one expert.
         out: the space of its rows; of several matrices fused into one, their spaces in that order
             (`query+kv+kv`).
         bias: the config flag that gives it one, or ALWAYS.
@@ -40,6 +46,15 @@ class Linear:
     @property
     def outs(self) -> tuple[str, ...]:
         return tuple(self.out.split("+"))
+
+    @property
+    def each(self) -> bool:
+        """Whether every expert has one."""
+        return EACH in self.name
+
+    def names(self, num_experts: int) -> list[str]:
+        """Of all that there are in a layer."""
+        return [self.name.format(n) for n in range(num_experts)] if self.each else [self.name]
 
 
 @dataclass(frozen=True)
@@ -61,6 +76,8 @@ class InnerNorm:
 class Sublayer:
     """Norm, readers of the normalised stream, and one writer that adds back to it.
 
+    Of a mixture, one reader is the router; all others and the writer are those of each expert.
+
     Attributes:
         norm: in front of the readers; None: they read the stream as it is.
         inner_norms: of queries and keys.
@@ -73,6 +90,11 @@ class Sublayer:
     writer: Linear
     inner_norms: tuple[InnerNorm, ...] = ()
     output_norm: str | None = None
+
+    @property
+    def router(self) -> Linear | None:
+        """The reader whose outputs say which experts a token goes to."""
+        return next((linear for linear in self.readers if linear.out == "experts"), None)
 
     def gain(self, scale: float) -> float:
         """What all readers are multiplied with, where a narrower norm asks for `scale`."""
@@ -103,6 +125,7 @@ class Family:
             do not know the class take another.
         scaled_embedding: whether rows of the embedding are multiplied by sqrt(hidden_size).
         refused: flags of config.json that make another model of it, and what they do.
+        experts_key: what config.json calls the number of experts, where the class is a mixture.
     """
 
     model_type: str
@@ -123,6 +146,7 @@ class Family:
     rope_theta: float | None = None
     scaled_embedding: bool = False
     refused: tuple[tuple[str, str], ...] = ()
+    experts_key: str | None = None
 
     @property
     def rotates(self) -> bool:

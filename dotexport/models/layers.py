@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 
 from dotexport.errors import CheckpointError
-from dotexport.models.family import Family, Sublayer
+from dotexport.models.family import Family, Linear, Sublayer
 from dotexport.models.rope import stock_config
+from dotexport.models.routing import Routing
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,20 @@ class Stock:
         cos, sin = rotary(example_BLD, steps, **asked)
         return cos, sin
 
+    def routing(self, logits_TE: Tensor) -> Routing:
+        """As routers of the class have it; where config.json says nothing, gates sum to 1."""
+        normalised = getattr(self.config, "norm_topk_prob", True)
+        per_token: int = self.config.num_experts_per_tok
+        return Routing.of(logits_TE, per_token, normalised=normalised)
+
+    @property
+    def activation(self) -> Callable[[Tensor], Tensor]:
+        """The nonlinearity of an expert."""
+        from transformers.activations import ACT2FN
+
+        found: Callable[[Tensor], Tensor] = ACT2FN[self.config.hidden_act]
+        return found
+
     def mask(self, number: int, length: int) -> Tensor | None:
         """What positions of a text see, (1, 1, L, L), where a layer attends to a window.
 
@@ -133,7 +148,8 @@ class Layer:
     """A decoder layer run sublayer by sublayer, whose weights can be exchanged for narrower ones.
 
     Writers stand outside the module (an identity takes their place), so that what goes into a
-    writer and what it adds are two separate questions.
+    writer and what it adds are two separate questions. Of a mixture nothing is in the module:
+    releases of transformers keep experts apart or fused, files keep them apart.
 
     Args:
         tensors: every parameter of the layer, by its name below the layer.
@@ -156,8 +172,9 @@ class Layer:
         self._dtypes = dtypes or {}
         self._tensors: dict[str, Tensor] = {}
         for sublayer in family.sublayers:
-            owner, _, attribute = sublayer.writer.name.rpartition(".")
-            setattr(self.module.get_submodule(owner), attribute, nn.Identity())
+            if sublayer.router is None:
+                owner, _, attribute = sublayer.writer.name.rpartition(".")
+                setattr(self.module.get_submodule(owner), attribute, nn.Identity())
         for name, tensor in tensors.items():
             self.assign(name, tensor)
 
@@ -168,20 +185,25 @@ class Layer:
         """
         stored = tensor.to(self._dtypes.get(name, tensor.dtype)).float().contiguous()
         self._tensors[name] = stored
-        owner, _, attribute = name.rpartition(".")
-        module = self.module.get_submodule(owner)
-        if not isinstance(module, nn.Identity):
+        if (module := self._owner(name)) is not None:
+            attribute = name.rpartition(".")[2]
             setattr(module, attribute, nn.Parameter(stored, requires_grad=False))
+
+    def _owner(self, name: str) -> nn.Module | None:
+        """What in the module has this parameter; None: it stands outside."""
+        mixtures = (s.module for s in self.family.sublayers if s.router)
+        if any(name.startswith(f"{mixture}.") for mixture in mixtures):
+            return None
+        module = self.module.get_submodule(name.rpartition(".")[0])
+        return None if isinstance(module, nn.Identity) else module
 
     def leaves(self, names: list[str]) -> list[Tensor]:
         """These parameters as leaves of a graph: an optimiser may move them in place."""
         for name in names:
-            owner, _, attribute = name.rpartition(".")
-            module = self.module.get_submodule(owner)
-            if isinstance(module, nn.Identity):
+            if (module := self._owner(name)) is None:
                 self._tensors[name] = self._tensors[name].detach().clone().requires_grad_()
             else:
-                self._tensors[name] = getattr(module, attribute).requires_grad_()
+                self._tensors[name] = getattr(module, name.rpartition(".")[2]).requires_grad_()
         return [self._tensors[name] for name in names]
 
     def tensor(self, name: str) -> Tensor:
@@ -245,15 +267,91 @@ class Layer:
 
     def after(self, sublayer: Sublayer, stream_BLD: Tensor) -> Tensor:
         """The stream behind this sublayer."""
+        if sublayer.router:
+            return stream_BLD + self._mixed(sublayer, self.normalise(sublayer, stream_BLD))
         written_BLD = self.write(sublayer, self.inside(sublayer, stream_BLD))
         if sublayer.output_norm is not None:
             written_BLD = self.module.get_submodule(sublayer.output_norm)(written_BLD)
         return stream_BLD + written_BLD
 
     def metric(self, sublayer: Sublayer) -> Tensor:
-        """G = sum of W^T W over the readers: how an error in their input is felt."""
-        weights = [self._tensors[f"{linear.name}.weight"].double() for linear in sublayer.readers]
-        return torch.stack([weight.T @ weight for weight in weights]).sum(0)
+        """G = sum of W^T W over the readers: how an error in their input is felt.
+
+        An expert counts by the share of tokens that would go to it if all were liked alike.
+        """
+        total_DD: Tensor | float = 0.0
+        for linear in sublayer.readers:
+            names = self.names(linear)
+            share = self.stock.config.num_experts_per_tok / len(names) if linear.each else 1.0
+            for name in names:
+                weight = self._tensors[f"{name}.weight"].double()
+                total_DD = total_DD + share * (weight.T @ weight)
+        assert isinstance(total_DD, Tensor)
+        return total_DD
+
+    # A mixture of experts -----------------------------------------------------------------------
+
+    def names(self, linear: Linear) -> list[str]:
+        """Of a linear, or of those of all experts that the layer has."""
+        return linear.names(self.num_experts) if linear.each else [linear.name]
+
+    @property
+    def num_experts(self) -> int:
+        """As many as routers have rows."""
+        routers = [s.router for s in self.family.sublayers if s.router]
+        return max((len(self._tensors[f"{router.name}.weight"]) for router in routers), default=0)
+
+    def route(self, sublayer: Sublayer, normed_TD: Tensor) -> Routing:
+        """Where tokens go that the readers of a mixture see."""
+        assert sublayer.router is not None
+        with self._passing(normed_TD):
+            weight_ED = self._tensors[f"{sublayer.router.name}.weight"]
+            logits_TE = apply_linear(normed_TD, weight_ED)
+        return self.stock.routing(logits_TE)
+
+    def inside_expert(self, sublayer: Sublayer, expert: int, normed_TD: Tensor) -> Tensor:
+        """What the writer of one expert sees, (T, I), of the tokens that go to it."""
+        with self._passing(normed_TD):
+            read = {
+                linear.name == self.family.gated: apply_linear(
+                    normed_TD, self._tensors[f"{linear.name.format(expert)}.weight"]
+                )
+                for linear in sublayer.readers
+                if linear.each
+            }
+            inside_TI: Tensor = self.stock.activation(read[True]) * read[False]
+        return inside_TI.float()
+
+    def write_expert(self, sublayer: Sublayer, expert: int, inside_TI: Tensor) -> Tensor:
+        """What the writer of one expert gives, (T, D)."""
+        weight_DI = self._tensors[f"{sublayer.writer.name.format(expert)}.weight"]
+        with self._passing(inside_TI):
+            written_TD = apply_linear(inside_TI, weight_DI)
+        return written_TD.float()
+
+    def _mixed(self, sublayer: Sublayer, normed_BLD: Tensor) -> Tensor:
+        """What all experts add together."""
+        normed_TD = normed_BLD.flatten(0, -2)
+        routing = self.route(sublayer, normed_TD)
+        mixed_TD = torch.zeros_like(normed_TD)
+        for expert in range(self.num_experts):
+            tokens_T, gates_T1 = routing.to(expert)
+            inside_TI = self.inside_expert(sublayer, expert, normed_TD[tokens_T])
+            written_TD = self.write_expert(sublayer, expert, inside_TI) * gates_T1
+            mixed_TD = mixed_TD.index_add(0, tokens_T, written_TD)
+        return mixed_TD.view_as(normed_BLD)
+
+    def keep_experts(self, sublayer: Sublayer, kept: Tensor) -> None:
+        """Drop all other experts and their rows of the router."""
+        router = sublayer.router
+        assert router is not None
+        for linear in (*sublayer.readers, sublayer.writer):
+            if not linear.each:
+                continue
+            held = [self._tensors.pop(f"{name}.weight") for name in self.names(linear)]
+            for number, expert in enumerate(kept.tolist()):
+                self.assign(f"{linear.name.format(number)}.weight", held[expert])
+        self.assign(f"{router.name}.weight", self._tensors[f"{router.name}.weight"][kept])
 
 
 def layer_tensors(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dotexport.errors import CheckpointError, UnsupportedModelError
 from dotexport.models.checkpoint import Checkpoint
+from dotexport.models.fused import in_memory
 from dotexport.models.memory import fits
 from dotexport.models.rope import stock_config
 
@@ -60,10 +61,10 @@ class Loaded:
         device: torch.device = CPU,
         whole: bool | None = None,
     ) -> None:
-        self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = device
         self.model = _empty(checkpoint, dtype, device)
+        self.checkpoint = in_memory(checkpoint, dict(self.model.named_parameters()))
         self._change: Change | None = None
         self._handles: list[Any] = []
         self._rooms: dict[tuple[int, ...], Tensor] = {}
@@ -212,6 +213,8 @@ def _empty(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> 
             f"transformers cannot build the model of {checkpoint.folder} ({error}); "
             "expected the config.json of a causal language model, without remote code"
         ) from error
+    if hasattr(model.config, "_experts_implementation"):  # the one that computes in every dtype
+        model.config._experts_implementation = "eager"
     for module in model.modules():
         for key, buffer in module._buffers.items():
             module._buffers[key] = None if buffer is None else buffer.to(device)

@@ -11,6 +11,9 @@ from typing import Any
 from dotexport.errors import CheckpointError
 from dotexport.models.family import ALWAYS, Family, Linear
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Keys of config.json that say how many experts there are; some classes have one of theirs."""
+
 MOST_NEURONS = 1 << 24
 MOST = {"num_layers": 10_000}
 
@@ -19,9 +22,14 @@ MOST = {"num_layers": 10_000}
 class Sizes:
     """The numbers of config.json that decide every shape, and what a carrier must hold besides.
 
+    What no matrix of a family has is 0.
+
     Attributes:
         biases: flags that are on.
         windowed: some layers, unlike others, attend to a window only.
+        num_experts, num_experts_per_tok: of each layer, and of those the ones a token goes to; 0
+            where there are none.
+        moe_intermediate_size: of an expert, where that has a number of its own.
     """
 
     hidden_size: int
@@ -34,6 +42,9 @@ class Sizes:
     tied: bool
     biases: frozenset[str] = frozenset()
     windowed: bool = False
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
 
     def has_bias(self, linear: Linear) -> bool:
         return linear.bias == ALWAYS or linear.bias in self.biases
@@ -41,6 +52,24 @@ class Sizes:
     def rows(self, linear: Linear) -> list[int]:
         """Outputs of a linear, one number for each matrix that is fused into it."""
         return [self.spaces[space] for space in linear.outs]
+
+    def copies(self, linear: Linear) -> int:
+        """How many there are of it in a layer."""
+        return self.num_experts if linear.each else 1
+
+    @property
+    def mixture(self) -> bool:
+        return self.num_experts > 0
+
+    @property
+    def fitted(self) -> float:
+        """Neurons that an MLP's writer is fitted on, over the share of the tokens that it sees."""
+        neurons = max(self.spaces["mlp"], self.spaces["expert"])
+        return neurons * (self.num_experts / self.num_experts_per_tok if self.mixture else 1.0)
+
+    def used(self, linear: Linear) -> int:
+        """How many of these a token is multiplied with."""
+        return self.num_experts_per_tok if linear.each else 1
 
     @cached_property
     def spaces(self) -> dict[str, int]:
@@ -50,6 +79,8 @@ class Sizes:
             "mlp": self.intermediate_size,
             "query": self.num_attention_heads * self.head_dim,
             "kv": self.num_key_value_heads * self.head_dim,
+            "experts": self.num_experts,
+            "expert": self.moe_intermediate_size,
             "vocab": self.vocab_size,
         }
 
@@ -67,10 +98,12 @@ def shapes(family: Family, sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]
                 features = sizes.head_dim if norm.per_head else widths[norm.reader]
                 yield family.layer_name(layer, f"{norm.name}.weight"), (features,)
             for linear in (*sublayer.readers, sublayer.writer):
-                name, rows = family.layer_name(layer, linear.name), sum(sizes.rows(linear))
-                yield f"{name}.weight", (rows, width[linear.in_])
-                if sizes.has_bias(linear):
-                    yield f"{name}.bias", (rows,)
+                rows = sum(sizes.rows(linear))
+                for one in linear.names(sizes.num_experts):
+                    name = family.layer_name(layer, one)
+                    yield f"{name}.weight", (rows, width[linear.in_])
+                    if sizes.has_bias(linear):
+                        yield f"{name}.bias", (rows,)
     yield f"{family.final_norm}.weight", (sizes.hidden_size,)
     if not sizes.tied:
         yield f"{family.head.name}.weight", (sizes.vocab_size, sizes.hidden_size)
@@ -94,12 +127,16 @@ def _layer_parameters(family: Family, sizes: Sizes) -> Iterator[int]:
             yield sizes.head_dim if norm.per_head else rows[norm.reader]
         rows[sublayer.writer.name] = width[sublayer.writer.out]
         for linear in (*sublayer.readers, sublayer.writer):
-            yield rows[linear.name] * (width[linear.in_] + sizes.has_bias(linear))
+            each = rows[linear.name] * (width[linear.in_] + sizes.has_bias(linear))
+            yield sizes.copies(linear) * each
 
 
 def num_multiplications(family: Family, sizes: Sizes) -> int:
     """Of the matrices of one decoded token: every linear of every layer, and the head."""
-    layer = sum(sum(sizes.rows(linear)) * sizes.spaces[linear.in_] for linear in family.linears)
+    layer = sum(
+        sizes.used(linear) * sum(sizes.rows(linear)) * sizes.spaces[linear.in_]
+        for linear in family.linears
+    )
     return sizes.num_layers * layer + sizes.vocab_size * sizes.hidden_size
 
 
@@ -133,7 +170,7 @@ def read_sizes(family: Family, config: Mapping[str, Any]) -> Sizes:
         )
     return Sizes(
         hidden_size=hidden,
-        intermediate_size=_size(named, "intermediate_size"),
+        intermediate_size=_size(named, "intermediate_size") if _has(family, "mlp") else 0,
         num_attention_heads=heads,
         num_key_value_heads=groups,
         head_dim=_size(named, "head_dim", default=family.head_dim or hidden // heads),
@@ -142,7 +179,28 @@ def read_sizes(family: Family, config: Mapping[str, Any]) -> Sizes:
         tied=bool(config.get("tie_word_embeddings", family.tied_by_default)),
         biases=frozenset(flag for flag in family.bias_flags if config.get(flag)),
         windowed=_windowed(config),
+        **(_experts(named, family) if family.experts_key else {}),
     )
+
+
+def _experts(named: Any, family: Family) -> dict[str, int]:
+    """What config.json says of a mixture."""
+    assert family.experts_key is not None
+    keys = {"num_experts": family.experts_key, "num_experts_per_tok": "num_experts_per_tok"}
+    if _has(family, "expert"):
+        keys["moe_intermediate_size"] = "moe_intermediate_size"
+    found = {name: _size(named, key) for name, key in keys.items()}
+    if found["num_experts_per_tok"] > found["num_experts"]:
+        raise CheckpointError(
+            f"config.json sends each token to {found['num_experts_per_tok']} of "
+            f"{found['num_experts']} experts; take the config.json that belongs to these weights"
+        )
+    return found
+
+
+def _has(family: Family, space: str) -> bool:
+    """Whether any matrix of a layer has neurons of this space."""
+    return any(space in (*linear.outs, linear.in_) for linear in family.linears)
 
 
 def _windowed(config: Mapping[str, Any]) -> bool:

@@ -220,19 +220,25 @@ class Front:
     def _bias(self) -> Tensor | None:
         return self.layer.tensors().get(f"{self.last.writer.name}.bias")
 
+    @property
+    def _fits(self) -> bool:
+        """Whether one least squares problem gives the writer: not through a norm behind it, and not
+        for experts, which see different tokens."""
+        return self.last.output_norm is None and self.last.router is None
+
     def behind(self, target_NLD: Tensor) -> Tensor:
         """The stream behind the layer once its writer is fitted to this one.
 
-        Where a norm lies behind the writer it stays as it is: no least squares reach through.
+        Where none can be fitted, it stays as it is.
         """
-        if self.last.output_norm is not None:
+        if not self._fits:
             return self.layer.after(self.last, self.before_NLD)
         fitted_NLD: Tensor = self.before_NLD + self._inside @ self._fitted(target_NLD).T.float()
         return fitted_NLD
 
     def after(self, target_NLD: Tensor | None) -> Tensor:
         """The same, and the writer is fitted from now on; None: the stream as it is."""
-        if target_NLD is not None and self.last.output_norm is None:
+        if target_NLD is not None and self._fits:
             weights_DI = self._fitted(target_NLD)
             if self._bias is not None:
                 self.layer.assign(f"{self.last.writer.name}.bias", weights_DI[:, -1])

@@ -65,7 +65,8 @@ class Original:
                 continue
             gamma = f"{sublayer.norm}.weight"
             for linear in sublayer.readers:
-                tensors[f"{linear.name}.weight"] *= tensors[gamma] + offset
+                for name in linear.names(self.sizes.num_experts):
+                    tensors[f"{name}.weight"] *= tensors[gamma] + offset
             tensors[gamma] = torch.ones_like(tensors[gamma]) - offset
         return Layer(self.stock, self.family, number, tensors)
 

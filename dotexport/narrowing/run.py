@@ -30,6 +30,7 @@ from dotexport.models.layers import Layer, Stock
 from dotexport.models.shapes import Sizes
 from dotexport.narrowing.basis import Basis
 from dotexport.narrowing.basis_search import BasisSearch
+from dotexport.narrowing.experts import ExpertSite
 from dotexport.narrowing.judging import Cost, Head, compared
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.norm_statistics import Progress
@@ -240,7 +241,10 @@ class Narrowing:
         for sublayer in family.sublayers:
             space = sublayer.writer.in_
             axis = self._inside[space]
-            site = Site(
+            kind: Any = Site
+            if sublayer.router:
+                kind = partial(ExpertSite, num_experts=self.after.num_experts)
+            site: Site = kind(
                 sublayer,
                 teacher,
                 student,
@@ -281,28 +285,41 @@ class Narrowing:
             if sublayer.norm:
                 tensors[f"{sublayer.norm}.weight"] = neutral_K - float(family.unit_offset)
             for linear in (*sublayer.readers, sublayer.writer):
-                weight, bias = f"{linear.name}.weight", f"{linear.name}.bias"
-                if self.after.has_bias(linear) and bias not in tensors:
-                    tensors[bias] = torch.zeros(len(tensors[weight]), device=self.streams.device)
+                if not self.after.has_bias(linear):
+                    continue
+                for name in linear.names(self.before.num_experts):
+                    weight_OI = tensors[f"{name}.weight"]
+                    tensors.setdefault(f"{name}.bias", weight_OI.new_zeros(len(weight_OI)))
             for linear in sublayer.readers:
-                weight, bias = f"{linear.name}.weight", f"{linear.name}.bias"
                 inner = sublayer.inner_gain(linear, self.scale)
                 outer = sublayer.gain(self.scale)
-                tensors[weight] = (tensors[weight].double() @ self.E_DK) * (outer * inner)
-                if bias in tensors:
-                    tensors[bias] = tensors[bias] * inner
+                for name in linear.names(self.before.num_experts):
+                    weight, bias = f"{name}.weight", f"{name}.bias"
+                    tensors[weight] = (tensors[weight].double() @ self.E_DK) * (outer * inner)
+                    if bias in tensors:
+                        tensors[bias] = tensors[bias] * inner
             tensors |= self._narrow_writer(sublayer, tensors)
-        dtypes = {n: self.writer.specs[family.layer_name(number, n)].dtype for n in tensors}
+        dtypes = {name: self._stored(teacher.number, number, name) for name in tensors}
         return Layer(self.stock, family, number, tensors, dtypes)
+
+    def _stored(self, number: int, place: int, name: str) -> torch.dtype:
+        """Type of a tensor below layer `number` of the original, which is written as `place`; what
+        is not written, an expert that leaves, as the original has it."""
+        family, source = self.original.family, self.original.source
+        if spec := self.writer.specs.get(family.layer_name(place, name)):
+            return spec.dtype
+        return source.specs[family.layer_name(number, name)].dtype
 
     def _narrow_writer(
         self, sublayer: Sublayer, tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """E^T W; behind it lies a norm in some classes, whose gamma goes with it."""
-        weight, bias = (f"{sublayer.writer.name}.{part}" for part in ("weight", "bias"))
+        parts = ("weight", "bias")
         if sublayer.output_norm is None:
-            names = [name for name in (weight, bias) if name in tensors]
-            return {name: self.E_DK.T @ tensors[name].double() for name in names}
+            writers = sublayer.writer.names(self.before.num_experts)
+            names = [f"{writer}.{part}" for writer in writers for part in parts]
+            return {n: self.E_DK.T @ tensors[n].double() for n in names if n in tensors}
+        weight, bias = (f"{sublayer.writer.name}.{part}" for part in parts)
         norm, offset = f"{sublayer.output_norm}.weight", float(self.original.family.unit_offset)
         columns = [tensors[weight]] + ([tensors[bias][:, None]] if bias in tensors else [])
         rows_KI, gamma_K = merged(torch.cat(columns, 1), tensors[norm] + offset, self.E_DK)

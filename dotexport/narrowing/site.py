@@ -74,12 +74,7 @@ class Site:
             yield {"site": seen, **self._refit_readers().as_dict()}
         self.streams.advance_original(lambda x: self.teacher.after(self.sublayer, x))
         self.pass_over()
-        fitted, prior_KI, report = self._narrow_inside()
-        self._assign_writer(fitted.weights_OI)
-        yield {"site": self.sublayer.writer.name, **fitted.as_dict(), **report}
-        if self.sublayer.output_norm and self.options.refit and self.options.feedback:
-            settled = self._reweigh([prior_KI, fitted.weights_OI])
-            yield {"site": self.sublayer.output_norm, **settled.gamma.as_dict()}
+        yield from self._narrow_writers()
         if self.options.local and self.options.refit and self._worth_healing:
             yield {"site": self.sublayer.module, **self._heal(self.options.local).as_dict()}
         self.streams.advance_narrowed(lambda r: self.student.after(self.sublayer, r))
@@ -103,12 +98,13 @@ class Site:
         prior_DI = pad(self.E_DK * self.sublayer.gain(self.scale), (0, int(ones)))
         projection = fit(train, held, prior_DI, ridge=self.options.ridge)
         for linear in self.sublayer.readers:
-            name, bias = f"{linear.name}.weight", f"{linear.name}.bias"
             map_DI = projection.weights_OI * self.sublayer.inner_gain(linear, self.scale)
-            seen_OI = self.teacher.tensor(name).double() @ map_DI
-            self.student.assign(name, seen_OI[:, : self.E_DK.shape[1]])
-            if ones:
-                self.student.assign(bias, self.student.tensor(bias) + seen_OI[:, -1])
+            for one in self.student.names(linear):
+                name, bias = f"{one}.weight", f"{one}.bias"
+                seen_OI = self.teacher.tensor(name).double() @ map_DI
+                self.student.assign(name, seen_OI[:, : self.E_DK.shape[1]])
+                if ones:
+                    self.student.assign(bias, self.student.tensor(bias) + seen_OI[:, -1])
         return projection
 
     @property
@@ -117,6 +113,14 @@ class Site:
         return all(f"{linear.name}.bias" in held for linear in self.sublayer.readers)
 
     # Neurons and writer -----------------------------------------------------------------------
+
+    def _narrow_writers(self) -> Iterator[dict[str, Any]]:
+        fitted, prior_KI, report = self._narrow_inside()
+        self._assign_writer(fitted.weights_OI)
+        yield {"site": self.sublayer.writer.name, **fitted.as_dict(), **report}
+        if self.sublayer.output_norm and self.options.refit and self.options.feedback:
+            settled = self._reweigh([prior_KI, fitted.weights_OI])
+            yield {"site": self.sublayer.output_norm, **settled.gamma.as_dict()}
 
     @cached_property
     def _goal(self) -> Step:
@@ -330,9 +334,10 @@ class Site:
     def _reader_rows(self) -> Iterator[tuple[Linear, str]]:
         held = self.student.tensors()
         for linear in self.sublayer.readers:
-            for name in (f"{linear.name}.weight", f"{linear.name}.bias"):
-                if name in held:
-                    yield linear, name
+            for one in self.student.names(linear):
+                for name in (f"{one}.weight", f"{one}.bias"):
+                    if name in held:
+                        yield linear, name
 
     def _apply(self, choice: Choice, rows: dict[str, Tensor]) -> None:
         for linear, name in self._reader_rows():
@@ -354,8 +359,9 @@ class Site:
 
     def _heal(self, options: LocalOptions) -> local.Healed:
         names = [name for _, name in self._reader_rows()]
-        writer = self.sublayer.writer.name
-        names += [f"{writer}.{part}" for part in ("weight", "bias")][: 1 + (self._bias is not None)]
+        parts = ("weight", "bias")[: 1 + (self._bias is not None)]
+        writers = self.student.names(self.sublayer.writer)
+        names += [f"{writer}.{part}" for writer in writers for part in parts]
         names += [f"{norm}.weight" for norm in self._healed_norms]
         leaves = self.student.leaves(names)
         healed = local.heal(

@@ -152,7 +152,8 @@ class Streams:
         # A single window is both: nothing can be held out of it.
         held = sums.get(HELD_OUT, sums[FITTED])
         if (other := sums.get(OTHER)) and HELD_OUT in sums:
-            held = held + other.times(held.count / other.count)
+            kinds = self.of_its_kind, self.held_out & self.other
+            held = held + other.times(len(kinds[0]) / len(kinds[1]))
         return sums[FITTED], held
 
     def _kind(self, window: int) -> str:

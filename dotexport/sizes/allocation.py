@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from dotexport.axes import AXES
+from dotexport.axes import AXES, axes_of
 from dotexport.axes.axis import Axis
 from dotexport.axes.plan import Plan, SizeOptions
 from dotexport.errors import SizeError
@@ -116,24 +116,25 @@ def allocate(
             "budget or fewer targets (dotexport plan MODEL --target NAME says what is in the way)"
         )
     before = plans[0].before
-    points = {axis.name: found for axis in AXES if (found := alone(axis, plans))}
-    curves = {axis.name: Curve(axis.name, (axis.size(before),), (0.0,), (0,)) for axis in AXES}
+    axes = axes_of(before)
+    points = {axis.name: found for axis in axes if (found := alone(axis, plans))}
+    curves = {axis.name: Curve(axis.name, (axis.size(before),), (0.0,), (0,)) for axis in axes}
     for number, (name, plan) in enumerate(points.items()):
         size = _axis(name).size(plan.after)
         progress(f"measuring cuts: {name} {size}", number, len(points) + CHECKED)
         curves[name] = _curve(_axis(name), plan, measure(plan), (courses or {}).get(name))
     # No cut of these could be measured.
-    flat = [axis for axis in AXES if len(curves[axis.name].sizes) == 1]
+    flat = [axis for axis in axes if len(curves[axis.name].sizes) == 1]
     plans = [p for p in plans if all(_same(p, axis) for axis in flat)] or plans
 
     costs = cache(lambda name, size: curves[name].at(size))
 
     def expected(p: Plan) -> float:
-        return sum(costs(axis.name, axis.size(p.after)) for axis in AXES)
+        return sum(costs(axis.name, axis.size(p.after)) for axis in axes)
 
     plans.sort(key=lambda p: (expected(p), -p.parameters_after))
     rule = min(plans, key=preference)
-    single = [p for p in plans if sum(not _same(p, axis) for axis in AXES) == 1]
+    single = [p for p in plans if sum(not _same(p, axis) for axis in axes) == 1]
     widest = partial(filled, config, asked, accept=accept)
     likely = (*_apart(map(widest, plans[:LOOKED_AT])), *map(widest, (*single[:1], rule)))
     finalists = list({p.after: p for p in likely}.values())
@@ -171,7 +172,8 @@ def accepted(
 def rehearsals(decided: Plan, plans: Sequence[Plan]) -> tuple[list[Plan], list[Plan]]:
     """Plans such as `allocate` will measure, where the rule has decided for one of these: cuts of
     one axis, and the last few."""
-    cuts = [found.on_kept_tokens for axis in AXES if (found := alone(axis, plans))]
+    axes = axes_of(decided.before)
+    cuts = [found.on_kept_tokens for axis in axes if (found := alone(axis, plans))]
     return cuts, [decided.on_kept_tokens] * CHECKED
 
 
@@ -228,7 +230,7 @@ def _apart(plans: Iterable[Plan]) -> list[Plan]:
 
 
 def _distance(one: Sizes, two: Sizes) -> float:
-    return max(abs(math.log(axis.size(one) / axis.size(two))) for axis in AXES)
+    return max(abs(math.log(axis.size(one) / axis.size(two))) for axis in axes_of(one))
 
 
 def _row(plan: Plan, predicted: float, measured: float) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from dotexport.axes import AXES
+from dotexport.axes import AXES, axes_of
 from dotexport.axes.axis import LEAST_SHARE, Axis
 from dotexport.axes.plan import Plan, SizeOptions, read_model, resized
 from dotexport.errors import SizeError, UsageError
@@ -36,7 +36,7 @@ def plan(config: Mapping[str, Any], asked: SizeOptions) -> Plan:
     """
     family, before = read_asked(config, asked)
     if not asked.explicit and not asked.budgeted and asked.vocab_size is None:
-        flags = [f"--{axis.flag.replace('_', '-')} N" for axis in AXES]
+        flags = [f"--{axis.flag.replace('_', '-')} N" for axis in axes_of(before)]
         raise UsageError(
             "say how narrow: --params 0.7x (or --size, --latency), or "
             f"{', '.join(flags[:-1])} and/or {flags[-1]}; or which tokens stay: --vocab N"
@@ -70,7 +70,7 @@ def strain(decided: Plan) -> float:
     Each axis adds a quadratic in the share cut from it, so the rule shares a budget between the
     axes instead of emptying one.
     """
-    return sum(axis.strain(decided.before, decided.after) for axis in AXES)
+    return sum(axis.strain(decided.before, decided.after) for axis in axes_of(decided.before))
 
 
 def preference(decided: Plan) -> tuple[float, int]:
@@ -87,8 +87,8 @@ def check_sizes(family: Family, before: Sizes, asked: SizeOptions) -> SizeOption
     Raises:
         SizeError: naming the nearest legal ones.
     """
-    free = [axis for axis in AXES if not axis.depends]
-    _check(family, before, asked, [axis for axis in free if axis.name in asked.sizes])
+    free = [axis for axis in AXES if not axis.depends and axis.name in asked.sizes]
+    _check(family, before, asked, free)
     if asked.square:
         asked = replace(asked, sizes=square.settled(before, asked.sizes, free=asked.budgeted))
     _check(family, before, asked, [axis for axis in AXES if _is_bound(axis, asked)])
@@ -109,7 +109,7 @@ def _check(family: Family, before: Sizes, asked: SizeOptions, axes: Sequence[Axi
 
 def is_legal(family: Family, before: Sizes, after: Sizes) -> bool:
     """Whether a class and kernels can hold these sizes."""
-    return all(axis.problem(family, before, after) is None for axis in AXES)
+    return all(axis.problem(family, before, after) is None for axis in axes_of(before))
 
 
 def within_budget(
@@ -144,14 +144,14 @@ def within_budget(
 def num_rungs(config: Mapping[str, Any], asked: SizeOptions) -> int:
     """How many grids there are, from the coarsest that leaves a choice to the finest."""
     family, before = read_asked(config, asked)
-    return max(len(axis.grids(family, before)) for axis in AXES)
+    return max(len(axis.grids(family, before)) for axis in axes_of(before))
 
 
 def combinations(
     family: Family, before: Sizes, asked: SizeOptions, rung: int, *, carried: bool = False
 ) -> Iterator[Sizes]:
     """Every combination of legal sizes, where an axis is not given."""
-    axes = sorted(AXES, key=lambda axis: bool(axis.depends))
+    axes = sorted(axes_of(before), key=lambda axis: bool(axis.depends))
     starts = [before]
     if asked.square:
         starts = square.starts(before, asked.sizes, least=LEAST_SHARE)
@@ -269,7 +269,7 @@ def shortfall(config: Mapping[str, Any], asked: SizeOptions, decided: Plan) -> s
 def _widened(decided: Plan, asked: SizeOptions) -> Iterator[Plan]:
     """Every legal plan that is wider on one axis of those that are free."""
     held = square.COUPLED if asked.square else ()
-    for axis in AXES:
+    for axis in axes_of(decided.before):
         if axis.name in asked.sizes or axis.name in held or not asked.may_cut(axis):
             continue
         for size in range(axis.size(decided.after) + 1, axis.size(decided.before) + 1):
@@ -280,7 +280,8 @@ def _widened(decided: Plan, asked: SizeOptions) -> Iterator[Plan]:
 
 def _roundness(decided: Plan) -> int:
     """The power of two in all sizes together: kernels like multiples of large ones."""
-    return math.prod(axis.size(decided.after) & -axis.size(decided.after) for axis in AXES)
+    sizes = (axis.size(decided.after) for axis in axes_of(decided.before))
+    return math.prod(size & -size for size in sizes)
 
 
 Cost = Callable[[Plan], float]

@@ -189,7 +189,7 @@ def work_of_choosing_layers(decided: Plan, seqlen: int) -> Work:
     layer = sum((site.passed for site in sites), Work())
     trials = depth - 1 + sum(min(LOOKED_AT, depth - n - 1) for n in range(1, count))
     heads = Work(passes=2 * D * V * judged) * (trials + count)
-    N = last.inside
+    N = last.inside if last.sublayer.router is None else 0  # experts are not fitted there
     fit = _moments(FITTED, N, D) + Work(factors=N**3 / 3 + 2 * D * N**2, sums=2 * D * N**2)
     fits = trials + count * (count - 1) // 2  # layers that left are fitted over in each round
     walks = (count + 1) * depth * tokens + trials * depth / 2 * judged
@@ -244,19 +244,27 @@ class _Site:
         readers = _moments(T, K, D, metric=True) + _fit(K, D, metric=True)
         readers += Work(sums=2 * rows * D**2 + 4 * rows * D * K)
         # The readers of the student run at full width for the choice, its writer not at all.
-        writer = _moments(T, N, K) + Work(passes=T * (2 * K * rows + self._mixing(N)))
-        writer += Work(products=2 * T * D * K if K < D else 0, sums=2 * N * D * K) + _fit(J, K)
-        if J < N:
-            writer += _choice(N, J, K)
+        writer = self._writers(T) + Work(passes=T * (2 * K * rows + self._mixing(N)))
+        writer += Work(products=2 * T * D * K if K < D else 0, sums=2 * N * D * K)
         walks = self._pass(D, rows, N) + self._pass(K, self._rows(self.after), J)
         total = readers + writer + walks * T
         return total + seen if K < D else total
 
+    def _writers(self, T: int) -> Work:
+        """Sums, choices and fits of the writer, or of each expert's on its share of the tokens."""
+        writer, K = self.sublayer.writer, _stream(self.after)
+        N, J = (sizes.spaces[writer.in_] for sizes in (self.before, self.after))
+        count = self.after.copies(writer)
+        each = _moments(T * self.after.used(writer) // count, N, K) + _fit(J, K)
+        return (each + (_choice(N, J, K) if J < N else Work())) * count
+
     def _rows(self, sizes: Sizes) -> int:
-        return sum(sum(sizes.rows(linear)) for linear in self.sublayer.readers)
+        """That a token is multiplied with."""
+        return sum(sizes.used(r) * sum(sizes.rows(r)) for r in self.sublayer.readers)
 
     def _inside(self, sizes: Sizes) -> int:
-        return sizes.spaces[self.sublayer.writer.in_]
+        """Neurons that a token has."""
+        return sizes.used(self.sublayer.writer) * sizes.spaces[self.sublayer.writer.in_]
 
     @property
     def _attends(self) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dotexport.axes import AXES
+from dotexport.axes import axes_of
 from dotexport.axes.axis import Axis
 from dotexport.axes.plan import Plan, SizeOptions
 from dotexport.models.families import find_family
@@ -32,7 +32,8 @@ def frozen(
     if not asked.budgeted:
         return []
     held = {*asked.sizes, *(square.COUPLED if asked.square else ())}
-    axes = (axis for axis in AXES if axis.name not in held and asked.may_cut(axis))
+    every = axes_of(decided.before)
+    axes = (axis for axis in every if axis.name not in held and asked.may_cut(axis))
     found = (_stays(config, asked, decided, rules, axis) for axis in axes)
     return [sentence for sentence in found if sentence is not None]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dotexport.axes import AXES
+from dotexport.axes import axes_of
 from dotexport.axes.axis import Axis
 from dotexport.axes.plan import read_model
 from dotexport.errors import DotexportError
@@ -27,7 +27,7 @@ def advice(config: Mapping[str, Any], group: int) -> str:
         return f"multiples of {group} are full, as the original's sizes are"
     flags = " ".join(
         f"--{axis.flag.replace('_', '-')} {axis.size(after)}"
-        for axis in AXES
+        for axis in axes_of(before)
         if axis.size(after) != axis.size(before)
     )
     return f"narrowed from its original by `dotexport shrink MODEL {flags}`, rows are full"
@@ -36,7 +36,7 @@ def advice(config: Mapping[str, Any], group: int) -> str:
 def largest_full(family: Family, before: Sizes, group: int) -> tuple[Sizes, list[str]]:
     """The largest sizes whose rows are full, and the rows that no legal size of an axis fills."""
     after, torn = before, list[str]()
-    for axis in sorted(AXES, key=lambda axis: bool(axis.depends)):
+    for axis in sorted(axes_of(before), key=lambda axis: bool(axis.depends)):
         legal = (size for size in range(axis.size(before), 0, -1))
         full = next((s for s in legal if _fits(axis, family, before, after, s, group)), None)
         if full is None:

@@ -76,7 +76,10 @@ class Clock:
 def _parts(family: Family, sizes: Sizes) -> tuple[float, ...]:
     """Weights of the matrices of each kind of sublayer, of the head, and 1 for the rest."""
     products = [
-        sum(sum(sizes.rows(linear)) * sizes.spaces[linear.in_] for linear in _matrices(sublayer))
+        sum(
+            sizes.used(linear) * sum(sizes.rows(linear)) * sizes.spaces[linear.in_]
+            for linear in _matrices(sublayer)
+        )
         for sublayer in family.sublayers
     ]
     layers = [float(sizes.num_layers * product) for product in products]

@@ -15,8 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dotexport.axes import AXES
-from dotexport.axes.plan import Plan, SizeOptions
+from dotexport.axes import axes_of
+from dotexport.axes.plan import Plan, SizeOptions, read_model
 from dotexport.errors import UsageError
 from dotexport.options import build
 from dotexport.sizes.budget import plan
@@ -41,7 +41,9 @@ def fingerprint(config: Mapping[str, Any]) -> str:
 
 def as_flags(decided: Plan, asked: SizeOptions) -> dict[str, Any]:
     """Flags of shrink that give the sizes of a plan."""
-    flags: dict[str, Any] = {axis.flag: axis.size(decided.after) for axis in AXES}
+    flags: dict[str, Any] = {
+        axis.flag: axis.size(decided.after) for axis in axes_of(decided.before)
+    }
     if decided.before.tied and not decided.after.tied:
         flags["tied"] = False
     return flags | {name: True for name in SWITCHES[1:] if getattr(asked, name)}
@@ -71,7 +73,8 @@ def read_plan(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if not file.is_file():
         raise UsageError(f"--plan {file}: no such file; {EXPECTED}")
     content = read_json(file, advice=EXPECTED)
-    validated(_document(), content, f"{file} is no plan", error=UsageError, advice=EXPECTED)
+    axes = tuple(axis.flag for axis in axes_of(read_model(config)[1]))
+    validated(_document(axes), content, f"{file} is no plan", error=UsageError, advice=EXPECTED)
     flags: dict[str, Any] = content[KEY]
     if content.get("config_sha256") != fingerprint(config):
         raise UsageError(
@@ -91,13 +94,13 @@ def read_plan(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def _document() -> Any:
+def _document(axes: tuple[str, ...]) -> Any:
     """What a plan must hold: a size of every axis, the switches that are on, and which tokens
     stay."""
     from pydantic import create_model
 
     strict: Any = {"extra": "forbid", "strict": True}
-    sizes: dict[str, Any] = {axis.flag: (int, ...) for axis in AXES}
+    sizes: dict[str, Any] = dict.fromkeys(axes, (int, ...))
     switches: dict[str, Any] = dict.fromkeys(SWITCHES, (bool, False))
     tokens: dict[str, Any] = {name: (kind, None) for name, kind in VOCABULARY.items()}
     flags = create_model("Flags", __config__=strict, **sizes, **switches, **tokens)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dotexport.axes import AXES
+from dotexport.axes import axes_of
 from dotexport.axes.carrying import planned_config
 from dotexport.axes.plan import Plan, SizeOptions
 from dotexport.errors import SizeError, UnsupportedModelError
@@ -291,12 +291,14 @@ def _splitting(where: Deployment) -> list[Rule]:
 
 def _uneven(devices: int, decided: Plan) -> list[str]:
     """What does not split evenly over devices."""
-    return [text for axis in AXES for text in axis.uneven(decided.after, devices)]
+    return [text for axis in axes_of(decided.after) for text in axis.uneven(decided.after, devices)]
 
 
 def _torn(group: int, devices: int, decided: Plan) -> list[str]:
     """Rows that end inside a group of weights."""
-    return [text for axis in AXES for text in axis.torn(decided.after, group, devices)]
+    return [
+        text for axis in axes_of(decided.after) for text in axis.torn(decided.after, group, devices)
+    ]
 
 
 def rules_of_target(config: Mapping[str, Any], target: Target, precision: str) -> list[Rule]:
@@ -404,7 +406,8 @@ def shrink_memory(
     before, after = decided.before, decided.carried_after
     tokens = samples * min(seqlen, _window(config))
     stream, narrower = before.spaces["residual"], after.spaces["residual"]
-    streams = 4 * tokens * (stream + narrower)
+    # What experts still lack is a stream of its own while they are fitted one after another.
+    streams = 4 * tokens * (stream + narrower * (2 if before.mixture else 1))
     table = 4 * before.vocab_size * (2 * stream + narrower)
     widest = max(size for space, size in before.spaces.items() if space != "vocab")
     solves = 8 * SOLVED * widest**2

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from dotexport.app.cli import app
 from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.app.shrinking import shrink
-from dotexport.axes import AXES
+from dotexport.axes import AXES, axes_of
 from dotexport.axes.axis import FLOOR, Axis
 from dotexport.axes.carrying import planned_config
 from dotexport.axes.plan import Plan, SizeOptions, read_model, resized
@@ -38,62 +38,103 @@ SMOLLM: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
 }
 FAMILY, WHOLE = read_model(SMOLLM)
+MIXTURE: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 2048,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "rms_norm_eps": 1e-6,
+}
 
 
 # Every axis -------------------------------------------------------------------------------------
 
-each_axis = pytest.mark.parametrize("axis", AXES, ids=lambda axis: axis.name)
+EVERY = [
+    pytest.param(axis, config, id=f"{config['model_type']}-{axis.name}")
+    for config in (SMOLLM, MIXTURE)
+    for axis in axes_of(read_model(config)[1])
+]
+each_axis = pytest.mark.parametrize(("axis", "config"), EVERY)
+
+
+def test_every_axis_is_one_of_some_model() -> None:
+    assert {axis.name for axis in AXES} == {case.values[0].name for case in EVERY}
+
+
+@pytest.mark.parametrize(("config", "strange"), [(SMOLLM, "experts"), (MIXTURE, "intermediate")])
+def test_an_axis_that_a_model_lacks_is_refused(config: dict[str, Any], strange: str) -> None:
+    [axis] = [axis for axis in AXES if axis.flag == strange]
+    with pytest.raises(SizeError, match=f"--{strange} 64: .* has no {axis.name}"):
+        plan(config, SizeOptions(sizes={axis.name: 64}))
+    assert axis.name not in plan(config, SizeOptions(num_hidden_layers=2)).as_dict()
 
 
 @each_axis
-def test_a_size_that_is_set_is_the_size_that_is_read(axis: Axis) -> None:
-    for size in axis.grids(FAMILY, WHOLE)[-1]:
-        assert axis.size(axis.resized(WHOLE, size)) == size
-    assert axis.resized(WHOLE, axis.size(WHOLE)) == WHOLE
+def test_a_size_that_is_set_is_the_size_that_is_read(axis: Axis, config: dict[str, Any]) -> None:
+    family, whole = read_model(config)
+    for size in axis.grids(family, whole)[-1]:
+        assert axis.size(axis.resized(whole, size)) == size
+    assert axis.resized(whole, axis.size(whole)) == whole
 
 
 @each_axis
-def test_grids_get_finer_and_hold_the_original(axis: Axis) -> None:
-    grids = axis.grids(FAMILY, WHOLE)
+def test_grids_get_finer_and_hold_the_original(axis: Axis, config: dict[str, Any]) -> None:
+    family, whole = read_model(config)
+    grids = axis.grids(family, whole)
     for coarse, fine in itertools.pairwise(grids):
         assert set(coarse) < set(fine)
-    assert all(sizes == sorted(sizes) and axis.size(WHOLE) == sizes[-1] for sizes in grids)
+    assert all(sizes == sorted(sizes) and axis.size(whole) == sizes[-1] for sizes in grids)
 
 
 @each_axis
-def test_the_original_is_legal_and_more_of_it_is_refused(axis: Axis) -> None:
-    assert axis.problem(FAMILY, WHOLE, WHOLE) is None
-    more = axis.resized(WHOLE, axis.size(WHOLE) + FLOOR)
+def test_the_original_is_legal_and_more_of_it_is_refused(
+    axis: Axis, config: dict[str, Any]
+) -> None:
+    family, whole = read_model(config)
+    assert axis.problem(family, whole, whole) is None
+    more = axis.resized(whole, axis.size(whole) + FLOOR)
     with pytest.raises(SizeError, match="more than the original's"):
-        axis.check(FAMILY, WHOLE, more)
+        axis.check(family, whole, more)
 
 
 @each_axis
-def test_a_refusal_names_the_nearest_legal_sizes(axis: Axis) -> None:
-    every = [axis.resized(WHOLE, size) for size in range(1, axis.size(WHOLE) + 1)]
-    legal = [axis.size(s) for s in every if axis.problem(FAMILY, WHOLE, s) is None]
+def test_a_refusal_names_the_nearest_legal_sizes(axis: Axis, config: dict[str, Any]) -> None:
+    family, whole = read_model(config)
+    every = [axis.resized(whole, size) for size in range(1, axis.size(whole) + 1)]
+    legal = [axis.size(s) for s in every if axis.problem(family, whole, s) is None]
     for after in every[:: max(1, len(every) // 40)]:
         size = axis.size(after)
         if size in legal:
-            axis.check(FAMILY, WHOLE, after)
+            axis.check(family, whole, after)
             continue
         below = [s for s in legal if s < size][-1:]
         nearest = [*below, *[s for s in legal if s > size][:1]]
         with pytest.raises(SizeError, match=" and ".join(map(str, nearest)) + "$"):
-            axis.check(FAMILY, WHOLE, after)
+            axis.check(family, whole, after)
 
 
 @each_axis
-def test_a_cut_strains_more_the_deeper_it_is_and_nothing_where_nothing_is_cut(axis: Axis) -> None:
-    sizes = [axis.resized(WHOLE, size) for size in axis.grids(FAMILY, WHOLE)[-1]]
-    strains = [axis.strain(WHOLE, after) for after in sizes]
+def test_a_cut_strains_more_the_deeper_it_is_and_nothing_where_nothing_is_cut(
+    axis: Axis, config: dict[str, Any]
+) -> None:
+    family, whole = read_model(config)
+    sizes = [axis.resized(whole, size) for size in axis.grids(family, whole)[-1]]
+    strains = [axis.strain(whole, after) for after in sizes]
     assert strains == sorted(strains, reverse=True)
     assert strains[-1] == 0
 
 
 @each_axis
-def test_a_cut_twice_as_deep_strains_four_times_as_much(axis: Axis) -> None:
-    before, quarter_off, half_off = (axis.resized(WHOLE, size) for size in (64, 48, 32))
+def test_a_cut_twice_as_deep_strains_four_times_as_much(axis: Axis, config: dict[str, Any]) -> None:
+    _, whole = read_model(config)
+    before, quarter_off, half_off = (axis.resized(whole, size) for size in (64, 48, 32))
     half, quarter = (axis.strain(before, after) for after in (half_off, quarter_off))
     assert half == pytest.approx(4 * quarter)
     assert quarter > 0
@@ -112,15 +153,16 @@ def test_a_width_divides_over_the_heads_where_the_class_asks_for_it(
 
 
 @each_axis
-def test_config_json_says_the_sizes_that_the_plan_says(axis: Axis) -> None:
-    size = axis.grids(FAMILY, WHOLE)[0][0]
-    after = axis.resized(WHOLE, size)
-    written = planned_config(SMOLLM, Plan(FAMILY, WHOLE, after))
+def test_config_json_says_the_sizes_that_the_plan_says(axis: Axis, config: dict[str, Any]) -> None:
+    family, whole = read_model(config)
+    size = axis.grids(family, whole)[0][0]
+    after = axis.resized(whole, size)
+    written = planned_config(config, Plan(family, whole, after))
     assert read_model(written)[1] == after
 
 
 def test_shares_are_those_of_the_weights_that_are_counted_by_hand() -> None:
-    hidden, mlp, heads, depth = (axis.shares(FAMILY, WHOLE) for axis in AXES)
+    hidden, mlp, heads, depth = (axis.shares(FAMILY, WHOLE) for axis in axes_of(WHOLE))
     layer = 576 * (2 * 576 + 2 * 192 + 3 * 1536)
     parameters = 30 * (layer + 2 * 576) + 49152 * 576 + 576
     assert hidden.parameters == 1  # every weight has it

@@ -33,6 +33,7 @@ from dotexport.exports.target import find_target
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter, read_config
 from dotexport.models.config_words import say_once
 from dotexport.models.families import SUPPORTED
+from dotexport.models.fused import in_files
 from dotexport.models.layers import Stock
 from dotexport.models.loading import capped_attention
 from dotexport.models.shapes import read_sizes
@@ -52,6 +53,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
+EXPERTS = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
 WINDOW = 6  # shorter than the text
 TOKENS_BL = torch.randint(3, 50, (2, 24), generator=torch.Generator().manual_seed(1))
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -75,7 +77,8 @@ def made(folder: Path, kind: str, *, head: str = "none", **words: Any) -> Path:
         words: `...` takes a word away.
     """
     architecture = next(a for a, f in SUPPORTED.items() if f.model_type == kind)
-    said = {"architectures": [architecture], "model_type": kind, **SIZES, **words}
+    said = {"architectures": [architecture], "model_type": kind, **SIZES}
+    said |= (EXPERTS if SUPPORTED[architecture].experts_key else {}) | words
     config = {key: value for key, value in said.items() if value is not ...}
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
@@ -89,7 +92,9 @@ def made(folder: Path, kind: str, *, head: str = "none", **words: Any) -> Path:
     if "lm_head.weight" not in tensors and head != "none":
         table = tensors["model.embed_tokens.weight"]
         tensors["lm_head.weight"] = table.clone() if head == "equal" else table.flip(0).clone()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    stored = dict(in_files(Checkpoint(folder, read_config(folder), {}), tensors))
+    parts = {name: tensor.contiguous() for name, tensor in stored.items()}
+    save_file(parts, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -109,7 +114,7 @@ def read_twice(folder: Path, out: Path) -> tuple[torch.Tensor, torch.Tensor]:
     source = open_source(folder)
     check_tensors(source, *read_model(source.config))
     Stock.of(source.config, torch.device("cpu"))
-    wanted = SizeOptions(intermediate_size=source.config["intermediate_size"])
+    wanted = SizeOptions(num_hidden_layers=source.config["num_hidden_layers"])
     carried, decided = carry(source, plan(source.config, wanted))
     out.mkdir()
     writer = CheckpointWriter(out, carried.specs)
@@ -257,7 +262,7 @@ def test_kv_heads_that_are_not_said_are_those_of_the_class(
     tmp_path: Path, kind: str, given: Any, heads: int
 ) -> None:
     words = {"num_attention_heads": heads, "num_key_value_heads": given}
-    config = {"model_type": kind, **SIZES, **words}
+    config = {"model_type": kind, **SIZES, **EXPERTS, "num_local_experts": 4, **words}
     family = next(f for f in SUPPORTED.values() if f.model_type == kind)
     config = {key: value for key, value in config.items() if value is not ...}
     (tmp_path / "config.json").write_text(
@@ -333,6 +338,8 @@ def test_words_of_other_classes_mean_nothing_and_are_not_handed_on(
         ("llama", {"is_causal": False}),
         ("llama", {"per_layer_config": {"0": {}}}),
         ("mistral", {"layer_types": ["full_attention"] * 2}),  # Ministral for AutoConfig
+        ("qwen3_moe", {"mlp_only_layers": [1]}),
+        ("qwen3_moe", {"decoder_sparse_step": 2}),
     ],
 )
 def test_words_that_make_another_kind_of_model_are_refused(
@@ -342,6 +349,18 @@ def test_words_that_make_another_kind_of_model_are_refused(
     edit(folder, **words)
     with pytest.raises(UnsupportedModelError, match=next(iter(words))):
         read_model(read_config(folder))
+
+
+@pytest.mark.parametrize("word", ["num_experts", "num_local_experts"])
+def test_either_word_for_the_number_of_experts_is_written_as_both(
+    tmp_path: Path, word: str
+) -> None:
+    folder = made(tmp_path, "qwen3_moe", **{"num_experts": ..., word: 3})
+    config = read_config(folder)
+    assert config["num_experts"] == config["num_local_experts"] == 3
+    edit(folder, num_experts=3, num_local_experts=4)
+    with pytest.raises(CheckpointError, match="num_experts = 3 and num_local_experts = 4"):
+        read_config(folder)
 
 
 @pytest.mark.skipif(not NEW, reason="4.57 does not know the class")
@@ -500,6 +519,12 @@ def _words(kind: str) -> Any:
         "quantization_config": word([None]),
         "auto_map": word([{"AutoConfig": "configuration_a.A"}]),
         "is_causal": word([True, False]),
+        "num_experts": word([4, 3, ...]),
+        "num_local_experts": word([4, 3]),
+        "num_experts_per_tok": word([1, 5]),
+        "norm_topk_prob": word([True, False, None]),
+        "mlp_only_layers": word([[], None, [1]]),
+        "decoder_sparse_step": word([1, 2]),
         "pretraining_tp": word([2]),
         "use_cache": word([False]),
         "dtype": word(["float32", "bfloat16"]),
@@ -514,8 +539,8 @@ def _examples() -> int:
     return int(os.environ.get("DOTEXPORT_FUZZ", "30"))
 
 
-# Read by the code of their relatives: Mistral, Llama and Qwen3.
-RELATIVES = ("ministral", "seed_oss", "hunyuan_v1_dense")
+# Read by the code of their relatives: Mistral, Llama, Qwen3 and Qwen3-MoE.
+RELATIVES = ("ministral", "seed_oss", "hunyuan_v1_dense", "mixtral")
 FUZZED = [f.model_type for f in SUPPORTED.values() if f.model_type not in RELATIVES]
 
 

@@ -58,6 +58,9 @@ WINDOW = 16  # shorter than every text below, so that it matters
 # Windows in some layers only, scores of a scale of their own, caps where the class has them.
 GEMMA = {"tie_word_embeddings": True, "sliding_window": WINDOW, "query_pre_attn_scalar": 20}
 
+# Gates sum to 1 in one of its models, and not in the other.
+EXPERTS = {"moe_intermediate_size": 88, "num_experts_per_tok": 2}
+
 # Name -> what differs from conftest.BASE, and the class that is written at hidden 40.
 MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "llama3-rope": ({"model_type": "llama", "rope_parameters": LLAMA3}, "LlamaForCausalLM"),
@@ -170,6 +173,30 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
         {"model_type": "hunyuan_v1_dense", "tie_word_embeddings": True},
         "HunYuanDenseV1ForCausalLM",
     ),
+    "qwen3-moe": (
+        EXPERTS | {"model_type": "qwen3_moe", "num_experts": 4, "norm_topk_prob": True},
+        "Qwen3MoeForCausalLM",
+    ),
+    "qwen3-moe-tied": (
+        EXPERTS
+        | {
+            "model_type": "qwen3_moe",
+            "num_experts": 4,
+            "rope_parameters": YARN,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+        },
+        "Qwen3MoeForCausalLM",
+    ),
+    "mixtral": (
+        {
+            "model_type": "mixtral",
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": WINDOW,
+        },
+        "MixtralForCausalLM",
+    ),
 }
 if transformers.__version__.startswith("4."):
     MODELS["olmo2"] = ({"model_type": "olmo2"}, "Olmo2ForCausalLM")  # its class takes no YaRN there
@@ -183,6 +210,12 @@ Tiny = Callable[[str], Path]
 def tiny(tiny_model: Callable[..., Path]) -> Tiny:
     """Name in MODELS -> its folder."""
     return lambda name: tiny_model(**MODELS[name][0])
+
+
+def inner(name: str, size: int) -> dict[str, int]:
+    """The axis of the MLP, or of each expert."""
+    moe = "moe_intermediate_size"
+    return {moe if moe in MODELS[name][0] else "intermediate_size": size}
 
 
 def load(folder: Path) -> Any:
@@ -230,7 +263,7 @@ def test_parameters_and_shapes_are_those_of_torch(name: str, tiny: Tiny) -> None
 @pytest.mark.parametrize("name", MODELS)
 def test_a_re_badged_model_computes_the_same(name: str, tiny: Tiny, tmp_path: Path) -> None:
     source = open_source(tiny(name))
-    sizes = SizeOptions(intermediate_size=88)
+    sizes = SizeOptions(sizes=inner(name, 88))
     carried, decided = carry(source, plan(source.config, sizes))
     assert carried.config["architectures"] == [decided.family.architecture]
     before, after = logits(tiny(name)), logits(written(carried, tmp_path / "carried"))
@@ -261,7 +294,7 @@ def test_full_width_in_any_basis_that_it_has_is_the_original(
 ) -> None:
     """Any rotation; or any order of its axes with any signs, where a stream cannot be rotated."""
     source = open_source(tiny(name))
-    same = plan(source.config, SizeOptions(intermediate_size=88))
+    same = plan(source.config, SizeOptions(sizes=inner(name, 88)))
     rotates = same.family.rotates
     untied = replace(same, after=replace(same.after, tied=same.before.tied and not rotates))
     (tmp_path / "hf").mkdir()
@@ -317,9 +350,10 @@ def test_fewer_layers_are_those_of_the_original_that_stay(
 def test_a_narrowed_model_is_stock_loads_and_generates(
     name: str, tiny: Tiny, tmp_path: Path
 ) -> None:
+    experts = {"num_experts": 3} if "num_experts_per_tok" in MODELS[name][0] else {}
     options = ShrinkOptions(
         text=text_beside(tmp_path),
-        sizes=SizeOptions(hidden_size=40, intermediate_size=64, num_key_value_heads=1),
+        sizes=SizeOptions(hidden_size=40, num_key_value_heads=1, sizes=inner(name, 64) | experts),
         narrow=NarrowOptions(local=None),
         max_shard_bytes=40_000,
     )
@@ -333,7 +367,9 @@ def test_a_narrowed_model_is_stock_loads_and_generates(
     manifest = json.loads((tmp_path / "out" / "dotexport.json").read_text())
     assert manifest["architecture"] == shrunk.plan.architectures
     config = narrowed.config
-    assert (config.hidden_size, config.intermediate_size, config.num_key_value_heads) == (40, 64, 1)
+    [width] = inner(name, 64)
+    assert (config.hidden_size, getattr(config, width), config.num_key_value_heads) == (40, 64, 1)
+    assert not experts or config.num_experts == 3
     parameters = {p.data_ptr(): p.numel() for p in narrowed.parameters()}
     assert sum(parameters.values()) == shrunk.plan.parameters_after
     tied = read_sizes(family, source.config).tied  # a default need not be said
@@ -348,7 +384,8 @@ def test_a_narrowed_model_is_stock_loads_and_generates(
 
 
 @pytest.mark.parametrize(
-    "name", ["mistral", "qwen2", "qwen3", "granite", "phi3", "gemma2", "gemma3", "olmo2"]
+    "name",
+    ["mistral", "qwen2", "qwen3", "granite", "phi3", "gemma2", "gemma3", "olmo2", "qwen3-moe"],
 )
 def test_a_narrowed_family_learns_from_its_original(
     name: str, tiny_model: Callable[..., Path], tmp_path: Path
@@ -383,8 +420,6 @@ def test_what_has_no_table_is_refused_with_the_list_of_what_has() -> None:
 @pytest.mark.parametrize(
     ("kind", "class_"),
     [
-        ("mixtral", "MixtralForCausalLM"),
-        ("qwen3_moe", "Qwen3MoeForCausalLM"),
         ("gpt_oss", "GptOssForCausalLM"),
         ("olmoe", "OlmoeForCausalLM"),
         ("granitemoehybrid", "GraniteMoeHybridForCausalLM"),

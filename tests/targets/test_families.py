@@ -26,6 +26,7 @@ YARN = {
 }
 GEMMA = {"hidden_size": 80, "sliding_window": 512, "tie_word_embeddings": True}
 KINDS = ["sliding_attention", "full_attention"]
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 ALL = ["onnx", "openvino", "ort-cpu", "gguf", "executorch", "mlx"]
 
 # Name -> the original, the targets that are tried, and those of them that hold what is written.
@@ -80,6 +81,8 @@ MODELS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     ),
     "ernie": ({"model_type": "ernie4_5"}, ["ort-cpu", "gguf", "mlx"], ["ort-cpu", "gguf"]),
     "olmo2": ({"model_type": "olmo2"}, ALL, ["onnx", "openvino", "executorch", "mlx"]),
+    "qwen3-moe": ({"model_type": "qwen3_moe", **EXPERTS}, ALL, ["onnx", "openvino", "executorch"]),
+    "mixtral": ({"model_type": "mixtral", **EXPERTS}, ["onnx", "gguf", "onnx:int8"], ["onnx"]),
 }
 
 
@@ -89,13 +92,14 @@ def test_a_narrowed_family_computes_in_every_target_what_torch_computes(
 ) -> None:
     changes, tried, expected = MODELS[name]
     width = 64 if "gemma" in name and "window" not in name else 40
+    inner = {"num_experts": 3} if "num_local_experts" in changes else {"intermediate_size": 64}
     model = tiny_model(num_hidden_layers=2, **changes)
     letters = np.random.default_rng(0).integers(0, 87, size=2000)
     text = tmp_path / "letters.txt"
     text.write_text("".join(chr(33 + n) for n in letters))
     options = ShrinkOptions(
         text=TextOptions(source=str(text), samples=12, seqlen=64),
-        sizes=SizeOptions(hidden_size=width, intermediate_size=64),
+        sizes=SizeOptions(hidden_size=width, **inner),
         narrow=NarrowOptions(local=None),
     )
     out = shrink(model, tmp_path / "out", options, device="cpu").out

@@ -14,14 +14,16 @@ from dotexport.models.families.hunyuan import HUNYUAN
 from dotexport.models.families.llama import LLAMA
 from dotexport.models.families.ministral import MINISTRAL, MINISTRAL3
 from dotexport.models.families.mistral import MISTRAL
+from dotexport.models.families.mixtral import MIXTRAL
 from dotexport.models.families.olmo2 import OLMO2
 from dotexport.models.families.phi3 import PHI3
 from dotexport.models.families.qwen2 import QWEN2
 from dotexport.models.families.qwen3 import QWEN3
+from dotexport.models.families.qwen3_moe import QWEN3_MOE
 from dotexport.models.families.seed_oss import SEED_OSS
 from dotexport.models.families.smollm3 import SMOLLM3
 from dotexport.models.family import Family
-from dotexport.models.shapes import Sizes
+from dotexport.models.shapes import EXPERTS, Sizes
 
 TABLES = (
     LLAMA,
@@ -39,12 +41,11 @@ TABLES = (
     SEED_OSS,
     ERNIE4_5,
     HUNYUAN,
+    QWEN3_MOE,
+    MIXTRAL,
 )
 SUPPORTED: dict[str, Family] = {family.architecture: family for family in TABLES}
 """Architecture -> family table."""
-
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""Keys of config.json that say how many experts there are; some classes have one of theirs."""
 
 
 def find_family(config: Mapping[str, Any]) -> Family:
@@ -72,7 +73,7 @@ def find_family(config: Mapping[str, Any]) -> Family:
     hint = "docs/adding-a-family.md shows how to add a table"
     if any(config.get(key) for key in EXPERTS):
         hint = (
-            "it is a mixture of experts, for which there is no table; take the dense model of its "
+            "it is a mixture of experts for which there is no table; take the dense model of its "
             "series"
         )
     elif "text_config" in config:
@@ -92,6 +93,8 @@ def _check_flags(family: Family, config: Mapping[str, Any]) -> None:
         wrong.append(("is_causal", "attends to later tokens too"))
     if config.get("per_layer_config"):
         wrong.append(("per_layer_config", "has layers of different sizes"))
+    if family.experts_key and config.get("decoder_sparse_step", 1) != 1:
+        wrong.append(("decoder_sparse_step", "has dense layers among the sparse ones"))
     for flag, meaning in wrong:
         raise UnsupportedModelError(
             f"config.json sets {flag}, with which {family.architecture} {meaning}; dotexport "

@@ -1,0 +1,17 @@
+"""moe_intermediate_size: the neurons of every expert, the same number in each.
+
+Which of them stay is free in every expert, and chosen on the tokens that go to it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from dotexport.axes.intermediate_size import IntermediateSize
+
+
+class MoeIntermediateSize(IntermediateSize):
+    """Width of an expert, in classes where that is a number of its own."""
+
+    timed: ClassVar[bool] = False
+    space: ClassVar[str] = "expert"

@@ -1,0 +1,36 @@
+"""Which experts a token goes to, and how much each of them counts.
+
+Shapes: T tokens, E experts, A experts that a token goes to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The experts of each token, (T, A), and their gates."""
+
+    experts_TA: Tensor
+    gates_TA: Tensor
+
+    @classmethod
+    def of(cls, logits_TE: Tensor, per_token: int, *, normalised: bool) -> Routing:
+        """The largest of a softmax over all experts.
+
+        Args:
+            normalised: whether gates of a token sum to 1.
+        """
+        gates_TA, experts_TA = logits_TE.float().softmax(-1).topk(per_token, -1)
+        if normalised:
+            gates_TA = gates_TA / gates_TA.sum(-1, keepdim=True)
+        return cls(experts_TA, gates_TA)
+
+    def to(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Tokens that go to this expert, and its gates there, (T, 1)."""
+        tokens_T, place_T = torch.where(self.experts_TA == expert)
+        return tokens_T, self.gates_TA[tokens_T, place_T, None]
