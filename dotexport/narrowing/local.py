@@ -96,7 +96,7 @@ def _sum_gradients(parameters: list[Tensor], processes: Processes) -> None:
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        processes.sum(parameter.grad)
+    processes.sum(*(parameter.grad for parameter in parameters))
 
 
 def _cosine(step: int, steps: int) -> float:

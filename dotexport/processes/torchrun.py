@@ -51,6 +51,7 @@ def silence_others() -> None:
         sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
 
 
-def speak() -> None:
+def speak(first: str) -> None:
     """From now on this process is heard, whichever it is."""
     sys.stderr = sys.__stderr__
+    print(first, file=sys.stderr)
