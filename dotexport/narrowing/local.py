@@ -93,10 +93,10 @@ def _adam(parameters: list[Tensor], options: LocalOptions) -> torch.optim.Optimi
 
 def _sum_gradients(parameters: list[Tensor], processes: Processes) -> None:
     """Of a step's loss over the tokens of all processes."""
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    processes.sum(*(parameter.grad for parameter in parameters))
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    processes.sum(*found)
+    for parameter, gradient in zip(parameters, found, strict=True):
+        parameter.grad = gradient
 
 
 def _cosine(step: int, steps: int) -> float:
