@@ -3,6 +3,7 @@
     DotexportError            1  anything that failed while the request itself was sound
     ├── CheckpointError       1  not a model folder, a missing shard, truncated or NaN weights
     ├── CalibrationError      1  no text, or too little of it
+    ├── LostProcessError      1  another process of the same run ended
     ├── UsageError            2  the request itself is wrong: flags, recipe, an output that exists
     ├── ParityError           3  an artifact does not compute what torch computes
     ├── GateError             4  a measured figure misses what was asked of it
@@ -28,6 +29,10 @@ class CheckpointError(DotexportError):
 
 class CalibrationError(DotexportError):
     """The calibration or evaluation text cannot serve."""
+
+
+class LostProcessError(DotexportError):
+    """Another process of the same run ended, which was waited for."""
 
 
 class UsageError(DotexportError):

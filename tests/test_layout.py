@@ -25,7 +25,17 @@ TIES = set((ROOT / CORE / "app/commands").glob("*.py"))
 DOOR = ROOT / CORE / "app/door.py"
 # Rooms of the core, by stage: each imports from itself and from those before it alone.
 ROOMS = (
-    *("storage", "embedded", "models", "vocabulary", "merging", "axes", "narrowing", "exports"),
+    *(
+        "processes",
+        "storage",
+        "embedded",
+        "models",
+        "vocabulary",
+        "merging",
+        "axes",
+        "narrowing",
+        "exports",
+    ),
     *("generation", "tasks", "healing", "sizes", "outputs", "diffusion", "encoders", "app"),
 )
 LEAVES = {"errors", "options", "version"}

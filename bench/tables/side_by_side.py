@@ -171,7 +171,8 @@ class Merger:
         best, accepted = fitted(alone), alone
         if method == "dot":
             asked = TransportOptions()
-            for choice in units.merges(calm, analytic_DI, kept, asked, keys)[1]:
+            keys_NN = None if sublayer.module == MLP else keys()
+            for choice in units.merges(calm, analytic_DI, kept, asked, keys_NN)[1]:
                 if (found := fitted(choice)).error < best.error:
                     best, accepted = found, choice
             best = fitted(accepted)

@@ -5,7 +5,6 @@ The verbs stand in commands/; heavy imports wait until one of them needs them.
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable
 from itertools import pairwise
@@ -25,6 +24,7 @@ from dotexport.app.hearing import listen
 from dotexport.app.terminal import stderr
 from dotexport.encoders.kinds import holds_encoder
 from dotexport.errors import CheckpointError, UsageError
+from dotexport.processes.torchrun import one_process, silence_others
 from dotexport.version import __version__
 
 
@@ -39,12 +39,14 @@ class Verbs(TyperGroup):
         # What an output holds so far says nothing of the model that is to replace it.
         given = [arg for before, arg in pairwise(args) if before not in ("-o", "--out")]
         if any(map(_holds_pipeline, given)):
+            one_process("what is done with a diffusers pipeline")
             from dotexport.app.commands.pipelines import app as pipelines
 
             known = typer.main.get_command(pipelines)
             if args[0] in getattr(known, "commands", {}):
                 return known.resolve_command(ctx, args)  # type: ignore[attr-defined]
         if encoder := next(filter(_holds_encoder, given), None):
+            one_process("what is done with a text encoder")
             from dotexport.app.commands.encoders import app as encoders
 
             known = typer.main.get_command(encoders)
@@ -113,6 +115,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "targets": machine.targets,
     "doctor": machine.doctor,
 }
+SHARED = {"shrink"}  # that several processes can do together
 for name, verb in VERBS.items():
     app.command(name)(with_options(verb))
 
@@ -125,21 +128,13 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def common(
+    ctx: typer.Context,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what is done.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
 ) -> None:
-    one_process()
+    if ctx.invoked_subcommand not in SHARED:
+        one_process(f"dotexport {ctx.invoked_subcommand}")
     listen(verbose=verbose)
-
-
-def one_process() -> None:
-    """Refuse to run once per process of torchrun over the same output."""
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if "TORCHELASTIC_RUN_ID" in os.environ and processes != "1":
-        raise UsageError(
-            f"dotexport runs in one process, and torchrun started {processes}; start it without "
-            "torchrun"
-        )
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -148,6 +143,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """Entry point: errors become one message and the documented exit code."""
+    silence_others()
     signal.signal(signal.SIGTERM, _interrupt)  # so that a stopped run tidies up like Ctrl-C
     ended(app)
 

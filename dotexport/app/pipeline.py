@@ -38,6 +38,7 @@ from dotexport.models.finding import find_model
 from dotexport.models.text_windows import window_length
 from dotexport.narrowing.norm_statistics import Progress
 from dotexport.outputs import card
+from dotexport.processes.processes import Processes
 from dotexport.sizes.allocation import accepted
 from dotexport.sizes.budget import plan
 from dotexport.sizes.latency import check_runtime, promise
@@ -106,6 +107,11 @@ def source_folder(model: str, *, config_only: bool = False, tokenizer: bool = Fa
     if model == "embedded":
         return embedded.MODEL_DIR
     return find_model(model, config_only=config_only, tokenizer=tokenizer)
+
+
+def find_here(processes: Processes, model: str) -> None:
+    """Have the model on this machine too, once the first process has it on its own."""
+    source_folder(model)
 
 
 def _check_later_steps(recipe: Recipe, model: Path) -> None:

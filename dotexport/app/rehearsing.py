@@ -25,6 +25,7 @@ from dotexport.models.checkpoint import Checkpoint
 from dotexport.narrowing.depth import Depths
 from dotexport.narrowing.prepare import prepare, rehearsals, rehearsed_tokens
 from dotexport.narrowing.run import CLOSER, REHEARSED_LENGTH
+from dotexport.processes.processes import ALONE, Processes
 from dotexport.storage.workspace import Workspace
 
 
@@ -36,6 +37,7 @@ def measures(
     depths: Depths,
     folder: Path,
     workspace: Workspace,
+    processes: Processes = ALONE,
 ) -> tuple[Measure, Measure, Measure | None]:
     """For cuts of one axis; for the last few sizes, with more text; and for these behind a short
     distillation, where there is to be a long one. Every figure is kept in the workspace.
@@ -49,8 +51,8 @@ def measures(
         return remembered(lambda p: measure(depths.settled(p).on_kept_tokens), workspace, step)
 
     text = (source, windows_NL, options.narrow, depths.device, other_NL)
-    first = kept(rehearsals(*text), CUTS)
-    closer = kept(rehearsals(*text, times=CLOSER), CLOSER_CUTS)
+    first = kept(rehearsals(*text, processes=processes), CUTS)
+    closer = kept(rehearsals(*text, times=CLOSER, processes=processes), CLOSER_CUTS)
     trial = options.heal.trial(windows_NL.shape[1]) if options.heal else None
     if trial is None:
         return first, closer, None

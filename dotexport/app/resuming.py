@@ -32,11 +32,13 @@ def workspace_of(
     options: ShrinkOptions,
     device: torch.device,
     passes: torch.dtype,
+    processes: int = 1,
 ) -> Workspace:
     """Where this command keeps what it has finished; any other one has another place.
 
     Args:
         source: what the manifest says of the original, with the hashes of its files.
+        processes: that share the text: sums of another number are rounded in another order.
     """
     identity = {
         "version": __version__,
@@ -46,6 +48,7 @@ def workspace_of(
         "options": json.loads(json.dumps(asdict(options))),
         "device": str(device),
         "passes": str(passes),
+        **({"processes": processes} if processes > 1 else {}),
     }
     return Workspace.of(out, identity)
 

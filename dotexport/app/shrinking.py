@@ -23,6 +23,7 @@ from dotexport.app.resuming import decided_once, steps_of, workspace_of
 from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.axes.carrying import carry
 from dotexport.axes.plan import Plan, SizeOptions, read_model
+from dotexport.errors import UsageError
 from dotexport.generation.own_text import write_own_text
 from dotexport.generation.second_text import second_text
 from dotexport.healing.heal import heal_into
@@ -43,9 +44,12 @@ from dotexport.narrowing.prepare import (
     dtype_of_passes,
     pick_device,
     prepare,
+    settled,
+    take_part,
     tensor_specs,
 )
 from dotexport.outputs import card
+from dotexport.processes.processes import ALONE, Processes
 from dotexport.sizes.allocation import Allocation, allocate
 from dotexport.sizes.budget import plan, shortfall
 from dotexport.sizes.frozen import frozen
@@ -130,6 +134,7 @@ def shrink(
     recipe: str = "",
     progress: Progress = lambda stage, done, total: None,
     accept: Callable[[Plan], bool] = lambda plan: True,
+    processes: Processes = ALONE,
 ) -> Shrunk:
     """Narrow a model and write OUT/hf, OUT/dotexport.json, OUT/README.md and OUT/reports.
 
@@ -141,11 +146,13 @@ def shrink(
         recipe: what OUT/recipe.yaml will say; it appears with the rest, so that a run which is
             killed right afterwards is known again.
         accept: what else sizes that are measured must satisfy, as targets do.
+        processes: the first of those that share the text; the others follow it.
 
     Raises:
         CheckpointError, CalibrationError, UnsupportedModelError, SizeError, UsageError.
     """
     started = time.perf_counter()
+    _check_together(options, processes)
     original = open_source(find_model(str(model)))
     check_tensors(original, *read_model(original.config))
     Stock.of(original.config, torch.device("cpu"))  # refuses what transformers cannot build
@@ -160,7 +167,7 @@ def shrink(
         where = pick_device(device)
         passes = dtype_of_passes(original, options.narrow, where)
         described = describe_source(original)
-        workspace = workspace_of(out, original, described, options, where, passes)
+        workspace = workspace_of(out, original, described, options, where, passes, processes.size)
         settle_others(out, workspace, discard=overwrite or not resume)
         if not resume:
             workspace.remove()
@@ -190,6 +197,7 @@ def shrink(
             )
         if other_NL is not None:
             windows_NL = windows_NL[: options.text.samples - len(other_NL)]
+        _check_share(windows_NL, other_NL, processes)
         depths = Depths(
             source,
             windows_NL,
@@ -202,7 +210,7 @@ def shrink(
         )
         if options.allocate == "measured" and sizes.budgeted:
             first, closer, healed = measures(
-                source, windows_NL, other_NL, options, depths, folder, workspace
+                source, windows_NL, other_NL, options, depths, folder, workspace, processes
             )
             allocation = allocate(
                 config,
@@ -223,7 +231,8 @@ def shrink(
         decided = depths.settled(decided)
         steps_of(decided, workspace)
         closed, healing = _narrowed(
-            source, decided, folder, windows_NL, other_NL, text, options, where, workspace, progress
+            *(source, decided, folder, windows_NL, other_NL, text, options, where, workspace),
+            *(progress, processes),
         )
         _copy_companions(source, folder / "hf")
         seconds = time.perf_counter() - started
@@ -313,6 +322,7 @@ def _narrowed(
     device: torch.device,
     workspace: Workspace,
     progress: Progress,
+    processes: Processes,
 ) -> tuple[ClosedForm, dict[str, Any] | None]:
     """Write FOLDER/hf: the closed form, and healing where that was asked for."""
     if decided.vocabulary_alone and isinstance(source, Trimmed):
@@ -332,7 +342,8 @@ def _narrowed(
             other_NL=other_NL,
         )
     closed = _closed_form(
-        source, decided, folder, windows_NL, other_NL, options, device, workspace, progress
+        *(source, decided, folder, windows_NL, other_NL, options, device, workspace, progress),
+        processes,
     )
     if text is None or options.heal is None:
         return closed, None
@@ -375,6 +386,7 @@ def _closed_form(
     device: torch.device,
     workspace: Workspace,
     progress: Progress,
+    processes: Processes,
 ) -> ClosedForm:
     (folder / "hf").mkdir()
     run = prepare(
@@ -388,13 +400,37 @@ def _closed_form(
         progress=progress,
         workspace=workspace,
         other_NL=other_NL,
+        processes=processes,
     )
+    asked = settled(options.narrow, source, device)
+    processes.tell(take_part, source, decided, windows_NL, other_NL, asked)
     basis = run.run()
     run.writer.finish()
     E_DK = torch.from_numpy(basis.matrix_DK)
     where = str(run.streams.device)
     behind = decided.answered_layers
     return ClosedForm(E_DK, basis.as_dict(), tuple(run.costs), run.records, where, behind)
+
+
+def _check_together(options: ShrinkOptions, processes: Processes) -> None:
+    """Raises: UsageError: something was asked for that one process does by itself."""
+    if processes.size > 1 and options.heal is not None:
+        raise UsageError(
+            f"distillation (--heal) runs in one process, and torchrun started {processes.size}; "
+            "give --heal local or none, or start it without torchrun"
+        )
+
+
+def _check_share(
+    windows_NL: torch.Tensor, other_NL: torch.Tensor | None, processes: Processes
+) -> None:
+    """Raises: UsageError: there is no window for some process."""
+    count = len(windows_NL) + (0 if other_NL is None else len(other_NL))
+    if count < processes.size:
+        raise UsageError(
+            f"{processes.size} processes cannot share {count} windows of calibration text; give "
+            "more --samples (or more text), or start no more processes than there are windows"
+        )
 
 
 def _warn_if_thin(texts: Sequence[torch.Tensor], decided: Plan) -> None:

@@ -11,7 +11,7 @@ H query heads, J kept ones, P = F / 2 rotary planes, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -70,9 +70,10 @@ class Groups:
         writer_ON: Tensor,
         kept: Tensor,
         options: TransportOptions,
-        keys: Callable[[], Tensor],
+        keys_NN: Tensor | None,
     ) -> tuple[Coupling, Iterator[HeadMerge]]:
-        return merges(moments, writer_ON, keys(), self, kept, options)
+        assert keys_NN is not None
+        return merges(moments, writer_ON, keys_NN, self, kept, options)
 
 
 @dataclass(frozen=True)

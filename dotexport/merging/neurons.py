@@ -9,7 +9,7 @@ Shapes: N neurons before, K neurons after, O outputs of the writer, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -72,7 +72,7 @@ class Neurons:
         writer_ON: Tensor,
         kept: Tensor,
         options: TransportOptions,
-        keys: Callable[[], Tensor],
+        keys_NN: Tensor | None,
     ) -> tuple[Coupling, Iterator[Merge]]:
         return merges(moments, writer_ON, kept, options)
 

@@ -18,6 +18,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from dotexport.processes.processes import Processes
+
 Solver = Callable[["Moments", Tensor, float], Tensor]
 
 # In units of the mean diagonal of the inputs' Gram matrix.
@@ -67,6 +69,13 @@ class Moments:
             dtype=torch.float64
         )
         self.count += len(inputs_TI)
+
+    def sum_over(self, processes: Processes) -> None:
+        """Take up what the others have."""
+        parts = [torch.as_tensor(part, dtype=torch.float64) for part in (self.targets, self.count)]
+        numbers_P = torch.stack([part.to(self.inputs_II.device) for part in parts])
+        processes.sum(self.inputs_II, self.cross_OI, numbers_P)
+        self.targets, self.count = float(numbers_P[0]), int(numbers_P[1])
 
     def __add__(self, other: Moments) -> Moments:
         return replace(

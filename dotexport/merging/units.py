@@ -5,7 +5,7 @@ Shapes: N inputs of the writer, O its outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -63,11 +63,11 @@ class Units(Protocol):
         writer_ON: Tensor,
         kept: Tensor,
         options: TransportOptions,
-        keys: Callable[[], Tensor],
+        keys_NN: Tensor | None,
     ) -> tuple[Coupling, Iterable[Any]]:
         """The transport of all units onto the kept ones, and choices from strict to loose.
 
         Args:
-            keys: gives the second moment of the keys before rotation, where a sublayer has any.
+            keys_NN: second moment of the keys before rotation, where a sublayer has any.
         """
         ...

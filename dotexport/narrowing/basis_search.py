@@ -64,10 +64,11 @@ class BasisSearch:
     def _kept(self, method: str) -> Basis:
         """A basis that an earlier run of the same command found, or finds now."""
         step = f"basis-{method}"
-        if kept := self.workspace.load(step):
+        if kept := self.streams.processes.agreed(lambda: self.workspace.load(step)):
             record, tensors = kept
             return Basis(tensors["matrix_DK"].numpy(), **record)
-        basis = self._oriented(method)
+        sight = self._sight
+        basis = self.streams.processes.agreed(lambda: self._oriented(method, sight))
         record = {
             "method": basis.method,
             "kept_energy": basis.kept_energy,
@@ -78,7 +79,7 @@ class BasisSearch:
 
     def _measured(self, method: str, basis: Basis) -> float:
         step = f"divergence-{method}"
-        if kept := self.workspace.load(step):
+        if kept := self.streams.processes.agreed(lambda: self.workspace.load(step)):
             return float(kept[0]["divergence"])
         divergence = self.rehearse(basis)
         self.workspace.save(step, {"divergence": divergence})
@@ -90,7 +91,7 @@ class BasisSearch:
         sight.tied = self.plan.after.tied
         return sight
 
-    def _oriented(self, method: str) -> Basis:
+    def _oriented(self, method: str, sight: Sight) -> Basis:
         """A basis; within its span, the one in which a tied head does best.
 
         A head that is the embedding's table can only be scaled axis by axis. In a basis turned by
@@ -99,16 +100,16 @@ class BasisSearch:
         """
         after, rotates = self.plan.after, self.original.family.rotates
         transport = self.options.transport
-        basis = find_basis(method, self._sight, after.hidden_size, transport, rotates=rotates)
+        basis = find_basis(method, sight, after.hidden_size, transport, rotates=rotates)
         if not (after.tied and rotates):
             return basis
-        matrix_DK = basis.matrix_DK @ self._turn_of_tied_head(basis).cpu().numpy()
+        matrix_DK = basis.matrix_DK @ self._turn_of_tied_head(basis, sight).cpu().numpy()
         return replace(basis, matrix_DK=matrix_DK)
 
-    def _turn_of_tied_head(self, basis: Basis) -> Tensor:
+    def _turn_of_tied_head(self, basis: Basis, sight: Sight) -> Tensor:
         """R: eigenvectors of the best symmetric matrix in the place of the final norm's gamma."""
         E_DK = torch.from_numpy(basis.matrix_DK).to(self.streams.device)
-        metric_DD, moment_DD = metric(self.original.table()), self._sight.final
+        metric_DD, moment_DD = metric(self.original.table()), sight.final
         assert moment_DD is not None
         gamma_D = self.original.gamma().double()
         ridge = 1e-9 * torch.eye(E_DK.shape[1], dtype=torch.float64, device=E_DK.device)

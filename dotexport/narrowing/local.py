@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dotexport.narrowing.narrow_options import LocalOptions
 from dotexport.narrowing.streams import Step, Streams
+from dotexport.processes.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,20 @@ def heal(
     optimiser = _adam(parameters, options)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: _cosine(k, steps))
     checked = {round(steps * (n + 1) / options.checks) for n in range(options.checks)}
-    for number, (before_BLK, goal_BLK, weight_BL1) in enumerate(
+    for number, (before_BLK, goal_BLK, weight_BL1, share) in enumerate(
         batches.draw(options.tokens, steps, seed), start=1
     ):
-        with torch.enable_grad():
-            loss = _error(step(before_BLK), goal_BLK, weight_BL1)
-            optimiser.zero_grad()
-            loss.backward()
+        optimiser.zero_grad()
+        if share > 0:
+            with torch.enable_grad():
+                loss = share * _error(step(before_BLK), goal_BLK, weight_BL1)
+                loss.backward()
+        _sum_gradients(parameters, streams.processes)
         optimiser.step()
         schedule.step()
         if number in checked and (error := batches.held_out_error(step)) < least:
             best, least = [p.detach().clone() for p in parameters], error
+    best = streams.processes.agreed(lambda: best)
     for parameter, kept in zip(parameters, best, strict=True):
         parameter.detach().copy_(kept)
     return Healed(before, least, steps)
@@ -85,6 +89,14 @@ def _adam(parameters: list[Tensor], options: LocalOptions) -> torch.optim.Optimi
         if bool(p.any())  # a tensor of zeros has no size to go by
     ]
     return torch.optim.Adam(groups, betas=(0.9, 0.95))
+
+
+def _sum_gradients(parameters: list[Tensor], processes: Processes) -> None:
+    """Of a step's loss over the tokens of all processes."""
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    processes.sum(*found)
+    for parameter, gradient in zip(parameters, found, strict=True):
+        parameter.grad = gradient
 
 
 def _cosine(step: int, steps: int) -> float:
@@ -107,29 +119,38 @@ class _Batches:
 
     def __post_init__(self) -> None:
         count, self.length = self.streams.windows_NL.shape
-        held = self.streams.held_out
-        self.train = torch.tensor([n for n in range(count) if n not in held])
-        self.held = self._beside(torch.tensor(sorted(held)) if held else self.train)
+        held, every = self.streams.held_out, range(count)
+        self.train = torch.tensor([n for n in every if n not in held])
+        self.judged = held or frozenset(every)
+        self.held = self._beside(torch.tensor(self.streams.places(self.judged), dtype=torch.long))
 
     @property
     def num_tokens(self) -> int:
         return len(self.train) * self.length
 
-    def draw(self, tokens: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def draw(
+        self, tokens: int, steps: int, seed: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
+        """What each step reads of that which lies here, and which share of the step it is."""
         asked = (self.tokenwise, tokens, steps, seed)
         if asked not in self.streams.drawn:  # every layer is given the same ones
-            self.streams.drawn[asked] = self._beside(self._places(tokens, steps, seed))
-        for places in self.streams.drawn[asked]:
-            yield self._read(places, tokenwise=self.tokenwise)
+            places = self._places(tokens, steps, seed)
+            each = self.length if self.tokenwise else 1
+            here = [self._beside(found) for found in self._here(places, each)]
+            self.streams.drawn[asked] = here, places.shape[1]
+        here, count = self.streams.drawn[asked]
+        for places in here:
+            yield *self._read(places, tokenwise=self.tokenwise), len(places) / count
 
     def held_out_error(self, step: Step) -> float:
         most = max(1, 8192 // self.length)
         total = torch.zeros((), device=self.streams.device, dtype=torch.float64)
-        for n_B in torch.split(self.held, most):
+        for n_B in filter(len, torch.split(self.held, most)):
             with torch.no_grad():
                 before_BLK, goal_BLK, weight_BL1 = self._read(n_B, tokenwise=False)
                 total += _error(step(before_BLK), goal_BLK, weight_BL1).double() * len(n_B)
-        return float(total) / len(self.held)
+        self.streams.processes.sum(total)
+        return float(total) / len(self.judged)
 
     def _places(self, tokens: int, steps: int, seed: int) -> Tensor:
         """What each step reads: (steps, tokens), counted through all windows; or (steps, B)."""
@@ -142,6 +163,16 @@ class _Batches:
                 n_B = n_B * self.length + torch.randint(self.length, (tokens,), generator=random)
             places.append(n_B)
         return torch.stack(places)
+
+    def _here(self, places: Tensor, each: int) -> list[Tensor]:
+        """Of each step's places those that lie here, counted through the windows that do."""
+        row_N = torch.full((len(self.streams.windows_NL),), -1)
+        row_N[torch.tensor(self.streams.own, dtype=torch.long)] = torch.arange(
+            len(self.streams.own)
+        )
+        rows = row_N[places // each]
+        found = rows * each + places % each
+        return [step[row >= 0] for step, row in zip(found, rows, strict=True)]
 
     def _beside(self, places: Tensor) -> Tensor:
         """On the device of the streams: a step then sends nothing there."""

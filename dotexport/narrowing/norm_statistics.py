@@ -119,18 +119,21 @@ def _seen(layer: Layer, sublayer: Sublayer, stream_BLD: Tensor) -> Tensor:
 
 def _moment(streams: Streams, normalise: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Second moment of the normalised stream, trace 1; and per axis its largest raw value,
-    in units of the stream's median magnitude."""
+    in units of the stream's median magnitude in that window."""
     size = streams.original_NLD.shape[-1]
     moment_DD = torch.zeros(size, size, dtype=torch.float64, device=streams.device)
     peaks_D = torch.zeros(size, device=streams.device)
     for rows in streams.batches():
         raw_BLD = streams.original(rows)
-        magnitude = raw_BLD[:, :16].abs().median().clamp_min(1e-30)
-        peaks_D = torch.maximum(peaks_D, raw_BLD.abs().amax((0, 1)) / magnitude)
+        magnitude_B = raw_BLD[:, :16].abs().flatten(1).median(1).values.clamp_min(1e-30)
+        peaks_BD = raw_BLD.abs().amax(1) / magnitude_B[:, None]
+        peaks_D = torch.maximum(peaks_D, peaks_BD.amax(0))
         size_BL = raw_BLD.square().mean(-1).sqrt()
-        quiet_BL = size_BL <= SINK * size_BL.median()
+        quiet_BL = size_BL <= SINK * size_BL.median(1, keepdim=True).values
         quiet_BL[:, 0] = False
         moment_DD += gram(normalise(raw_BLD)[quiet_BL])
+    streams.processes.sum(moment_DD)
+    streams.processes.largest(peaks_D)
     check_finite(moment_DD.trace())
     return moment_DD / moment_DD.trace().clamp_min(1e-30), peaks_D
 

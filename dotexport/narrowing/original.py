@@ -78,7 +78,7 @@ class Original:
 def embed(table_VX: Tensor, streams: Streams, stream_NLX: Tensor) -> None:
     """Fill a stream with the rows of its tokens."""
     for rows in streams.batches():
-        tokens_BL = streams.windows_NL[rows].to(table_VX.device)
+        tokens_BL = streams.tokens(rows).to(table_VX.device)
         stream_NLX[rows] = table_VX[tokens_BL].to(stream_NLX.device)
 
 

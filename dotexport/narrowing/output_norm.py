@@ -12,7 +12,6 @@ it has a bias), Q queries or keys, S those that stay.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,8 +97,11 @@ class FewerFeatures:
     gamma_Q: Tensor
     kept: Tensor
     epsilon: float
-    both_S: Any = 0.0
-    own_S: Any = 0.0
+
+    def __post_init__(self) -> None:
+        like_S = self.gamma_Q[self.kept]
+        self.both_S = torch.zeros_like(like_S, dtype=torch.float64)
+        self.own_S = torch.zeros_like(self.both_S)
 
     def add(self, given_TQ: Tensor) -> None:
         """Take up what the reader gave for some tokens, before the norm."""
@@ -107,8 +109,8 @@ class FewerFeatures:
         stay_TS = given_TQ[:, self.kept]
         after_TS = stay_TS / size(stay_TS, self.epsilon)
         before_TS = stay_TS / size(given_TQ, self.epsilon)
-        self.both_S = self.both_S + (after_TS * before_TS).sum(0)
-        self.own_S = self.own_S + after_TS.square().sum(0)
+        self.both_S += (after_TS * before_TS).sum(0)
+        self.own_S += after_TS.square().sum(0)
 
     def fitted(self) -> Tensor:
         """Gamma (S,)."""

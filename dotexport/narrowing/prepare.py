@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +29,7 @@ from dotexport.narrowing.run import (
     Writer,
 )
 from dotexport.narrowing.streams import Streams
+from dotexport.processes.processes import ALONE, Processes, Several
 from dotexport.storage.files import write_json
 from dotexport.storage.workspace import Workspace
 
@@ -46,12 +48,14 @@ def prepare(
     progress: Progress = lambda stage, done, total: None,
     workspace: Workspace | None = None,
     other_NL: torch.Tensor | None = None,
+    processes: Processes = ALONE,
 ) -> Narrowing:
     """Everything a run needs, with config.json and empty weight files already in FOLDER/hf.
 
     Args:
         other_NL: windows of another kind of text, as long as the others; a share of either kind
             judges.
+        processes: the first of those that share the windows; the others take part (`take_part`).
     """
     source, decided = carry(source, decided)
     family = decided.family
@@ -61,7 +65,7 @@ def prepare(
         folder / "hf", tensor_specs(source, decided), max_shard_bytes=max_shard_bytes
     )
     where = device or torch.device("cpu")
-    streams = _streams(decided, windows_NL, options, where, folder, other_NL)
+    streams = _streams(decided, windows_NL, options, where, folder, other_NL, processes)
     run = _assemble(source, decided, streams, writer, options, progress)
     return replace(run, workspace=workspace or Workspace())
 
@@ -74,6 +78,7 @@ def rehearsals(
     other_NL: torch.Tensor | None = None,
     *,
     times: int = 1,
+    processes: Processes = ALONE,
 ) -> Callable[[Plan], float]:
     """A function from a plan to its held-out divergence, from a closed form that writes nothing.
 
@@ -89,21 +94,47 @@ def rehearsals(
         other_NL = other_NL[:, :REHEARSED_LENGTH]
     tokens = times * rehearsed_tokens(source.config["hidden_size"])
     fitted_on = -(-tokens // windows_NL.shape[1])
-    cheap = replace(options, mlp="obs", heads="obs", local=None)
+    cheap = replace(settled(options, source, device), mlp="obs", heads="obs", local=None)
 
     def measure(planned: Plan) -> float:
-        carried, decided = carry(source, planned)
-        rough = "pca" if decided.family.rotates else "select"
+        rough = "pca" if carry(source, planned)[1].family.rotates else "select"
         basis = options.basis if options.basis in ("dot", "select") else rough
-        streams = _streams(decided, windows_NL, options, device, None, other_NL)
-        streams = streams.some(fitted_on)
-        writer = Nowhere(tensor_specs(carried, decided))
-        quiet: Progress = lambda stage, done, total: None  # noqa: E731
-        run = _assemble(carried, decided, streams, writer, replace(cheap, basis=basis), quiet)
-        run.run()
-        return run.divergence
+        asked = (source, planned, windows_NL, other_NL, replace(cheap, basis=basis), fitted_on)
+        processes.tell(take_part, *asked)
+        return _rehearsed(processes, device, *asked)
 
     return measure
+
+
+def take_part(processes: Several, *asked: Any) -> None:
+    """What other processes do while the first narrows with `prepare`, or rehearses that.
+
+    Args:
+        asked: source, plan, windows of either kind, settled options, windows to fit on (all).
+    """
+    _rehearsed(processes, processes.device, *asked)
+
+
+def _rehearsed(
+    processes: Processes,
+    device: torch.device,
+    source: Checkpoint,
+    planned: Plan,
+    windows_NL: torch.Tensor,
+    other_NL: torch.Tensor | None,
+    options: NarrowOptions,
+    fitted_on: int | None = None,
+) -> float:
+    """The divergence of a run that writes nothing."""
+    carried, decided = carry(source, planned)
+    streams = _streams(decided, windows_NL, options, device, None, other_NL, processes)
+    if fitted_on is not None:
+        streams = streams.some(fitted_on)
+    writer = Nowhere(tensor_specs(carried, decided))
+    quiet: Progress = lambda stage, done, total: None  # noqa: E731
+    run = _assemble(carried, decided, streams, writer, options, quiet)
+    run.run()
+    return run.divergence
 
 
 def rehearsed_tokens(hidden_size: int) -> int:
@@ -118,6 +149,7 @@ def _streams(
     device: torch.device,
     scratch: Path | None,
     other_NL: torch.Tensor | None = None,
+    processes: Processes = ALONE,
 ) -> Streams:
     return Streams.allocate(
         windows_NL,
@@ -127,6 +159,7 @@ def _streams(
         device=device,
         scratch=scratch,
         other_NL=other_NL,
+        processes=processes,
     )
 
 
@@ -149,6 +182,12 @@ def _assemble(
         options,
         progress,
     )
+
+
+def settled(options: NarrowOptions, source: Checkpoint, device: torch.device) -> NarrowOptions:
+    """The same with what `--passes` comes to here, for all processes."""
+    passes = str(dtype_of_passes(source, options, device)).removeprefix("torch.")
+    return replace(options, passes=passes)
 
 
 def dtype_of_passes(

@@ -38,6 +38,7 @@ from dotexport.narrowing.original import ROWS, Original, embed, metric
 from dotexport.narrowing.output_norm import merged
 from dotexport.narrowing.site import Site
 from dotexport.narrowing.streams import Streams
+from dotexport.processes.processes import Processes
 from dotexport.storage.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ class Narrowing:
         self.E_DK = torch.from_numpy(basis.matrix_DK).to(self.streams.device)
         kept = self.plan.kept_layers
         steps = [EMBEDDING, *map(_step, range(len(kept))), HEAD]
-        finished = self._take(steps)
+        finished = self._processes.agreed(lambda: self._take(steps))
         if finished == len(steps):
             return basis
         self._start()
@@ -125,6 +126,10 @@ class Narrowing:
                 self.progress(stage, following, self.before.num_layers)
         self._finish()
         return basis
+
+    @property
+    def _processes(self) -> Processes:
+        return self.streams.processes
 
     @property
     def _search(self) -> BasisSearch:
@@ -196,7 +201,7 @@ class Narrowing:
 
     def _pass(self, number: int, place: int, left_out: Sequence[int]) -> None:
         """Both streams move behind a finished layer as they did when it was narrowed."""
-        kept = self.workspace.load(_step(place))
+        kept = self._processes.agreed(lambda: self.workspace.load(_step(place)))
         assert kept is not None
         prefix = self.original.family.layer_name(place, "")
         device = self.streams.device
@@ -212,7 +217,7 @@ class Narrowing:
     def _start(self) -> None:
         embedding_VD = self.original.embedding()
         name = f"{self.original.family.embedding}.weight"
-        if kept := self.workspace.load(EMBEDDING):
+        if kept := self._processes.agreed(lambda: self.workspace.load(EMBEDDING)):
             narrow_VK = kept[1][name].to(self.streams.device)
         else:
             narrow_VK = self._product(name, embedding_VD, self.E_DK / self._embedding_scale)
@@ -383,7 +388,10 @@ class Narrowing:
             ),
             metric_OO=metric(head_VD),
         )
-        fitted = fit(train, held, analytic_DK, ridge=self.options.ridge, solve=solve)
+        ridge = self.options.ridge
+        fitted = self._processes.agreed(
+            lambda: fit(train, held, analytic_DK, ridge=ridge, solve=solve)
+        )
         norm = self.original.family.final_norm
         self.records.append({"layer": None, "site": norm, **fitted.as_dict()})
         return fitted.weights_OI
@@ -398,26 +406,32 @@ class Narrowing:
         heads = Head(self.original.stock, head_VD), Head(self.stock, narrow_VK)
         streams = self.streams
         kinds = (streams.of_its_kind or {0}, streams.held_out & streams.other)
-        self.costs = [self._cost(*heads, sorted(windows)) for windows in kinds if windows]
+        judged = -(-JUDGED // streams.windows_NL.shape[1])
+        chosen = [sorted(windows)[:judged] for windows in kinds if windows]
+        self.costs = [self._cost(*heads, windows) for windows in chosen]
 
     def _cost(self, theirs: Head, ours: Head, windows: Sequence[int]) -> Cost:
-        divergence, surprise, count, predicted = 0.0, 0.0, 0, 0
-        for window in windows:
-            rows = slice(window, window + 1)
+        sums_2 = torch.zeros(2, dtype=torch.float64)
+        for place in self.streams.places(windows):
+            rows = slice(place, place + 1)
             x_LD, y_LK = self.streams.original(rows)[0], self.streams.narrowed(rows)[0]
-            tokens_L = self.streams.windows_NL[window]
-            [(kl, excess)] = compared((theirs, x_LD), [(ours, y_LK)], tokens_L)
-            divergence, surprise = divergence + kl, surprise + excess
-            count, predicted = count + len(x_LD), predicted + len(x_LD) - 1
-            if count >= JUDGED:
-                break
-        return Cost(divergence / count, math.exp(min(surprise / max(predicted, 1), 700.0)))
+            [found] = compared((theirs, x_LD), [(ours, y_LK)], self.streams.tokens(rows)[0])
+            sums_2 += torch.tensor(found, dtype=torch.float64)
+        self._processes.sum(sums_2)
+        divergence, surprise = sums_2.tolist()
+        length = self.streams.windows_NL.shape[1]
+        predicted = max(len(windows) * (length - 1), 1)
+        return Cost(
+            divergence / (len(windows) * length), math.exp(min(surprise / predicted, 700.0))
+        )
 
     def _product(self, name: str, table_VD: Tensor, map_DK: Tensor) -> Tensor:
         """A table of the vocabulary times a map, in float64 block by block, rounded as stored."""
         dtype = self.writer.specs[name].dtype
         blocks = torch.split(table_VD, ROWS)
-        return torch.cat([(block_RD.double() @ map_DK).to(dtype) for block_RD in blocks])
+        return torch.cat(
+            self._processes.each(lambda block_RD: (block_RD.double() @ map_DK).to(dtype), blocks)
+        )
 
 
 def _step(place: int) -> str:

@@ -96,7 +96,7 @@ class Site:
 
         train, held = self.streams.moments(read, metric_OO=self.teacher.metric(self.sublayer))
         prior_DI = pad(self.E_DK * self.sublayer.gain(self.scale), (0, int(ones)))
-        projection = fit(train, held, prior_DI, ridge=self.options.ridge)
+        projection = self._fitted(train, held, prior_DI)
         for linear in self.sublayer.readers:
             map_DI = projection.weights_OI * self.sublayer.inner_gain(linear, self.scale)
             for one in self.student.names(linear):
@@ -106,6 +106,11 @@ class Site:
                 if ones:
                     self.student.assign(bias, self.student.tensor(bias) + seen_OI[:, -1])
         return projection
+
+    def _fitted(self, *asked: Any, **how: Any) -> Fit:
+        """`fit`, by one process for all."""
+        ridge = self.options.ridge
+        return self.streams.processes.agreed(lambda: fit(*asked, ridge=ridge, **how))
 
     @property
     def _readers_have_biases(self) -> bool:
@@ -170,7 +175,9 @@ class Site:
         kept = choice.kept if self._bias is None else pad(choice.kept, (0, 1), value=width)
         # Weights to fall back on; a choice by magnitude knows nothing of the neurons that leave.
         by_magnitude = self.method == "select"
-        prior_KI = analytic_KI[:, kept] if by_magnitude else compensate(train, analytic_KI, kept)
+        prior_KI = self.streams.processes.agreed(
+            lambda: analytic_KI[:, kept] if by_magnitude else compensate(train, analytic_KI, kept)
+        )
         fitted = self._fit(train.of(kept), held.of(kept), prior_KI)
         rows = {name: self.student.tensor(name) for _, name in self._reader_rows()}
         self._shorten_inner_norms(choice)
@@ -186,22 +193,27 @@ class Site:
         """The units that stay, and merges of the others into them from strict to loose."""
         if self._bias is not None:
             moments = moments.given_last()
-        count = self.width // self.units.width
-        kept = self.units.choose(self.method, moments, writer_KN, count)
+        count, processes = self.width // self.units.width, self.streams.processes
+        kept = processes.agreed(lambda: self.units.choose(self.method, moments, writer_KN, count))
         alone = self.units.alone(kept)
         if not (self.method == "dot" and self.options.refit):
             return alone, None, ()
+        keys_NN = None if self.units.tokenwise else self._key_moment()
+        if not processes.leads:
+            return alone, None, ()
         transport = self.options.transport
-        return alone, *self.units.merges(moments, writer_KN, kept, transport, self._key_moment)
+        return alone, *self.units.merges(moments, writer_KN, kept, transport, keys_NN)
 
     def _key_moment(self) -> Tensor:
         """Second moment of the narrowed model's keys before rotation."""
         name = next(linear.name for linear in self.sublayer.readers if linear.out == "kv")
         weight_NK = self.student.tensor(f"{name}.weight").double()
-        total_KK = torch.zeros((), device=weight_NK.device)
+        width = weight_NK.shape[1]
+        total_KK = torch.zeros(width, width, dtype=torch.float64, device=weight_NK.device)
         for rows in self.streams.batches():
             normed_BLK = self.student.normalise(self.sublayer, self.streams.narrowed(rows))
-            total_KK = total_KK + gram(normed_BLK.flatten(0, 1)).double()
+            total_KK += gram(normed_BLK.flatten(0, 1))
+        self.streams.processes.sum(total_KK)
         return weight_NK @ total_KK @ weight_NK.T
 
     def _count(self, choice: Choice) -> int:
@@ -237,7 +249,7 @@ class Site:
     def _fit(self, train: Moments, held: Moments, prior_KI: Tensor) -> Fit:
         if not self.options.refit:
             return Fit.unchanged(prior_KI, held)
-        fitted = fit(train, held, prior_KI, ridge=self.options.ridge)
+        fitted = self._fitted(train, held, prior_KI)
         if self._behind is None:
             return fitted
         weights_KI = self._behind.where_it_matters(fitted.weights_OI, prior_KI.double())
@@ -281,7 +293,7 @@ class Site:
 
         gamma_KK = behind.gamma_K.double().diag()
         solve = partial(gain_solve, map_OI=torch.eye(len(gamma_KK)).to(gamma_KK))
-        fitted = fit(*self.streams.moments(read), gamma_KK, ridge=self.options.ridge, solve=solve)
+        fitted = self._fitted(*self.streams.moments(read), gamma_KK, solve=solve)
         return Settled(weights_KI, fitted)
 
     def _assign_settled(self, settled: Settled) -> None:
@@ -305,6 +317,7 @@ class Site:
             for rows in self.streams.batches():
                 normed_BLK = self.student.normalise(self.sublayer, self.streams.narrowed(rows))
                 shorter.add(apply_linear(normed_BLK, weight, bias).flatten(0, 1))
+            self.streams.processes.sum(shorter.both_S, shorter.own_S)
             self.student.assign_gamma(norm.name, shorter.fitted())
 
     # Merging ----------------------------------------------------------------------------------
@@ -322,7 +335,7 @@ class Site:
         Every candidate starts from the prior of the choice alone, which has not seen the held-out
         windows: from the fitted writer, any candidate would look better than it is.
         """
-        for candidate in candidates:
+        for candidate in self.streams.processes.handed_on(candidates):
             self._apply(candidate, rows)
             train, held = self._writer_moments(prior_KI)
             fitted = self._fit(train, held, prior_KI)

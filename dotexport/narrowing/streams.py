@@ -2,7 +2,8 @@
 
 They are all that stays in memory between two layers. They lie on the device while they take no
 more than a share of its free memory, else on the host, pinned; and past a share of that memory in a
-memory-mapped scratch file.
+memory-mapped scratch file. Of several processes each has the streams of its own windows, and what
+is summed over windows is summed over processes as well.
 
 Shapes: N windows, L tokens per window, T tokens, D width before, K width after.
 """
@@ -10,8 +11,9 @@ Shapes: N windows, L tokens per window, T tokens, D width before, K width after.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import InitVar, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch import Tensor
 from dotexport.errors import CheckpointError
 from dotexport.merging.refit import Moments
 from dotexport.models.checkpoint import reserve
+from dotexport.processes.processes import ALONE, Processes
 
 TOKENS_PER_BATCH = 4096
 MEMORY_SHARE = 0.25
@@ -37,10 +40,13 @@ class Streams:
     """Two streams (N, L, width) in float32, walked through in batches of whole windows.
 
     Attributes:
+        windows_NL: tokens of all windows, those of other processes too.
         held_out: windows that choose ridges and accept merges; the others are fitted on.
-        other: windows that are text of another kind.
         device: where batches are computed.
         drawn: what is the same in every layer, such as places that local healing draws.
+        other: windows that are text of another kind.
+        processes: that share the windows.
+        own: windows whose streams lie here, ascending: row n of a stream is that of `own[n]`.
     """
 
     windows_NL: Tensor
@@ -50,6 +56,12 @@ class Streams:
     device: torch.device
     drawn: dict[Any, Any] = field(default_factory=dict)
     other: frozenset[int] = frozenset()
+    processes: Processes = ALONE
+    share: InitVar[Sequence[int] | None] = None
+    own: Sequence[int] = field(init=False)
+
+    def __post_init__(self, share: Sequence[int] | None) -> None:
+        self.own = range(len(self.windows_NL)) if share is None else share
 
     @classmethod
     def allocate(
@@ -62,6 +74,7 @@ class Streams:
         device: torch.device,
         scratch: Path | None = None,
         other_NL: Tensor | None = None,
+        processes: Processes = ALONE,
     ) -> Streams:
         """Args: other_NL: windows of another kind of text, of the same length; a share of either
         kind is held out."""
@@ -71,10 +84,20 @@ class Streams:
             other = frozenset(range(first, first + len(other_NL)))
             held_out |= {first + window for window in held_out_windows(len(other_NL), seed)}
             windows_NL = torch.cat([windows_NL, other_NL])
-        shape = tuple(windows_NL.shape)
+        own = dealt(len(windows_NL), held_out, other, processes)
+        shape = (len(own), windows_NL.shape[1])
         widths = (width_before, width_after)
         original_NLD, narrowed_NLK = _allocated([(*shape, w) for w in widths], device, scratch)
-        return cls(windows_NL, original_NLD, narrowed_NLK, held_out, device, other=other)
+        return cls(
+            windows_NL,
+            original_NLD,
+            narrowed_NLK,
+            held_out,
+            device,
+            other=other,
+            processes=processes,
+            share=own,
+        )
 
     def some(self, count: int) -> Streams:
         """Streams of their own over `count` windows to fit on, shared by the kinds, and half as
@@ -83,13 +106,21 @@ class Streams:
         held = [window for kind in kinds for window in sorted(kind)[: max(1, count // 2)]]
         chosen = sorted([*self._fitted(count), *held])
         windows_NL = self.windows_NL[chosen]
+        held_out, other = (
+            frozenset(n for n, window in enumerate(chosen) if window in kind)
+            for kind in (self.held_out, self.other)
+        )
+        own = dealt(len(chosen), held_out, other, self.processes)
+        shape = (len(own), windows_NL.shape[1])
         return Streams(
             windows_NL,
-            self.original_NLD.new_empty((*windows_NL.shape, self.original_NLD.shape[-1])),
-            self.narrowed_NLK.new_empty((*windows_NL.shape, self.narrowed_NLK.shape[-1])),
-            frozenset(n for n, window in enumerate(chosen) if window in self.held_out),
+            self.original_NLD.new_empty((*shape, self.original_NLD.shape[-1])),
+            self.narrowed_NLK.new_empty((*shape, self.narrowed_NLK.shape[-1])),
+            held_out,
             self.device,
-            other=frozenset(n for n, window in enumerate(chosen) if window in self.other),
+            other=other,
+            processes=self.processes,
+            share=own,
         )
 
     @property
@@ -107,14 +138,21 @@ class Streams:
 
     def batches(self) -> Iterator[Rows]:
         """Consecutive windows, a few thousand tokens at a time, held-out ones apart."""
-        count, length = self.windows_NL.shape
+        count, length = len(self.own), self.windows_NL.shape[1]
         most = max(1, TOKENS_PER_BATCH // length)
-        start = 0
+        own, start = self.own, 0
         for end in range(1, count + 1):
             full = end - start == most
-            if end == count or full or self._kind(end) != self._kind(start):
+            if end == count or full or self._kind(own[end]) != self._kind(own[start]):
                 yield slice(start, end)
                 start = end
+
+    def tokens(self, rows: Rows) -> Tensor:
+        return self.windows_NL[list(self.own[rows])]
+
+    def places(self, windows: Collection[int]) -> list[int]:
+        """Where those of these windows lie that lie here, in their order."""
+        return [n for n, window in enumerate(self.own) if window in windows]
 
     def original(self, rows: Rows) -> Tensor:
         return self.original_NLD[rows].to(self.device, non_blocking=True)
@@ -141,12 +179,13 @@ class Streams:
         sums: dict[str, Moments] = {}
         for rows in self.batches():
             z_TI, t_TO = (part.flatten(0, 1) for part in read(rows))
-            kind = self._kind(rows.start)
+            kind = self._kind(self.own[rows.start])
             if kind not in sums:
                 sums[kind] = Moments.zeros(
                     z_TI.shape[1], t_TO.shape[1], metric_OO=metric_OO, device=self.device
                 )
             sums[kind].add(z_TI, t_TO)
+        sums = self._summed(sums, metric_OO)
         for moments in sums.values():
             check_finite(moments.inputs_II.diagonal().sum() + moments.targets)
         # A single window is both: nothing can be held out of it.
@@ -155,6 +194,16 @@ class Streams:
             kinds = self.of_its_kind, self.held_out & self.other
             held = held + other.times(len(kinds[0]) / len(kinds[1]))
         return sums[FITTED], held
+
+    def _summed(self, sums: dict[str, Moments], metric_OO: Tensor | None) -> dict[str, Moments]:
+        """Over all processes, of which some have no window of a kind, or none at all."""
+        found = self.processes.agreed(lambda: tuple(sums[FITTED].cross_OI.shape))
+        kinds = dict.fromkeys(self._kind(window) for window in range(len(self.windows_NL)))
+        empty = partial(Moments.zeros, found[1], found[0], metric_OO=metric_OO, device=self.device)
+        sums = {kind: sums.get(kind) or empty() for kind in kinds}
+        for moments in sums.values():
+            moments.sum_over(self.processes)
+        return sums
 
     def _kind(self, window: int) -> str:
         if window not in self.held_out:
@@ -196,6 +245,14 @@ def held_out_windows(count: int, seed: int) -> frozenset[int]:
         return frozenset()
     drawn = np.random.default_rng(seed).permutation(count)[: max(1, count // 8)]
     return frozenset(int(window) for window in drawn)
+
+
+def dealt(
+    count: int, held_out: Collection[int], other: Collection[int], processes: Processes
+) -> list[int]:
+    """The windows of this process: of every kind as many as others have, but for one."""
+    kinds = sorted(range(count), key=lambda window: (window in held_out, window in other))
+    return sorted(kinds[processes.rank :: processes.size])
 
 
 def _allocated(

@@ -106,9 +106,11 @@ def shrink(
 
     Example: dotexport shrink ./llama -o out --params 0.7x --calib text.jsonl
 
+    torchrun --nproc-per-node 4 -m dotexport shrink ... shares the text between processes.
+
     A diffusers pipeline folder has options of its own: dotexport shrink FOLDER --help
     """
-    from dotexport.app.pipeline import keep_promise, source_folder
+    from dotexport.app.pipeline import find_here, keep_promise, source_folder
     from dotexport.app.recipe import Recipe
     from dotexport.models.checkpoint import read_config
 
@@ -121,20 +123,29 @@ def shrink(
         return
     from dotexport.app.opening import check_apart
     from dotexport.app.shrinking import shrink as narrow
+    from dotexport.processes.processes import met
 
     check_apart(Path(model), out)
+    with met(device) as processes:
+        if not processes.leads:
+            processes.follow()
+            return
+        folder = source_folder(model)
+        processes.tell(find_here, model)
+        with progress() as report:
+            shrunk = narrow(
+                folder,
+                out,
+                options,
+                overwrite=overwrite,
+                resume=resume,
+                device=device,
+                recipe=recipe,
+                progress=report,
+                processes=processes,
+            )
     with progress() as report:
-        shrunk = narrow(
-            source_folder(model),
-            out,
-            options,
-            overwrite=overwrite,
-            resume=resume,
-            device=device,
-            recipe=recipe,
-            progress=report,
-        )
-        timed = keep_promise(out, source_folder(model), options.sizes, progress=report)
+        timed = keep_promise(out, folder, options.sizes, progress=report)
     if as_json:
         show_json(shrunk.as_dict() | timed)
         return
