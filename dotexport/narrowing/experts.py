@@ -50,6 +50,7 @@ def saliencies(layer: Layer, sublayer: Sublayer, streams: Streams) -> Tensor:
             given_TD = layer.write_expert(sublayer, expert, inside_TI)
             sums_E[expert] += (gates_T1[:, 0] * given_TD.norm(dim=-1)).double().sum()
             counts_E[expert] += len(tokens_T)
+    streams.processes.sum(sums_E, counts_E)
     return sums_E / counts_E.clamp_min(1)
 
 
@@ -77,7 +78,8 @@ class ExpertSite(Site):
             return torch.arange(count)
         saliency_E = saliencies(self.teacher, self.sublayer, self.streams).cpu()
         order_E = torch.argsort(saliency_E, descending=True, stable=True)
-        return order_E[: self.num_experts].sort().values
+        kept_E = order_E[: self.num_experts].sort().values
+        return self.streams.processes.agreed(lambda: kept_E)
 
     def _narrow_writers(self) -> Iterator[dict[str, Any]]:
         wanted_NLK = self._wanted()
@@ -166,9 +168,12 @@ class _Expert:
             return
         # Without a token, neurons are all alike.
         method = site.method if train.count + held.count else "select"
-        kept = site.units.choose(method, train + held, writer_KI, site.width)
+        processes, units, width = site.streams.processes, site.units, site.width
+        kept = processes.agreed(lambda: units.choose(method, train + held, writer_KI, width))
         by_magnitude = method == "select"
-        prior_KI = writer_KI[:, kept] if by_magnitude else compensate(train, writer_KI, kept)
+        prior_KI = processes.agreed(
+            lambda: writer_KI[:, kept] if by_magnitude else compensate(train, writer_KI, kept)
+        )
         for linear in site.sublayer.readers:
             if linear.each:
                 name = f"{linear.name.format(self.number)}.weight"

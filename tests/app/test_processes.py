@@ -141,6 +141,28 @@ def test_what_several_narrow_is_what_one_narrows(
         assert told["held_out_kl"] == pytest.approx(wanted["held_out_kl"], rel=1e-4)
 
 
+def test_several_choose_the_experts_that_one_chooses(
+    tiny_model: Callable[..., Path], words: Path, tmp_path: Path
+) -> None:
+    """An expert is judged by its tokens in all windows, and fitted on these. Which neurons of it
+    stay is a choice among near equals on so few of them, so all of them do here."""
+    mixture = {"num_experts": 12, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    model = tiny_model(model_type="qwen3_moe", num_hidden_layers=2, norm_topk_prob=True, **mixture)
+    sizes = ("--hidden", 40, "--experts", 6, "--ridge", 0.01, "--heal", "none", "--basis", "pca")
+    plain = ("--calib", words, "--samples", 10, "--seqlen", 32, "--other", "none")
+    for size in (1, 2):
+        command = ("shrink", model, "-o", tmp_path / f"{size}", *plain, *sizes)
+        endings = torchrun(size, tmp_path, *command)
+        assert [ending.code for ending in endings] == [0] * size, endings
+    one, two = (report(tmp_path / name) for name in ("1", "2"))
+    chosen, others = ([s["experts"] for s in of["sites"] if "experts" in s] for of in (one, two))
+    assert chosen == others
+    assert [len(experts) for experts in chosen] == [6, 6]
+    assert two["held_out_kl"] == pytest.approx(one["held_out_kl"], rel=1e-4)
+    ours, theirs = (logits(tmp_path / name / "hf") for name in ("2", "1"))
+    assert (ours - theirs).abs().max() < 1e-3 * theirs.abs().max()
+
+
 def test_healing_takes_the_steps_of_one_process(
     tiny_llama: TinyLlama, words: Path, tmp_path: Path
 ) -> None:
