@@ -5,7 +5,8 @@ Which of them stay is free in every expert, and chosen on the tokens that go to 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from dotexport.axes.intermediate_size import IntermediateSize
 
@@ -15,3 +16,7 @@ class MoeIntermediateSize(IntermediateSize):
 
     timed: ClassVar[bool] = False
     space: ClassVar[str] = "expert"
+
+    def story(self, record: Mapping[str, Any]) -> str:
+        """Nothing is merged in an expert."""
+        return "`select`" if record["shrink"]["narrow"]["mlp"] == "select" else "`obs`"

@@ -338,7 +338,7 @@ class Layer:
             tokens_T, gates_T1 = routing.to(expert)
             inside_TI = self.inside_expert(sublayer, expert, normed_TD[tokens_T])
             written_TD = self.write_expert(sublayer, expert, inside_TI) * gates_T1
-            mixed_TD = mixed_TD.index_add(0, tokens_T, written_TD)
+            mixed_TD.index_add_(0, tokens_T, written_TD)
         return mixed_TD.view_as(normed_BLD)
 
     def keep_experts(self, sublayer: Sublayer, kept: Tensor) -> None:

@@ -152,11 +152,8 @@ class _Expert:
         for rows in site.streams.batches():
             tokens_T, inside_TI = self._inside(rows)
             given_TK = sign * site.student.write_expert(site.sublayer, self.number, inside_TI)
-            flat_TK = stream_NLK[rows].flatten(0, 1)
-            place_T = tokens_T.to(flat_TK.device)
-            stream_NLK[rows] = flat_TK.index_add(0, place_T, given_TK.to(flat_TK)).view_as(
-                stream_NLK[rows]
-            )
+            flat_TK = stream_NLK[rows].flatten(0, 1)  # of the same memory
+            flat_TK.index_add_(0, tokens_T.to(flat_TK.device), given_TK.to(flat_TK))
 
     def narrow(self, wanted_NLK: Tensor) -> None:
         """Choose neurons, and fit the writer to what is wanted of it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dotexport.models.families.mistral import MISTRAL
-from dotexport.models.family import Linear, Sublayer
+from dotexport.models.families.qwen3_moe import mixture
 
 ATTENTION, _ = MISTRAL.sublayers
 MIXTRAL = replace(
@@ -14,16 +14,7 @@ MIXTRAL = replace(
     architecture="MixtralForCausalLM",
     sublayers=(
         ATTENTION,
-        Sublayer(
-            module="block_sparse_moe",
-            norm="post_attention_layernorm",
-            readers=(
-                Linear("block_sparse_moe.gate", out="experts", in_="residual"),
-                Linear("block_sparse_moe.experts.{}.w1", out="mlp", in_="residual"),
-                Linear("block_sparse_moe.experts.{}.w3", out="mlp", in_="residual"),
-            ),
-            writer=Linear("block_sparse_moe.experts.{}.w2", out="residual", in_="mlp"),
-        ),
+        mixture("block_sparse_moe", gate="w1", up="w3", down="w2", neurons="mlp"),
     ),
     gated="block_sparse_moe.experts.{}.w1",
     experts_key="num_local_experts",

@@ -7,24 +7,30 @@ from dataclasses import replace
 from dotexport.models.families.qwen3 import QWEN3
 from dotexport.models.family import Linear, Sublayer
 
+
+def mixture(module: str, *, gate: str, up: str, down: str, neurons: str) -> Sublayer:
+    """A router, and the three matrices of each expert by their names below it; `neurons` is the
+    space between them."""
+    expert = f"{module}.experts.{{}}"
+    return Sublayer(
+        module=module,
+        norm="post_attention_layernorm",
+        readers=(
+            Linear(f"{module}.gate", out="experts", in_="residual"),
+            Linear(f"{expert}.{gate}", out=neurons, in_="residual"),
+            Linear(f"{expert}.{up}", out=neurons, in_="residual"),
+        ),
+        writer=Linear(f"{expert}.{down}", out="residual", in_=neurons),
+    )
+
+
 ATTENTION, _ = QWEN3.sublayers
+EXPERTS = mixture("mlp", gate="gate_proj", up="up_proj", down="down_proj", neurons="expert")
 QWEN3_MOE = replace(
     QWEN3,
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
-    sublayers=(
-        ATTENTION,
-        Sublayer(
-            module="mlp",
-            norm="post_attention_layernorm",
-            readers=(
-                Linear("mlp.gate", out="experts", in_="residual"),
-                Linear("mlp.experts.{}.gate_proj", out="expert", in_="residual"),
-                Linear("mlp.experts.{}.up_proj", out="expert", in_="residual"),
-            ),
-            writer=Linear("mlp.experts.{}.down_proj", out="residual", in_="expert"),
-        ),
-    ),
+    sublayers=(ATTENTION, EXPERTS),
     gated="mlp.experts.{}.gate_proj",
     head_dim=None,
     num_key_value_heads=4,

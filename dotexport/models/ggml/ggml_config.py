@@ -70,7 +70,10 @@ def read_config(file: GgufFile) -> tuple[Family, dict[str, Any]]:
             f"{', '.join(FAMILIES)} from GGUF: give the model folder that it was made from"
         )
     if file.setting("expert_count", 0):
-        raise UnsupportedModelError(f"{file.path} is a mixture of experts, which has no table here")
+        raise UnsupportedModelError(
+            f"{file.path} is a mixture of experts, which is not read from GGUF: give the model "
+            "folder that it was made from"
+        )
     if TABLE not in file.tensors:
         raise CheckpointError(f"{file.path} lacks {TABLE}; take a complete copy")
     if file.setting("block_count") > MOST["num_layers"]:
