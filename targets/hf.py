@@ -6,6 +6,8 @@ Shapes: B sequences, L tokens of the longest prompt, V vocabulary.
 from __future__ import annotations
 
 import shutil
+import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from dotexport.errors import CheckpointError, RuntimeMissingError, UsageError
 from dotexport.models.checkpoint import Checkpoint, read_config
-from dotexport.models.config_words import KERNELS
+from dotexport.models.config_words import EXPERTS, KERNELS
 from dotexport.models.loading import capped_attention
 from dotexport.models.memory import fits
 from dotexport.models.rope import in_all_words, stock_config
@@ -89,7 +91,8 @@ class HuggingFace:
         """Load in float32 on the CPU, unless asked for something else.
 
         On the CPU, a model that does not fit as a whole stays on disk: every answer reads the files
-        once, matrix by matrix, through transformers' own offloading.
+        once, matrix by matrix, through transformers' own offloading (experts, which the class has
+        fused, from a copy that ends with the session).
 
         Args:
             threads: torch's setting for the whole process.
@@ -109,6 +112,8 @@ class HuggingFace:
         if threads is not None:
             torch.set_num_threads(threads)
         loader: Any = AutoModelForCausalLM  # its stubs do not know output_loading_info
+        offloaded = {} if compiled else _offloaded(folder, place, number)
+        room = offloaded.get("offload_folder")
         try:
             with _no_progress_bar():
                 model, report = loader.from_pretrained(
@@ -118,12 +123,16 @@ class HuggingFace:
                     trust_remote_code=False,
                     output_loading_info=True,
                     **_attention(folder),
-                    **({} if compiled else _offloaded(folder, place, number)),
+                    **offloaded,
                 )
         except (OSError, ValueError, RuntimeError, ImportError) as error:
+            if room:
+                shutil.rmtree(room, ignore_errors=True)
             raise CheckpointError(
                 f"transformers cannot load {folder}: {_first_line(error)}; export it again"
             ) from error
+        if room:
+            weakref.finalize(model, shutil.rmtree, room, ignore_errors=True)
         _check_complete(folder, report)
         _check_rope(folder, model.config)
         _check_head(folder, model)
@@ -189,7 +198,14 @@ def _offloaded(folder: Path, place: torch.device, number: torch.dtype) -> dict[s
     num_bytes = Checkpoint.open(folder).num_parameters * number.itemsize
     if place.type != "cpu" or fits(num_bytes, place):
         return {}
-    return {"device_map": {"": "disk"}, "offload_folder": None}
+    return {"device_map": {"": "disk"}, "offload_folder": _room(folder)}
+
+
+def _room(folder: Path) -> str | None:
+    """Where experts lie while such a model is open, which classes hold fused and files apart; None:
+    files are as the class has them."""
+    config = read_json(folder / "config.json", advice="export it again")
+    return tempfile.mkdtemp(prefix="dotexport-") if any(map(config.get, EXPERTS)) else None
 
 
 def _on_disk(model: Any) -> bool:

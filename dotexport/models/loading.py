@@ -103,10 +103,10 @@ class Loaded:
     def head(self, hidden_BLD: Tensor) -> Tensor:
         """Logits (B, L, V) of some of what `hidden` gave, by the class's own code behind its
         decoder: scaled and capped where it does so."""
-        from transformers.modeling_outputs import BaseModelOutputWithPast
+        from transformers.modeling_outputs import MoeModelOutputWithPast
 
         decoder = self.model.get_decoder()
-        decoder.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden_BLD)
+        decoder.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden_BLD)
         try:
             return self.logits(torch.zeros(1, 1, dtype=torch.long))
         finally:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dotexport.axes import AXES
+from dotexport.models.checkpoint import read_config
+from dotexport.models.families import find_family
 from dotexport.models.text_options import SELF
 from dotexport.storage import manifest
 
@@ -259,4 +261,12 @@ def next_commands(out: Path, model: str) -> Iterator[tuple[str, str]]:
         asked = f"--baseline {shlex.quote(model)} --text FILE"
         yield "quality on text of your own", f"dotexport eval {here} {asked}"
     if set(artifacts) <= {"hf"}:
-        yield "for a runtime", f"dotexport export {here} --target ort-cpu:int4"
+        spec = _runtime_of(read_config(out / "hf"))
+        yield "for a runtime", f"dotexport export {here} --target {spec}"
+
+
+def _runtime_of(config: Mapping[str, Any]) -> str:
+    """A target that takes the class: not every one is written by onnxruntime-genai's builder."""
+    family = find_family(config)
+    unbuilt = family.experts_key or family.architecture == "SmolLM3ForCausalLM"
+    return "onnx" if unbuilt else "ort-cpu:int4"

@@ -50,6 +50,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"model_type": "gemma2", **TIED, **WINDOW, **CAPS},
     "gemma3": {"model_type": "gemma3_text", "layer_types": KINDS, **TIED, **WINDOW},
     "olmo2": {"model_type": "olmo2"},
+    "qwen3-moe": {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
 }
 TOKENS_BL = torch.randint(90, (2, 24), generator=torch.Generator().manual_seed(0))
 
