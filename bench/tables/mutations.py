@@ -326,7 +326,7 @@ MUTATIONS = (
     ),
     mutation(
         "narrowing/local.py",
-        "torch.tensor([n for n in range(count) if n not in held])",
+        "torch.tensor([n for n in every if n not in held])",
         "torch.arange(count)",
         "Local healing trains on the windows that judge it.",
         "narrowing/test_local.py",

@@ -160,7 +160,7 @@ def stopped(
     command = [sys.executable, "-c", STALLED, *step, str(marker), *map(str, run)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
-            deadline = time.monotonic() + 100
+            deadline = time.monotonic() + 300
             while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.02)
             process.send_signal(number)

@@ -92,7 +92,9 @@ def made(folder: Path, kind: str, *, head: str = "none", **words: Any) -> Path:
     if "lm_head.weight" not in tensors and head != "none":
         table = tensors["model.embed_tokens.weight"]
         tensors["lm_head.weight"] = table.clone() if head == "equal" else table.flip(0).clone()
-    stored = dict(in_files(Checkpoint(folder, read_config(folder), {}), tensors))
+    stored = tensors
+    if SUPPORTED[architecture].experts_key:
+        stored = dict(in_files(Checkpoint(folder, read_config(folder), {}), tensors))
     parts = {name: tensor.contiguous() for name, tensor in stored.items()}
     save_file(parts, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
