@@ -34,6 +34,7 @@ from dotexport.storage.output import folder_bytes
 from .turns import Call, in_turns, torch_threads
 
 TORCH = "torch"
+SIDES = ("baseline", "candidate")
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,10 @@ def bench_encoder(
     return record
 
 
-SIDES = ("baseline", "candidate")
-
-
 @contextmanager
 def _subject(folder: Path, target: str, batch: int, seqlen: int, threads: int) -> Iterator[Subject]:
     encoder = open_encoder(folder)
+    manifest.require_unchanged(encoder.root)
     if seqlen > (most := context_of(encoder)):
         raise UsageError(f"--seqlen {seqlen} is more than the {most} tokens that {folder} reads")
     inputs = _inputs(encoder, batch, seqlen)

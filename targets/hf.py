@@ -20,10 +20,11 @@ from transformers.utils import logging as transformers_logging
 
 from dotexport.errors import CheckpointError, RuntimeMissingError, UsageError
 from dotexport.models.checkpoint import Checkpoint, read_config
-from dotexport.models.config_words import EXPERTS, KERNELS
+from dotexport.models.config_words import KERNELS
 from dotexport.models.loading import capped_attention
 from dotexport.models.memory import fits
 from dotexport.models.rope import in_all_words, stock_config
+from dotexport.models.shapes import EXPERTS
 from dotexport.models.weight_files import INDEX, WEIGHTS
 from dotexport.storage.files import write_json
 from dotexport.storage.reading import read_json

@@ -64,7 +64,7 @@ TAKEN_FOR_GRANTED = (
     "rms_norm_eps",
     "tie_word_embeddings",
 )
-EXPERTS = ("num_experts", "num_local_experts")
+BOTH_WORDS = ("num_experts", "num_local_experts")
 # By which queries grow with their position, of Ministral 3.
 GROWING = ("llama_4_scaling_beta", "original_max_position_embeddings")
 
@@ -145,13 +145,13 @@ def _check_growth(config: Mapping[str, Any]) -> None:
 def _counted(config: Mapping[str, Any]) -> dict[str, Any]:
     """With the number of experts under both of its names: transformers 4.57 and 5 look for another
     one in Qwen3-MoE, and take their default where it is absent."""
-    said = [config[key] for key in EXPERTS if config.get(key) is not None]
+    said = [config[key] for key in BOTH_WORDS if config.get(key) is not None]
     if said and said[0] != said[-1]:
         raise CheckpointError(
             f"config.json gives num_experts = {said[0]} and num_local_experts = {said[-1]}, of "
             "which releases of transformers read one or the other; keep the right one"
         )
-    return {**config, **dict.fromkeys(EXPERTS, *said[:1])} if said else dict(config)
+    return {**config, **dict.fromkeys(BOTH_WORDS, *said[:1])} if said else dict(config)
 
 
 def _family(config: Mapping[str, Any]) -> Family | None:
