@@ -33,7 +33,7 @@ from dotexport.healing.distil import heal
 from dotexport.healing.heal_options import HealOptions
 from dotexport.healing.healing_text import healing_text
 from dotexport.models.checkpoint import Checkpoint
-from dotexport.models.text_options import TextOptions
+from dotexport.models.text_options import TextOptions, parts_of
 from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.narrow_options import LocalOptions, NarrowOptions
 from dotexport.sizes.budget import plan
@@ -56,7 +56,8 @@ WAYS: dict[str, Mapping[str, Any]] = {
 """Name -> what differs from the defaults."""
 
 HEALED = """ Healed: the same after {healed} steps of
-{batch} windows of forward KL alone, learning rate {rate}, the step with the least held-out KL."""
+{batch} windows of forward KL alone{text}, learning rate {rate}, the step with the least held-out
+KL."""
 BATCH, RATE = 4, 3e-4
 TIMED = """ Prefill
 and decode: how many times as fast as the original in {timed}, prompts of {prompt_length} tokens,
@@ -122,6 +123,9 @@ def axes(
     local: Annotated[bool, typer.Option("--local", help="Heal locally, as shrink does.")] = False,
     models: Annotated[Path | None, typer.Option(help="Keeps what was narrowed.")] = None,
     healed: Annotated[int, typer.Option(help="Steps of distillation to judge behind, too.")] = 0,
+    heal_text: Annotated[
+        str | None, typer.Option(help="As shrink --heal-text; without, that of calibration.")
+    ] = None,
     timed: Annotated[str, typer.Option(help="TARGET:PRECISION to time each in, too.")] = "",
     out: Out = RESULTS,
 ) -> None:
@@ -143,7 +147,7 @@ def axes(
         narrow=NarrowOptions(local=LocalOptions() if local else None, passes=passes),
     )
     later = {
-        **({"healed": partial(_healed, judge, _mixed(asked), healed)} if healed else {}),
+        **({"healed": partial(_healed, judge, _mixed(asked), heal_text, healed)} if healed else {}),
         **({"timed": partial(_timed, model, timed)} if timed else {}),
     }
     rows = [{"budget": "1x", "way": "the original", **_original(notes, judge)}]
@@ -167,7 +171,7 @@ def axes(
         healing="local healing" if local else "closed form alone, no healing",
         passes=passes,
         passages=f"; LAMBADA on its first {passages} passages" if lambada else "",
-        later=_later_in_words(healed, timed),
+        later=_later_in_words(healed, heal_text, timed),
     )
     columns = dict.fromkeys(column for row in rows for column in row)
     rows = [{column: row.get(column, "") for column in columns} for row in rows]
@@ -189,13 +193,20 @@ def _mixed(asked: ShrinkOptions) -> TextOptions:
     return replace(asked.text, source=f"{asked.text.source},{asked.other}")
 
 
-def _later_in_words(healed: int, timed: str) -> str:
+def _later_in_words(healed: int, heal_text: str | None, timed: str) -> str:
     words = ""
     if healed:
-        words += HEALED.format(healed=healed, batch=BATCH, rate=RATE)
+        text = f" on {_names(heal_text)}" if heal_text else ""
+        words += HEALED.format(healed=healed, batch=BATCH, text=text, rate=RATE)
     if timed:
         words += TIMED.format(timed=timed, **TIMES)
     return words
+
+
+def _names(text: str) -> str:
+    """The files of a mix, by the windows that each gives."""
+    named = [f"{part.weight:g} of {Path(part.source).name}" for part in parts_of(text)]
+    return " to ".join(named)
 
 
 def _noted(notes: Notes, budget: str, step: str, measure: Callable[[], Row]) -> Row:
@@ -253,12 +264,16 @@ def _measured(
     return row | judge.of(kept) | {"seconds": seconds}
 
 
-def _healed(judge: Judge, text: TextOptions, steps: int, narrowed: Path) -> Row:
-    """Behind a short distillation on the calibration text, predictions alone: the same for all."""
+def _healed(
+    judge: Judge, text: TextOptions, heal_text: str | None, steps: int, narrowed: Path
+) -> Row:
+    """Behind a short distillation, predictions alone: the same for all."""
     student, source = Checkpoint.open(narrowed), Checkpoint.open(judge.model)
     if student.config["vocab_size"] != source.config["vocab_size"]:
         return {}
-    options = HealOptions(steps=steps, batch=BATCH, rate=RATE, hidden_weight=0.0, every=steps)
+    options = HealOptions(
+        steps=steps, batch=BATCH, text=heal_text, rate=RATE, hidden_weight=0.0, every=steps
+    )
     windows_NL = token_windows(judge.model, text)
     split = healing_text(windows_NL, judge.model, text, options, seed=0)
     device = torch.device("cpu")

@@ -152,7 +152,6 @@ def shrink(
         CheckpointError, CalibrationError, UnsupportedModelError, SizeError, UsageError.
     """
     started = time.perf_counter()
-    _check_together(options, processes)
     original = open_source(find_model(str(model)))
     check_tensors(original, *read_model(original.config))
     Stock.of(original.config, torch.device("cpu"))  # refuses what transformers cannot build
@@ -333,6 +332,7 @@ def _narrowed(
     _warn_if_thin([kind_NL for kind_NL in (windows_NL, other_NL) if kind_NL is not None], decided)
     text = None
     if options.heal is not None:  # refuses what cannot be, before hours of narrowing
+        options.heal.settled(windows_NL.shape[1], processes.size)
         text = healing_text(
             windows_NL,
             source.folder,
@@ -354,7 +354,8 @@ def _narrowed(
         max_shard_bytes=options.max_shard_bytes,
     )
     report = heal_into(
-        folder / "hf", source, closed, text, options.heal, writer, workspace, device, progress
+        *(folder / "hf", source, closed, text, options.heal, writer, workspace, device, progress),
+        processes,
     )
     return closed, report
 
@@ -410,15 +411,6 @@ def _closed_form(
     where = str(run.streams.device)
     behind = decided.answered_layers
     return ClosedForm(E_DK, basis.as_dict(), tuple(run.costs), run.records, where, behind)
-
-
-def _check_together(options: ShrinkOptions, processes: Processes) -> None:
-    """Raises: UsageError: something was asked for that one process does by itself."""
-    if processes.size > 1 and options.heal is not None:
-        raise UsageError(
-            f"distillation (--heal) runs in one process, and torchrun started {processes.size}; "
-            "give --heal local or none, or start it without torchrun"
-        )
 
 
 def _check_share(

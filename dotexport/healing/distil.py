@@ -12,9 +12,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dotexport.generation.own_text import texts_without_end
 from dotexport.healing.distil_head import Head
-from dotexport.healing.distil_judge import HeldOut, computing_with, judge
+from dotexport.healing.distil_judge import HeldOut, judge
 from dotexport.healing.distil_loss import distillation_loss
 from dotexport.healing.distil_masters import Masters, compute_in
 from dotexport.healing.distil_memory import needs_recomputing, recompute_layers, windows_at_once
@@ -30,7 +30,8 @@ from dotexport.healing.heal_options import HealOptions, Schedule
 from dotexport.healing.healing_text import HealingText
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.fused import in_memory
-from dotexport.models.loading import load_float32
+from dotexport.models.loading import load_float32, load_model
+from dotexport.processes.processes import ALONE, Processes, Several
 from dotexport.storage.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 Tensors = dict[str, Tensor]
 Save = Callable[[Tensors, dict[str, Any]], None]
+Saved = tuple[dict[str, Any], Tensors]
 
 NOWHERE = Workspace()
 FIRST_ROW = 1 << 20  # of text that the original says: others than those of calibration
@@ -87,12 +89,14 @@ def heal(
     progress: Progress = lambda stage, done, total: None,
     workspace: Workspace = NOWHERE,
     save: Save = lambda tensors, course: None,
-    saved: tuple[dict[str, Any], Tensors] | None = None,
+    saved: Saved | None = None,
+    processes: Processes = ALONE,
 ) -> Healed:
     """Distil a narrowed checkpoint from its original.
 
     Both models are in memory whole, in bfloat16 where steps compute so; of the narrowed one also
-    weights, gradients and two moments in float32.
+    weights, gradients and two moments in float32. Of several processes each has its piece of all
+    that, and its windows of every step.
 
     Args:
         E_DK: the basis that narrowed the residual stream.
@@ -101,24 +105,29 @@ def heal(
         workspace: keeps text that the original says.
         save: takes the whole state after every evaluation.
         saved: such a course and its state; the run goes on from there and ends with the same bits.
+        processes: that share the work. The first one's files, text and saved state count; of
+            `save` every other one's is told nothing.
     """
-    healing = Healing.begin(student, source, E_DK, text, options, device, behind, workspace)
-    if saved is None:
-        healing.judge()
-    else:
-        healing.restore(*saved)
-        logger.warning("healing goes on after step %d", healing.course.step)
-    schedule = healing.schedule
-    progress(healing.stage, healing.course.step, schedule.steps)
-    while healing.course.step < schedule.steps:
-        if not healing.advance():
-            logger.warning("healing diverged after step %d and stops there", healing.course.step)
-            break
-        progress(healing.stage, healing.course.step, schedule.steps)
-        if healing.course.step in schedule.evaluations:
-            healing.judge()
-            save(healing.state(), asdict(healing.course))
-    return Healed(healing.best, healing.report())
+    with processes.computing():
+        healing = Healing.begin(
+            *(student, source, E_DK, text, options, device, behind, workspace, processes)
+        )
+        healing.run(saved, save, progress)
+        return Healed(healing.whole(healing.best), healing.report())
+
+
+def take_part(
+    processes: Several,
+    student: Checkpoint,
+    source: Checkpoint,
+    E_DK: Tensor,
+    text: HealingText,
+    options: HealOptions,
+    behind: Sequence[int],
+) -> None:
+    """What other processes do while the first one heals."""
+    device = processes.device
+    heal(student, source, E_DK, text, options, behind=behind, device=device, processes=processes)
 
 
 @dataclass
@@ -128,6 +137,7 @@ class Healing:
     Attributes:
         teacher: computes in the dtype of passes.
         masters: the student's weights in float32.
+        batches: number of a step -> its windows; the first process has them.
         passes: dtype of the products of a step.
     """
 
@@ -137,7 +147,7 @@ class Healing:
     E_DK: Tensor
     behind: Sequence[int] | None
     text: HealingText
-    batches: Callable[[int], Tensor]
+    batches: Callable[[int], Tensor] | None
     held: HeldOut
     options: HealOptions
     schedule: Schedule
@@ -146,6 +156,7 @@ class Healing:
     optimizer: torch.optim.Optimizer
     at_once: int
     recomputed: bool
+    processes: Processes
     course: Course = field(default_factory=Course)
     best: Tensors = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
@@ -161,29 +172,31 @@ class Healing:
         device: torch.device,
         behind: Sequence[int] | None,
         workspace: Workspace,
+        processes: Processes = ALONE,
     ) -> Healing:
         bf16 = options.chosen_precision(device) == "bf16"
         passes = torch.bfloat16 if bf16 else torch.float32
-        teacher = load_float32(source).requires_grad_(False).to(device)
-        held = HeldOut.of(text.held_NL, teacher, partial(_head, teacher, source))
-        compute_in(teacher, passes)
-        model = load_float32(student).to(device)
-        schedule = options.settled(text.train_NL.shape[1])
+        schedule = options.settled(text.train_NL.shape[1], processes.size)
+        if isinstance(processes, Several):
+            loaded = _in_shards(student, source, text, passes, processes)
+        else:
+            loaded = _whole(student, source, text, passes, device)
+        masters, teacher, held, speaker = loaded
+        model = masters.model
         most = windows_at_once(model.config, schedule.length, passes, device)
-        at_once = min(schedule.batch, most)
-        recomputed = needs_recomputing(model, at_once, schedule.length, passes)
+        at_once = min(schedule.batch // processes.size, most)
+        recomputed = processes.agreed(
+            lambda: needs_recomputing(model, at_once, schedule.length, passes, processes.size)
+        )
         if recomputed:
             logger.info("activations are computed twice, for want of memory")
             recompute_layers(model)
-        masters = Masters.of(model, passes)
-        own = partial(
-            texts_without_end,
-            teacher,
-            source.folder,
-            seed=options.seed,
-            first=FIRST_ROW,
-            workspace=workspace,
-        )
+
+        def own() -> Iterable[str]:
+            return texts_without_end(
+                speaker(), source.folder, seed=options.seed, first=FIRST_ROW, workspace=workspace
+            )
+
         return cls(
             model,
             teacher,
@@ -191,7 +204,7 @@ class Healing:
             E_DK.to(device, passes),
             behind,
             text,
-            text.batches(schedule, options.seed, own),
+            text.batches(schedule, options.seed, own) if processes.leads else None,
             held,
             options,
             schedule,
@@ -200,7 +213,27 @@ class Healing:
             new_optimizer(masters, options),
             at_once,
             recomputed,
+            processes,
         )
+
+    def run(self, saved: Saved | None, save: Save, progress: Progress) -> None:
+        """From a saved state, or from the beginning, to the last step."""
+        course = self.processes.agreed(lambda: None if saved is None else saved[0])
+        if course is None:
+            self.judge()
+        else:
+            self.restore(course, self.processes.handed_on((saved[1] if saved else {}).items()))
+            logger.warning("healing goes on after step %d", self.course.step)
+        schedule = self.schedule
+        progress(self.stage, self.course.step, schedule.steps)
+        while self.course.step < schedule.steps:
+            if not self.advance():
+                logger.warning("healing diverged after step %d and stops there", self.course.step)
+                break
+            progress(self.stage, self.course.step, schedule.steps)
+            if self.course.step in schedule.evaluations:
+                self.judge()
+                save(self.state(), asdict(self.course))
 
     # Steps ------------------------------------------------------------------------------------
 
@@ -210,11 +243,11 @@ class Healing:
         False, and nothing has moved: the loss or its gradient is not finite.
         """
         began = time.perf_counter()
-        tokens_BL = self.batches(self.course.step)
+        share_BL = self._share(self.course.step)
         self.course.spent(began)
         began = time.perf_counter()
-        total = 0.0
-        for piece_BL in torch.split(tokens_BL.to(self.E_DK.device), self.at_once):
+        total = torch.zeros((), dtype=torch.float64)
+        for piece_BL in torch.split(share_BL.to(self.E_DK.device), self.at_once):
             loss = distillation_loss(
                 self.student,
                 self.teacher,
@@ -222,14 +255,17 @@ class Healing:
                 piece_BL,
                 hidden_weight=self.options.hidden_weight,
                 behind=self.behind,
+                reads=self.masters.read,
             )
-            loss = loss * (len(piece_BL) / len(tokens_BL))
+            loss = loss * (len(piece_BL) / len(share_BL))
             torch.autograd.backward(loss)
             self.masters.take_gradients()
             total += loss.item()
+        self.processes.sum(total)
+        mean = total.item() / self.processes.size
         weights = self.masters.weights.values()
-        norm = torch.nn.utils.clip_grad_norm_(weights, self.options.clip).item()
-        if not math.isfinite(total) or not math.isfinite(norm):
+        norm = torch.nn.utils.clip_grad_norm_(weights, self.options.clip)
+        if not math.isfinite(mean) or not math.isfinite(self.masters.whole(norm).item()):
             return False
         factor = self.schedule.factor(self.course.step)
         for group in self.optimizer.param_groups:
@@ -237,17 +273,23 @@ class Healing:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.masters.hand_back()
-        self.losses.append(total)
+        self.losses.append(mean)
         self.course.step += 1
         self.course.spent(began, training=True)
         return True
+
+    def _share(self, step: int) -> Tensor:
+        """This process's windows of a step, of which all have as many."""
+        batches = self.batches
+        tokens_BL = self.processes.agreed(lambda: batches(step) if batches else torch.empty(0))
+        return tokens_BL[self.processes.rank :: self.processes.size]
 
     def judge(self) -> None:
         """Evaluate the weights as they would be stored, and keep them if none were better."""
         began = time.perf_counter()
         rounded = self.masters.rounded(self.dtypes)
-        with computing_with(self.student, rounded):
-            judgement = judge(self.student, self.held)
+        with self.masters.computing_with(rounded) as model:
+            judgement = judge(model, self.held)
         course = self.course
         loss = {"loss": sum(self.losses) / len(self.losses)} if self.losses else {}
         self.losses.clear()
@@ -279,16 +321,22 @@ class Healing:
         kept |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             kept |= {f"optimizer.{index}.{key}": value for key, value in moments.items()}
-        return kept
+        return self.whole(kept)
 
-    def restore(self, course: Mapping[str, Any], tensors: Tensors) -> None:
+    def whole(self, kept: Tensors) -> Tensors:
+        """The same in one piece, for the first process alone."""
+        brought = ((name, self.masters.whole(tensor)) for name, tensor in kept.items())
+        return {name: tensor for name, tensor in brought if self.processes.leads}
+
+    def restore(self, course: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> None:
         self.course = Course(**course)
-        self.best = _below("best.", tensors)
-        for name, tensor in _below("student.", tensors).items():
+        kept = {name: self.masters.cut(tensor) for name, tensor in tensors}
+        self.best = _below("best.", kept)
+        for name, tensor in _below("student.", kept).items():
             self.masters.weights[name].data.copy_(tensor)
         self.masters.hand_back()
         moments: dict[int, Tensors] = {}
-        for name, tensor in _below("optimizer.", tensors).items():
+        for name, tensor in _below("optimizer.", kept).items():
             index, _, key = name.partition(".")
             moments.setdefault(int(index), {})[key] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
@@ -317,6 +365,43 @@ class Healing:
             "seconds": round(self.course.seconds, 2),
             "curve": curve,
         }
+
+
+Loaded = tuple[Masters, Any, HeldOut, Callable[[], Any]]
+"""The student's weights, a teacher in the dtype of passes, what it made of held-out windows before
+that, and a model that says text."""
+
+
+def _whole(
+    student: Checkpoint,
+    source: Checkpoint,
+    text: HealingText,
+    passes: torch.dtype,
+    device: torch.device,
+) -> Loaded:
+    teacher = load_float32(source).requires_grad_(False).to(device)
+    held = HeldOut.of(text.held_NL, teacher, partial(_head, teacher, source))
+    compute_in(teacher, passes)
+    masters = Masters.of(load_float32(student).to(device), passes)
+    return masters, teacher, held, lambda: teacher
+
+
+def _in_shards(
+    student: Checkpoint,
+    source: Checkpoint,
+    text: HealingText,
+    passes: torch.dtype,
+    processes: Several,
+) -> Loaded:
+    from dotexport.healing.distil_shards import Shards, in_shards, read_shards
+
+    exact = in_shards(source, torch.float32, processes).requires_grad_(False)
+    head = partial(_head, exact, source)
+    held = HeldOut.of(text.held_NL, exact, head, read_shards, processes)
+    teacher = in_shards(source, passes, processes).requires_grad_(False)
+    # Text is said by the first process alone, and by a model that is not in pieces.
+    speaker = cache(lambda: load_model(source, passes).to(processes.device))
+    return Shards.begin(student, passes, processes), teacher, held, speaker
 
 
 def _head(teacher: Any, source: Checkpoint) -> Head:

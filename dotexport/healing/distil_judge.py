@@ -7,8 +7,7 @@ C predictions, D width of the original, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,8 @@ from torch import Tensor
 
 from dotexport.exports.quality import predictions
 from dotexport.healing.distil_head import Head, slices
-from dotexport.healing.distil_loss import read
+from dotexport.healing.distil_loss import Reads, read
+from dotexport.processes.processes import ALONE, Processes
 
 TOKENS_AT_ONCE = 2048
 LOGITS_BYTES = 32 << 20  # of a chunk's logits; a few of these exist at a time
@@ -42,60 +42,63 @@ class HeldOut:
     """Windows that nothing is trained on, and what the original makes of them, in float32.
 
     Attributes:
+        windows: those of this process, some at a time; and whether they count: all processes read
+            as often.
         theirs: hidden states behind the original's last norm, on the host: it is asked once.
         head: of the original, read anew whenever it is asked for.
+        reads: how a model is asked for its states.
     """
 
-    windows_NL: Tensor
+    windows: tuple[tuple[Tensor, bool], ...]
     theirs: tuple[Tensor, ...]
     head: Callable[[], Head]
+    reads: Reads
+    processes: Processes
 
     @classmethod
-    def of(cls, windows_NL: Tensor, teacher: Any, head: Callable[[], Head]) -> HeldOut:
+    def of(
+        cls,
+        windows_NL: Tensor,
+        teacher: Any,
+        head: Callable[[], Head],
+        reads: Reads = read,
+        processes: Processes = ALONE,
+    ) -> HeldOut:
         """What a teacher in float32 makes of them."""
-        asked = (_read(teacher, windows_BL).cpu() for windows_BL in _at_once(windows_NL))
-        return cls(windows_NL, tuple(asked), head)
+        windows = tuple(_own(windows_NL, processes))
+        asked = (_read(teacher, windows_BL, reads).cpu() for windows_BL, _ in windows)
+        return cls(windows, tuple(asked), head, reads, processes)
 
 
 @torch.no_grad()
 def judge(student: Any, held: HeldOut) -> Judgement:
     """KL and perplexity on whole windows, in float32 whatever the steps compute in."""
-    ours, theirs = Head.of(student), held.head()
+    theirs = held.head()
     rows = LOGITS_BYTES // (4 * len(theirs.table_VK))
-    device = ours.table_VK.device
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    for windows_BL, theirs_CD in zip(_at_once(held.windows_NL), held.theirs, strict=True):
-        ours_CK, next_C = _read(student, windows_BL), windows_BL[:, 1:].flatten().to(device)
-        theirs_CD = theirs_CD.to(device)
+    device = theirs.table_VK.device
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    for (windows_BL, counts), theirs_CD in zip(held.windows, held.theirs, strict=True):
+        ours_CK, next_C = _read(student, windows_BL, held.reads), windows_BL[:, 1:].flatten()
+        if not counts:
+            continue
+        ours, next_C, theirs_CD = Head.of(student), next_C.to(device), theirs_CD.to(device)
         for chunk in slices(len(next_C), rows):
             logits_CV = ours.logits(ours_CK[chunk]), theirs.logits(theirs_CD[chunk])
-            sums += predictions(*logits_CV, next_C[chunk]).sum(0)
-    count = len(held.windows_NL) * (held.windows_NL.shape[1] - 1)
-    nats, original, kl, _ = (sums / count).tolist()
+            sums[:4] += predictions(*logits_CV, next_C[chunk]).sum(0)
+        sums[4] += len(next_C)
+    held.processes.sum(sums)
+    nats, original, kl, _ = (sums[:4] / sums[4]).tolist()
     return Judgement(kl, math.exp(min(nats, 700.0)), math.exp(min(original, 700.0)))
 
 
 @torch.no_grad()
-def _read(model: Any, windows_BL: Tensor) -> Tensor:
-    device = model.get_output_embeddings().weight.device
-    return read(model, windows_BL[:, :-1].to(device), streams=False)[0]
+def _read(model: Any, windows_BL: Tensor, reads: Reads) -> Tensor:
+    return reads(model, windows_BL[:, :-1].to(model.device), streams=False)[0]
 
 
-def _at_once(windows_NL: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(windows_NL, max(1, TOKENS_AT_ONCE // windows_NL.shape[1]))
-
-
-@contextmanager
-def computing_with(model: Any, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model has these weights, in float32, for as long as the block lasts."""
-    own = {name: parameter.data for name, parameter in model.named_parameters()}
-    assign(model, {name: tensor.float() for name, tensor in tensors.items()})
-    try:
-        yield
-    finally:
-        assign(model, own)
-
-
-def assign(model: Any, tensors: Mapping[str, Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.data = tensors[name].to(parameter.device)
+def _own(windows_NL: Tensor, processes: Processes) -> Iterator[tuple[Tensor, bool]]:
+    """Every so-manieth of all; in the last turn some processes read what another counts."""
+    parts = torch.split(windows_NL, max(1, TOKENS_AT_ONCE // windows_NL.shape[1]))
+    for first in range(0, len(parts), processes.size):
+        place = first + processes.rank
+        yield parts[min(place, len(parts) - 1)], place < len(parts)

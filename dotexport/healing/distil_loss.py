@@ -8,7 +8,7 @@ Shapes: B windows, L tokens of one, C = B * L predictions, D width before, K wid
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,9 @@ from torch import Tensor
 from dotexport.healing.distil_head import Head, divergence
 
 Streams = list[Tensor]
+
+Reads = Callable[..., tuple[Tensor, Streams]]
+"""As `read`."""
 
 
 def stream_distance(ours: Streams, theirs: Streams, E_DK: Tensor) -> Tensor:
@@ -44,6 +47,7 @@ def distillation_loss(
     *,
     hidden_weight: float,
     behind: Sequence[int] | None = None,
+    reads: Reads | None = None,
 ) -> Tensor:
     """KL of the predictions + hidden_weight * distance of the residual streams behind each layer.
 
@@ -51,10 +55,12 @@ def distillation_loss(
 
     Args:
         behind: the teacher's layer that each of the student's answers for; None: its own number.
+        reads: asks either for its states; None: `read`.
     """
+    reads = reads or read
     with torch.no_grad():
-        theirs_CD, their_streams = read(teacher, tokens_BL, streams=bool(hidden_weight))
-    ours_CK, our_streams = read(student, tokens_BL, streams=bool(hidden_weight))
+        theirs_CD, their_streams = reads(teacher, tokens_BL, streams=bool(hidden_weight))
+    ours_CK, our_streams = reads(student, tokens_BL, streams=bool(hidden_weight))
     loss = divergence(ours_CK, theirs_CD, Head.of(student), Head.of(teacher))
     if hidden_weight:
         their_streams = [their_streams[n] for n in behind or range(len(their_streams))]

@@ -23,12 +23,16 @@ def windows_at_once(config: Any, length: int, passes: torch.dtype, device: torch
 
 
 def needs_recomputing(
-    model: Any, windows: int, length: int, passes: torch.dtype = torch.float32
+    model: Any,
+    windows: int,
+    length: int,
+    passes: torch.dtype = torch.float32,
+    processes: int = 1,
 ) -> bool:
     """Whether the activations of so many windows would take too much of the memory that will be
     free."""
     # Gradients, two moments and a copy to evaluate are still to come, in float32.
-    to_come = 16 * sum(parameter.numel() for parameter in model.parameters())
+    to_come = 16 * sum(parameter.numel() for parameter in model.parameters()) // processes
     free = free_bytes(model.device) - to_come
     return bool(activation_bytes(model.config, windows * length, passes) > MEMORY_SHARE * free)
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from dotexport.healing.distil import heal
+from dotexport.healing.distil import heal, take_part
 from dotexport.healing.heal_options import HealOptions
 from dotexport.healing.healing_text import HealingText
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter
 from dotexport.models.fused import in_files
 from dotexport.narrowing.closed_form import ClosedForm
+from dotexport.processes.processes import ALONE, Processes
 from dotexport.storage.workspace import Workspace
 
 Progress = Callable[[str, int, int], None]
@@ -35,27 +36,28 @@ def heal_into(
     workspace: Workspace,
     device: torch.device,
     progress: Progress = lambda stage, done, total: None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Distil the narrowed checkpoint in `hf` from its original, in place; returns the report.
 
     Args:
         new_writer: opens `hf` for writing, when all that is read from it has been read.
+        processes: the first of those that share the work; the others follow it.
     """
     workspace.given({"healing": text.digests()})
     kept = workspace.load(STEP)
     student = Checkpoint.open(hf)
+    asked = (student, source, closed.E_DK, text, options)
+    processes.tell(take_part, *asked, closed.behind)
     healed = heal(
-        student,
-        source,
-        closed.E_DK,
-        text,
-        options,
+        *asked,
         behind=closed.behind,
         device=device,
         progress=progress,
         workspace=workspace,
         save=lambda tensors, course: workspace.save(STEP, course, tensors),
         saved=kept,
+        processes=processes,
     )
     writer = new_writer()
     for name, tensor in in_files(student, healed.tensors):

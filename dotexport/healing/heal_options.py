@@ -105,19 +105,33 @@ class HealOptions:
                 f"not {self.precision!r}"
             )
 
-    def settled(self, calibration: int) -> Schedule:
-        """Steps, and what each of them reads, where windows of calibration have so many tokens."""
+    def settled(self, calibration: int, processes: int = 1) -> Schedule:
+        """Steps, and what each of them reads, where windows of calibration have so many tokens.
+
+        Raises:
+            UsageError: windows of a step that so many processes cannot share evenly.
+        """
         if self.tokens is None:
             steps, length, batch = self.steps, self.seqlen or calibration, self.batch or 4
+            batch = self._shared(batch, processes)
         else:
             length = self.seqlen or min(calibration, WINDOW)
             low, high = STEP_TOKENS
             step_tokens = min(max(self.tokens // LEAST_STEPS, low), high)
-            batch = self.batch or max(1, step_tokens // length)
+            batch = self._shared(self.batch or max(1, step_tokens // length), processes)
             steps = math.ceil(self.tokens / (batch * length))
         assert steps is not None  # __post_init__
         long = 0 if self.tokens is None else steps // EVALUATIONS
         return Schedule(steps, batch, length, self.every or max(25, long), self.warmup)
+
+    def _shared(self, batch: int, processes: int) -> int:
+        """Windows of a step, as many for each process; more where the number is ours to choose."""
+        if self.batch is not None and batch % processes:
+            raise UsageError(
+                f"{processes} processes cannot share {batch} windows of a step evenly; give a "
+                "batch that is a multiple of the processes"
+            )
+        return -(-batch // processes) * processes
 
     def trial(self, calibration: int) -> HealOptions | None:
         """The same in short, on calibration text, by which sizes are judged; None: it is itself too

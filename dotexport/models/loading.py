@@ -63,7 +63,7 @@ class Loaded:
     ) -> None:
         self.dtype = dtype
         self.device = device
-        self.model = _empty(checkpoint, dtype, device)
+        self.model = empty_model(checkpoint, dtype, device)
         self.checkpoint = in_memory(checkpoint, dict(self.model.named_parameters()))
         self._change: Change | None = None
         self._handles: list[Any] = []
@@ -196,7 +196,7 @@ class Loaded:
                 )
 
 
-def _empty(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+def empty_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
     """The stock model without memory behind its parameters; buffers are computed."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM

@@ -101,7 +101,7 @@ def rehearsals(
         basis = options.basis if options.basis in ("dot", "select") else rough
         asked = (source, planned, windows_NL, other_NL, replace(cheap, basis=basis), fitted_on)
         processes.tell(take_part, *asked)
-        return _rehearsed(processes, device, *asked)
+        return _rehearsed(processes, device, *asked).divergence
 
     return measure
 
@@ -124,8 +124,8 @@ def _rehearsed(
     other_NL: torch.Tensor | None,
     options: NarrowOptions,
     fitted_on: int | None = None,
-) -> float:
-    """The divergence of a run that writes nothing."""
+) -> Narrowing:
+    """A run that writes nothing."""
     carried, decided = carry(source, planned)
     streams = _streams(decided, windows_NL, options, device, None, other_NL, processes)
     if fitted_on is not None:
@@ -134,7 +134,7 @@ def _rehearsed(
     quiet: Progress = lambda stage, done, total: None  # noqa: E731
     run = _assemble(carried, decided, streams, writer, options, quiet)
     run.run()
-    return run.divergence
+    return run
 
 
 def rehearsed_tokens(hidden_size: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -31,6 +31,7 @@ X = TypeVar("X")
 
 # Others wait while one samples text or solves: an end that is not heard of is torchrun's to find.
 PATIENCE = timedelta(days=7)
+BACKENDS = ("gloo", "nccl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,14 @@ class Processes:
     def each(self, function: Callable[[X], T], items: Sequence[X]) -> list[T]:
         """A function of each of these, for all; every process computes some."""
         return [function(item) for item in items]
+
+    def computing(self) -> AbstractContextManager[None]:
+        """A block in which torch has processes wait for each other.
+
+        Raises:
+            LostProcessError: one of them has gone.
+        """
+        return nullcontext()
 
     def tell(self, function: Callable[..., object], *arguments: Any) -> None:
         """Have the others call a function of a module with themselves and these arguments."""
@@ -115,6 +124,9 @@ class Several(Processes):
         mine = [function(item) for item in items[self.rank :: self.size]]
         given = ((n % self.size, n // self.size) for n in range(len(items)))
         return [self._from(by, mine[n] if by == self.rank else None) for by, n in given]  # type: ignore[misc]
+
+    def computing(self) -> AbstractContextManager[None]:
+        return _answered(of=BACKENDS)
 
     def tell(self, function: Callable[..., object], *arguments: Any) -> None:
         assert self.leads
@@ -169,8 +181,11 @@ class Several(Processes):
 
 
 @contextmanager
-def _answered() -> Iterator[None]:
+def _answered(of: Sequence[str] = ("",)) -> Iterator[None]:
     """Whoever is waited for is there.
+
+    Args:
+        of: an error with one of these words is about that.
 
     Raises:
         LostProcessError: it has gone.
@@ -178,6 +193,8 @@ def _answered() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if not any(word in str(error).lower() for word in of):
+            raise
         raise LostProcessError(
             f"another process ended ({str(error).strip().splitlines()[0]}), and this one cannot go "
             "on without its share of the text; torchrun says which. Start the same command again"

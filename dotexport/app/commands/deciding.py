@@ -106,7 +106,7 @@ def shrink(
 
     Example: dotexport shrink ./llama -o out --params 0.7x --calib text.jsonl
 
-    torchrun --nproc-per-node 4 -m dotexport shrink ... shares the text between processes.
+    torchrun --nproc-per-node 4 -m dotexport shrink ... shares the work between processes.
 
     A diffusers pipeline folder has options of its own: dotexport shrink FOLDER --help
     """
