@@ -101,7 +101,7 @@ def in_shards(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     processes: Several,
-    tensor_of: TensorOf = Checkpoint.tensor,
+    tensor_of: TensorOf | None = None,
     *,
     passes: torch.dtype | None = None,
 ) -> Any:
@@ -112,6 +112,7 @@ def in_shards(
     Args:
         dtype: of what is kept.
         tensor_of: reads a tensor by its name in memory; all ask for the same ones, in one order.
+            None: each process has the files.
         passes: dtype to compute in; None: that of what is kept.
     """
     model = empty_model(checkpoint, dtype, processes.device)
@@ -127,7 +128,8 @@ def in_shards(
                     continue
                 name = names[id(parameter)]
                 if name not in filled:
-                    whole = tensor_of(stored, name).to(processes.device, dtype, copy=True)
+                    found = tensor_of(stored, name) if tensor_of else stored.tensor(name)
+                    whole = found.to(processes.device, dtype, copy=True)
                     filled[name] = nn.Parameter(whole)
                 module._parameters[key] = filled[name]
         # The outermost part stays together between the pass forwards and the one back: its table

@@ -220,6 +220,23 @@ def test_several_distil_to_what_one_does(
             assert ours == pytest.approx(theirs, rel=close)
 
 
+def test_several_distil_a_mixture_on_what_the_original_says(
+    tiny_model: Callable[..., Path], words: Path, tmp_path: Path
+) -> None:
+    """Experts are fused in memory and apart in files; text is said by the first process."""
+    mixture = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    model = tiny_model(model_type="qwen3_moe", num_hidden_layers=2, norm_topk_prob=True, **mixture)
+    options = ("--samples", 10, "--seqlen", 32, "--other", "none", "--hidden", 32)
+    options += (*DISTILLED, "--heal-text", "self")
+    for size in (1, 2):
+        out = tmp_path / f"{size}"
+        endings = torchrun(size, tmp_path, "shrink", model, "-o", out, "--calib", words, *options)
+        assert [ending.code for ending in endings] == [0] * size, endings
+    one, two = (report(tmp_path / name)["healing"]["curve"] for name in ("1", "2"))
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+
+
 def _short_of_memory(rank: int) -> None:
     distil.needs_recomputing = lambda *model: int(os.environ["WORLD_SIZE"]) > 1
 
