@@ -70,7 +70,7 @@ def torchrun(
         process.start()
     try:
         for process in started:
-            process.join(60)
+            process.join(300)
         codes = [process.exitcode for process in started]
     finally:
         for process in started:
@@ -227,7 +227,7 @@ def test_several_distil_a_mixture_on_what_the_original_says(
     mixture = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
     model = tiny_model(model_type="qwen3_moe", num_hidden_layers=2, norm_topk_prob=True, **mixture)
     options = ("--samples", 10, "--seqlen", 32, "--other", "none", "--hidden", 32)
-    options += (*DISTILLED, "--heal-text", "self")
+    options += (*DISTILLED, "--heal", 12, "--heal-text", "self")
     for size in (1, 2):
         out = tmp_path / f"{size}"
         endings = torchrun(size, tmp_path, "shrink", model, "-o", out, "--calib", words, *options)
