@@ -115,10 +115,15 @@ def show_costs(chosen: Choice) -> None:
     for name, sizes in costs.cache_per_token.items():
         table.add_row(f"{name}, KV cache per token, KB", *(f"{size / 1e3:,.2f}" for size in sizes))
     table.add_row("disk for hf/ and artifacts, MB", "", f"{costs.disk / 1e6:,.2f}")
-    table.add_row("peak memory of shrink, MB", "", f"{costs.shrink_memory / 1e6:,.0f}")
+    several = costs.processes > 1
+    each = f" in each of {costs.processes:,} processes" if several else ""
+    table.add_row(f"peak memory of shrink{each}, MB", "", f"{costs.shrink_memory / 1e6:,.0f}")
+    if several:
+        table.add_row("sent between them, MB", "", f"{costs.exchanged / 1e6:,.0f}")
     table.add_row("time of shrink here", "", duration(costs.shrink_seconds))
     if costs.allocation_seconds:
-        table.add_row("and of measuring cuts first", "", duration(costs.allocation_seconds))
+        alone = ", by one process" if several else ""
+        table.add_row(f"and of measuring cuts first{alone}", "", duration(costs.allocation_seconds))
     if costs.distillation_seconds:
         table.add_row("and of distilling behind it", "", duration(costs.distillation_seconds))
     console.print(table)

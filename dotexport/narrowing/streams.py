@@ -29,7 +29,7 @@ from dotexport.processes.processes import ALONE, Processes
 
 TOKENS_PER_BATCH = 4096
 MEMORY_SHARE = 0.25
-FITTED, HELD_OUT, OTHER = "fitted", "held out", "other"  # kinds of windows
+KINDS = FITTED, HELD_OUT, OTHER = "fitted", "held out", "other"  # of windows
 Rows = slice
 Read = Callable[[Rows], tuple[Tensor, Tensor]]
 Step = Callable[[Tensor], Tensor]

@@ -68,6 +68,16 @@ class Work:
     def __mul__(self, times: float) -> Work:
         return Work(*(times * a for a in astuple(self)))
 
+    def shared(self, processes: int) -> Work:
+        """What is left for each of several processes: of all that is done for tokens its share, and
+        every solve, for which the others wait."""
+        return replace(
+            self,
+            passes=self.passes / processes,
+            products=self.products / processes,
+            moved=self.moved / processes,
+        )
+
     def seconds(self, rates: Work) -> float:
         """At so many operations of each kind per second."""
         pairs = zip(astuple(self), astuple(rates), strict=True)
@@ -80,13 +90,18 @@ def shrink_seconds(
     samples: int = 128,
     seqlen: int = 2048,
     passes: torch.dtype = torch.float32,
+    processes: int = 1,
 ) -> float:
     """Estimated time of narrowing on this machine, with calibration text of so many windows.
 
     The choice of layers and half of the text, which the original samples, included; without
     distillation, and without reading and writing files.
+
+    Args:
+        processes: each as fast as this one, and sums travel in no time.
     """
-    work = work_of(decided, samples, seqlen) + work_of_choosing_layers(decided, seqlen)
+    work = work_of(decided, samples, seqlen).shared(processes)
+    work += work_of_choosing_layers(decided, seqlen)
     work += work_of_sampling(decided, samples // 2 * seqlen)
     return work.seconds(rates(_stream(decided.before), passes))
 
@@ -113,12 +128,19 @@ def allocation_seconds(
 
 
 def distillation_seconds(
-    decided: Plan, heal: HealOptions, *, samples: int = 128, seqlen: int = 2048
+    decided: Plan,
+    heal: HealOptions,
+    *,
+    samples: int = 128,
+    seqlen: int = 2048,
+    processes: int = 1,
 ) -> float:
     """Estimated time of distilling the narrowed model from its original, behind all of that."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = heal.chosen_precision(device) == "bf16"
-    work = work_of_distilling(decided, heal.settled(seqlen), round(HELD_OUT * samples * seqlen))
+    schedule = heal.settled(seqlen, processes)
+    work = work_of_distilling(decided, schedule, round(HELD_OUT * samples * seqlen))
+    work = work.shared(processes)
     return work.seconds(rates(_stream(decided.before), torch.bfloat16 if bf16 else torch.float32))
 
 

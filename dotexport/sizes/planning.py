@@ -46,6 +46,7 @@ from dotexport.sizes.effort import allocation_seconds, distillation_seconds, shr
 from dotexport.sizes.frozen import frozen
 from dotexport.sizes.full_rows import advice
 from dotexport.sizes.plan_file import KEY, as_flags, fingerprint
+from dotexport.sizes.sharing import exchanged_bytes
 
 BUDGET = "the budget"
 FINER = 0.9  # sizes off the best grid must be expected to cost this much less
@@ -79,6 +80,8 @@ class Costs:
         disk: weights in hf/ and all artifacts after narrowing.
         distillation_seconds: of distilling it behind that, where it is asked for.
         judged: how the last few sizes are judged, where cuts are measured.
+        processes: that share the work; memory is of each.
+        exchanged: what they send each other while they narrow (sharing.py).
     """
 
     artifacts: Mapping[str, tuple[int, int]]
@@ -89,6 +92,13 @@ class Costs:
     disk: int
     distillation_seconds: float | None = None
     judged: str = TRAINING_FREE
+    processes: int = 1
+    exchanged: int = 0
+
+    def of_processes(self) -> dict[str, int]:
+        """What a document says of several."""
+        several = {"processes": self.processes, "exchanged_bytes": self.exchanged}
+        return several if self.processes > 1 else {}
 
 
 @dataclass(frozen=True)
@@ -125,6 +135,7 @@ class Choice:
             "kv_cache_bytes_per_token": {k: list(v) for k, v in self.costs.cache_per_token.items()},
             "shrink_memory_bytes": self.costs.shrink_memory,
             "shrink_seconds": round(self.costs.shrink_seconds, 1),
+            **self.costs.of_processes(),
             "allocation_seconds": round(self.costs.allocation_seconds, 1),
             **({"judged": self.costs.judged} if self.costs.allocation_seconds else {}),
             **(
@@ -184,12 +195,14 @@ def calibrated(
     samples: int,
     seqlen: int | None,
     heal: HealOptions | None = None,
+    processes: int = 1,
 ) -> Choice:
     """The choice with the time and memory of narrowing on so many windows of so many tokens.
 
     Args:
         seqlen: None: what shrink takes by default.
         heal: distillation besides.
+        processes: that share it (torchrun), each as fast as this one.
     """
     window, decided = seqlen or _window(config), chosen.plan.on_kept_tokens
     costs = chosen.costs
@@ -201,15 +214,14 @@ def calibrated(
             allocation_seconds=costs.allocation_seconds + CHECKED * each,
             judged=f"the last few behind a distillation on {trial.tokens:,} tokens",
         )
+    shared = {"samples": samples, "seqlen": window, "processes": processes}
     costs = replace(
         costs,
-        shrink_memory=shrink_memory(config, decided, samples=samples, seqlen=window),
-        shrink_seconds=shrink_seconds(
-            decided, samples=samples, seqlen=window, passes=_passes(config, decided)
-        ),
-        distillation_seconds=distillation_seconds(decided, heal, samples=samples, seqlen=window)
-        if heal
-        else None,
+        shrink_memory=shrink_memory(config, decided, **shared),
+        shrink_seconds=shrink_seconds(decided, passes=_passes(config, decided), **shared),
+        distillation_seconds=distillation_seconds(decided, heal, **shared) if heal else None,
+        processes=processes,
+        exchanged=0 if processes == 1 else exchanged_bytes(decided, samples=samples, seqlen=window),
     )
     return replace(chosen, costs=costs)
 
@@ -394,17 +406,23 @@ def weight_bytes(family: Family, sizes: Sizes, bits: Sequence[float]) -> int:
 
 
 def shrink_memory(
-    config: Mapping[str, Any], decided: Plan, *, samples: int = 128, seqlen: int = WINDOW
+    config: Mapping[str, Any],
+    decided: Plan,
+    *,
+    samples: int = 128,
+    seqlen: int = WINDOW,
+    processes: int = 1,
 ) -> int:
     """Estimated peak of narrowing, with calibration text of shrink's defaults.
 
     Both streams over the text and one layer of each model in float32, beside it either a table in
     both widths (the original's twice) or the sums and solves of the widest refit in float64.
     Streams beyond a quarter of the free memory lie on disk instead (narrowing/streams.py). Before
-    that the original is there as a whole, where it fits, and says the second text.
+    that the original is there as a whole, where it fits, and says the second text. Of several
+    processes each has its share of the streams; this is the first one's.
     """
     before, after = decided.before, decided.carried_after
-    tokens = samples * min(seqlen, _window(config))
+    tokens = math.ceil(samples / processes) * min(seqlen, _window(config))
     stream, narrower = before.spaces["residual"], after.spaces["residual"]
     # What experts still lack is a stream of its own while they are fitted one after another.
     streams = 4 * tokens * (stream + narrower * (2 if before.mixture else 1))

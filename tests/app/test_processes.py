@@ -15,9 +15,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dotexport.app.cli import main
+from dotexport.axes.plan import SizeOptions
 from dotexport.healing import distil
 from dotexport.healing.distil import Healing
 from dotexport.narrowing.narrow_options import LocalOptions
 from dotexport.narrowing.run import Narrowing
+from dotexport.processes.parcels import packed
+from dotexport.processes.processes import Several
 from dotexport.processes.torchrun import one_process
+from dotexport.sizes.budget import plan
+from dotexport.sizes.sharing import exchanged_bytes
 
 from .conftest import written
 
@@ -295,6 +301,44 @@ def logits(folder: Path) -> Tensor:
 def apart(some: dict[str, Tensor], others: dict[str, Tensor]) -> float:
     """The largest difference, in units of a tensor's largest entry."""
     return max(float((some[n] - t).abs().max() / t.abs().max()) for n, t in others.items())
+
+
+def test_plan_counts_what_processes_send_each_other(
+    tiny_llama: TinyLlama, words: Path, tmp_path: Path
+) -> None:
+    """A run of shrink's defaults with two texts, whose tensors were counted as they were sent: to a
+    tenth, for there are tokens and words besides."""
+    model = tiny_llama("wide-heads")
+    text = written(tmp_path / "text.txt", " ".join(f"w{n % 7} w{n % 11}" for n in range(400)))
+    options = ("--samples", 16, "--seqlen", 32, "--other", text, *SIZES, "--basis", "pca")
+    command = ("shrink", model, "-o", tmp_path / "out", "--calib", words, *options)
+    endings = torchrun(2, tmp_path, *command, before=partial(_counting, tmp_path / "sent"))
+    assert [ending.code for ending in endings] == [0, 0], endings
+    sent = sum(map(int, (tmp_path / "sent").read_text().split()))
+    sizes = SizeOptions(hidden_size=40, intermediate_size=56, num_key_value_heads=1)
+    decided = plan(json.loads((model / "config.json").read_text()), sizes)
+    assert exchanged_bytes(decided, samples=16, seqlen=32) == pytest.approx(sent, rel=0.1)
+
+
+def _counting(file: Path, rank: int) -> None:
+    """What is added up, and what the first process tells, one number for each."""
+    if rank != 0:
+        return
+    add, tell = Several.sum, Several._from
+
+    def note(tensors: Iterable[Tensor]) -> None:
+        with file.open("a") as lines:
+            print(sum(t.nbytes for t in tensors), file=lines)
+
+    def added(self: Several, *tensors: Tensor) -> None:
+        note(tensors)
+        add(self, *tensors)
+
+    def told(self: Several, by: int, value: Any) -> Any:
+        note(packed(value)[1] if by == 0 else [])
+        return tell(self, by, value)
+
+    Several.sum, Several._from = added, told  # type: ignore[method-assign]
 
 
 def test_sizes_that_are_measured_and_layers_that_leave_are_the_same(

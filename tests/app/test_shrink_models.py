@@ -204,6 +204,23 @@ def test_planning_estimates_for_the_text_that_will_be_read(dotexport: Command, m
     refused(dotexport("plan", model, *NARROW, "--samples", "0"), 2, "samples")
 
 
+def test_planning_estimates_what_several_processes_share(dotexport: Command, model: Path) -> None:
+    """Of 4096 windows each has its share; solves and sampled text are the first one's."""
+    asked = ("plan", model, *NARROW, "--samples", "4096", "--seqlen", "64")
+    one, four = (
+        json.loads(dotexport(*asked, "--processes", n, "--json").out) for n in ("1", "4")
+    )
+    for cost in ("shrink_seconds", "shrink_memory_bytes"):
+        assert one[cost] / 4 < four[cost] < one[cost]
+    assert four["processes"] == 4
+    assert four["exchanged_bytes"] > 0
+    assert "exchanged_bytes" not in one
+    shown = dotexport(*asked, "--processes", "4").out
+    assert "in each of 4 processes" in shown
+    assert "sent between them" in shown
+    refused(dotexport(*asked, "--processes", "0"), 2, "processes")
+
+
 def test_planning_estimates_distillation_where_it_is_asked_for(
     dotexport: Command, model: Path
 ) -> None:

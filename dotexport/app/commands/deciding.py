@@ -45,6 +45,9 @@ def plan(
         str,
         typer.Option(help="Distillation to estimate besides, as shrink --heal takes it: 20M, 200."),
     ] = "local",
+    processes: Annotated[
+        int, typer.Option(help="Of torchrun, to estimate shrink with.", min=1, max=MOST)
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Show sizes that all named targets take, and what they cost. Reads no weights.
@@ -65,7 +68,7 @@ def plan(
         sizes = replace(sizes, vocab_size=chosen.plan.after.vocab_size)
     else:
         chosen = choose(config, sizes, where)
-    chosen = calibrated(config, chosen, samples, seqlen, distil)
+    chosen = calibrated(config, chosen, samples, seqlen, distil, processes)
     timed = planned_time(chosen.plan, sizes, where.targets)
     if as_json:
         show_json(chosen.as_dict() | timed)
