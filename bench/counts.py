@@ -33,6 +33,8 @@ MULTIPLIED = {
     ("gguf", "int4"): "int8",
     ("gguf", "int6-k"): "int8",
     ("gguf", "int4-k"): "int8",
+    ("gguf", "int3-k"): "int8",
+    ("gguf", "int2-k"): "int8",
 }
 
 

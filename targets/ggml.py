@@ -1,14 +1,13 @@
 """GGUF: one file with weights, sizes and tokenizer, for llama.cpp and what stands on it.
 
-fp16 is F16, int8 is Q8_0, int4 is Q4_0 with tables in Q8_0, int6-k is Q6_K, int4-k is Q4_K with
-Q6_K where llama.cpp's own Q4_K_M has it; norms and biases stay F32. A file is read back by
-ggml_reading.py, and run in llama.cpp itself by llamacpp.py.
+fp16 is F16, int8 is Q8_0, int4 is Q4_0 with tables in Q8_0, int6-k is Q6_K, and int4-k, int3-k and
+int2-k are llama.cpp's mixes Q4_K_M, Q3_K_M and Q2_K (ggml_mixes.py); norms and biases stay F32. A
+file is read back by ggml_reading.py, and run in llama.cpp itself by llamacpp.py.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from dotexport.models.rope import stock_config
 from . import ggml_blocks, kquants
 from .configs import frequencies, head_dim, rope_type, rope_words, window_of
 from .ggml_blocks import BLOCK
+from .ggml_mixes import FILE_TYPES, stored_as
 from .ggml_vocab import add_tokenizer, tokenizer_problems
 
 if TYPE_CHECKING:
@@ -55,32 +55,16 @@ WITH_FACTORS = {gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.GRANITE}
 ROPES = {"default", "linear", "yarn", "llama3"}
 YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
 
-Type = gguf.GGMLQuantizationType
-MATRICES = {
-    "fp16": Type.F16,
-    "int8": Type.Q8_0,
-    "int4": Type.Q4_0,
-    "int6-k": Type.Q6_K,
-    "int4-k": Type.Q4_K,
-}
-FILE_TYPES = {
-    "fp16": gguf.LlamaFileType.MOSTLY_F16,
-    "int8": gguf.LlamaFileType.MOSTLY_Q8_0,
-    "int4": gguf.LlamaFileType.MOSTLY_Q4_0,
-    "int6-k": gguf.LlamaFileType.MOSTLY_Q6_K,
-    "int4-k": gguf.LlamaFileType.MOSTLY_Q4_K_M,
-}
 BLOCKS = dict.fromkeys(("int8", "int4"), BLOCK)
-SUPERBLOCKS = dict.fromkeys(("int6-k", "int4-k"), kquants.SUPERBLOCK)
-SENSITIVE = ("attn_v", "ffn_down")  # matrices that Q4_K_M keeps in Q6_K in half of the layers
+SUPERBLOCKS = dict.fromkeys(("int6-k", "int4-k", "int3-k", "int2-k"), kquants.SUPERBLOCK)
 
 
 class Gguf:
     """Writes with the gguf package, whose dequantiser reads it back, in float32 on torch."""
 
     name = "gguf"
-    summary = "GGUF for llama.cpp (Q8_0, Q4_0; int6-k is Q6_K, int4-k is Q4_K_M)"
-    precisions = ("fp16", "int8", "int4", "int6-k", "int4-k")
+    summary = "GGUF for llama.cpp (Q8_0, Q4_0; -k are Q6_K, Q4_K_M, Q3_K_M, Q2_K)"
+    precisions = ("fp16", "int8", "int4", "int6-k", "int4-k", "int3-k", "int2-k")
     row_groups: Mapping[str, int] = BLOCKS | SUPERBLOCKS
     cache_bytes = 2  # what llama.cpp keeps unless told otherwise
     exact_rounding = ()  # rows that are no multiple of 32 stay F16
@@ -224,7 +208,12 @@ def _bytes_by_name(family: Family, sizes: Sizes, precision: str) -> dict[str, in
     names, found = gguf.get_tensor_name_map(arch, sizes.num_layers), {}
     for name, shape in shapes(family, sizes):
         stored = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
-        kind = _type(stored, shape, precision, sizes.num_layers, tied=sizes.tied)
+        kind = stored_as(
+            *(stored, shape, precision),
+            layers=sizes.num_layers,
+            shared=sizes.num_attention_heads // sizes.num_key_value_heads,
+            tied=sizes.tied,
+        )
         weights, num_bytes = gguf.GGML_QUANT_SIZES[kind]
         found[stored] = int(np.prod(shape)) // weights * num_bytes
     return found
@@ -377,7 +366,7 @@ def _add_tensors(
 ) -> None:
     config, larger = checkpoint.config, []
     for name, stored, kind in _stored(checkpoint, precision):
-        if kind == Type.F16 and precision != "fp16":
+        if kind == gguf.GGMLQuantizationType.F16 and precision != "fp16":
             larger.append(stored)
         if name in rounded:
             rows = torch.from_numpy(ggml_blocks.pack(rounded[name], kind))
@@ -399,6 +388,7 @@ def _stored(checkpoint: Checkpoint, precision: str) -> Iterator[tuple[str, str, 
     config = checkpoint.config
     arch = ARCHITECTURES[config["architectures"][0]]
     layers, tied = config["num_hidden_layers"], bool(config.get("tie_word_embeddings"))
+    shared = config["num_attention_heads"] // _num_kv_heads(config)
     names = gguf.get_tensor_name_map(arch, layers)
     for name in checkpoint.files:
         if name.endswith("rotary_emb.inv_freq"):
@@ -408,34 +398,9 @@ def _stored(checkpoint: Checkpoint, precision: str) -> Iterator[tuple[str, str, 
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if stored is None:
             raise CheckpointError(f"{name} has no name in GGUF; export with another target")
-        yield (
-            name,
-            stored,
-            _type(stored, checkpoint.specs[name].shape, precision, layers, tied=tied),
-        )
-
-
-def _type(name: str, shape: tuple[int, ...], precision: str, layers: int, *, tied: bool) -> Any:
-    """How llama.cpp's name of a tensor is stored."""
-    if len(shape) == 1:
-        return Type.F32
-    if precision == "fp16" or shape[-1] % BLOCK:
-        return Type.F16
-    if precision == "int4-k":
-        head = "token_embd" if tied else "output."
-        return Type.Q6_K if name.startswith(head) or _is_sensitive(name, layers) else Type.Q4_K
-    if precision == "int4" and name.startswith("token_embd"):
-        return Type.Q8_0
-    return MATRICES[precision]
-
-
-def _is_sensitive(name: str, layers: int) -> bool:
-    """llama.cpp's rule of Q4_K_M: the first eighth of the layers, the last, and every third."""
-    found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
-    if found is None or found[2] not in SENSITIVE:
-        return False
-    layer, eighth = int(found[1]), layers // 8
-    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+        shape = checkpoint.specs[name].shape
+        kind = stored_as(stored, shape, precision, layers=layers, shared=shared, tied=tied)
+        yield name, stored, kind
 
 
 def _turned(name: str, tensor: torch.Tensor, config: Mapping[str, Any], arch: Any) -> torch.Tensor:

@@ -1,9 +1,10 @@
 """K-quants: superblocks of 256 weights of a row, whose groups have scales that are numbers too.
 
-llama.cpp's formats Q4_K and Q6_K, in the layout that gguf.quants dequantises; that package itself
-only reads them. Every group gets the scale (and, in Q4_K, the offset) of the least squared error
-among a few candidates, each refined by least squares on its own rounding. Where the inputs are
-known, errors count as much as their columns do, and `grid` tells merging/rounding.py the rest.
+llama.cpp's formats Q2_K to Q6_K, in the layout that gguf.quants dequantises; that package itself
+only reads them. Every group gets the scale (and, in Q2_K, Q4_K and Q5_K, the offset) of the least
+squared error among a few candidates, each refined by least squares on its own rounding. Where the
+inputs are known, errors count as much as their columns do, and `grid` tells merging/rounding.py the
+rest.
 
 Shapes: N superblocks, G groups of each, W weights of a group; J superblocks at once; O rows, I
 weights of one.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
+Integers = NDArray[np.integer[Any]]
+Pack = Callable[[NDArray[np.int8], Floats], Bytes]
+"""Bytes of superblocks, from levels (J, 256) and what is stored of their groups (J, S)."""
 
 SUPERBLOCK = 256
 CHUNK = 8192  # superblocks at a time: 8 MB of float32, and a few times that on the way
@@ -43,13 +47,12 @@ class Format:
         fit: what is stored for the groups of superblocks, (J, S), given how much a squared error of
             each of their weights counts (None: all alike).
         lattice: step and offset of each weight, (J, G, 1), from that.
-        pack: bytes, from levels (J, 256) and that.
     """
 
     levels: tuple[int, int]
     fit: Callable[[Floats, Floats | None], Floats]
     lattice: Callable[[Floats], tuple[Floats, Floats]]
-    pack: Callable[[NDArray[np.int8], Floats], Bytes]
+    pack: Pack
 
     def encode(self, blocks_J: Floats) -> Bytes:
         stored_JS = self.fit(blocks_J, None)
@@ -115,25 +118,52 @@ class Superblocks:
         yield Lattice(step_OW, offset_OW, stored_OS)
 
 
-def _fit_4(blocks_J: Floats, importance: Floats | None) -> Floats:
-    """d and dmin of the superblock, eight scales and eight offsets of groups of 32."""
-    scale_JG, offset_JG = _affine(blocks_J.reshape(-1, 8, 32), _of_groups(importance, 8))
-    return np.concatenate([*_shared(scale_JG, 63), *_shared(offset_JG, 63)], axis=1)
+# Scales and offsets: Q2_K, Q4_K, Q5_K ------------------------------------------------------------
 
 
-def _lattice_4(stored_JS: Floats) -> tuple[Floats, Floats]:
-    d_J1, sc_JG, dmin_J1, m_JG = np.split(stored_JS, (1, 9, 10), axis=1)
+def _affine_format(top: int, groups: int, scales: int, pack: Pack) -> Format:
+    """Levels from 0 to `top`, and per group a scale and an offset of so many levels: stored are d,
+    all scales, dmin, and all offsets of a superblock."""
+
+    def fit(blocks_J: Floats, importance: Floats | None) -> Floats:
+        x_JGW = blocks_J.reshape(len(blocks_J), groups, -1)
+        scale_JG, offset_JG = _affine(x_JGW, _of_groups(importance, groups), top)
+        return np.concatenate([*_shared(scale_JG, scales), *_shared(offset_JG, scales)], axis=1)
+
+    return Format((0, top), fit, _affine_lattice, pack)
+
+
+def _affine_lattice(stored_JS: Floats) -> tuple[Floats, Floats]:
+    d_J1, sc_JG, dmin_J1, m_JG = _affine_parts(stored_JS)
     return (d_J1 * sc_JG)[..., None], (dmin_J1 * m_JG)[..., None]
+
+
+def _affine_parts(stored_JS: Floats) -> list[Floats]:
+    half = stored_JS.shape[1] // 2
+    return np.split(stored_JS, (1, half, half + 1), axis=1)
+
+
+def _pack_2(q_J: NDArray[np.int8], stored_JS: Floats) -> Bytes:
+    """Scale and offset of each group in 4 bits: 2.625 bits per weight."""
+    d_J1, sc_JG, dmin_J1, m_JG = _affine_parts(stored_JS)
+    scales = sc_JG.astype(np.uint8) | m_JG.astype(np.uint8) << 4
+    return np.concatenate([scales, _pairs_of_bits(q_J), _half(d_J1), _half(dmin_J1)], axis=1)
 
 
 def _pack_4(q_J: NDArray[np.int8], stored_JS: Floats) -> Bytes:
     """Scale and offset of each group in 6 bits: 4.5 bits per weight."""
-    d_J1, sc_JG, dmin_J1, m_JG = np.split(stored_JS, (1, 9, 10), axis=1)
-    pairs = q_J.astype(np.uint8).reshape(-1, 4, 2, 32)
-    nibbles = pairs[:, :, 0] | pairs[:, :, 1] << 4
-    return np.concatenate(
-        [_half(d_J1), _half(dmin_J1), _six_bits(sc_JG, m_JG), nibbles.reshape(-1, 128)], axis=1
-    )
+    return np.concatenate([*_six_bit_head(stored_JS), _nibbles(q_J)], axis=1)
+
+
+def _pack_5(q_J: NDArray[np.int8], stored_JS: Floats) -> Bytes:
+    """The same, and the fifth bits of all groups beside each other: 5.5 bits per weight."""
+    fifth = _bits(q_J.astype(np.uint8) >> 4)
+    return np.concatenate([*_six_bit_head(stored_JS), fifth, _nibbles(q_J & 15)], axis=1)
+
+
+def _six_bit_head(stored_JS: Floats) -> list[Bytes]:
+    d_J1, sc_JG, dmin_J1, m_JG = _affine_parts(stored_JS)
+    return [_half(d_J1), _half(dmin_J1), _six_bits(sc_JG, m_JG)]
 
 
 def _six_bits(sc_JG: Floats, m_JG: Floats) -> Bytes:
@@ -144,33 +174,78 @@ def _six_bits(sc_JG: Floats, m_JG: Floats) -> Bytes:
     return np.concatenate([*first, sc[:, 4:] & 15 | (m[:, 4:] & 15) << 4], axis=1)
 
 
-def _fit_6(blocks_J: Floats, importance: Floats | None) -> Floats:
-    """d of the superblock and sixteen scales of groups of 16."""
-    scale_JG = _symmetric(blocks_J.reshape(-1, 16, 16), _of_groups(importance, 16))
-    return np.concatenate(_shared(scale_JG, 127), axis=1)
+# Scales alone: Q3_K, Q6_K ------------------------------------------------------------------------
 
 
-def _lattice_6(stored_JS: Floats) -> tuple[Floats, Floats]:
+def _symmetric_format(lowest: int, scales: int, pack: Pack) -> Format:
+    """Levels from `lowest` to one less than its opposite, and sixteen scales of so many levels of
+    either sign: stored are d and all scales of a superblock."""
+
+    def fit(blocks_J: Floats, importance: Floats | None) -> Floats:
+        scale_JG = _symmetric(blocks_J.reshape(-1, 16, 16), _of_groups(importance, 16), -lowest)
+        return np.concatenate(_shared(scale_JG, scales), axis=1)
+
+    return Format((lowest, -lowest - 1), fit, _symmetric_lattice, pack)
+
+
+def _symmetric_lattice(stored_JS: Floats) -> tuple[Floats, Floats]:
     step_JG1 = (stored_JS[:, :1] * stored_JS[:, 1:])[..., None]
     return step_JG1, np.zeros_like(step_JG1)
+
+
+def _pack_3(q_J: NDArray[np.int8], stored_JS: Floats) -> Bytes:
+    """Scale of each group in 6 bits, levels' third bits beside each other: 3.4375 bits per
+    weight."""
+    q_J = (q_J + 4).astype(np.uint8)
+    scales = (stored_JS[:, 1:] + 32).astype(np.uint8)
+    lower = scales[:, :8] & 15 | (scales[:, 8:] & 15) << 4
+    upper = _stacked((scales >> 4).reshape(-1, 4, 4), 2)
+    half = _half(stored_JS[:, :1])
+    return np.concatenate([_bits(q_J >> 2), _pairs_of_bits(q_J & 3), lower, upper, half], axis=1)
 
 
 def _pack_6(q_J: NDArray[np.int8], stored_JS: Floats) -> Bytes:
     """Scale of each group in 8 bits: 6.5625 bits per weight."""
     q_J = (q_J + 32).astype(np.uint8)
-    lower = (q_J & 15).reshape(-1, 2, 2, 64)
-    upper = (q_J >> 4).reshape(-1, 2, 4, 32)
-    ql = lower[:, :, 0] | lower[:, :, 1] << 4
-    qh = upper[:, :, 0] | upper[:, :, 1] << 2 | upper[:, :, 2] << 4 | upper[:, :, 3] << 6
+    lower = _stacked((q_J & 15).reshape(-1, 2, 2, 64), 4).reshape(-1, 128)
     scales = stored_JS[:, 1:].astype(np.int8).view(np.uint8)
-    half = _half(stored_JS[:, :1])
-    return np.concatenate([ql.reshape(-1, 128), qh.reshape(-1, 64), scales, half], axis=1)
+    return np.concatenate(
+        [lower, _pairs_of_bits(q_J >> 4), scales, _half(stored_JS[:, :1])], axis=1
+    )
+
+
+# Levels in bytes ---------------------------------------------------------------------------------
+
+
+def _stacked(parts: Integers, bits: int) -> Bytes:
+    """Numbers of so few bits along the last axis but one, the first lowest, in one byte."""
+    shifts = bits * np.arange(parts.shape[-2], dtype=np.uint8)[:, None]
+    found: Bytes = np.bitwise_or.reduce(parts.astype(np.uint8) << shifts, axis=-2)
+    return found
+
+
+def _nibbles(q_J: Integers) -> Bytes:
+    return _stacked(q_J.reshape(-1, 4, 2, 32), 4).reshape(-1, 128)
+
+
+def _pairs_of_bits(q_J: Integers) -> Bytes:
+    return _stacked(q_J.reshape(-1, 2, 4, 32), 2).reshape(-1, 64)
+
+
+def _bits(q_J: Integers) -> Bytes:
+    return _stacked(q_J.reshape(-1, 8, 32), 1)
 
 
 FORMATS: dict[gguf.GGMLQuantizationType, Format] = {
-    gguf.GGMLQuantizationType.Q4_K: Format((0, 15), _fit_4, _lattice_4, _pack_4),
-    gguf.GGMLQuantizationType.Q6_K: Format((-32, 31), _fit_6, _lattice_6, _pack_6),
+    gguf.GGMLQuantizationType.Q2_K: _affine_format(3, 16, 15, _pack_2),
+    gguf.GGMLQuantizationType.Q3_K: _symmetric_format(-4, 31, _pack_3),
+    gguf.GGMLQuantizationType.Q4_K: _affine_format(15, 8, 63, _pack_4),
+    gguf.GGMLQuantizationType.Q5_K: _affine_format(31, 8, 63, _pack_5),
+    gguf.GGMLQuantizationType.Q6_K: _symmetric_format(-32, 127, _pack_6),
 }
+
+
+# Least squares -----------------------------------------------------------------------------------
 
 
 def _of_groups(importance: Floats | None, groups: int) -> Floats | None:
@@ -186,16 +261,16 @@ def _weighed(x_JGW: Floats, importance_GW: Floats | None) -> Floats:
     return x_JGW if importance_GW is None else x_JGW * importance_GW
 
 
-def _affine(x_JGW: Floats, importance_GW: Floats | None) -> tuple[Floats, Floats]:
-    """Scale and offset, neither negative, of x ~ scale * q - offset with q in 0..15."""
+def _affine(x_JGW: Floats, importance_GW: Floats | None, top: int) -> tuple[Floats, Floats]:
+    """Scale and offset, neither negative, of x ~ scale * q - offset with q in 0..top."""
     low = np.minimum(x_JGW.min(-1, keepdims=True), 0)
     width = x_JGW.max(-1, keepdims=True) - low
     best = np.full(x_JGW.shape[:2], np.inf, dtype=np.float32)
     scale_JG, offset_JG = np.zeros_like(best), np.zeros_like(best)
     for stretch in STRETCHES:
-        q = _rounded((x_JGW - low) * (15 + stretch) * _inverse(width), 0, 15)
+        q = _rounded((x_JGW - low) * (top + stretch) * _inverse(width), 0, top)
         scale, offset = _line(q, x_JGW, importance_GW)
-        q = _rounded((x_JGW + offset[..., None]) * _inverse(scale[..., None]), 0, 15)
+        q = _rounded((x_JGW + offset[..., None]) * _inverse(scale[..., None]), 0, top)
         scale, offset = _line(q, x_JGW, importance_GW)
         gap_JGW = np.square(scale[..., None] * q - offset[..., None] - x_JGW)
         error = _weighed(gap_JGW, importance_GW).sum(-1)
@@ -220,14 +295,15 @@ def _line(q_JGW: Floats, x_JGW: Floats, importance_GW: Floats | None) -> tuple[F
     return slope, np.where(constant, -x_mean, np.where(through_zero, 0, offset))
 
 
-def _symmetric(x_JGW: Floats, importance_GW: Floats | None) -> Floats:
-    """Scale of x ~ scale * q with q in -32..31; its sign gives the largest weight the level -32."""
+def _symmetric(x_JGW: Floats, importance_GW: Floats | None, most: int) -> Floats:
+    """Scale of x ~ scale * q with q in -most..most - 1; its sign gives the largest weight the level
+    -most."""
     at = np.abs(x_JGW).argmax(-1, keepdims=True)
     largest = np.take_along_axis(x_JGW, at, -1)
     best = np.full(x_JGW.shape[:2], -1, dtype=np.float32)
     scale_JG = np.zeros_like(best)
     for stretch in STRETCHES:
-        q = _rounded(-x_JGW * (32 + stretch) * _inverse(largest), -32, 31)
+        q = _rounded(-x_JGW * (most + stretch) * _inverse(largest), -most, most - 1)
         weighed = _weighed(q, importance_GW)
         qx, qq = (weighed * x_JGW).sum(-1), (weighed * q).sum(-1)
         gain = np.square(qx) * _inverse(qq)  # by how much the squared error falls below that of 0

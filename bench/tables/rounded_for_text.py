@@ -22,7 +22,8 @@ from dotexport.models.text_options import TextOptions
 from ..frontier import Point, frontier
 from .result_files import RESULTS, Out, Table, save
 
-INTEGERS = ("ort-cpu:int4", *(f"gguf:{p}" for p in ("int8", "int4", "int6-k", "int4-k")))
+OF_GGUF = ("int8", "int4", "int6-k", "int4-k", "int3-k", "int2-k")
+INTEGERS = ("ort-cpu:int4", *(f"gguf:{precision}" for precision in OF_GGUF))
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

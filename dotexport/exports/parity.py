@@ -31,6 +31,10 @@ LEAST_FLOAT = 4e-6  # of the largest logit: 32 units in the last place of float3
 LEAST_HALF = 1e-3
 
 
+TIMES_ROUNDING = {"int8": 4, "int3": 4, "int2": 16}
+"""Of the divergence that 4 bits cost in torch, what other integers may have."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """What a phase may differ; None: not asked at this precision."""
@@ -163,9 +167,11 @@ def limits_of(precision: str, reference: Reference, *, exact_rounding: bool = Fa
 
     Integers: rounding weights to 16 levels costs some models little and others much; the limit is
     twice the KL divergence that the same rounding causes in torch, and never below 0.02 nats; for
-    int8 four times, because some runtimes round activations of a whole text by one scale. On
-    text sampled from the model the expected log-perplexity ratio IS the KL divergence; the limit
-    adds three standard deviations for the few tokens it is measured on. Where the rounding rule is
+    int8 four times, because some runtimes round activations of a whole text by one scale; for int3
+    four and for int2 sixteen times, of which llama.cpp's mixes cost two and seven (the embedded
+    model). On text sampled from the model the expected log-perplexity ratio IS the
+    KL divergence; the limit adds three standard deviations for the few tokens it is measured on.
+    Where the rounding rule is
     known, torch with the same rounding is the better yardstick. How a runtime rounds activations to
     int8 differs by processor, so twice the error that such rounding causes in torch is allowed
     (0.02 to 0.04 in all; the usual difference is below 0.01).
@@ -178,7 +184,7 @@ def limits_of(precision: str, reference: Reference, *, exact_rounding: bool = Fa
             relative = min(relative, max(LEAST_HALF, 6 * known.relative))
         return Limits(relative=relative, top1=0.99, tie=2 * relative * spread)
     if precision.startswith("int"):
-        kl = max(0.02, (4 if precision == "int8" else 2) * rounding_kl(reference))
+        kl = max(0.02, TIMES_ROUNDING.get(precision[:4], 2) * rounding_kl(reference))
         ratio = math.exp(kl + 3 * math.sqrt(2 * kl / _num_text_tokens(reference)))
         rounding = max(0.01, 2 * _rounding_noise(reference)) if exact_rounding else None
         return Limits(kl=kl, perplexity_ratio=ratio, consistency=0.1, rounding=rounding)

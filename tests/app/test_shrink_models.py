@@ -207,9 +207,7 @@ def test_planning_estimates_for_the_text_that_will_be_read(dotexport: Command, m
 def test_planning_estimates_what_several_processes_share(dotexport: Command, model: Path) -> None:
     """Of 4096 windows each has its share; solves and sampled text are the first one's."""
     asked = ("plan", model, *NARROW, "--samples", "4096", "--seqlen", "64")
-    one, four = (
-        json.loads(dotexport(*asked, "--processes", n, "--json").out) for n in ("1", "4")
-    )
+    one, four = (json.loads(dotexport(*asked, "--processes", n, "--json").out) for n in ("1", "4"))
     for cost in ("shrink_seconds", "shrink_memory_bytes"):
         assert one[cost] / 4 < four[cost] < one[cost]
     assert four["processes"] == 4
