@@ -2,8 +2,9 @@
 
 Greedily, a layer at a time. In front of a cut the last writer is fitted to the original's stream
 behind it, as the narrowing will do, and the candidate is judged by its KL divergence from the
-original on windows that were not fitted on. All candidates of a round walk through the layers side
-by side, so that a round reads each layer once, whatever its number of candidates.
+original on windows that were not fitted on, where tokens count by context (context.py). All
+candidates of a round walk through the layers side by side, so that a round reads each layer once,
+whatever its number of candidates.
 
 An angular distance between streams (ShortGPT, arXiv 2403.03853) says little here: what a layer does
 may be large and linear, and then the repair does it, or small and needed.
@@ -27,6 +28,7 @@ from dotexport.axes.plan import Plan
 from dotexport.merging.refit import Moments, ridge_solve
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.layers import Layer, Stock
+from dotexport.narrowing.context import context_weights
 from dotexport.narrowing.judging import Head, divergences
 from dotexport.narrowing.original import Original
 from dotexport.narrowing.streams import check_finite, held_out_windows, inverse_rms
@@ -164,6 +166,11 @@ class Stack:
         return streams
 
     @cached_property
+    def weights(self) -> Tensor:
+        """How much each token that is judged by counts, (N, L)."""
+        return context_weights(self.original, self.judged_NL)
+
+    @cached_property
     def head(self) -> Head:
         return Head(self.original.stock, self.original.folded_head())
 
@@ -172,7 +179,7 @@ class Stack:
 
     @torch.no_grad()
     def without(self, kept: Sequence[int], candidates: Collection[int]) -> Mapping[int, float]:
-        """Held-out KL of the layers `kept` without each of these, nats per token."""
+        """Held-out KL of the layers `kept` without each of these, nats per token, by context."""
         stream_NLD = self.streams[0]
         trials: dict[int, Tensor] = {}
         ends = [*kept, self.original.sizes.num_layers]
@@ -191,7 +198,7 @@ class Stack:
             trials |= born
         theirs_TD = self._judged(self.streams[-1]).flatten(0, 1)
         said = [(self.head, trial.flatten(0, 1)) for trial in trials.values()]
-        totals = divergences((self.head, theirs_TD), said)
+        totals = divergences((self.head, theirs_TD), said, self.weights.flatten())
         return {left: total / len(theirs_TD) for left, total in zip(trials, totals, strict=True)}
 
 

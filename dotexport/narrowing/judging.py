@@ -50,19 +50,25 @@ Said = tuple[Head, Tensor]
 """A head, and the streams (T, D) in front of it."""
 
 
-def divergences(original: Said, narrowed: Sequence[Said]) -> list[float]:
+def divergences(
+    original: Said, narrowed: Sequence[Said], weights_T: Tensor | None = None
+) -> list[float]:
     """Of each of these models from the original, nats, summed over the tokens."""
-    return [kl for kl, _ in compared(original, narrowed)]
+    return [kl for kl, _ in compared(original, narrowed, weights_T=weights_T)]
 
 
 def compared(
-    original: Said, narrowed: Sequence[Said], tokens_T: Tensor | None = None
+    original: Said,
+    narrowed: Sequence[Said],
+    tokens_T: Tensor | None = None,
+    weights_T: Tensor | None = None,
 ) -> list[tuple[float, float]]:
     """Divergence of each of these models from the original, and how much more it is surprised by
     the tokens that follow; nats, summed.
 
     Args:
         tokens_T: of the text that was read; nothing follows the last one. None: nothing does.
+        weights_T: how much the divergence of each counts (context.py); None: all by one.
     """
     head, stream_TD = original
     totals = [(0.0, 0.0)] * len(narrowed)
@@ -72,12 +78,19 @@ def compared(
         next_S = None if tokens_T is None else tokens_T[1:][some].to(theirs_TV.device)
         for number, (other, other_TK) in enumerate(narrowed):
             ours_TV = log_softmax(other.logits(other_TK[some]), -1)
-            kl = float(kl_div(ours_TV, theirs_TV, reduction="sum", log_target=True))
+            kl = _divergence(ours_TV, theirs_TV, None if weights_T is None else weights_T[some])
             excess = 0.0 if next_S is None else _surprise(ours_TV, next_S)
             excess -= 0.0 if next_S is None else _surprise(theirs_TV, next_S)
             before = totals[number]
             totals[number] = before[0] + kl, before[1] + excess
     return totals
+
+
+def _divergence(ours_TV: Tensor, theirs_TV: Tensor, weights_T: Tensor | None) -> float:
+    if weights_T is None:
+        return float(kl_div(ours_TV, theirs_TV, reduction="sum", log_target=True))
+    kl_T = kl_div(ours_TV, theirs_TV, reduction="none", log_target=True).sum(-1)
+    return float(kl_T @ weights_T.to(kl_T))
 
 
 def _surprise(said_TV: Tensor, next_S: Tensor) -> float:

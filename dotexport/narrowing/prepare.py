@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from dotexport.models.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
 from dotexport.models.layers import Stock
 from dotexport.models.shapes import shapes
 from dotexport.narrowing.basis import check_basis
+from dotexport.narrowing.context import context_weights
 from dotexport.narrowing.narrow_options import AUTO, NarrowOptions
 from dotexport.narrowing.norm_statistics import Progress
 from dotexport.narrowing.original import Original
 from dotexport.narrowing.run import (
+    JUDGED,
     REHEARSED,
     REHEARSED_LENGTH,
     REHEARSED_PER_AXIS,
@@ -28,7 +30,7 @@ from dotexport.narrowing.run import (
     Nowhere,
     Writer,
 )
-from dotexport.narrowing.streams import Streams
+from dotexport.narrowing.streams import Streams, held_out_windows
 from dotexport.processes.processes import ALONE, Processes, Several
 from dotexport.storage.files import write_json
 from dotexport.storage.workspace import Workspace
@@ -88,6 +90,8 @@ def rehearsals(
     Args:
         other_NL: windows of another kind of text; the divergence is then the mean of both.
         times: as much text as a first look takes.
+
+    In the divergence tokens count by context (context.py).
     """
     windows_NL = windows_NL[:, :REHEARSED_LENGTH]
     if other_NL is not None:
@@ -95,22 +99,48 @@ def rehearsals(
     tokens = times * rehearsed_tokens(source.config["hidden_size"])
     fitted_on = -(-tokens // windows_NL.shape[1])
     cheap = replace(settled(options, source, device), mlp="obs", heads="obs", local=None)
+    texts = [windows_NL] if other_NL is None else [windows_NL, other_NL]
+    known: list[torch.Tensor] = []
 
     def measure(planned: Plan) -> float:
         rough = "pca" if carry(source, planned)[1].family.rotates else "select"
         basis = options.basis if options.basis in ("dot", "select") else rough
         asked = (source, planned, windows_NL, other_NL, replace(cheap, basis=basis), fitted_on)
-        processes.tell(take_part, *asked)
-        return _rehearsed(processes, device, *asked).divergence
+        if not known:
+            known.append(_weights(source, planned, texts, cheap, device))
+        processes.tell(take_part, *asked, known[0])
+        return _rehearsed(processes, device, *asked, known[0]).divergence
 
     return measure
+
+
+def _weights(
+    source: Checkpoint,
+    planned: Plan,
+    texts: Sequence[torch.Tensor],
+    options: NarrowOptions,
+    device: torch.device,
+) -> torch.Tensor:
+    """How much each token of all windows counts where some of them judge."""
+    source, whole = carry(source, replace(planned, after=planned.before, layers=None))
+    stock = Stock.of(source.config, device, dtype_of_passes(source, options, device))
+    original = Original(source, whole.family, whole.before, stock, device)
+    found = []
+    for text_NL in texts:
+        judging = sorted(held_out_windows(len(text_NL), options.seed)) or [0]
+        judging = judging[: -(-JUDGED // text_NL.shape[1])]
+        weights_NL = torch.ones(text_NL.shape)
+        weights_NL[judging] = context_weights(original, text_NL[judging])
+        found.append(weights_NL)
+    return torch.cat(found)
 
 
 def take_part(processes: Several, *asked: Any) -> None:
     """What other processes do while the first narrows with `prepare`, or rehearses that.
 
     Args:
-        asked: source, plan, windows of either kind, settled options, windows to fit on (all).
+        asked: source, plan, windows of either kind, settled options, windows to fit on (all), how
+            much tokens count.
     """
     _rehearsed(processes, processes.device, *asked)
 
@@ -124,10 +154,12 @@ def _rehearsed(
     other_NL: torch.Tensor | None,
     options: NarrowOptions,
     fitted_on: int | None = None,
+    weights_NL: torch.Tensor | None = None,
 ) -> Narrowing:
     """A run that writes nothing."""
     carried, decided = carry(source, planned)
     streams = _streams(decided, windows_NL, options, device, None, other_NL, processes)
+    streams.weights_NL = weights_NL
     if fitted_on is not None:
         streams = streams.some(fitted_on)
     writer = Nowhere(tensor_specs(carried, decided))

@@ -415,7 +415,13 @@ class Narrowing:
         for place in self.streams.places(windows):
             rows = slice(place, place + 1)
             x_LD, y_LK = self.streams.original(rows)[0], self.streams.narrowed(rows)[0]
-            [found] = compared((theirs, x_LD), [(ours, y_LK)], self.streams.tokens(rows)[0])
+            weights_NL = self.streams.weights(rows)
+            [found] = compared(
+                (theirs, x_LD),
+                [(ours, y_LK)],
+                self.streams.tokens(rows)[0],
+                None if weights_NL is None else weights_NL[0],
+            )
             sums_2 += torch.tensor(found, dtype=torch.float64)
         self._processes.sum(sums_2)
         divergence, surprise = sums_2.tolist()

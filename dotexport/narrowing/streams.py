@@ -47,6 +47,8 @@ class Streams:
         other: windows that are text of another kind.
         processes: that share the windows.
         own: windows whose streams lie here, ascending: row n of a stream is that of `own[n]`.
+        weights_NL: how much each token counts in a divergence (context.py), of all windows; None:
+            all by one.
     """
 
     windows_NL: Tensor
@@ -57,6 +59,7 @@ class Streams:
     drawn: dict[Any, Any] = field(default_factory=dict)
     other: frozenset[int] = frozenset()
     processes: Processes = ALONE
+    weights_NL: Tensor | None = None
     share: InitVar[Sequence[int] | None] = None
     own: Sequence[int] = field(init=False)
 
@@ -120,6 +123,7 @@ class Streams:
             self.device,
             other=other,
             processes=self.processes,
+            weights_NL=None if self.weights_NL is None else self.weights_NL[chosen],
             share=own,
         )
 
@@ -149,6 +153,9 @@ class Streams:
 
     def tokens(self, rows: Rows) -> Tensor:
         return self.windows_NL[list(self.own[rows])]
+
+    def weights(self, rows: Rows) -> Tensor | None:
+        return None if self.weights_NL is None else self.weights_NL[list(self.own[rows])]
 
     def places(self, windows: Collection[int]) -> list[int]:
         """Where those of these windows lie that lie here, in their order."""
