@@ -138,8 +138,8 @@ def save_encoder(encoder: Encoder, model: nn.Module, folder: Path) -> None:
     copy_beside(encoder, folder)
     home = folder / encoder.home.relative_to(encoder.root)
     config = dict(encoder.config)
-    for word in (encoder.kind.width, encoder.kind.depth):
-        config[word] = getattr(model.config, word)
+    known = vars(model.config)
+    config |= {word: known[word] for word in encoder.kind.sizes if word in known}
     state = {
         key: value.to(encoder.dtype) if value.is_floating_point() else value
         for key, value in model.state_dict().items()
@@ -153,10 +153,10 @@ def save_encoder(encoder: Encoder, model: nn.Module, folder: Path) -> None:
 
 
 def _old_name(key: str, encoder: Encoder) -> str:
-    """Every layer has the tensors of the first."""
-    stack = f"{encoder.kind.stack}."
-    before, found, after = key.partition(stack)
-    return f"{before}{found}0.{after.partition('.')[2]}" if found else key
+    """Every layer behind the first has the tensors of the second; the first always stays."""
+    before, stack, after = key.partition(f"{encoder.kind.stack}.")
+    number, _, name = after.partition(".")
+    return f"{before}{stack}{min(int(number), 1)}.{name}" if stack else key
 
 
 def describe_source(encoder: Encoder) -> dict[str, Any]:

@@ -41,11 +41,12 @@ def num_parameters(model: nn.Module) -> int:
 
 def parameters_after(encoder: Encoder, sizes: Sizes) -> int:
     """Of the whole model at these sizes."""
-    layer = num_parameters(encoder.layers[0])
-    before = before_of(encoder)
-    per_neuron = 2 * int(encoder.layers[0].get_submodule(encoder.kind.writer).out_features) + 1  # type: ignore[arg-type]
-    whole = num_parameters(encoder.model) - before.depth * layer
-    return whole + sizes.depth * (layer - (before.width - sizes.width) * per_neuron)
+    before, last, kind = before_of(encoder), encoder.layers[-1], encoder.kind
+    reader, writer = (last.get_submodule(name) for name in (kind.reader, kind.writer))
+    per_neuron = num_parameters(reader) // before.width + int(writer.out_features)  # type: ignore[arg-type]
+    whole = num_parameters(encoder.model)
+    left_out = (before.depth - sizes.depth) * num_parameters(last)  # the first layer stays
+    return whole - left_out - sizes.depth * (before.width - sizes.width) * per_neuron
 
 
 def before_of(encoder: Encoder) -> Sizes:
