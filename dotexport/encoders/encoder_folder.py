@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from dotexport.encoders.kinds import STOCK, Kind, class_of, kind_of, transformer_of
-from dotexport.errors import CheckpointError, UsageError
+from dotexport.encoders.kinds import (
+    PERIOD,
+    STOCK,
+    TYPES,
+    Kind,
+    class_of,
+    kind_of,
+    layer_types,
+    of_layers,
+    transformer_of,
+)
+from dotexport.errors import CheckpointError, UnsupportedModelError, UsageError
 from dotexport.models.checkpoint import all_finite
 from dotexport.models.origin import licence, model_name
 from dotexport.models.quiet import quiet
@@ -91,6 +101,12 @@ def open_encoder(folder: Path) -> Encoder:
     home = transformer_of(folder)
     config = read_json(home / "config.json", advice="take a fresh copy", finite=True)
     kind, name = kind_of(config), class_of(config)
+    if kind.alternates and not _reads_types(config):
+        if layer_types(config) != layer_types({**config, TYPES: None}):
+            raise UnsupportedModelError(
+                f"{home} says with {TYPES} which layers see all of the text, and transformers "
+                f"{transformers.__version__} reads {PERIOD} alone; take 5.0 or newer"
+            )
     tensor_files(home)  # says what is wrong with the weight files
     try:
         with quiet():
@@ -119,6 +135,19 @@ def open_encoder(folder: Path) -> Encoder:
             )
     names = frozenset(state) - set(found["missing_keys"])
     return Encoder(root, home, config, kind, model, dtype, names)
+
+
+def can_hold(config: Mapping[str, Any], kept: Sequence[int]) -> bool:
+    """Whether the stock class, as it is installed, can say of these layers which of them see all
+    of the text: before transformers 5 that was every n-th."""
+    periodic = of_layers(config, kept).get(PERIOD, 1) is not None
+    return periodic or _reads_types(config)
+
+
+def _reads_types(config: Mapping[str, Any]) -> bool:
+    from transformers import AutoConfig
+
+    return hasattr(AutoConfig.for_model(config["model_type"]), TYPES)
 
 
 def copy_beside(encoder: Encoder, folder: Path) -> None:

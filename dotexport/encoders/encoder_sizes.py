@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dotexport.encoders.encoder_folder import Encoder
+from dotexport.encoders.encoder_folder import Encoder, can_hold
 from dotexport.encoders.encoder_options import ShrinkOptions
 from dotexport.encoders.encoder_walk import Progress, cut
 from dotexport.encoders.sentences import Batch, embed, mean_cosine
@@ -111,13 +111,15 @@ def choose_layers(
     progress: Progress = lambda stage, done, total: None,
 ) -> list[list[int]]:
     """Layers that stay when none leaves, one, and so on until `depth` stay; the first always does,
-    because those that leave are answered for by the one before."""
+    because those that leave are answered for by the one before. What stays can be said by the stock
+    class: the last layer can always leave."""
     kept = list(range(len(encoder.layers)))
     wanted_ND = embed(encoder.base, some, pooling)
     course = [kept]
     while len(kept) > depth:
         progress("leaving layers out", len(course), len(encoder.layers) - depth)
         tried = [[*kept[:n], *kept[n + 1 :]] for n in range(1, len(kept))]
+        tried = [layers for layers in tried if can_hold(encoder.config, layers)]
         cosines = []
         for layers in tried:
             base: nn.Module = cut(encoder, layers).base_model  # type: ignore[assignment]

@@ -193,7 +193,7 @@ def layer_types(config: Mapping[str, Any]) -> list[str]:
     Raises:
         CheckpointError: a list of another length than there are layers.
     """
-    depth, every = int(config.get("num_hidden_layers", 22)), config.get(PERIOD, 3)
+    depth, every = int(config.get("num_hidden_layers", 22)), config.get(PERIOD) or 3
     types = config.get(TYPES) or [LOCAL if n % every else FULL for n in range(depth)]
     if len(types) != depth:
         raise CheckpointError(
