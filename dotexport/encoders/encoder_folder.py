@@ -96,13 +96,15 @@ def open_encoder(folder: Path) -> Encoder:
         UnsupportedModelError: a class that is not known here.
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     root = folder / STOCK if (folder / STOCK).is_dir() else folder
     home = transformer_of(folder)
     config = read_json(home / "config.json", advice="take a fresh copy", finite=True)
     kind, name = kind_of(config), class_of(config)
-    if kind.alternates and not _reads_types(config):
-        if layer_types(config) != layer_types({**config, TYPES: None}):
+    if kind.alternates:
+        said, derived = layer_types(config), layer_types({**config, TYPES: None})
+        if said != derived and not _reads_types(config):
             raise UnsupportedModelError(
                 f"{home} says with {TYPES} which layers see all of the text, and transformers "
                 f"{transformers.__version__} reads {PERIOD} alone; take 5.0 or newer"
@@ -113,7 +115,7 @@ def open_encoder(folder: Path) -> Encoder:
             model, found = getattr(transformers, name).from_pretrained(
                 home, dtype="auto", output_loading_info=True, attn_implementation="eager"
             )
-    except (ValueError, TypeError, RuntimeError, LookupError) as error:
+    except (ValueError, TypeError, RuntimeError, LookupError, StrictDataclassError) as error:
         first = str(error).partition("\n")[0]
         raise CheckpointError(
             f"{home} does not load as {name} ({first}); take the config.json that belongs to "

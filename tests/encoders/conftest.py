@@ -41,6 +41,10 @@ KINDS = {
     ),
     "masked": (transformers.BertForMaskedLM, transformers.BertConfig(**BERT)),
     "modernbert": (transformers.ModernBertModel, transformers.ModernBertConfig(**MODERN)),
+    "modernbert-deep": (
+        transformers.ModernBertModel,
+        transformers.ModernBertConfig(**MODERN | {"num_hidden_layers": 6}),
+    ),
     **{
         f"modernbert-{head}": (
             getattr(transformers, f"ModernBertFor{head}"),
