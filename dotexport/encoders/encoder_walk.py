@@ -305,7 +305,8 @@ def _split(linear: nn.Linear, weights_OI: Tensor) -> tuple[Tensor, Tensor | None
 def _put(linear: nn.Linear, weight_OI: Tensor, bias_O: Tensor | None) -> None:
     """The same module with these."""
     linear.weight = nn.Parameter(weight_OI.clone())
-    linear.bias = None if bias_O is None else nn.Parameter(bias_O.clone())
+    if bias_O is not None:
+        linear.bias = nn.Parameter(bias_O.clone())
     linear.out_features, linear.in_features = weight_OI.shape
 
 
