@@ -3,11 +3,10 @@ of all; beside them two published ways to drop layers."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -152,11 +151,11 @@ def axes(
             for way in only or WAYS:
                 kept = (models or Path(scratch)) / f"{budget} {way}"
                 narrow = partial(_measured, judge, asked, budget, WAYS[way], vocab, kept)
-                row = dict(_noted(notes, budget, way, narrow))
+                row = dict(notes.row(budget, way, narrow))
                 for word, measure in later.items():
                     if not kept.is_dir():
                         narrow()
-                    row |= _noted(notes, budget, f"{way}, {word}", partial(measure, kept))
+                    row |= notes.row(budget, f"{way}, {word}", partial(measure, kept))
                 rows.append({"budget": budget, "way": way, **row})
     protocol = PROTOCOL.format(
         model=model.name,
@@ -198,23 +197,13 @@ def _later_in_words(healed: int, timed: str) -> str:
     return words
 
 
-def _noted(notes: Notes, budget: str, step: str, measure: Callable[[], Row]) -> Row:
-    """What is noted of this step; where nothing is, it is measured first."""
-    if step not in (known := notes.read(budget)):
-        row = measure()
-        notes.add({"budget": budget, "step": step, "row": row})
-        typer.echo(json.dumps({"budget": budget, "step": step, **row}), err=True)
-        known = notes.read(budget)
-    found: Row = known[step]["row"]
-    return found
-
-
 def _original(notes: Notes, judge: Judge) -> Row:
     def itself() -> Row:
         same = {"sizes": "", "class": "", "parameters": "1x"}
         return same | judge.of(judge.model) | {"seconds": ""}
 
-    return _noted(notes, "1x", "the original", itself)
+    found: Row = notes.row("1x", "the original", itself)
+    return found
 
 
 def _options(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 WORDS = [f"w{n}" for n in range(60)]
 MORE = [f"w{n}" for n in range(60, 200)]  # words that the text does not use
@@ -69,6 +69,7 @@ def word_piece() -> Tokenizer:
     vocab = {word: n for n, word in enumerate([*SPECIAL, *MORE, *WORDS, *PIECES])}
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.WordPiece()
     return tokenizer
 
 
@@ -77,7 +78,7 @@ def unigram() -> Tokenizer:
     said = [f"\u2581{word}" for word in (*MORE, *WORDS, "w")] + [*"0123456789"]
     scores = [(piece, 0.0) for piece in SPECIAL] + [(piece, len(piece) - 9.0) for piece in said]
     tokenizer = Tokenizer(models.Unigram(scores, unk_id=SPECIAL.index("[UNK]")))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     return tokenizer
 
 
