@@ -18,10 +18,11 @@ from dotexport.app.cli import app
 from dotexport.encoders import encoder_folder
 from dotexport.encoders.encoder_folder import Encoder, open_encoder, save_encoder
 from dotexport.encoders.encoder_sizes import Sizes, choose_layers, num_parameters, parameters_after
-from dotexport.encoders.encoder_walk import cut, walk
+from dotexport.encoders.encoder_walk import _merges, _Site, _starts, cut, walk
 from dotexport.encoders.kinds import FULL, LOCAL, PERIOD, TYPES, layer_types, period
 from dotexport.encoders.sentences import Batch
 from dotexport.errors import CheckpointError, UnsupportedModelError
+from dotexport.merging.refit import Moments
 
 Made = Callable[[Path, str], Path]
 NEW = ["modernbert", "deberta-v2"]
@@ -59,10 +60,9 @@ def copy_neurons(encoder: Encoder) -> None:
         reader: Any = layer.get_submodule(encoder.kind.reader)
         writer: Any = layer.get_submodule(encoder.kind.writer)
         half = writer.in_features // 2
-        spaces = encoder.kind.spaces
         for parameter in reader.parameters():
-            for space, block in zip(spaces, parameter.chunk(len(spaces)), strict=True):
-                block[half:] = -block[:half] if space == "up" else block[:half]
+            for sign, block in zip((1, -1), parameter.split(writer.in_features), strict=False):
+                block[half:] = sign * block[:half]
         writer.weight[:, half:] = 0.5 * writer.weight[:, :half]
 
 
@@ -82,6 +82,37 @@ def test_copies_of_neurons_leave_without_a_trace(
         nn.init.normal_(layer.get_submodule(encoder.kind.reader).weight)  # type: ignore[arg-type]
     walked = walk(encoder, batches, range(len(encoder.layers)), 32, method)
     assert distance(walked.model, encoder.model, held) > 1e-2
+
+
+def test_a_neuron_stands_for_one_that_is_turned_upside_down(made: Made, tmp_path: Path) -> None:
+    encoder = open_encoder(made(tmp_path / "model", "modernbert"))
+    copy_neurons(encoder)
+    layer = encoder.layers[0]
+    x_TD = torch.randn(200, 24, generator=torch.Generator().manual_seed(0))
+    seen: list[Tensor] = []
+    handle = layer.mlp.Wo.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))  # type: ignore[union-attr]
+    layer.mlp(x_TD)  # type: ignore[operator]
+    handle.remove()
+    moments = Moments.zeros(64, 24)
+    moments.add(seen[0].detach(), x_TD)
+    kept = torch.arange(32)
+    [merge] = _merges(moments, layer.mlp.Wo.weight.detach(), kept, turns=True)  # type: ignore[union-attr]
+    assert merge.moved > 0.99
+    merged_TK = _Site(encoder, layer, range(1), [], [])._merged(merge, x_TD)
+    assert torch.allclose(merged_TK, seen[0][:, :32], atol=1e-5)  # float32
+
+
+@pytest.mark.parametrize("name", NEW)
+@torch.no_grad()
+def test_layers_are_called_as_the_model_calls_them(name: str, made: Made, tmp_path: Path) -> None:
+    """Each with its own mask and positions; the text is longer than what is near."""
+    encoder = open_encoder(made(tmp_path / "model", name))
+    batch = some_text(length=40)[0]
+    [stream] = _starts(encoder, [batch])
+    for number, layer in enumerate(encoder.layers):
+        stream.hidden = stream.through(layer, number)
+    last: Any = getattr(encoder.base, "final_norm", nn.Identity())
+    assert torch.equal(last(stream.hidden)[batch.mask], said(encoder.model, batch))
 
 
 @pytest.mark.parametrize("name", NEW)
