@@ -23,7 +23,7 @@ from dotexport.bench.measure import bench
 from dotexport.bench.tables.fidelity import Notes
 from dotexport.bench.tables.last_words import accuracy
 from dotexport.bench.tables.layer_rivals import RIVALS, without_layers
-from dotexport.bench.tables.result_files import RESULTS, Out, save
+from dotexport.bench.tables.result_files import RESULTS, Calib, Only, Other, Out, Params, Test, save
 from dotexport.bench.workload import Workload
 from dotexport.exports.quality import evaluate
 from dotexport.exports.target import resolve
@@ -104,12 +104,12 @@ class Judge:
 @app.command()
 def axes(
     model: Annotated[Path, typer.Option(help="Folder of the model.")],
-    calib: Annotated[str, typer.Option(help="Calibration text.")],
-    test: Annotated[str, typer.Option(help="Text of its domain.")],
-    other: Annotated[str, typer.Option(help="Text of another domain.")],
+    calib: Calib,
+    test: Test,
+    other: Other,
     second: Annotated[str, typer.Option(help="Half of what is calibrated on: a file.")],
-    params: Annotated[list[str] | None, typer.Option(help="Budget; repeat it.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="A way; repeat it.")] = None,
+    params: Params = None,
+    only: Only = None,
     vocab: Annotated[int, typer.Option(help="Tokens where the vocabulary shrinks.")] = 16384,
     samples: int = 48,
     seqlen: int = 512,

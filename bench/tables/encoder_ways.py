@@ -22,7 +22,7 @@ from dotexport.sizes.budget import parse_budget
 from dotexport.vocabulary.vocabulary_options import MULTIPLE, VocabularyOptions
 
 from .fidelity import Notes
-from .result_files import RESULTS, Out, save
+from .result_files import RESULTS, Calib, Only, Other, Out, Params, Test, save
 
 WAYS: dict[str, Mapping[str, Any]] = {
     "tokens": {"tokens": 1.0},
@@ -44,11 +44,11 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def encoders(
     model: Annotated[Path, typer.Option(help="Folder of the encoder.")],
-    calib: Annotated[str, typer.Option(help="Calibration text.")],
-    test: Annotated[str, typer.Option(help="Text of its domain.")],
-    other: Annotated[str, typer.Option(help="Text of another domain.")],
-    params: Annotated[list[str] | None, typer.Option(help="Budget; repeat it.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="A way; repeat it.")] = None,
+    calib: Calib,
+    test: Test,
+    other: Other,
+    params: Params = None,
+    only: Only = None,
     count: Annotated[str, typer.Option(help="Text that tokens are counted in: as --calib.")] = "",
     samples: Annotated[int, typer.Option(help="Sentences of calibration.")] = 1024,
     judged: Annotated[int, typer.Option(help="Sentences of each text that judge.")] = 512,

@@ -1,7 +1,7 @@
 """The verbs of the command line for text encoders: one function per verb, no logic.
 
-`dotexport shrink FOLDER`, `export`, `verify`, `eval` and `bench` come here when FOLDER is a BERT,
-RoBERTa, XLM-R or DistilBERT, a folder of sentence-transformers, or an output that holds one.
+`dotexport shrink FOLDER`, `export`, `verify`, `eval` and `bench` come here when FOLDER is one of
+`encoders.kinds`, a folder of sentence-transformers, or an output that holds one.
 """
 
 from __future__ import annotations
