@@ -12,6 +12,7 @@ TABLES = {
     "axes": "axes",
     "core": "core_tables",
     "diffusion": "pruned_pipelines",
+    "encoders": "encoder_ways",
     "faults": "faults",
     "fidelity": "fidelity",
     "healing": "healing_steps",

@@ -246,13 +246,17 @@ def _round_products(graph: Any) -> dict[Any, tuple[Any, Any]]:
     matrices: dict[Any, tuple[Any, Any]] = {}
     rounded: dict[Any, tuple[Any, Any]] = {}  # query, key and value read one input
     for node in list(graph):
-        if node.op_type != "MatMul" or not node.inputs[1].is_initializer():
+        if node.op_type != "MatMul":
             continue
         x, matrix = node.inputs
+        if not matrix.is_initializer() and matrix not in matrices:
+            continue
         if x not in rounded:
             rounded[x] = _round_tokens(graph, node, x)
         level, scale = rounded[x]
-        weight, step_O = matrices[matrix] = _round_outputs(graph, matrix)
+        if matrix not in matrices:  # DeBERTa multiplies tokens and distances with the same one
+            matrices[matrix] = _round_outputs(graph, matrix)
+        weight, step_O = matrices[matrix]
         whole = ir.node("MatMulInteger", [level, weight])
         real = ir.node("Cast", whole.outputs, {"to": ir.DataType.FLOAT})
         if _is_biased(node):

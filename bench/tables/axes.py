@@ -3,11 +3,10 @@ of all; beside them two published ways to drop layers."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from dotexport.bench.measure import bench
 from dotexport.bench.tables.fidelity import Notes
 from dotexport.bench.tables.last_words import accuracy
 from dotexport.bench.tables.layer_rivals import RIVALS, without_layers
-from dotexport.bench.tables.result_files import RESULTS, Out, save
+from dotexport.bench.tables.result_files import RESULTS, Calib, Only, Other, Out, Params, Test, save
 from dotexport.bench.workload import Workload
 from dotexport.exports.quality import evaluate
 from dotexport.exports.target import resolve
@@ -106,12 +105,12 @@ class Judge:
 @app.command()
 def axes(
     model: Annotated[Path, typer.Option(help="Folder of the model.")],
-    calib: Annotated[str, typer.Option(help="Calibration text.")],
-    test: Annotated[str, typer.Option(help="Text of its domain.")],
-    other: Annotated[str, typer.Option(help="Text of another domain.")],
+    calib: Calib,
+    test: Test,
+    other: Other,
     second: Annotated[str, typer.Option(help="Half of what is calibrated on: a file.")],
-    params: Annotated[list[str] | None, typer.Option(help="Budget; repeat it.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="A way; repeat it.")] = None,
+    params: Params = None,
+    only: Only = None,
     vocab: Annotated[int, typer.Option(help="Tokens where the vocabulary shrinks.")] = 16384,
     samples: int = 48,
     seqlen: int = 512,
@@ -156,11 +155,11 @@ def axes(
             for way in only or WAYS:
                 kept = (models or Path(scratch)) / f"{budget} {way}"
                 narrow = partial(_measured, judge, asked, budget, WAYS[way], vocab, kept)
-                row = dict(_noted(notes, budget, way, narrow))
+                row = dict(notes.row(budget, way, narrow))
                 for word, measure in later.items():
                     if not kept.is_dir():
                         narrow()
-                    row |= _noted(notes, budget, f"{way}, {word}", partial(measure, kept))
+                    row |= notes.row(budget, f"{way}, {word}", partial(measure, kept))
                 rows.append({"budget": budget, "way": way, **row})
     protocol = PROTOCOL.format(
         model=model.name,
@@ -209,23 +208,13 @@ def _names(text: str) -> str:
     return " to ".join(named)
 
 
-def _noted(notes: Notes, budget: str, step: str, measure: Callable[[], Row]) -> Row:
-    """What is noted of this step; where nothing is, it is measured first."""
-    if step not in (known := notes.read(budget)):
-        row = measure()
-        notes.add({"budget": budget, "step": step, "row": row})
-        typer.echo(json.dumps({"budget": budget, "step": step, **row}), err=True)
-        known = notes.read(budget)
-    found: Row = known[step]["row"]
-    return found
-
-
 def _original(notes: Notes, judge: Judge) -> Row:
     def itself() -> Row:
         same = {"sizes": "", "class": "", "parameters": "1x"}
         return same | judge.of(judge.model) | {"seconds": ""}
 
-    return _noted(notes, "1x", "the original", itself)
+    found: Row = notes.row("1x", "the original", itself)
+    return found
 
 
 def _options(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -181,6 +181,14 @@ class Notes:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(note) + "\n")
+
+    def row(self, budget: str, step: str, measure: Callable[[], Mapping[str, Any]]) -> Any:
+        """What is noted of this step; where nothing is, it is measured first."""
+        if step not in self.read(budget):
+            row = measure()
+            self.add({"budget": budget, "step": step, "row": row})
+            typer.echo(json.dumps({"budget": budget, "step": step, **row}), err=True)
+        return self.read(budget)[step]["row"]
 
 
 def climb(subject: Subject, budget: str, notes: Notes) -> None:

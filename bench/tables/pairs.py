@@ -19,7 +19,7 @@ from torch.nn.functional import kl_div, log_softmax, nll_loss
 from dotexport.app.opening import open_source
 from dotexport.axes.plan import read_model
 from dotexport.bench.tables.fidelity import Notes
-from dotexport.bench.tables.result_files import RESULTS, Out, Table, save
+from dotexport.bench.tables.result_files import RESULTS, Calib, Other, Out, Table, Test, save
 from dotexport.bench.tables.side_by_side import CALM, MLP, Merger, Way
 from dotexport.errors import UsageError
 from dotexport.models.layers import Stock
@@ -80,9 +80,9 @@ app = typer.Typer()
 @app.command()
 def pairs(
     model: Annotated[Path, typer.Option(help="Folder of the model.")],
-    calib: Annotated[str, typer.Option(help="Calibration text.")],
-    test: Annotated[str, typer.Option(help="Text of its domain.")],
-    other: Annotated[str, typer.Option(help="Text of another domain.")],
+    calib: Calib,
+    test: Test,
+    other: Other,
     pair: Annotated[list[int] | None, typer.Option(help="First of a pair; repeat it.")] = None,
     without: Annotated[
         list[str] | None, typer.Option(help="Layers that leave together, 15,14; repeat it.")

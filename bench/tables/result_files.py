@@ -17,6 +17,11 @@ from dotexport.storage.files import write_json, write_text
 Table = list[dict[str, Any]]
 RESULTS = Path("docs/results")
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the tables.")]
+Calib = Annotated[str, typer.Option(help="Calibration text.")]
+Test = Annotated[str, typer.Option(help="Text of its domain.")]
+Other = Annotated[str, typer.Option(help="Text of another domain.")]
+Params = Annotated[list[str] | None, typer.Option(help="Budget; repeat it.")]
+Only = Annotated[list[str] | None, typer.Option(help="A way; repeat it.")]
 
 CALIBRATION = TextOptions(source="embedded:calibration", samples=128, seqlen=512)
 EVALUATION = TextOptions(source="embedded:evaluation", samples=128, seqlen=512)

@@ -245,6 +245,20 @@ def show_diagnosis(diagnosis: Any) -> None:
         console.print(f"[bold]mend:[/] {escape(finding.mend)}", soft_wrap=True)
 
 
+def show_written(home: Path, names: Iterable[str], *, as_json: bool) -> None:
+    """Artifacts of an output, and how large they are."""
+    from dotexport.storage import manifest
+
+    made = manifest.read(home)["artifacts"]
+    if as_json:
+        show_json({name: made[name] for name in names})
+        return
+    for name in names:
+        note = "" if made[name]["parity"] else "  not verified"
+        size = f"{made[name]['bytes'] / 1e6:.2f} MB{note}"
+        stderr.print(f"{home / name}  {size}", soft_wrap=True, highlight=False)
+
+
 def show_json(document: Any) -> None:
     """One document, one line."""
     sys.stdout.write(json.dumps(document) + "\n")

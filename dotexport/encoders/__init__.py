@@ -1,4 +1,5 @@
-"""Text encoders: BERT, RoBERTa, XLM-R and DistilBERT, plain folders and sentence-transformers'.
+"""Text encoders: BERT, RoBERTa, XLM-R, DistilBERT, ModernBERT and DeBERTa, plain folders and
+sentence-transformers'.
 
 A folder goes in, OUT/hf of the same stock class comes out with fewer neurons and layers; what
 sentence-transformers keeps beside the weights is carried over byte by byte.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from dotexport.encoders.kinds import STOCK, Kind, class_of, kind_of, transformer_of
-from dotexport.errors import CheckpointError, UsageError
+from dotexport.encoders.kinds import (
+    PERIOD,
+    STOCK,
+    TYPES,
+    Kind,
+    class_of,
+    kind_of,
+    layer_types,
+    of_layers,
+    transformer_of,
+)
+from dotexport.errors import CheckpointError, UnsupportedModelError, UsageError
 from dotexport.models.checkpoint import all_finite
 from dotexport.models.origin import licence, model_name
 from dotexport.models.quiet import quiet
@@ -86,18 +96,26 @@ def open_encoder(folder: Path) -> Encoder:
         UnsupportedModelError: a class that is not known here.
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     root = folder / STOCK if (folder / STOCK).is_dir() else folder
     home = transformer_of(folder)
     config = read_json(home / "config.json", advice="take a fresh copy", finite=True)
     kind, name = kind_of(config), class_of(config)
+    if kind.alternates:
+        said, derived = layer_types(config), layer_types({**config, TYPES: None})
+        if said != derived and not _reads_types(config):
+            raise UnsupportedModelError(
+                f"{home} says with {TYPES} which layers see all of the text, and transformers "
+                f"{transformers.__version__} reads {PERIOD} alone; take 5.0 or newer"
+            )
     tensor_files(home)  # says what is wrong with the weight files
     try:
         with quiet():
             model, found = getattr(transformers, name).from_pretrained(
                 home, dtype="auto", output_loading_info=True, attn_implementation="eager"
             )
-    except (ValueError, TypeError, RuntimeError, LookupError) as error:
+    except (ValueError, TypeError, RuntimeError, LookupError, StrictDataclassError) as error:
         first = str(error).partition("\n")[0]
         raise CheckpointError(
             f"{home} does not load as {name} ({first}); take the config.json that belongs to "
@@ -121,6 +139,19 @@ def open_encoder(folder: Path) -> Encoder:
     return Encoder(root, home, config, kind, model, dtype, names)
 
 
+def can_hold(config: Mapping[str, Any], kept: Sequence[int]) -> bool:
+    """Whether the stock class, as it is installed, can say of these layers which of them see all
+    of the text: before transformers 5 that was every n-th."""
+    periodic = of_layers(config, kept).get(PERIOD, 1) is not None
+    return periodic or _reads_types(config)
+
+
+def _reads_types(config: Mapping[str, Any]) -> bool:
+    from transformers import AutoConfig
+
+    return hasattr(AutoConfig.for_model(config["model_type"]), TYPES)
+
+
 def copy_beside(encoder: Encoder, folder: Path) -> None:
     """Copy everything but the weights and what belongs to the original alone."""
 
@@ -138,8 +169,8 @@ def save_encoder(encoder: Encoder, model: nn.Module, folder: Path) -> None:
     copy_beside(encoder, folder)
     home = folder / encoder.home.relative_to(encoder.root)
     config = dict(encoder.config)
-    for word in (encoder.kind.width, encoder.kind.depth):
-        config[word] = getattr(model.config, word)
+    known = vars(model.config)
+    config |= {word: known[word] for word in encoder.kind.sizes if word in known}
     state = {
         key: value.to(encoder.dtype) if value.is_floating_point() else value
         for key, value in model.state_dict().items()
@@ -153,10 +184,10 @@ def save_encoder(encoder: Encoder, model: nn.Module, folder: Path) -> None:
 
 
 def _old_name(key: str, encoder: Encoder) -> str:
-    """Every layer has the tensors of the first."""
-    stack = f"{encoder.kind.stack}."
-    before, found, after = key.partition(stack)
-    return f"{before}{found}0.{after.partition('.')[2]}" if found else key
+    """Every layer behind the first has the tensors of the second; the first always stays."""
+    before, stack, after = key.partition(f"{encoder.kind.stack}.")
+    number, _, name = after.partition(".")
+    return f"{before}{stack}{min(int(number), 1)}.{name}" if stack else key
 
 
 def describe_source(encoder: Encoder) -> dict[str, Any]:

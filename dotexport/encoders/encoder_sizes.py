@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dotexport.encoders.encoder_folder import Encoder
+from dotexport.encoders.encoder_folder import Encoder, can_hold
 from dotexport.encoders.encoder_options import ShrinkOptions
 from dotexport.encoders.encoder_walk import Progress, cut
 from dotexport.encoders.sentences import Batch, embed, mean_cosine
@@ -41,11 +41,12 @@ def num_parameters(model: nn.Module) -> int:
 
 def parameters_after(encoder: Encoder, sizes: Sizes) -> int:
     """Of the whole model at these sizes."""
-    layer = num_parameters(encoder.layers[0])
-    before = before_of(encoder)
-    per_neuron = 2 * int(encoder.layers[0].get_submodule(encoder.kind.writer).out_features) + 1  # type: ignore[arg-type]
-    whole = num_parameters(encoder.model) - before.depth * layer
-    return whole + sizes.depth * (layer - (before.width - sizes.width) * per_neuron)
+    before, last, kind = before_of(encoder), encoder.layers[-1], encoder.kind
+    reader, writer = (last.get_submodule(name) for name in (kind.reader, kind.writer))
+    per_neuron = num_parameters(reader) // before.width + int(writer.out_features)  # type: ignore[arg-type]
+    whole = num_parameters(encoder.model)
+    left_out = (before.depth - sizes.depth) * num_parameters(last)  # the first layer stays
+    return whole - left_out - sizes.depth * (before.width - sizes.width) * per_neuron
 
 
 def before_of(encoder: Encoder) -> Sizes:
@@ -110,13 +111,15 @@ def choose_layers(
     progress: Progress = lambda stage, done, total: None,
 ) -> list[list[int]]:
     """Layers that stay when none leaves, one, and so on until `depth` stay; the first always does,
-    because those that leave are answered for by the one before."""
+    because those that leave are answered for by the one before. What stays can be said by the stock
+    class: the last layer can always leave."""
     kept = list(range(len(encoder.layers)))
     wanted_ND = embed(encoder.base, some, pooling)
     course = [kept]
     while len(kept) > depth:
         progress("leaving layers out", len(course), len(encoder.layers) - depth)
         tried = [[*kept[:n], *kept[n + 1 :]] for n in range(1, len(kept))]
+        tried = [layers for layers in tried if can_hold(encoder.config, layers)]
         cosines = []
         for layers in tried:
             base: nn.Module = cut(encoder, layers).base_model  # type: ignore[assignment]

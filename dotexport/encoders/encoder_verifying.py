@@ -27,7 +27,8 @@ from dotexport.storage.reading import read_json
 LIMITS = {"fp32": 1e-4, "fp16": 2e-2, "int8": 2e-1}
 """Precision -> how far an output may be from torch's, ||ours - theirs|| / ||theirs||. Of int8 that
 is what rounding may cost, not what arithmetic may differ by."""
-SHAPES = ((1, 1), (3, 17), (2, 64))
+SHAPES, LONGEST = ((1, 1), (3, 17), (2, 64)), 1024
+"""Batches x tokens, and the longest one: attention over 8,192 tokens is 3 GB a layer."""
 
 logger = logging.getLogger(__name__)
 
@@ -140,13 +141,14 @@ def check(
 
 
 def _batches(graph: EncoderGraph) -> Iterator[dict[str, Tensor]]:
-    """One token, sequences of several lengths side by side, and one as long as there is room for;
-    tokens are drawn from the whole vocabulary."""
+    """One token, sequences of several lengths side by side, and one as long as there is room for,
+    up to LONGEST; tokens are drawn from the whole vocabulary."""
     dice = torch.Generator().manual_seed(0)
     rows = rows_of(graph.model)
     padding = int(getattr(graph.model.config, "pad_token_id", None) or 0)
-    shapes = [shape for shape in SHAPES if shape[1] < graph.context]
-    for B, L in (*shapes, (1, graph.context)):
+    longest = min(graph.context, LONGEST)
+    shapes = [shape for shape in SHAPES if shape[1] < longest]
+    for B, L in (*shapes, (1, longest)):
         tokens_BL = torch.randint(rows, (B, L), generator=dice)
         tokens_BL[tokens_BL == padding] = rows - 1
         length_B1 = torch.tensor([[max(1, L - 5 * row)] for row in range(B)])

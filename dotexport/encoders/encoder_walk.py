@@ -1,20 +1,22 @@
 """Layer by layer: neurons chosen and merged, writers refitted so that the narrowed model says at
 every norm what the original says there.
 
-Writers are solved with their biases, by least squares on what the narrowed model feeds them:
-the target is what the original's norm reads, less what stands in the narrowed stream, so that the
-drift of earlier layers is in it. Tokens count by 1/sigma of what the norm divides them by.
+Writers are solved by least squares on what the narrowed model feeds them, with their biases where
+they have one: the target is what the original's norm reads, less what stands in the narrowed
+stream, so that the drift of earlier layers is in it. Tokens count by 1/sigma of what the norm
+divides them by.
 
 A layer that is left out is answered for by the one before it, which aims at what the left one
-said and takes over its norm.
+said and takes over the norm behind it, if there is one.
 
-Shapes: T tokens, D width of the stream, N neurons before, K after, I inputs of a writer.
+Shapes: T tokens, D width of the stream, N neurons before, K after, I inputs of a writer and a one
+for its bias, S blocks of a reader's rows.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from dotexport.encoders.encoder_folder import Encoder, layers_of
+from dotexport.encoders.kinds import of_layers
 from dotexport.encoders.sentences import Batch
 from dotexport.merging.neurons import MERGE_LEVELS, Merge, barycentres, choose, importance
-from dotexport.merging.ot.cost import same_sign_distance
+from dotexport.merging.ot.cost import activation_distance, same_sign_distance
 from dotexport.merging.ot.coupling import couple
 from dotexport.merging.refit import Fit, Moments, fit
 from dotexport.merging.transport_options import TransportOptions
@@ -32,19 +35,22 @@ from dotexport.merging.transport_options import TransportOptions
 Progress = Callable[[str, int, int], None]
 
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
 @dataclass
 class Stream:
-    """What reaches a layer for one batch, and how it is called."""
+    """What reaches a layer for one batch, and what the original calls each of its layers with
+    besides: masks, and positions, which are not the same for all."""
 
     hidden: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    calls: list[Call]
     batch: Batch
 
-    def through(self, layer: nn.Module) -> Tensor:
-        made = layer(self.hidden, *self.args, **self.kwargs)
-        hidden: Tensor = made[0] if isinstance(made, tuple) else made
-        return hidden
+    def through(self, layer: nn.Module, number: int) -> Tensor:
+        """Behind a layer that stands where the original has this one."""
+        args, kwargs = self.calls[number]
+        return _hidden(layer(self.hidden, *args, **kwargs))
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,6 @@ class Walked:
 
     model: nn.Module
     sites: list[dict[str, Any]]
-
-
-class _Enough(Exception):  # noqa: N818  ends a forward pass, no error
-    pass
 
 
 @torch.no_grad()
@@ -75,20 +77,20 @@ def walk(
     """
     model = cut(encoder, kept_layers)
     layers = layers_of(model, encoder.kind)
-    theirs = list(_starts(encoder.base, encoder.layers[0], some))
+    theirs = list(_starts(encoder, some))
     ours = [replace(stream) for stream in theirs]
     ends = [*kept_layers[1:], len(encoder.layers)]
     sites = []
     for place, layer in enumerate(layers):
         progress("narrowing", place, len(layers))
-        group = [encoder.layers[n] for n in range(kept_layers[place], ends[place])]
+        group = range(kept_layers[place], ends[place])
         site = _Site(encoder, layer, group, ours, theirs)
-        sites.append({"layer": kept_layers[place], **site.narrow(width, method)})
+        sites.append({"layer": group[0], **site.narrow(width, method)})
         for stream in ours:
-            stream.hidden = stream.through(layer)
+            stream.hidden = stream.through(layer, group[0])
         for stream in theirs:
-            for original in group:
-                stream.hidden = stream.through(original)
+            for number in group:
+                stream.hidden = stream.through(encoder.layers[number], number)
     setattr(model.config, encoder.kind.width, width)
     progress("narrowing", len(layers), len(layers))
     return Walked(model, sites)
@@ -101,37 +103,46 @@ def cut(encoder: Encoder, kept_layers: Sequence[int]) -> nn.Module:
     base: Any = model.base_model
     stack = base.get_submodule(owner)
     setattr(stack, name, nn.ModuleList([getattr(stack, name)[n] for n in kept_layers]))
-    setattr(model.config, encoder.kind.depth, len(kept_layers))
+    for word, value in of_layers(encoder.config, kept_layers).items():
+        setattr(model.config, word, value)
     return model
 
 
-def _starts(base: nn.Module, first: nn.Module, some: Sequence[Batch]) -> Iterator[Stream]:
-    """What the first layer is called with, batch by batch."""
-    seen: list[Any] = []
+def _starts(encoder: Encoder, some: Sequence[Batch]) -> Iterator[Stream]:
+    """What the first layer reads, and how the model calls each, batch by batch."""
+    read: list[Tensor] = []
+    calls: list[Call] = []
 
-    def take(layer: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.append((args, kwargs))
-        raise _Enough
+    def take(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not calls:
+            read.append(args[0])
+        calls.append((args[1:], kwargs))
 
-    handle = first.register_forward_pre_hook(take, with_kwargs=True)
+    handles = [x.register_forward_pre_hook(take, with_kwargs=True) for x in encoder.layers]
     try:
         for batch in some:
-            try:
-                base(**batch.inputs)
-            except _Enough:
-                (hidden, *args), kwargs = seen.pop()
-                yield Stream(hidden, tuple(args), kwargs, batch)
+            encoder.base(**batch.inputs)
+            yield Stream(read.pop(), calls.copy(), batch)
+            calls.clear()
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _hidden(made: Any) -> Tensor:
+    """The stream, of what a module says."""
+    hidden: Tensor = made[0] if isinstance(made, tuple) else made
+    return hidden
 
 
 @dataclass
 class _Site:
-    """One layer of the narrowed model beside those of the original that it stands for."""
+    """One layer of the narrowed model beside those of the original that it stands for, by their
+    numbers."""
 
     encoder: Encoder
     layer: nn.Module
-    group: list[nn.Module]
+    group: range
     ours: list[Stream]
     theirs: list[Stream]
 
@@ -140,14 +151,14 @@ class _Site:
         writer = _linear(self.layer, kind.writer)
         if method == "select":
             seen = self._moments(kind.writer, kind.norm, self._reads(kind.norm), [None])
-            kept = choose("select", seen[0][0].given_last(), writer.weight.detach(), width)
-            self._put(Merge(kept), writer.weight.detach()[:, kept], writer.bias.detach())
+            kept = choose("select", _given_bias(seen[0][0], writer), writer.weight.detach(), width)
+            self._put(Merge(kept), _with_bias(writer)[:, _and_bias(kept, writer)])
             return {"kept": len(kept)}
         attention = _linear(self.layer, kind.attention)
         wanted = self._reads(kind.attention_norm, first=True)
         trials = self._moments(kind.attention, kind.attention_norm, wanted, [None])
         fitted = fit(*trials[0], _with_bias(attention))
-        _put(attention, fitted.weights_OI)
+        _put(attention, *_split(attention, fitted.weights_OI))
         return {"attention": fitted.as_dict(), "mlp": self._narrow_mlp(width, method)}
 
     def _narrow_mlp(self, width: int, method: str) -> dict[str, Any]:
@@ -157,20 +168,21 @@ class _Site:
         prior_DI = _with_bias(writer).double()
         whole = self._moments(kind.writer, kind.norm, wanted, [None])
         train, held = whole[0]
-        kept = choose("obs", train.given_last(), writer.weight.detach(), width)
+        kept = choose("obs", _given_bias(train, writer), writer.weight.detach(), width)
         merges = [Merge(kept)]
         if method == "dot" and width < writer.in_features:
-            merges += _merges(train.of(_all(writer)), writer.weight.detach(), kept)
-        trials = [(train.of(_and_last(kept, writer)), held.of(_and_last(kept, writer)))]
+            turns = "up" in kind.spaces  # what multiplies may change its sign
+            merges += _merges(train.of(_all(writer)), writer.weight.detach(), kept, turns=turns)
+        trials = [(train.of(_and_bias(kept, writer)), held.of(_and_bias(kept, writer)))]
         if merges[1:]:
             trials += self._moments(kind.writer, kind.norm, wanted, merges[1:])
-        prior_DK = prior_DI[:, _and_last(kept, writer)]
+        prior_DK = prior_DI[:, _and_bias(kept, writer)]
         fits: list[Fit] = [fit(*trial, prior_DK) for trial in trials]
         best = min(range(len(fits)), key=lambda n: fits[n].error)
-        weights_DI = fits[best].weights_OI
-        self._put(merges[best], weights_DI[:, :-1], weights_DI[:, -1])
-        norm = self.layer.get_submodule(kind.norm)
-        norm.load_state_dict(self.group[-1].get_submodule(kind.norm).state_dict())
+        self._put(merges[best], fits[best].weights_OI)
+        if kind.norm:
+            theirs = self.encoder.layers[self.group[-1]].get_submodule(kind.norm)
+            self.layer.get_submodule(kind.norm).load_state_dict(theirs.state_dict())
         return {**fits[best].as_dict(), "moved": merges[best].moved}
 
     def _reads(self, norm: str, *, first: bool = False) -> list[Tensor]:
@@ -179,65 +191,73 @@ class _Site:
         found = []
         for stream in self.theirs:
             here = replace(stream)
-            for number, original in enumerate(self.group):
+            for number in self.group[:1] if first else self.group:
+                original = self.encoder.layers[number]
                 with _seen(original, {norm}) as seen:
-                    here.hidden = here.through(original)
-                if number == (0 if first else len(self.group) - 1):
-                    found.append(seen[norm][0][stream.batch.mask])
-                    break
+                    here.hidden = here.through(original, number)
+            found.append(_behind(seen, norm)[stream.batch.mask])
         return found
 
     def _moments(
         self, writer: str, norm: str, wanted: list[Tensor], merges: Sequence[Merge | None]
     ) -> list[tuple[Moments, Moments]]:
         """Sums over tokens that are fitted and over those that judge, for what enters a writer and
-        a one; `merges`: as if the reader had these rows (None: its own)."""
-        kind = self.encoder.kind
-        outputs = _linear(self.layer, writer).out_features
+        a one for its bias; `merges`: as if the reader had these rows (None: its own)."""
+        kind, linear = self.encoder.kind, _linear(self.layer, writer)
         sums: list[tuple[Moments, Moments]] = []
         for stream, wanted_TD in zip(self.ours, wanted, strict=True):
             with _seen(self.layer, {writer, norm, kind.reader}) as seen:
-                stream.through(self.layer)
+                stream.through(self.layer, self.group[0])
             mask_NL = stream.batch.mask
-            before_TD = (seen[norm][0] - seen[writer][1])[mask_NL]
+            before_TD = (_behind(seen, norm) - seen[writer][1])[mask_NL]
             weight_T1 = 1 / wanted_TD.std(-1, keepdim=True).clamp_min(1e-6)
             target_TD = (wanted_TD - before_TD) * weight_T1
             for number, merge in enumerate(merges):
                 z_TI = seen[writer][0][mask_NL]
                 if merge is not None and merge.gate_KN is not None:
                     z_TI = self._merged(merge, seen[kind.reader][0][mask_NL])
-                z_TI = torch.cat([z_TI, torch.ones_like(z_TI[:, :1])], dim=1) * weight_T1
+                if linear.bias is not None:
+                    z_TI = torch.cat([z_TI, torch.ones_like(z_TI[:, :1])], dim=1)
+                z_TI = z_TI * weight_T1
                 if number == len(sums):
-                    zeros = [Moments.zeros(z_TI.shape[1], outputs) for _ in range(2)]
+                    zeros = [Moments.zeros(z_TI.shape[1], linear.out_features) for _ in range(2)]
                     sums.append((zeros[0], zeros[1]))
                 sums[number][int(stream.batch.held)].add(z_TI, target_TD)
         return sums
 
     def _merged(self, merge: Merge, x_TD: Tensor) -> Tensor:
         """What merged neurons say."""
-        reader = _linear(self.layer, self.encoder.kind.reader)
-        rows_KD = merge.rows("gate", reader.weight).float()
-        bias_K = merge.rows("gate", reader.bias[:, None])[:, 0].float()
-        activation = self.layer.get_submodule(self.encoder.kind.activation)
-        said_TK: Tensor = activation(x_TD @ rows_KD.T + bias_K)
+        kind, (rows_XI, bias_X) = self.encoder.kind, self._mixed(merge)
+        read_STK = nn.functional.linear(x_TD, rows_XI, bias_X).chunk(len(kind.spaces), dim=-1)
+        said_TK: Tensor = self.layer.get_submodule(kind.activation)(read_STK[0])
+        for factor_TK in read_STK[1:]:
+            said_TK = said_TK * factor_TK
         return said_TK
 
-    def _put(self, merge: Merge, weight_DK: Tensor, bias_D: Tensor) -> None:
+    def _mixed(self, merge: Merge) -> tuple[Tensor, Tensor | None]:
+        """Rows and biases of the reader, S blocks of K instead of N."""
+        spaces, reader = self.encoder.kind.spaces, _linear(self.layer, self.encoder.kind.reader)
+        blocks_SND = _with_bias(reader).chunk(len(spaces))
+        parts = [merge.rows(x, rows_ND) for x, rows_ND in zip(spaces, blocks_SND, strict=True)]
+        return _split(reader, torch.cat(parts))
+
+    def _put(self, merge: Merge, weights_DI: Tensor) -> None:
         """The MLP with K neurons."""
         reader = _linear(self.layer, self.encoder.kind.reader)
         writer = _linear(self.layer, self.encoder.kind.writer)
-        rows_KD = merge.rows("gate", reader.weight.detach()).float()
-        bias_K = merge.rows("gate", reader.bias.detach()[:, None])[:, 0].float()
-        reader.weight, reader.bias = nn.Parameter(rows_KD), nn.Parameter(bias_K)
-        writer.weight = nn.Parameter(weight_DK.float().clone())
-        writer.bias = nn.Parameter(bias_D.float().clone())
-        reader.out_features = writer.in_features = len(rows_KD)
+        _put(reader, *self._mixed(merge))
+        _put(writer, *_split(writer, weights_DI))
 
 
-def _merges(train: Moments, writer_DN: Tensor, kept: Tensor) -> list[Merge]:
-    """From strict to loose, those that move more than the one before."""
+def _merges(train: Moments, writer_DN: Tensor, kept: Tensor, *, turns: bool) -> list[Merge]:
+    """From strict to loose, those that move more than the one before.
+
+    Args:
+        turns: a neuron may stand for another one upside down.
+    """
     gram_NN = train.inputs_II
-    cost = same_sign_distance(gram_NN.numpy(), kept.numpy())
+    distance = activation_distance if turns else same_sign_distance
+    cost = distance(gram_NN.numpy(), kept.numpy())
     coupling = couple(cost, importance(train, writer_DN).numpy(), TransportOptions())
     made, moved = [], 0.0
     for level in MERGE_LEVELS:
@@ -252,9 +272,16 @@ def _all(writer: nn.Linear) -> Tensor:
     return torch.arange(writer.in_features)
 
 
-def _and_last(kept: Tensor, writer: nn.Linear) -> Tensor:
+def _and_bias(kept: Tensor, writer: nn.Linear) -> Tensor:
     """The kept neurons, and the one that stands for the bias."""
+    if writer.bias is None:
+        return kept
     return torch.cat([kept, torch.tensor([writer.in_features])])
+
+
+def _given_bias(moments: Moments, writer: nn.Linear) -> Moments:
+    """Covariances where the writer has a bias."""
+    return moments if writer.bias is None else moments.given_last()
 
 
 def _linear(layer: nn.Module, name: str) -> nn.Linear:
@@ -262,12 +289,31 @@ def _linear(layer: nn.Module, name: str) -> nn.Linear:
 
 
 def _with_bias(linear: nn.Linear) -> Tensor:
+    if linear.bias is None:
+        return linear.weight.detach()
     return torch.cat([linear.weight.detach(), linear.bias.detach()[:, None]], dim=1)
 
 
-def _put(linear: nn.Linear, weights_DI: Tensor) -> None:
-    linear.weight.copy_(weights_DI[:, :-1])
-    linear.bias.copy_(weights_DI[:, -1])
+def _split(linear: nn.Linear, weights_OI: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Weight, and bias if it has one."""
+    weights_OI = weights_OI.float()
+    if linear.bias is None:
+        return weights_OI, None
+    return weights_OI[:, :-1], weights_OI[:, -1]
+
+
+def _put(linear: nn.Linear, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+    """The same module with these."""
+    linear.weight = nn.Parameter(weight_OI.clone())
+    if bias_O is not None:
+        linear.bias = nn.Parameter(bias_O.clone())
+    linear.out_features, linear.in_features = weight_OI.shape
+
+
+def _behind(seen: Mapping[str, tuple[Tensor, Tensor]], norm: str) -> Tensor:
+    """The stream behind a sublayer: what its norm reads, or what leaves the layer."""
+    read, said = seen[norm]
+    return read if norm else said
 
 
 class _seen:  # noqa: N801  a context
@@ -280,8 +326,8 @@ class _seen:  # noqa: N801  a context
         ]
 
     def _taker(self, name: str) -> Callable[..., None]:
-        def take(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            self.found[name] = (inputs[0], output)
+        def take(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+            self.found[name] = (inputs[0], _hidden(output))
 
         return take
 

@@ -1,13 +1,14 @@
 """Which encoders can be narrowed, and where their parts lie. Imports no library.
 
-All are post-norm: a sublayer adds what its writer says to the stream, and a norm follows.
+A sublayer adds what its writer says to the stream. Post-norm kinds have a norm right behind it;
+in pre-norm kinds (ModernBERT) the norm that reads the stream next is the next sublayer's.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from dotexport.storage.reading import read_json
 
 STOCK = "hf"
 MODULES = "modules.json"
+TYPES, PERIOD = "layer_types", "global_attn_every_n_layers"
+FULL, LOCAL = "full_attention", "sliding_attention"
 OUTPUTS = {
     "Model": ("last_hidden_state",),
     "ForMaskedLM": ("logits",),
@@ -32,10 +35,18 @@ class Kind:
 
     Attributes:
         stack: the layers, below the base model.
-        attention, attention_norm: what the attention writes with, and the norm behind it.
-        reader, activation, writer, norm: of the MLP.
+        attention, attention_norm: what the attention writes with, and the norm that reads the
+            stream behind it.
+        reader, activation, writer: of the MLP.
+        spaces: blocks of the reader's rows, one beside the other: what the activation reads
+            (`gate`), and what its answer is multiplied by (`up`).
+        norm: behind the MLP; "" where what it writes leaves the layer as it is.
         width, depth: words of config.json.
         counts_from_padding: whether the first position is the one behind the id of padding.
+        alternates: whether config.json says which layers see all of the text.
+        segments: how many kinds of token_type_ids there are where config.json does not say;
+            None: they are not read.
+        refuses: words of config.json, and why a model that sets them is not narrowed.
     """
 
     prefix: str
@@ -48,7 +59,16 @@ class Kind:
     norm: str = "output.LayerNorm"
     width: str = "intermediate_size"
     depth: str = "num_hidden_layers"
+    spaces: tuple[str, ...] = ("gate",)
     counts_from_padding: bool = False
+    alternates: bool = False
+    segments: int | None = None
+    refuses: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """Words of config.json that say how large it is."""
+        return (self.width, self.depth, *((TYPES, PERIOD) if self.alternates else ()))
 
 
 DISTIL = Kind(
@@ -63,11 +83,26 @@ DISTIL = Kind(
     "hidden_dim",
     "n_layers",
 )
+MODERN = Kind(
+    "ModernBert",
+    "layers",
+    "attn.Wo",
+    "mlp_norm",
+    "mlp.Wi",
+    "mlp.act",
+    "mlp.Wo",
+    norm="",
+    spaces=("gate", "up"),
+    alternates=True,
+)
+CONVOLUTION = "a convolution adds to its first layer, and text is passed through layers alone"
 KINDS = {
-    "bert": Kind("Bert"),
+    "bert": Kind("Bert", segments=2),
     "roberta": Kind("Roberta", counts_from_padding=True),
     "xlm-roberta": Kind("XLMRoberta", counts_from_padding=True),
     "distilbert": DISTIL,
+    "modernbert": MODERN,
+    "deberta-v2": Kind("DebertaV2", segments=0, refuses={"conv_kernel_size": CONVOLUTION}),
 }
 """model_type -> its names."""
 
@@ -131,7 +166,53 @@ def kind_of(config: Mapping[str, Any]) -> Kind:
             raise UnsupportedModelError(
                 f"config.json sets {flag}; expected a float encoder that sees all of its text"
             )
+    for word, reason in found.refuses.items():
+        if config.get(word):
+            raise UnsupportedModelError(f"config.json sets {word}: {reason}")
     return found
+
+
+def of_layers(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """What config.json says once these layers alone stay.
+
+    What sees which text is said twice, for releases of transformers that read the list and for
+    those that read the period; where there is none, these fail instead of reading another model.
+    """
+    kind = kind_of(config)
+    words: dict[str, Any] = {kind.depth: len(kept)}
+    if kind.alternates:
+        types = layer_types(config)
+        words[TYPES] = [types[number] for number in kept]
+        words[PERIOD] = period(words[TYPES])
+    return words
+
+
+def layer_types(config: Mapping[str, Any]) -> list[str]:
+    """Which layers of ModernBERT see all of the text, and which see what is near.
+
+    Raises:
+        CheckpointError: a list of another length than there are layers.
+    """
+    depth, every = int(config.get("num_hidden_layers", 22)), config.get(PERIOD) or 3
+    types = config.get(TYPES) or [LOCAL if n % every else FULL for n in range(depth)]
+    if len(types) != depth:
+        raise CheckpointError(
+            f"config.json has {len(types)} {TYPES} and {depth} layers; take the config.json that "
+            "belongs to these weights"
+        )
+    return list(types)
+
+
+def period(types: Sequence[str]) -> int | None:
+    """The n with which every n-th layer, from the first on, and no other sees all of the text.
+
+    >>> period([FULL, LOCAL, LOCAL, FULL]), period([FULL, LOCAL, FULL, FULL])
+    (3, None)
+    """
+    for every in range(1, len(types) + 1):
+        if all((kind == FULL) == (n % every == 0) for n, kind in enumerate(types)):
+            return every
+    return None
 
 
 def outputs_of(name: str) -> tuple[str, ...]:
@@ -140,8 +221,9 @@ def outputs_of(name: str) -> tuple[str, ...]:
 
 
 def reads_segments(config: Mapping[str, Any]) -> bool:
-    """Whether token_type_ids say anything: BERT alone has more than one kind of them."""
-    return kind_of(config).prefix == "Bert"
+    """Whether token_type_ids are read."""
+    kinds = kind_of(config).segments
+    return kinds is not None and int(config.get("type_vocab_size", kinds)) > 0
 
 
 def class_of(config: Mapping[str, Any]) -> str:

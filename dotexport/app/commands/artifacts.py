@@ -9,13 +9,15 @@ import typer
 
 from dotexport.app.commands.shared_options import (
     Device,
+    Held,
+    Home,
     Json,
     Output,
     Overwrite,
 )
 from dotexport.app.progress import progress
 from dotexport.app.steps import EvalStep
-from dotexport.app.terminal import show_json, show_parities, show_rows, stderr
+from dotexport.app.terminal import show_json, show_parities, show_rows, show_written, stderr
 from dotexport.errors import UsageError
 from dotexport.exports.rounding_options import RoundingOptions
 
@@ -24,11 +26,8 @@ def export(
     model: Annotated[Path, typer.Argument(help="Output of dotexport, or a plain model.")],
     target: Annotated[list[str], typer.Option(help="NAME or NAME:PRECISION, e.g. ort-cpu:int4.")],
     rounding: RoundingOptions,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", help="For a plain model: where to."),
-    ] = None,
-    verify: Annotated[bool, typer.Option(help="Hold each artifact against torch.")] = True,
+    out: Home = None,
+    verify: Held = True,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -39,7 +38,6 @@ def export(
     from dotexport.app.rounding_text import text_of
     from dotexport.exports.exporting import export as write
     from dotexport.outputs import card
-    from dotexport.storage import manifest
 
     with progress() as report:
         report(f"exporting {', '.join(target)}", 0, 1)
@@ -54,13 +52,7 @@ def export(
         )
     home = artifacts[0].folder.parent
     card.write(home)
-    if as_json:
-        made = manifest.read(home)["artifacts"]
-        show_json({artifact.name: made[artifact.name] for artifact in artifacts})
-        return
-    for artifact in artifacts:
-        note = "" if artifact.parity else "  not verified"
-        stderr.print(f"{artifact.folder}  {artifact.num_bytes / 1e6:.2f} MB{note}")
+    show_written(home, [artifact.name for artifact in artifacts], as_json=as_json)
 
 
 def verify(

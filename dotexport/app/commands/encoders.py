@@ -1,7 +1,7 @@
 """The verbs of the command line for text encoders: one function per verb, no logic.
 
-`dotexport shrink FOLDER`, `export`, `verify`, `eval` and `bench` come here when FOLDER is a BERT,
-RoBERTa, XLM-R or DistilBERT, a folder of sentence-transformers, or an output that holds one.
+`dotexport shrink FOLDER`, `export`, `verify`, `eval` and `bench` come here when FOLDER is one of
+`encoders.kinds`, a folder of sentence-transformers, or an output that holds one.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import typer
 
 from dotexport.app.flags import with_options
 from dotexport.app.progress import progress
-from dotexport.app.terminal import show_figures, show_json, stderr
+from dotexport.app.terminal import show_figures, show_json, show_written, stderr
 from dotexport.app.turn_options import TurnOptions
 from dotexport.encoders.encoder_options import SentenceOptions, ShrinkOptions
 
-from .shared_options import Json, Out, Overwrite
+from .shared_options import Held, Home, Json, Only, Out, Overwrite
 
 if TYPE_CHECKING:
     from dotexport.encoders.encoder_verifying import Parity
@@ -67,10 +67,8 @@ def export(
         list[str],
         typer.Option(help="onnx, openvino or executorch, or NAME:PRECISION, e.g. onnx:int8."),
     ],
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="For a plain encoder: where to.")
-    ] = None,
-    verify: Annotated[bool, typer.Option(help="Hold each artifact against torch.")] = True,
+    out: Home = None,
+    verify: Held = True,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -83,27 +81,18 @@ def export(
     Example: dotexport export OUT --target onnx:int8 --target openvino
     """
     from dotexport.encoders import encoder_exporting
-    from dotexport.storage import manifest
 
     with progress() as report:
         names = encoder_exporting.export(
             model, target, out=out, verify=verify, overwrite=overwrite, progress=report
         )
-    home = out or model
-    made = manifest.read(home)["artifacts"]
-    if as_json:
-        show_json({name: made[name] for name in names})
-        return
-    for name in names:
-        note = "" if made[name]["parity"] else "  not verified"
-        size = f"{made[name]['bytes'] / 1e6:.2f} MB{note}"
-        stderr.print(f"{home / name}  {size}", soft_wrap=True, highlight=False)
+    show_written(out or model, names, as_json=as_json)
 
 
 @app.command()
 def verify(
     out: Output,
-    target: Annotated[list[str] | None, typer.Option(help="Only these; default: all.")] = None,
+    target: Only = None,
     as_json: Json = False,
 ) -> None:
     """Hold every artifact against torch: its files, and what it answers to padded and long batches.

@@ -15,11 +15,11 @@ import typer
 
 from dotexport.app.flags import with_options
 from dotexport.app.progress import progress
-from dotexport.app.terminal import show_figures, show_json, stderr
+from dotexport.app.terminal import show_figures, show_json, show_written, stderr
 from dotexport.app.turn_options import TurnOptions
 from dotexport.diffusion.pipeline_options import PruneStep, SampleOptions, parse_extra
 
-from .shared_options import Json, Out, Overwrite
+from .shared_options import Held, Home, Json, Only, Out, Overwrite
 
 if TYPE_CHECKING:
     from dotexport.diffusion.onnx_folder import Parity
@@ -75,10 +75,8 @@ def shrink(
 def export(
     model: Annotated[Path, typer.Argument(help="Output of dotexport, or a plain pipeline.")],
     target: Annotated[list[str], typer.Option(help="onnx, onnx:fp32 or onnx:fp16.")],
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="For a plain pipeline: where to.")
-    ] = None,
-    verify: Annotated[bool, typer.Option(help="Hold each artifact against torch.")] = True,
+    out: Home = None,
+    verify: Held = True,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -89,26 +87,18 @@ def export(
     Example: dotexport export OUT --target onnx
     """
     from dotexport.diffusion import onnx_folder
-    from dotexport.storage import manifest
 
     with progress() as report:
         names = onnx_folder.export(
             model, target, out=out, verify=verify, overwrite=overwrite, progress=report
         )
-    home = out or model
-    made = manifest.read(home)["artifacts"]
-    if as_json:
-        show_json({name: made[name] for name in names})
-        return
-    for name in names:
-        size = f"{made[name]['bytes'] / 1e6:.2f} MB"
-        stderr.print(f"{home / name}  {size}", soft_wrap=True, highlight=False)
+    show_written(out or model, names, as_json=as_json)
 
 
 @app.command()
 def verify(
     out: Output,
-    target: Annotated[list[str] | None, typer.Option(help="Only these; default: all.")] = None,
+    target: Only = None,
     as_json: Json = False,
 ) -> None:
     """Hold every artifact against torch: one call of each component, and a sampled trajectory.

@@ -12,6 +12,11 @@ Model = Annotated[
 ]
 Output = Annotated[Path, typer.Argument(help="Output of dotexport shrink, export or run.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder; must be new or empty.")]
+Home = Annotated[
+    Path | None, typer.Option("--out", "-o", help="For a model that is no output: where to.")
+]
+Held = Annotated[bool, typer.Option(help="Hold each artifact against torch.")]
+Only = Annotated[list[str] | None, typer.Option(help="Only these; default: all.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, logs on stderr.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
