@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -30,6 +30,12 @@ class Plan:
     before: Sizes
     after: Sizes
     layers: tuple[int, ...] | None = None
+
+    def of_layers(self, kept: Sequence[int]) -> Plan:
+        """The same once it is known which of the original's layers stay."""
+        if len(kept) == self.before.num_layers:
+            return self
+        return replace(self, after=self.after.of_layers(kept), layers=tuple(kept))
 
     @property
     def on_kept_tokens(self) -> Plan:

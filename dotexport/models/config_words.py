@@ -65,6 +65,7 @@ TAKEN_FOR_GRANTED = (
     "tie_word_embeddings",
 )
 BOTH_WORDS = ("num_experts", "num_local_experts")
+PERIOD = "full_attention_interval"
 # By which queries grow with their position, of Ministral 3.
 GROWING = ("llama_4_scaling_beta", "original_max_position_embeddings")
 
@@ -97,7 +98,19 @@ def settled(config: Mapping[str, Any], *, of: object) -> dict[str, Any]:
     if family.experts_key:
         words = _counted(words)
         words = _counted(words | _granted(words))
+    if family.kinds:
+        words = _by_layer(words)
     return words | _granted(words)
+
+
+def _by_layer(config: Mapping[str, Any]) -> dict[str, Any]:
+    """With the kind of every layer, which the class may derive from a period: that would no longer
+    be true once layers leave."""
+    words = {key: value for key, value in config.items() if key != PERIOD}
+    try:
+        return words | {"layer_types": list(stock_config(config).layer_types)}
+    except Exception:  # check_class says what is wrong with it
+        return words
 
 
 def check_class(config: Mapping[str, Any]) -> None:

@@ -27,6 +27,7 @@ from dotexport.axes.plan import Plan
 from dotexport.merging.refit import Moments, ridge_solve
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.layers import Layer, Stock
+from dotexport.models.shapes import Sizes
 from dotexport.narrowing.judging import Head, divergences
 from dotexport.narrowing.original import Original
 from dotexport.narrowing.streams import check_finite, held_out_windows, inverse_rms
@@ -83,7 +84,7 @@ class Depths:
         self._search(decided, count)
         gone = self.left[:count]
         kept = tuple(layer for layer in range(before) if layer not in gone)
-        return replace(decided, layers=kept)
+        return decided.of_layers(kept)
 
     @property
     def courses(self) -> Mapping[str, Callable[[Plan], Mapping[int, float]]]:
@@ -103,7 +104,8 @@ class Depths:
         for number in range(len(self.left), count):
             self.progress("choosing layers", number, count)
             kept = [layer for layer in range(before) if layer not in self.left]
-            ranked = sorted(kept[1:], key=lambda layer: self._costs.get(layer, 0.0))
+            free = may_leave(kept, decided.before)
+            ranked = sorted(free, key=lambda layer: self._costs.get(layer, 0.0))
             measured = self._stack(decided).without(kept, ranked[:LOOKED_AT] if number else ranked)
             base = self.divergences[-1] if number else 0.0
             self._costs |= {layer: divergence - base for layer, divergence in measured.items()}
@@ -123,6 +125,16 @@ class Depths:
             original = Original(source, whole.family, whole.before, stock, self.device)
             self._made = Stack(original, *_parts(self.windows_NL, self.seed, self.other_NL))
         return self._made
+
+
+def may_leave(kept: Sequence[int], before: Sizes) -> list[int]:
+    """All but the first, and but the last of its kind."""
+    kinds = [before.kind(layer) for layer in kept]
+    return [
+        layer
+        for layer, kind in zip(kept[1:], kinds[1:], strict=True)
+        if not kind or kinds.count(kind) > 1
+    ]
 
 
 def _parts(windows_NL: Tensor, seed: int, other_NL: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -205,7 +217,7 @@ class Front:
 
     def __init__(self, layer: Layer, stream_NLD: Tensor, fitted: int) -> None:
         self.layer = layer
-        *others, self.last = layer.family.sublayers
+        *others, self.last = layer.sublayers
         for sublayer in others:
             stream_NLD = layer.after(sublayer, stream_NLD)
         self.before_NLD, self.fitted = stream_NLD, fitted
@@ -261,6 +273,6 @@ class Front:
 
 
 def _through(layer: Layer, stream_NLD: Tensor) -> Tensor:
-    for sublayer in layer.family.sublayers:
+    for sublayer in layer.sublayers:
         stream_NLD = layer.after(sublayer, stream_NLD)
     return stream_NLD

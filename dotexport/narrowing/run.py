@@ -22,7 +22,9 @@ from torch import Tensor
 from dotexport.axes import AXES
 from dotexport.axes.axis import InnerAxis
 from dotexport.axes.plan import Plan
+from dotexport.merging.heads import Groups
 from dotexport.merging.refit import Solver, fit, gain_solve, ridge_solve
+from dotexport.merging.units import Units
 from dotexport.models.checkpoint import TensorSpec
 from dotexport.models.exact_norm import exact_norm
 from dotexport.models.family import Sublayer
@@ -36,7 +38,7 @@ from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.norm_statistics import Progress
 from dotexport.narrowing.original import ROWS, Original, embed, metric
 from dotexport.narrowing.output_norm import merged
-from dotexport.narrowing.site import Site
+from dotexport.narrowing.site import Site, behind_norm
 from dotexport.narrowing.streams import Streams
 from dotexport.processes.processes import Processes
 from dotexport.storage.workspace import Workspace
@@ -208,7 +210,7 @@ class Narrowing:
         tensors = {name.removeprefix(prefix): t.to(device) for name, t in kept[1].items()}
         student = Layer(self.stock, self.original.family, place, tensors)
         self._pass_over([number])
-        for sublayer in self.original.family.sublayers:
+        for sublayer in student.sublayers:
             self.streams.advance_narrowed(partial(student.after, sublayer))
         self._pass_over(left_out)
 
@@ -242,10 +244,10 @@ class Narrowing:
         teacher = self.original.layer(number)
         student = self._student(place, teacher)
         records = []
-        *_, last = family.sublayers
-        for sublayer in family.sublayers:
+        *_, last = teacher.sublayers
+        for sublayer in teacher.sublayers:
             space = sublayer.writer.in_
-            axis = self._inside[space]
+            units, method = self._units(space)
             kind: Any = Site
             if sublayer.router:
                 kind = partial(ExpertSite, num_experts=self.after.num_experts)
@@ -258,8 +260,8 @@ class Narrowing:
                 self.scale,
                 self.after.spaces[space],
                 family.gated,
-                axis.units(self.before),
-                axis.method(self.options),
+                units,
+                method,
                 self.options,
                 partial(self._pass_over, left_out if sublayer is last else ()),
             )
@@ -270,23 +272,26 @@ class Narrowing:
         tensors = {family.layer_name(place, n): tensor for n, tensor in student.tensors().items()}
         self._keep(_step(place), tensors, sites=records)
 
-    @cached_property
-    def _inside(self) -> dict[str, InnerAxis]:
-        """The axis that narrows a sublayer, by the space of its writer's inputs."""
-        return {axis.space: axis for axis in AXES if isinstance(axis, InnerAxis)}
+    def _units(self, space: str) -> tuple[Units, str]:
+        """What can leave of a sublayer, by the space of its writer's inputs, and how it is chosen;
+        where no axis cuts that, it is one group that stays."""
+        inner = (axis for axis in AXES if isinstance(axis, InnerAxis) and axis.space == space)
+        if axis := next(inner, None):
+            return axis.units(self.before), axis.method(self.options)
+        return Groups(1, 1, self.before.spaces[space]), self.options.heads
 
     def _pass_over(self, layers: Sequence[int]) -> None:
         """Layers that are not written: the original's stream alone moves behind them."""
         for number in layers:
             teacher = self.original.layer(number)
-            for sublayer in self.original.family.sublayers:
+            for sublayer in teacher.sublayers:
                 self.streams.advance_original(partial(teacher.after, sublayer))
 
     def _student(self, number: int, teacher: Layer) -> Layer:
         """The analytic student: readers W E s, writers E^T W, rounded as they will be stored."""
         family, tensors = self.original.family, teacher.tensors()
         neutral_K = torch.ones(self.after.hidden_size, device=self.streams.device)
-        for sublayer in family.sublayers:
+        for sublayer in teacher.sublayers:
             if sublayer.norm:
                 tensors[f"{sublayer.norm}.weight"] = neutral_K - float(family.unit_offset)
             for linear in (*sublayer.readers, sublayer.writer):
@@ -296,13 +301,13 @@ class Narrowing:
                     weight_OI = tensors[f"{name}.weight"]
                     tensors.setdefault(f"{name}.bias", weight_OI.new_zeros(len(weight_OI)))
             for linear in sublayer.readers:
-                inner = sublayer.inner_gain(linear, self.scale)
+                inner = partial(behind_norm, teacher, sublayer, linear, scale=self.scale)
                 outer = sublayer.gain(self.scale)
                 for name in linear.names(self.before.num_experts):
                     weight, bias = f"{name}.weight", f"{name}.bias"
-                    tensors[weight] = (tensors[weight].double() @ self.E_DK) * (outer * inner)
+                    tensors[weight] = inner((tensors[weight].double() @ self.E_DK) * outer)
                     if bias in tensors:
-                        tensors[bias] = tensors[bias] * inner
+                        tensors[bias] = inner(tensors[bias])
             tensors |= self._narrow_writer(sublayer, tensors)
         dtypes = {name: self._stored(teacher.number, number, name) for name in tensors}
         return Layer(self.stock, family, number, tensors, dtypes)

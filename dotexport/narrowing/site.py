@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear as apply_linear
 from torch.nn.functional import pad
 
+from dotexport.merging.heads import head_by_head, query_and_gate
 from dotexport.merging.ot.coupling import Coupling
 from dotexport.merging.refit import Fit, Moments, compensate, fit, gain_solve, gram
 from dotexport.merging.units import Choice, Units
@@ -38,6 +39,17 @@ class Settled:
 
     weights_KI: Tensor
     gamma: Fit
+
+
+def behind_norm(
+    layer: Layer, sublayer: Sublayer, linear: Linear, rows_OX: Tensor, scale: float
+) -> Tensor:
+    """Rows of a reader as a norm behind them asks for (`Sublayer.inner_gain`); gates have none."""
+    gain = sublayer.inner_gain(linear, scale)
+    if linear.out != "gated_query":
+        return rows_OX * gain
+    query_NX, gate_NX = query_and_gate(rows_OX, layer.stock.config.head_dim)
+    return head_by_head(query_NX * gain, gate_NX, layer.stock.config.head_dim)
 
 
 @dataclass
@@ -98,10 +110,10 @@ class Site:
         prior_DI = pad(self.E_DK * self.sublayer.gain(self.scale), (0, int(ones)))
         projection = self._fitted(train, held, prior_DI)
         for linear in self.sublayer.readers:
-            map_DI = projection.weights_OI * self.sublayer.inner_gain(linear, self.scale)
             for one in self.student.names(linear):
                 name, bias = f"{one}.weight", f"{one}.bias"
-                seen_OI = self.teacher.tensor(name).double() @ map_DI
+                seen_OI = self.teacher.tensor(name).double() @ projection.weights_OI
+                seen_OI = behind_norm(self.teacher, self.sublayer, linear, seen_OI, self.scale)
                 self.student.assign(name, seen_OI[:, : self.E_DK.shape[1]])
                 if ones:
                     self.student.assign(bias, self.student.tensor(bias) + seen_OI[:, -1])

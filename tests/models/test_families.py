@@ -61,6 +61,14 @@ GEMMA = {"tie_word_embeddings": True, "sliding_window": WINDOW, "query_pre_attn_
 # Gates sum to 1 in one of its models, and not in the other.
 EXPERTS = {"moe_intermediate_size": 88, "num_experts_per_tok": 2}
 
+# Fewer key heads than value heads, heads of two widths.
+DELTA_NET = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
+}
+
 # Name -> what differs from conftest.BASE, and the class that is written at hidden 40.
 MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "llama3-rope": ({"model_type": "llama", "rope_parameters": LLAMA3}, "LlamaForCausalLM"),
@@ -188,6 +196,20 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
         },
         "Qwen3MoeForCausalLM",
     ),
+    "qwen3.5": (
+        DELTA_NET | {"model_type": "qwen3_5_text", "num_hidden_layers": 4},
+        "Qwen3_5ForCausalLM",
+    ),
+    "qwen3.5-tied": (
+        DELTA_NET
+        | {
+            "model_type": "qwen3_5_text",
+            "layer_types": ["full_attention", "linear_attention", "full_attention"],
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+        "Qwen3_5ForCausalLM",
+    ),
     "mixtral": (
         {
             "model_type": "mixtral",
@@ -200,7 +222,8 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
 }
 if transformers.__version__.startswith("4."):
     MODELS["olmo2"] = ({"model_type": "olmo2"}, "Olmo2ForCausalLM")  # its class takes no YaRN there
-    del MODELS["ministral3"]  # of release 5
+    for younger in ("ministral3", "qwen3.5", "qwen3.5-tied"):  # of release 5
+        del MODELS[younger]
 TOKENS_BL = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(1))
 
 Tiny = Callable[[str], Path]
@@ -335,7 +358,8 @@ def test_fewer_layers_are_those_of_the_original_that_stay(
     original = load(source.folder)
     original.model.layers = torch.nn.ModuleList(original.model.layers[layer] for layer in kept)
     for place, layer in enumerate(original.model.layers):
-        layer.self_attn.layer_idx = place
+        mixer = "self_attn" if hasattr(layer, "self_attn") else "linear_attn"
+        getattr(layer, mixer).layer_idx = place
     original.config.num_hidden_layers = len(kept)
     if getattr(original.config, "layer_types", None):
         original.config.layer_types = [original.config.layer_types[layer] for layer in kept]
