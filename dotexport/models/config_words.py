@@ -8,7 +8,7 @@ others obey are left out, and what it takes for granted is written down.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -113,6 +113,28 @@ def _by_layer(config: Mapping[str, Any]) -> dict[str, Any]:
         return words
 
 
+def stored_names(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
+    """Tensor -> its name in the files, of those that the class does not pass over."""
+    family, stored = _family(config), list(names)
+    if family is None or not (family.left_out or family.renamed):
+        return {name: name for name in stored}
+    known = [name for name in stored if not name.startswith(family.left_out)]
+    if len(known) < len(stored):
+        starts = ", ".join(f"{start}*" for start in family.left_out)
+        say_once(
+            f"{len(stored) - len(known)} tensors {starts} are left out, as {family.architecture} "
+            "of transformers does"
+        )
+    return {_in_class(name, family): name for name in known}
+
+
+def _in_class(name: str, family: Family) -> str:
+    for start, own in family.renamed:
+        if name.startswith(start):
+            return own + name.removeprefix(start)
+    return name
+
+
 def check_class(config: Mapping[str, Any]) -> None:
     """Refuse what the stock class refuses.
 
@@ -182,6 +204,9 @@ def _dropped(config: Mapping[str, Any], family: Family) -> Iterator[tuple[str, s
     for key in KERNELS:
         if key in config:
             yield key, "each runtime has its own way to compute attention"
+    for key in config:
+        if key.startswith(family.left_out):
+            yield key, f"as {family.architecture} of transformers ignores it"
     if "quantization_config" in config and config["quantization_config"] is None:
         yield "quantization_config", "it is null"
     refused = {key for key, _ in family.refused if config.get(key)}

@@ -130,6 +130,9 @@ class Family:
         sublayers: of a layer, in their order; where layers differ, all that any layer has.
         kinds: an entry of `layer_types` -> modules of the sublayers that such a layer has; empty:
             all layers have all.
+        left_out: how names of tensors and of words in config.json begin that the class passes over:
+            heads for further tokens, which files hold besides.
+        renamed: how names of tensors may begin in files, and how they do in the class.
         spaces: its own ones, and the keys of config.json whose product is their number of neurons.
         gated: the MLP's reader whose nonlinearity forbids a free sign or scale; None where it is
             fused with another.
@@ -169,6 +172,8 @@ class Family:
     experts_key: str | None = None
     kinds: tuple[tuple[str, tuple[str, ...]], ...] = ()
     spaces: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    left_out: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
 
     def in_layer(self, kind: str) -> tuple[Sublayer, ...]:
         """The sublayers of a layer of this kind."""
