@@ -130,6 +130,8 @@ class Family:
         sublayers: of a layer, in their order; where layers differ, all that any layer has.
         kinds: an entry of `layer_types` -> modules of the sublayers that such a layer has; empty:
             all layers have all.
+        epsilon_stays: whether a norm lies inside a sublayer, behind no reader that could be scaled
+            for another epsilon: then the narrower stream is scaled (models/exact_norm.py).
         left_out: how names of tensors and of words in config.json begin that the class passes over:
             heads for further tokens, which files hold besides.
         renamed: how names of tensors may begin in files, and how they do in the class.
@@ -172,6 +174,7 @@ class Family:
     experts_key: str | None = None
     kinds: tuple[tuple[str, tuple[str, ...]], ...] = ()
     spaces: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    epsilon_stays: bool = False
     left_out: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
 
@@ -201,6 +204,14 @@ class Family:
                 f"written as {carriers}; leave the flag out"
             )
         return replace(self, carriers=())
+
+    def stream_gain(self, scale: float) -> float:
+        """What the narrower stream is multiplied with, where readers are with `scale`."""
+        return 1 / scale if self.epsilon_stays else 1.0
+
+    def inner_scale(self, scale: float) -> float:
+        """What readers in front of an inner norm are multiplied with besides."""
+        return 1.0 if self.epsilon_stays else scale
 
     def embedding_scale(self, hidden_size: int) -> float:
         """What rows of the embedding are multiplied with on their way into the stream."""

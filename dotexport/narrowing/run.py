@@ -38,7 +38,7 @@ from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.norm_statistics import Progress
 from dotexport.narrowing.original import ROWS, Original, embed, metric
 from dotexport.narrowing.output_norm import merged
-from dotexport.narrowing.site import Site, behind_norm
+from dotexport.narrowing.site import Site
 from dotexport.narrowing.streams import Streams
 from dotexport.processes.processes import Processes
 from dotexport.storage.workspace import Workspace
@@ -180,6 +180,10 @@ class Narrowing:
         before, after = self.before.hidden_size, self.after.hidden_size
         return exact_norm(before, after, self.stock.config.rms_norm_eps).gain
 
+    def _onto(self) -> Tensor:
+        """From the original's stream onto the narrower one, (D, K)."""
+        return self.E_DK * self.original.family.stream_gain(self.scale)
+
     # What an earlier run of the same command finished ------------------------------------------
 
     def _take(self, steps: Sequence[str]) -> int:
@@ -222,7 +226,7 @@ class Narrowing:
         if kept := self._processes.agreed(lambda: self.workspace.load(EMBEDDING)):
             narrow_VK = kept[1][name].to(self.streams.device)
         else:
-            narrow_VK = self._product(name, embedding_VD, self.E_DK / self._embedding_scale)
+            narrow_VK = self._product(name, embedding_VD, self._onto() / self._embedding_scale)
             self._keep(EMBEDDING, {name: narrow_VK}, sites=[])
         self._table_VK = narrow_VK if self.after.tied else None
         embed(embedding_VD, self.streams, self.streams.original_NLD)
@@ -301,13 +305,13 @@ class Narrowing:
                     weight_OI = tensors[f"{name}.weight"]
                     tensors.setdefault(f"{name}.bias", weight_OI.new_zeros(len(weight_OI)))
             for linear in sublayer.readers:
-                inner = partial(behind_norm, teacher, sublayer, linear, scale=self.scale)
+                inner = sublayer.inner_gain(linear, family.inner_scale(self.scale))
                 outer = sublayer.gain(self.scale)
                 for name in linear.names(self.before.num_experts):
                     weight, bias = f"{name}.weight", f"{name}.bias"
-                    tensors[weight] = inner((tensors[weight].double() @ self.E_DK) * outer)
+                    tensors[weight] = (tensors[weight].double() @ self.E_DK) * (outer * inner)
                     if bias in tensors:
-                        tensors[bias] = inner(tensors[bias])
+                        tensors[bias] = tensors[bias] * inner
             tensors |= self._narrow_writer(sublayer, tensors)
         dtypes = {name: self._stored(teacher.number, number, name) for name in tensors}
         return Layer(self.stock, family, number, tensors, dtypes)
@@ -328,7 +332,7 @@ class Narrowing:
         if sublayer.output_norm is None:
             writers = sublayer.writer.names(self.before.num_experts)
             names = [f"{writer}.{part}" for writer in writers for part in parts]
-            return {n: self.E_DK.T @ tensors[n].double() for n in names if n in tensors}
+            return {n: self._onto().T @ tensors[n].double() for n in names if n in tensors}
         weight, bias = (f"{sublayer.writer.name}.{part}" for part in parts)
         norm, offset = f"{sublayer.output_norm}.weight", float(self.original.family.unit_offset)
         columns = [tensors[weight]] + ([tensors[bias][:, None]] if bias in tensors else [])
@@ -374,6 +378,7 @@ class Narrowing:
         """
         family = self.original.family
         scaled = family.embedding_scale(self.before.hidden_size) / self._embedding_scale
+        scaled *= family.stream_gain(self.scale)
         gamma_D = self.original.gamma().double()
         prior_K = torch.einsum("dk,d,dk->k", self.E_DK, gamma_D, self.E_DK) * self.scale
         if not self.options.refit:

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn.functional import linear as apply_linear
 from torch.nn.functional import pad
 
-from dotexport.merging.heads import head_by_head, query_and_gate
 from dotexport.merging.ot.coupling import Coupling
 from dotexport.merging.refit import Fit, Moments, compensate, fit, gain_solve, gram
 from dotexport.merging.units import Choice, Units
@@ -39,17 +38,6 @@ class Settled:
 
     weights_KI: Tensor
     gamma: Fit
-
-
-def behind_norm(
-    layer: Layer, sublayer: Sublayer, linear: Linear, rows_OX: Tensor, scale: float
-) -> Tensor:
-    """Rows of a reader as a norm behind them asks for (`Sublayer.inner_gain`); gates have none."""
-    gain = sublayer.inner_gain(linear, scale)
-    if linear.out != "gated_query":
-        return rows_OX * gain
-    query_NX, gate_NX = query_and_gate(rows_OX, layer.stock.config.head_dim)
-    return head_by_head(query_NX * gain, gate_NX, layer.stock.config.head_dim)
 
 
 @dataclass
@@ -109,11 +97,12 @@ class Site:
         train, held = self.streams.moments(read, metric_OO=self.teacher.metric(self.sublayer))
         prior_DI = pad(self.E_DK * self.sublayer.gain(self.scale), (0, int(ones)))
         projection = self._fitted(train, held, prior_DI)
+        inner_scale = self.student.family.inner_scale(self.scale)
         for linear in self.sublayer.readers:
+            map_DI = projection.weights_OI * self.sublayer.inner_gain(linear, inner_scale)
             for one in self.student.names(linear):
                 name, bias = f"{one}.weight", f"{one}.bias"
-                seen_OI = self.teacher.tensor(name).double() @ projection.weights_OI
-                seen_OI = behind_norm(self.teacher, self.sublayer, linear, seen_OI, self.scale)
+                seen_OI = self.teacher.tensor(name).double() @ map_DI
                 self.student.assign(name, seen_OI[:, : self.E_DK.shape[1]])
                 if ones:
                     self.student.assign(bias, self.student.tensor(bias) + seen_OI[:, -1])
@@ -141,8 +130,8 @@ class Site:
 
     @cached_property
     def _goal(self) -> Step:
-        """E^T x for tokens x of the original's stream."""
-        return onto(self.E_DK)
+        """E^T x, times the gain of the narrower stream, for tokens x of the original's."""
+        return onto(self.E_DK * self.student.family.stream_gain(self.scale))
 
     @property
     def _bias(self) -> Tensor | None:

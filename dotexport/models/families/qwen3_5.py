@@ -59,6 +59,7 @@ QWEN3_5 = replace(
     head_dim=256,
     num_key_value_heads=4,
     unit_offset=True,
+    epsilon_stays=True,  # of the norm of what a delta net gives
     left_out=("mtp", "model.visual."),
     # What transformers saves of a checkpoint that sees as well.
     renamed=(("model.language_model.", "model."),),
