@@ -145,6 +145,8 @@ def read_model(config: Mapping[str, Any], *, keep_class: bool = False) -> tuple[
     """
     check_quantised(config)
     family = find_family(config)
+    if family.kinds:  # of which the class is asked for sizes
+        check_class(config)
     sizes = read_sizes(family, config)
     check_class(config)
     return (family.uncarried() if keep_class else family), sizes

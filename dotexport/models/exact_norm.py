@@ -36,5 +36,6 @@ def exact_norm(
     >>> exact_norm(64, 16, 1e-6)
     ExactNorm(gain=2.0, epsilon=4e-06)
     """
-    wider = 1.0 if epsilon_stays else before / after
-    return ExactNorm(math.sqrt(before / after), epsilon * wider)
+    if epsilon_stays:
+        return exact_norm(before, after, epsilon)._replace(epsilon=epsilon)
+    return ExactNorm(math.sqrt(before / after), epsilon * before / after)

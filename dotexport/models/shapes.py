@@ -11,6 +11,7 @@ from typing import Any
 
 from dotexport.errors import CheckpointError
 from dotexport.models.family import ALWAYS, Family, Linear, Sublayer
+from dotexport.models.rope import stock_config
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Keys of config.json that say how many experts there are; some classes have one of theirs."""
@@ -239,18 +240,20 @@ def read_sizes(family: Family, config: Mapping[str, Any]) -> Sizes:
         biases=frozenset(flag for flag in family.bias_flags if config.get(flag)),
         windowed=_windowed(config),
         **(_experts(named, family) if family.experts_key else {}),
-        kinds=_kinds(config, family),
-        fixed=tuple(
-            (space, prod(_size(named, key) for key in keys)) for space, keys in family.spaces
-        ),
+        **(_of_kinds(config, family) if family.kinds else {}),
     )
 
 
-def _kinds(config: Mapping[str, Any], family: Family) -> tuple[str, ...]:
-    """Of each layer, where they differ."""
-    if not family.kinds:
-        return ()
-    said, known = config.get("layer_types") or (), [kind for kind, _ in family.kinds]
+def _of_kinds(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """What layers are, and sizes of the family's own, as the class has what is not said."""
+    stock = stock_config(config)
+    fixed = ((space, prod(_size(stock, key) for key in keys)) for space, keys in family.spaces)
+    return {"kinds": _kinds(config, family, stock.layer_types), "fixed": tuple(fixed)}
+
+
+def _kinds(config: Mapping[str, Any], family: Family, said: Sequence[str]) -> tuple[str, ...]:
+    """Of each layer."""
+    known = [kind for kind, _ in family.kinds]
     if len(said) != config.get("num_hidden_layers") or not set(said) <= set(known):
         raise CheckpointError(
             f"config.json gives layer_types = {said!r}; expected {' or '.join(known)} for each of "
@@ -260,7 +263,7 @@ def _kinds(config: Mapping[str, Any], family: Family) -> tuple[str, ...]:
     return tuple(said)
 
 
-def _experts(named: Any, family: Family) -> dict[str, int]:
+def _experts(named: Any, family: Family) -> dict[str, Any]:
     """What config.json says of a mixture."""
     assert family.experts_key is not None
     keys = {"num_experts": family.experts_key, "num_experts_per_tok": "num_experts_per_tok"}

@@ -159,7 +159,7 @@ def test_the_first_layer_and_the_last_of_a_kind_never_leave() -> None:
 # config.json --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kinds", [[LINEAR, FULL], [LINEAR, LINEAR, "mamba", FULL]])
+@pytest.mark.parametrize("kinds", [[LINEAR, FULL], [LINEAR, LINEAR, "sliding_attention", FULL]])
 def test_kinds_that_are_not_one_for_each_layer_are_refused(hybrid: Tiny, kinds: list[str]) -> None:
     config = {**open_source(hybrid()).config, "layer_types": kinds}
     with pytest.raises(CheckpointError, match="layer_types"):
