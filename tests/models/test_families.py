@@ -400,7 +400,18 @@ def test_a_narrowed_model_is_stock_loads_and_generates(
 
 @pytest.mark.parametrize(
     "name",
-    ["mistral", "qwen2", "qwen3", "granite", "phi3", "gemma2", "gemma3", "olmo2", "qwen3-moe"],
+    [
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "granite",
+        "phi3",
+        "gemma2",
+        "gemma3",
+        "olmo2",
+        "qwen3-moe",
+        "qwen3.5",
+    ],
 )
 def test_a_narrowed_family_learns_from_its_original(
     name: str, tiny_model: Callable[..., Path], tmp_path: Path

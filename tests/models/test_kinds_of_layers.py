@@ -25,7 +25,7 @@ from dotexport.app.cli import app
 from dotexport.app.opening import open_source
 from dotexport.axes.plan import Plan, SizeOptions, read_model, resized
 from dotexport.errors import CheckpointError, SizeError
-from dotexport.merging.heads import head_by_head, query_and_gate
+from dotexport.merging.heads import Groups, head_by_head, query_and_gate, whole
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.families import SUPPORTED
 from dotexport.models.loading import load_float32
@@ -216,6 +216,12 @@ def test_queries_and_gates_come_apart_and_together_again() -> None:
     query_NX, gate_NX = query_and_gate(rows_MX, 4)
     assert torch.equal(query_NX[:5, 0], torch.tensor([0.0, 2, 4, 6, 16]))
     assert torch.equal(head_by_head(query_NX, gate_NX, 4), rows_MX)
+
+
+def test_a_group_keeps_its_queries_with_their_gates() -> None:
+    rows_MX = torch.arange(32.0)[:, None]  # two groups of two heads, each of four rows twice
+    kept = whole(Groups(2, 2, 4), torch.tensor([1]))
+    assert torch.equal(kept.rows("gated_query", rows_MX), rows_MX[16:])
 
 
 def test_copies_of_neurons_and_of_groups_with_their_gates_leave_without_a_trace(
