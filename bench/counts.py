@@ -98,7 +98,13 @@ def find_cost(
     """
     # Imported late, for torch comes with them.
     from dotexport.models.families import find_family
-    from dotexport.models.shapes import cached_numbers, num_parameters, read_sizes, shapes
+    from dotexport.models.shapes import (
+        attending_layers,
+        cached_numbers,
+        num_parameters,
+        read_sizes,
+        shapes,
+    )
     from dotexport.sizes.planning import bytes_of_cached_number, weight_bytes
 
     try:
@@ -122,9 +128,9 @@ def find_cost(
     assert products <= num_parameters(family, sizes)
     return Cost(
         weight_bytes=read,
-        cache_bytes=cached_numbers(sizes) * each,
+        cache_bytes=cached_numbers(family, sizes) * each,
         layer_parameters=products - table - looked_up,
         head_parameters=table,
-        attention_width=sizes.spaces["query"] * sizes.num_layers,
+        attention_width=round(sizes.spaces["query"] * attending_layers(family, sizes)),
         number=number or MULTIPLIED.get((target.name, precision), "fp32"),
     )

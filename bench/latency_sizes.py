@@ -49,7 +49,7 @@ def depth_of(whole: Plan, options: LatencyOptions) -> Depth:
     layer = (whole.parameters_before - once) / num_layers
     fitting = int((options.budget / 4 - once) // layer)
     measured = options.layers or max(fitting, 2 * SHALLOWEST)
-    if measured >= num_layers:
+    if measured >= num_layers or whole.before.kinds:  # the first few need not be of all kinds
         return Depth(num_layers, num_layers, None)
     if measured < 2:
         raise UsageError("--layers 1 of more cannot tell a layer from what comes once; give 2")

@@ -73,7 +73,8 @@ class HuggingFace:
             shutil.copyfile(file, place)
         write_json(folder / "config.json", in_all_words(checkpoint.config))
         if not (folder / WEIGHTS).exists():
-            places = checkpoint.files.items()
+            stored = checkpoint.stored
+            places = ((stored.get(n, n), file) for n, file in checkpoint.files.items())
             index = {n: file.relative_to(checkpoint.folder).as_posix() for n, file in places}
             total = {"total_size": checkpoint.num_bytes}  # transformers does not load without
             write_json(folder / INDEX, {"metadata": total, "weight_map": index})

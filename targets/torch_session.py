@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from dotexport.exports.target import Logits, Tokens
 
+SLOTS = {"full_attention", "sliding_attention"}  # kinds of layers that keep keys and values
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -58,7 +59,7 @@ class TorchSession:
         lengths = [L] * B if lengths_B is None else list(lengths_B)
         self.position_B = torch.tensor(lengths, device=self.device)
         self.apart = []
-        if min(lengths) < L and getattr(self.model.config, "sliding_window", None):
+        if min(lengths) < L and _counts_padding(self.model.config):
             return self._start_apart(tokens_BL, lengths)
         self.forget(B, L)
         # Without padding no mask is needed, and attention takes its faster causal path.
@@ -106,7 +107,7 @@ class TorchSession:
         return logits_BLV
 
     def _start_apart(self, tokens_BL: Tokens, lengths: Sequence[int]) -> Logits:
-        """A window counts slots of the cache, padding included: every prompt gets a cache alone."""
+        """Every prompt gets a cache alone."""
         self.apart = [TorchSession(self.model, device=self.device) for _ in lengths]
         logits_BLV = np.zeros((*tokens_BL.shape, self.model.config.vocab_size), dtype=np.float32)
         for row, (session, length) in enumerate(zip(self.apart, lengths, strict=True)):
@@ -131,6 +132,13 @@ class TorchSession:
             torch.cuda.synchronize(self.device)  # a kernel that was launched is no answer yet
             return logits
         return logits.float().cpu().numpy()
+
+
+def _counts_padding(config: Any) -> bool:
+    """Whether padding behind a prompt changes what follows: a window counts slots of the cache, and
+    the state of a layer without slots goes on through all that it reads."""
+    kinds = set(getattr(config, "layer_types", None) or ()) - SLOTS
+    return bool(kinds) or getattr(config, "sliding_window", None) is not None
 
 
 def _device_name(device: torch.device) -> str:

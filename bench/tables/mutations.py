@@ -255,8 +255,8 @@ MUTATIONS = (
     ),
     mutation(
         "merging/heads.py",
-        "HeadMerge(groups.columns(kept), _blocks(kept, groups.head_dim))",
-        "HeadMerge(groups.columns(kept), _blocks(kept.flip(0), groups.head_dim))",
+        "HeadMerge(groups.columns(kept), _blocks(kept, groups.head_dim), groups.head_dim)",
+        "HeadMerge(groups.columns(kept), _blocks(kept.flip(0), groups.head_dim), groups.head_dim)",
         "Keys and values of kept groups stand in another order than their queries.",
         "merging/test_heads.py",
     ),

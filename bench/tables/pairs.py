@@ -56,9 +56,7 @@ class Judge:
         found: dict[str, float] = {}
         judged_NLD = stream_NLD[len(self.stack.fitted_NL) :]
         for number in layers:
-            layer = self.stack.original.layer(number)
-            for sublayer in layer.family.sublayers:
-                judged_NLD = layer.after(sublayer, judged_NLD)
+            judged_NLD = self.stack.original.layer(number).through(judged_NLD)
         for name, some in self.texts.items():
             theirs_NLD = self.stack.streams[-1][len(self.stack.fitted_NL) :][some]
             kl, nll, count = 0.0, 0.0, 0

@@ -72,7 +72,8 @@ def decided_once(decided: Plan, workspace: Workspace) -> Plan:
     """What was decided first: sizes within a budget of time differ from one timing to the next."""
     if kept := workspace.load(PLAN):
         after = kept[0]["after"]
-        sizes = Sizes(**after | {"biases": frozenset(after["biases"])})
+        same = {"kinds": decided.after.kinds, "fixed": decided.after.fixed}  # JSON has no tuples
+        sizes = Sizes(**after | same | {"biases": frozenset(after["biases"])})
         return replace(decided, after=sizes)
     workspace.save(PLAN, _words(decided))
     return decided

@@ -407,7 +407,7 @@ def _closed_form(
     processes.tell(take_part, source, decided, windows_NL, other_NL, asked)
     basis = run.run()
     run.writer.finish()
-    E_DK = torch.from_numpy(basis.matrix_DK)
+    E_DK = torch.from_numpy(basis.matrix_DK) * run.original.family.stream_gain(run.scale)
     where = str(run.streams.device)
     behind = decided.answered_layers
     return ClosedForm(E_DK, basis.as_dict(), tuple(run.costs), run.records, where, behind)

@@ -138,7 +138,7 @@ class Axis(ABC):
         """What would be gone without it."""
         gone = self.resized(sizes, 0)
         whole, left = (
-            (num_parameters(family, s), cached_numbers(s), num_multiplications(family, s))
+            (num_parameters(family, s), cached_numbers(family, s), num_multiplications(family, s))
             for s in (sizes, gone)
         )
         return Shares(*(1 - b / a for a, b in zip(whole, left, strict=True)))

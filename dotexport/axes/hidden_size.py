@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from dotexport.axes.axis import CHOICE, FLOOR, Axis, multiples, off_grid, off_group, steps
 from dotexport.models.exact_norm import exact_norm
-from dotexport.models.families import find_carrier
+from dotexport.models.families import SUPPORTED, find_carrier
 from dotexport.models.family import Family
 from dotexport.models.shapes import Sizes
 
@@ -50,7 +50,14 @@ class HiddenSize(Axis):
         changed: dict[str, Any] = {self.name: after.hidden_size}
         if after.hidden_size != before.hidden_size:
             norm = exact_norm(
-                before.hidden_size, after.hidden_size, config.get("rms_norm_eps", 1e-6)
+                before.hidden_size,
+                after.hidden_size,
+                config.get("rms_norm_eps", 1e-6),
+                epsilon_stays=any(
+                    SUPPORTED[name].epsilon_stays
+                    for name in config.get("architectures") or ()
+                    if name in SUPPORTED
+                ),
             )
             changed["rms_norm_eps"] = norm.epsilon
         return changed

@@ -50,9 +50,10 @@ class NumHiddenLayers(Axis):
         return super().strain(before, after) / math.pow(before.num_layers, DEEPER)
 
     def problem(self, family: Family, before: Sizes, after: Sizes) -> str | None:
-        most = before.num_layers
-        within = 1 <= after.num_layers <= most
-        return None if within else f"is not between 1 and the original's {most}"
+        most, least = before.num_layers, len(set(before.kinds)) or 1
+        within = least <= after.num_layers <= most
+        one = f"{least}, a layer of each kind," if before.kinds else "1"
+        return None if within else f"is not between {one} and the original's {most}"
 
     def layers(self, before: Sizes, after: Sizes) -> Sequence[int]:
         """Where nothing is measured: without those in front of the last two, which gather what the

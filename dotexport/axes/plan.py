@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -30,6 +30,12 @@ class Plan:
     before: Sizes
     after: Sizes
     layers: tuple[int, ...] | None = None
+
+    def of_layers(self, kept: Sequence[int]) -> Plan:
+        """The same once it is known which of the original's layers stay."""
+        if len(kept) == self.before.num_layers:
+            return self
+        return replace(self, after=self.after.of_layers(kept), layers=tuple(kept))
 
     @property
     def on_kept_tokens(self) -> Plan:
@@ -139,6 +145,8 @@ def read_model(config: Mapping[str, Any], *, keep_class: bool = False) -> tuple[
     """
     check_quantised(config)
     family = find_family(config)
+    if family.kinds:  # of which the class is asked for sizes
+        check_class(config)
     sizes = read_sizes(family, config)
     check_class(config)
     return (family.uncarried() if keep_class else family), sizes

@@ -149,7 +149,7 @@ def _inputs(
         progress(STAGE, number, sizes.num_layers + 1)
         tensors = layer_tensors(family, number, model.read, checkpoint.specs)
         layer = Layer(stock, family, number, tensors)
-        for sublayer in family.sublayers:
+        for sublayer in layer.sublayers:
             prefix = family.layer_name(number, "")
             readers = [f"{prefix}{linear.name}.weight" for linear in sublayer.readers]
             yield readers, _gram(streams, partial(layer.normalise, sublayer))

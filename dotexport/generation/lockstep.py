@@ -54,8 +54,14 @@ class Lockstep:
         )
         shape_BGTH = (num_rows, config.num_key_value_heads, num_slots, width)
         self.model, self.device, self.read_so_far = model, like.device, 0
-        self.cache = DynamicCache()
-        self.cache.layers = [FixedLayer(shape_BGTH, like) for _ in range(config.num_hidden_layers)]
+        self.cache = DynamicCache(config=config)
+        layers: list[Any] = self.cache.layers
+        attending = [isinstance(layer, DynamicLayer) for layer in layers]
+        self.states = [layer for layer, one in zip(layers, attending, strict=True) if not one]
+        self.cache.layers = [
+            FixedLayer(shape_BGTH, like) if one else layer
+            for layer, one in zip(layers, attending, strict=True)
+        ]
         self.slot_T = torch.arange(num_slots, device=self.device)
         self.none = like.new_zeros(())
 
@@ -63,6 +69,7 @@ class Lockstep:
     def read(self, token_B: Tensor, start_B: Tensor) -> Tensor:
         """logits_BV behind one more token of each row, whose text began at slot `start_B`."""
         slot = self.read_so_far
+        self._begin(start_B == slot)
         seen_BT = self.slot_T[: slot + 1] >= start_B[:, None]
         mask_BT = torch.where(seen_BT, self.none, float("-inf"))
         with warnings.catch_warnings():
@@ -77,6 +84,15 @@ class Lockstep:
             ).logits
         self.read_so_far += 1
         return logits_B1V[:, 0]
+
+    def _begin(self, anew_B: Tensor) -> None:
+        """Layers that keep a state instead of slots: nothing is hidden there but by forgetting."""
+        if not self.states or not self.read_so_far or not anew_B.any():
+            return
+        for layer in self.states:
+            for kept in (layer.conv_states, layer.recurrent_states):
+                for state_BX in kept.values():
+                    state_BX[anew_B] = 0
 
 
 def drawn(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:

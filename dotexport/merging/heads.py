@@ -84,11 +84,13 @@ class HeadMerge:
         kept: features of o_proj that stay, ascending.
         query_KN: new query rows as sums of old ones; None: the kept rows as they are.
         key_K: rows of k_proj and v_proj that stay.
+        head_dim: features of a head.
         moved: share of the removed heads' importance that a target takes over.
     """
 
     kept: Tensor
     key_K: Tensor
+    head_dim: int
     query_KN: Tensor | None = None
     moved: float = 0.0
 
@@ -100,12 +102,28 @@ class HeadMerge:
         """New rows of a reader that writes into `space`."""
         if space == "kv":
             return rows_NX[self.key_K]
+        if space == "gated_query":  # a gate is that of what its head gives, which stays
+            query_NX, gate_NX = query_and_gate(rows_NX, self.head_dim)
+            return head_by_head(self.rows("query", query_NX), gate_NX[self.kept], self.head_dim)
         return rows_NX[self.kept] if self.query_KN is None else self.query_KN @ rows_NX.double()
 
 
 def whole(groups: Groups, kept: Tensor) -> HeadMerge:
     """The kept groups as they are."""
-    return HeadMerge(groups.columns(kept), _blocks(kept, groups.head_dim))
+    return HeadMerge(groups.columns(kept), _blocks(kept, groups.head_dim), groups.head_dim)
+
+
+def query_and_gate(rows_MX: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Rows of all queries and of all gates, of which a matrix of both has a head's one behind the
+    other; M = 2 N."""
+    query_NX, gate_NX = rows_MX.unflatten(0, (-1, 2, head_dim)).unbind(1)
+    return query_NX.flatten(0, 1), gate_NX.flatten(0, 1)
+
+
+def head_by_head(query_NX: Tensor, gate_NX: Tensor, head_dim: int) -> Tensor:
+    """The same rows in one matrix again."""
+    heads = (rows_NX.unflatten(0, (-1, head_dim)) for rows_NX in (query_NX, gate_NX))
+    return torch.stack(tuple(heads), 1).flatten(0, 2)
 
 
 def choose_groups(
@@ -228,7 +246,7 @@ def _merge(
         query_KN[block] = float(share_HJ[head, target]) * turn_FF
     removed = np.delete(coupling.mass_N, heads_J).sum()
     share = float(moved / removed) if removed > 0 else 0.0
-    return HeadMerge(alone.kept, alone.key_K, query_KN, share)
+    return HeadMerge(alone.kept, alone.key_K, f, query_KN, share)
 
 
 def _realign(keys_NN: Tensor, group: int, target: int, head_dim: int) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dotexport.errors import CheckpointError
-from dotexport.models.config_words import say_once, settled
+from dotexport.models.config_words import say_once, settled, stored_names
 from dotexport.models.weight_files import (
     INDEX,
     WEIGHTS,
@@ -74,11 +74,13 @@ class Checkpoint:
         folder: where it lies.
         config: config.json as transformers reads it (models/config_words.py).
         files: tensor name -> file that holds it.
+        stored: tensor name -> name in that file, where it may be another.
     """
 
     folder: Path
     config: Mapping[str, Any]
     files: Mapping[str, Path]
+    stored: Mapping[str, str] = field(default_factory=dict, kw_only=True)
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -88,16 +90,21 @@ class Checkpoint:
             CheckpointError: not a model folder, a missing shard, a broken weight file, or two sets
                 of weights that differ.
         """
-        return cls(folder, read_config(folder), tensor_files(folder))
+        config, files = read_config(folder), tensor_files(folder)
+        stored = stored_names(config, files)
+        return cls(folder, config, {n: files[name] for n, name in stored.items()}, stored=stored)
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
         """Shape and dtype of every tensor, from the headers alone."""
         specs: dict[str, TensorSpec] = {}
+        names = {self.stored.get(name, name): name for name in self.files}
         for file in sorted(set(self.files.values())):
             with opened(file) as weights:
-                for name in weights.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
-                    piece = weights.get_slice(name)
+                for stored in weights.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
+                    if (name := names.get(stored)) is None:
+                        continue
+                    piece = weights.get_slice(stored)
                     specs[name] = TensorSpec(tuple(piece.get_shape()), _dtype(piece, name, file))
         return specs
 
@@ -122,7 +129,7 @@ class Checkpoint:
                 "is the download complete?"
             )
         with opened(self.files[name]) as weights:
-            tensor: torch.Tensor = weights.get_tensor(name)
+            tensor: torch.Tensor = weights.get_tensor(self.stored.get(name, name))
         if not all_finite(tensor):
             raise CheckpointError(
                 f"{name} in {self.files[name]} holds NaN or infinite values; "
@@ -162,7 +169,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             "pipeline (model_index.json)"
         )
     config = settled(read_json(file, advice="take a fresh copy", finite=True), of=folder)
-    if config.get("tie_word_embeddings") and _has_own_head(folder):
+    if config.get("tie_word_embeddings") and _has_own_head(folder, config):
         config["tie_word_embeddings"] = False
         say_once(
             f"{folder}: config.json says tie_word_embeddings, but the file holds a {HEAD} of other "
@@ -183,14 +190,16 @@ def _check_inside(file: Path) -> None:
         )
 
 
-def _has_own_head(folder: Path) -> bool:
+def _has_own_head(folder: Path, config: Mapping[str, Any]) -> bool:
     """Whether a head that should be the embedding's table is another one."""
     if not has_weights(folder):
         return False
     files = tensor_files(folder)
-    if HEAD not in files or TABLE not in files:
+    stored = stored_names(config, files)
+    if HEAD not in stored or TABLE not in stored:
         return False
-    return not same_values(HEAD, files[HEAD], TABLE, files[TABLE])
+    head, table = stored[HEAD], stored[TABLE]
+    return not same_values(head, files[head], table, files[table])
 
 
 def _dtype(piece: Any, name: str, file: Path) -> torch.dtype:

@@ -8,7 +8,7 @@ others obey are left out, and what it takes for granted is written down.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -65,6 +65,7 @@ TAKEN_FOR_GRANTED = (
     "tie_word_embeddings",
 )
 BOTH_WORDS = ("num_experts", "num_local_experts")
+PERIOD = "full_attention_interval"
 # By which queries grow with their position, of Ministral 3.
 GROWING = ("llama_4_scaling_beta", "original_max_position_embeddings")
 
@@ -97,7 +98,41 @@ def settled(config: Mapping[str, Any], *, of: object) -> dict[str, Any]:
     if family.experts_key:
         words = _counted(words)
         words = _counted(words | _granted(words))
+    if family.kinds:
+        words = _by_layer(words)
     return words | _granted(words)
+
+
+def _by_layer(config: Mapping[str, Any]) -> dict[str, Any]:
+    """With the kind of every layer, which the class may derive from a period: that would no longer
+    be true once layers leave."""
+    words = {key: value for key, value in config.items() if key != PERIOD}
+    try:
+        return words | {"layer_types": list(stock_config(config).layer_types)}
+    except Exception:  # check_class says what is wrong with it
+        return words
+
+
+def stored_names(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
+    """Tensor -> its name in the files, of those that the class does not pass over."""
+    family, stored = _family(config), list(names)
+    if family is None or not (family.left_out or family.renamed):
+        return {name: name for name in stored}
+    known = [name for name in stored if not name.startswith(family.left_out)]
+    if len(known) < len(stored):
+        starts = ", ".join(f"{start}*" for start in family.left_out)
+        say_once(
+            f"{len(stored) - len(known)} tensors {starts} are left out, as {family.architecture} "
+            "of transformers does"
+        )
+    return {_in_class(name, family): name for name in known}
+
+
+def _in_class(name: str, family: Family) -> str:
+    for start, own in family.renamed:
+        if name.startswith(start):
+            return own + name.removeprefix(start)
+    return name
 
 
 def check_class(config: Mapping[str, Any]) -> None:
@@ -169,6 +204,9 @@ def _dropped(config: Mapping[str, Any], family: Family) -> Iterator[tuple[str, s
     for key in KERNELS:
         if key in config:
             yield key, "each runtime has its own way to compute attention"
+    for key in config:
+        if key.startswith(family.left_out):
+            yield key, f"as {family.architecture} of transformers ignores it"
     if "quantization_config" in config and config["quantization_config"] is None:
         yield "quantization_config", "it is null"
     refused = {key for key, _ in family.refused if config.get(key)}

@@ -18,7 +18,9 @@ class ExactNorm(NamedTuple):
     epsilon: float
 
 
-def exact_norm(before: int, after: int, epsilon: float) -> ExactNorm:
+def exact_norm(
+    before: int, after: int, epsilon: float, *, epsilon_stays: bool = False
+) -> ExactNorm:
     """From D = `before` axes to K = `after`: gain sqrt(D / K), epsilon D / K times as large.
 
     Both norms divide by the root of a mean of squares, one over D and the other over K. For a
@@ -26,7 +28,14 @@ def exact_norm(before: int, after: int, epsilon: float) -> ExactNorm:
 
         x / sqrt(|x|^2 / D + eps) = sqrt(D / K) E y / sqrt(|y|^2 / K + eps D / K).
 
+    Other norms of a layer have the same epsilon. Where one of them cannot follow, epsilon stays and
+    the narrower stream is z = sqrt(K / D) y: what reads it has the same gain,
+
+        x / sqrt(|x|^2 / D + eps) = sqrt(D / K) E z / sqrt(|z|^2 / K + eps).
+
     >>> exact_norm(64, 16, 1e-6)
     ExactNorm(gain=2.0, epsilon=4e-06)
     """
+    if epsilon_stays:
+        return exact_norm(before, after, epsilon)._replace(epsilon=epsilon)
     return ExactNorm(math.sqrt(before / after), epsilon * before / after)

@@ -5,12 +5,14 @@ Spaces, and the number of neurons in each (all from config.json):
     residual  hidden_size                          what every norm reads and every writer adds to
     mlp       intermediate_size                    between gate/up and down
     query     num_attention_heads * head_dim       between q and o
+    gated_query  twice as many as query            a query and the gate of its head, head by head
     kv        num_key_value_heads * head_dim       k and v
     experts   num_experts                          rows of a router
     expert    moe_intermediate_size                between gate/up and down of one expert
     vocab     vocab_size
 
-Parameter counts, width checks, legal sizes and the narrowing itself follow from the table.
+A family may have spaces of its own, which no axis cuts (`Family.spaces`). Parameter counts, width
+checks, legal sizes and the narrowing itself follow from the table.
 """
 
 from __future__ import annotations
@@ -73,6 +75,18 @@ class InnerNorm:
 
 
 @dataclass(frozen=True)
+class Untouched:
+    """A parameter inside a sublayer that every narrowing leaves as it is.
+
+    Attributes:
+        shape: of each of its axes the space, or the number where that is no size.
+    """
+
+    name: str
+    shape: tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
 class Sublayer:
     """Norm, readers of the normalised stream, and one writer that adds back to it.
 
@@ -82,6 +96,7 @@ class Sublayer:
         norm: in front of the readers; None: they read the stream as it is.
         inner_norms: of queries and keys.
         output_norm: of what the writer gives, before it is added to the stream.
+        untouched: what else lies between readers and writer.
     """
 
     module: str
@@ -90,6 +105,7 @@ class Sublayer:
     writer: Linear
     inner_norms: tuple[InnerNorm, ...] = ()
     output_norm: str | None = None
+    untouched: tuple[Untouched, ...] = ()
 
     @property
     def router(self) -> Linear | None:
@@ -111,6 +127,15 @@ class Family:
     """One stock class of transformers.
 
     Attributes:
+        sublayers: of a layer, in their order; where layers differ, all that any layer has.
+        kinds: an entry of `layer_types` -> modules of the sublayers that such a layer has; empty:
+            all layers have all.
+        epsilon_stays: whether a norm lies inside a sublayer, behind no reader that could be scaled
+            for another epsilon: then the narrower stream is scaled (models/exact_norm.py).
+        left_out: how names of tensors and of words in config.json begin that the class passes over:
+            heads for further tokens, which files hold besides.
+        renamed: how names of tensors may begin in files, and how they do in the class.
+        spaces: its own ones, and the keys of config.json whose product is their number of neurons.
         gated: the MLP's reader whose nonlinearity forbids a free sign or scale; None where it is
             fused with another.
         divides: whether the class insists on hidden_size % num_attention_heads == 0.
@@ -147,6 +172,18 @@ class Family:
     scaled_embedding: bool = False
     refused: tuple[tuple[str, str], ...] = ()
     experts_key: str | None = None
+    kinds: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    spaces: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    epsilon_stays: bool = False
+    left_out: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
+
+    def in_layer(self, kind: str) -> tuple[Sublayer, ...]:
+        """The sublayers of a layer of this kind."""
+        if not self.kinds:
+            return self.sublayers
+        modules = dict(self.kinds)[kind]
+        return tuple(sublayer for sublayer in self.sublayers if sublayer.module in modules)
 
     @property
     def rotates(self) -> bool:
@@ -160,13 +197,21 @@ class Family:
         Raises:
             UsageError: matrices of it are fused, and are narrowed apart.
         """
-        if any(len(linear.outs) > 1 for linear in self.linears):
+        if self.carriers and any(len(linear.outs) > 1 for linear in self.linears):
             carriers = " or ".join(self.carriers)
             raise UsageError(
                 f"--keep-class: {self.architecture} fuses matrices that are narrowed apart, and is "
                 f"written as {carriers}; leave the flag out"
             )
         return replace(self, carriers=())
+
+    def stream_gain(self, scale: float) -> float:
+        """What the narrower stream is multiplied with, where readers are with `scale`."""
+        return 1 / scale if self.epsilon_stays else 1.0
+
+    def inner_scale(self, scale: float) -> float:
+        """What readers in front of an inner norm are multiplied with besides."""
+        return 1.0 if self.epsilon_stays else scale
 
     def embedding_scale(self, hidden_size: int) -> float:
         """What rows of the embedding are multiplied with on their way into the stream."""
@@ -179,7 +224,7 @@ class Family:
 
     @property
     def linears(self) -> list[Linear]:
-        """Those of one layer: readers, then the writer, sublayer by sublayer."""
+        """Those of one layer, or of any: readers, then the writer, sublayer by sublayer."""
         return [linear for sub in self.sublayers for linear in (*sub.readers, sub.writer)]
 
     def layer_name(self, layer: int, part: str) -> str:

@@ -169,9 +169,11 @@ class Layer:
         self.family = family
         self.number = number
         self.module = stock.layer(number)
+        kind = stock.config.layer_types[number] if family.kinds else ""
+        self.sublayers = family.in_layer(kind)
         self._dtypes = dtypes or {}
         self._tensors: dict[str, Tensor] = {}
-        for sublayer in family.sublayers:
+        for sublayer in self.sublayers:
             if sublayer.router is None:
                 owner, _, attribute = sublayer.writer.name.rpartition(".")
                 setattr(self.module.get_submodule(owner), attribute, nn.Identity())
@@ -191,7 +193,7 @@ class Layer:
 
     def _owner(self, name: str) -> nn.Module | None:
         """What in the module has this parameter; None: it stands outside."""
-        mixtures = (s.module for s in self.family.sublayers if s.router)
+        mixtures = (s.module for s in self.sublayers if s.router)
         if any(name.startswith(f"{mixture}.") for mixture in mixtures):
             return None
         module = self.module.get_submodule(name.rpartition(".")[0])
@@ -227,7 +229,7 @@ class Layer:
         return normed
 
     def inside(self, sublayer: Sublayer, stream_BLD: Tensor) -> Tensor:
-        """What the writer of this sublayer sees: attention outputs, or MLP neurons."""
+        """What the writer of this sublayer sees: attention outputs, or neurons."""
         normed_BLD = self.normalise(sublayer, stream_BLD)
         module = self.module.get_submodule(sublayer.module)
         if sublayer.module != "self_attn":
@@ -274,6 +276,12 @@ class Layer:
             written_BLD = self.module.get_submodule(sublayer.output_norm)(written_BLD)
         return stream_BLD + written_BLD
 
+    def through(self, stream_BLD: Tensor) -> Tensor:
+        """The stream behind all of its sublayers."""
+        for sublayer in self.sublayers:
+            stream_BLD = self.after(sublayer, stream_BLD)
+        return stream_BLD
+
     def metric(self, sublayer: Sublayer) -> Tensor:
         """G = sum of W^T W over the readers: how an error in their input is felt.
 
@@ -298,7 +306,7 @@ class Layer:
     @property
     def num_experts(self) -> int:
         """As many as routers have rows."""
-        routers = [s.router for s in self.family.sublayers if s.router]
+        routers = [s.router for s in self.sublayers if s.router]
         return max((len(self._tensors[f"{router.name}.weight"]) for router in routers), default=0)
 
     def route(self, sublayer: Sublayer, normed_TD: Tensor) -> Routing:

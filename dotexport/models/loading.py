@@ -1,9 +1,9 @@
 """The stock model of a checkpoint: whole in memory where it fits, else part by part from the files.
 
 A part is a module with parameters of its own: one matrix, norm or table. Streamed, it is read when
-it is called, over what had its shape before, and gone when it has answered: memory holds one part
-of each shape, of which the table is the largest. All that runs is code of transformers, in both
-ways the same, so both give the same bits.
+it is called, over what had its name and shape before, and gone when it has answered: memory holds
+one part of each shape, of which the table is the largest. All that runs is code of transformers, in
+both ways the same, so both give the same bits.
 
 Shapes: B sequences, L tokens of one, D hidden_size, V vocabulary.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,12 +68,19 @@ class Loaded:
         self.checkpoint = in_memory(checkpoint, dict(self.model.named_parameters()))
         self._change: Change | None = None
         self._handles: list[Any] = []
-        self._rooms: dict[tuple[int, ...], Tensor] = {}
+        self._rooms: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         names = {id(p): name for name, p in self.model.named_parameters()}
         self._parts = {
             module: {key: names[id(p)] for key, p in module._parameters.items() if p is not None}
             for module in self.model.modules()
             if any(p is not None for p in module._parameters.values())
+        }
+        # A delta net multiplies with its convolution's weights itself and never calls that.
+        self._callers = {
+            child: module
+            for module in self.model.modules()
+            for child in module.children()
+            if isinstance(child, nn.Conv1d)
         }
         self._owners = {name: m for m, owned in self._parts.items() for name in owned.values()}
         self._check_names()
@@ -139,10 +147,11 @@ class Loaded:
             return
         for module in self._parts:
             self._leave(module)
-            enter, leave = self._enter, self._leave
+            caller = self._callers.get(module, module)
+            enter, leave = partial(self._enter, module), partial(self._leave, module)
             self._handles += [
-                module.register_forward_pre_hook(enter),
-                module.register_forward_hook(leave, always_call=True),
+                caller.register_forward_pre_hook(enter),
+                caller.register_forward_hook(leave, always_call=True),
             ]
 
     def _fill_all(self) -> None:
@@ -159,9 +168,10 @@ class Loaded:
     def _enter(self, module: nn.Module, *_: Any) -> None:
         for key, name in self._parts[module].items():
             shape = self.checkpoint.specs[name].shape
-            if shape not in self._rooms:  # fresh memory costs more than what is read into it
-                self._rooms[shape] = torch.empty(shape, dtype=self.dtype, device=self.device)
-            values = self._read(name, self._rooms[shape])
+            room = key, shape
+            if room not in self._rooms:  # fresh memory costs more than what is read into it
+                self._rooms[room] = torch.empty(shape, dtype=self.dtype, device=self.device)
+            values = self._read(name, self._rooms[room])
             module._parameters[key] = nn.Parameter(values, requires_grad=False)
 
     def _leave(self, module: nn.Module, *_: Any) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from types import SimpleNamespace
 from typing import Any
 
 from dotexport.errors import CheckpointError
-from dotexport.models.family import ALWAYS, Family, Linear
+from dotexport.models.family import ALWAYS, Family, Linear, Sublayer
+from dotexport.models.rope import stock_config
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Keys of config.json that say how many experts there are; some classes have one of theirs."""
@@ -30,6 +32,9 @@ class Sizes:
         num_experts, num_experts_per_tok: of each layer, and of those the ones a token goes to; 0
             where there are none.
         moe_intermediate_size: of an expert, where that has a number of its own.
+        kinds: of each layer, where they differ; as many as layers, or those of the original while
+            it is not known which of them stay.
+        fixed: space of the family's own -> number of neurons.
     """
 
     hidden_size: int
@@ -45,6 +50,26 @@ class Sizes:
     num_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
+    kinds: tuple[str, ...] = ()
+    fixed: tuple[tuple[str, int], ...] = ()
+
+    def kind(self, layer: int) -> str:
+        """Of one layer; where all are alike, none."""
+        return self.kinds[layer] if self.kinds else ""
+
+    def of_layers(self, kept: Sequence[int]) -> Sizes:
+        """The same once it is known which of the original's layers stay."""
+        if not self.kinds or len(self.kinds) == self.num_layers:
+            return self
+        return replace(self, kinds=tuple(self.kinds[layer] for layer in kept))
+
+    def layers_with(self, family: Family, sublayer: Sublayer) -> float:
+        """How many layers have it; while it is not known which stay, as large a share of them as
+        of the original's."""
+        if not self.kinds:
+            return self.num_layers
+        having = sum(sublayer in family.in_layer(kind) for kind in self.kinds)
+        return having * self.num_layers / len(self.kinds)
 
     def has_bias(self, linear: Linear) -> bool:
         return linear.bias == ALWAYS or linear.bias in self.biases
@@ -78,11 +103,19 @@ class Sizes:
             "residual": self.hidden_size,
             "mlp": self.intermediate_size,
             "query": self.num_attention_heads * self.head_dim,
+            "gated_query": 2 * self.num_attention_heads * self.head_dim,
             "kv": self.num_key_value_heads * self.head_dim,
             "experts": self.num_experts,
             "expert": self.moe_intermediate_size,
             "vocab": self.vocab_size,
+            **dict(self.fixed),
         }
+
+    def extent(self, axis: str | int) -> int:
+        """Of one axis of a tensor: spaces behind one another, or a number."""
+        if isinstance(axis, int):
+            return axis
+        return sum(self.spaces[space] for space in axis.split("+"))
 
 
 def shapes(family: Family, sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -90,13 +123,16 @@ def shapes(family: Family, sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]
     width = sizes.spaces
     yield f"{family.embedding}.weight", (sizes.vocab_size, sizes.hidden_size)
     for layer in range(sizes.num_layers):
-        for sublayer in family.sublayers:
+        for sublayer in family.in_layer(sizes.kind(layer)):
             for outer in filter(None, (sublayer.norm, sublayer.output_norm)):
                 yield family.layer_name(layer, f"{outer}.weight"), (sizes.hidden_size,)
             widths = {linear.name: sum(sizes.rows(linear)) for linear in sublayer.readers}
             for norm in sublayer.inner_norms:
                 features = sizes.head_dim if norm.per_head else widths[norm.reader]
                 yield family.layer_name(layer, f"{norm.name}.weight"), (features,)
+            for other in sublayer.untouched:
+                extents = tuple(sizes.extent(axis) for axis in other.shape)
+                yield family.layer_name(layer, other.name), extents
             for linear in (*sublayer.readers, sublayer.writer):
                 rows = sum(sizes.rows(linear))
                 for one in linear.names(sizes.num_experts):
@@ -110,21 +146,31 @@ def shapes(family: Family, sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]
 
 
 def num_parameters(family: Family, sizes: Sizes) -> int:
-    """Distinct weights; a tied embedding counts once."""
-    # All layers are alike, and a search over sizes asks this thousands of times.
-    layer = sum(_layer_parameters(family, sizes))
+    """Distinct weights; a tied embedding counts once. At most, while it is not known which layers
+    stay."""
+    layers = _over_layers(sizes, lambda kind: sum(_layer_parameters(family, sizes, kind)))
     tables = sizes.vocab_size * sizes.hidden_size * (1 if sizes.tied else 2)
-    return tables + sizes.hidden_size + sizes.num_layers * layer
+    return tables + sizes.hidden_size + layers
 
 
-def _layer_parameters(family: Family, sizes: Sizes) -> Iterator[int]:
-    """Of each tensor of a layer, as `shapes` has them."""
+def _over_layers(sizes: Sizes, count: Callable[[str], int]) -> int:
+    """The sum over layers of what one of a kind counts; of as many as there may be, the largest."""
+    # Kinds are few, and a search over sizes asks this thousands of times.
+    if not sizes.kinds:
+        return sizes.num_layers * count("")
+    each = {kind: count(kind) for kind in set(sizes.kinds)}
+    return sum(sorted(map(each.__getitem__, sizes.kinds), reverse=True)[: sizes.num_layers])
+
+
+def _layer_parameters(family: Family, sizes: Sizes, kind: str) -> Iterator[int]:
+    """Of each tensor of a layer of this kind, as `shapes` has them."""
     width = sizes.spaces
-    for sublayer in family.sublayers:
+    for sublayer in family.in_layer(kind):
         yield sizes.hidden_size * sum(n is not None for n in (sublayer.norm, sublayer.output_norm))
         rows = {linear.name: sum(sizes.rows(linear)) for linear in sublayer.readers}
         for norm in sublayer.inner_norms:
             yield sizes.head_dim if norm.per_head else rows[norm.reader]
+        yield sum(prod(map(sizes.extent, other.shape)) for other in sublayer.untouched)
         rows[sublayer.writer.name] = width[sublayer.writer.out]
         for linear in (*sublayer.readers, sublayer.writer):
             each = rows[linear.name] * (width[linear.in_] + sizes.has_bias(linear))
@@ -133,16 +179,30 @@ def _layer_parameters(family: Family, sizes: Sizes) -> Iterator[int]:
 
 def num_multiplications(family: Family, sizes: Sizes) -> int:
     """Of the matrices of one decoded token: every linear of every layer, and the head."""
-    layer = sum(
-        sizes.used(linear) * sum(sizes.rows(linear)) * sizes.spaces[linear.in_]
-        for linear in family.linears
+    layers = sum(
+        sizes.layers_with(family, sublayer) * products_of(sublayer, sizes)
+        for sublayer in family.sublayers
     )
-    return sizes.num_layers * layer + sizes.vocab_size * sizes.hidden_size
+    return round(layers) + sizes.vocab_size * sizes.hidden_size
 
 
-def cached_numbers(sizes: Sizes) -> int:
-    """Keys and values of one token in all layers."""
-    return 2 * sizes.num_layers * sizes.spaces["kv"]
+def products_of(sublayer: Sublayer, sizes: Sizes) -> int:
+    """Multiplications of a token in one sublayer."""
+    return sum(
+        sizes.used(linear) * sum(sizes.rows(linear)) * sizes.spaces[linear.in_]
+        for linear in (*sublayer.readers, sublayer.writer)
+    )
+
+
+def attending_layers(family: Family, sizes: Sizes) -> float:
+    """How many layers keep keys and values."""
+    attending = (s for s in family.sublayers if s.writer.in_ == "query")
+    return sum(sizes.layers_with(family, sublayer) for sublayer in attending)
+
+
+def cached_numbers(family: Family, sizes: Sizes) -> int:
+    """Keys and values of one token in all layers that keep them."""
+    return round(2 * attending_layers(family, sizes) * sizes.spaces["kv"])
 
 
 def read_sizes(family: Family, config: Mapping[str, Any]) -> Sizes:
@@ -180,10 +240,30 @@ def read_sizes(family: Family, config: Mapping[str, Any]) -> Sizes:
         biases=frozenset(flag for flag in family.bias_flags if config.get(flag)),
         windowed=_windowed(config),
         **(_experts(named, family) if family.experts_key else {}),
+        **(_of_kinds(config, family) if family.kinds else {}),
     )
 
 
-def _experts(named: Any, family: Family) -> dict[str, int]:
+def _of_kinds(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """What layers are, and sizes of the family's own, as the class has what is not said."""
+    stock = stock_config(config)
+    fixed = ((space, prod(_size(stock, key) for key in keys)) for space, keys in family.spaces)
+    return {"kinds": _kinds(config, family, stock.layer_types), "fixed": tuple(fixed)}
+
+
+def _kinds(config: Mapping[str, Any], family: Family, said: Sequence[str]) -> tuple[str, ...]:
+    """Of each layer."""
+    known = [kind for kind, _ in family.kinds]
+    if len(said) != config.get("num_hidden_layers") or not set(said) <= set(known):
+        raise CheckpointError(
+            f"config.json gives layer_types = {said!r}; expected {' or '.join(known)} for each of "
+            f"its {config.get('num_hidden_layers')} layers: take the config.json that belongs to "
+            "these weights"
+        )
+    return tuple(said)
+
+
+def _experts(named: Any, family: Family) -> dict[str, Any]:
     """What config.json says of a mixture."""
     assert family.experts_key is not None
     keys = {"num_experts": family.experts_key, "num_experts_per_tok": "num_experts_per_tok"}

@@ -15,7 +15,7 @@ class ClosedForm:
     """What narrowing leaves behind besides the checkpoint.
 
     Attributes:
-        E_DK: basis of the residual stream, float64.
+        E_DK: from the original's residual stream onto the narrower one, float64.
         basis: what the manifest says about it.
         costs: on held-out calibration text, then on text of another kind where there is.
         sites: reports of every solve.

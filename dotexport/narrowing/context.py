@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from dotexport.models.layers import Layer
 from dotexport.narrowing.judging import JUDGED_AT_ONCE, Head
 from dotexport.narrowing.original import Original
 
@@ -57,16 +56,10 @@ def _last_streams(original: Original, texts: list[Tensor]) -> list[Tensor]:
     for number in range(original.sizes.num_layers):
         layer = original.layer(number)
         streams = [
-            torch.cat([_through(layer, some) for some in torch.split(stream, AT_ONCE)])
+            torch.cat([layer.through(some) for some in torch.split(stream, AT_ONCE)])
             for stream in streams
         ]
     return streams
-
-
-def _through(layer: Layer, stream_NLD: Tensor) -> Tensor:
-    for sublayer in layer.family.sublayers:
-        stream_NLD = layer.after(sublayer, stream_NLD)
-    return stream_NLD
 
 
 def _apart(head: Head, whole_TD: Tensor, alone_TD: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from dotexport.axes.plan import Plan
 from dotexport.merging.refit import Moments, ridge_solve
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.layers import Layer, Stock
+from dotexport.models.shapes import Sizes
 from dotexport.narrowing.context import context_weights
 from dotexport.narrowing.judging import Head, divergences
 from dotexport.narrowing.original import Original
@@ -85,7 +86,7 @@ class Depths:
         self._search(decided, count)
         gone = self.left[:count]
         kept = tuple(layer for layer in range(before) if layer not in gone)
-        return replace(decided, layers=kept)
+        return decided.of_layers(kept)
 
     @property
     def courses(self) -> Mapping[str, Callable[[Plan], Mapping[int, float]]]:
@@ -105,7 +106,8 @@ class Depths:
         for number in range(len(self.left), count):
             self.progress("choosing layers", number, count)
             kept = [layer for layer in range(before) if layer not in self.left]
-            ranked = sorted(kept[1:], key=lambda layer: self._costs.get(layer, 0.0))
+            free = may_leave(kept, decided.before)
+            ranked = sorted(free, key=lambda layer: self._costs.get(layer, 0.0))
             measured = self._stack(decided).without(kept, ranked[:LOOKED_AT] if number else ranked)
             base = self.divergences[-1] if number else 0.0
             self._costs |= {layer: divergence - base for layer, divergence in measured.items()}
@@ -125,6 +127,16 @@ class Depths:
             original = Original(source, whole.family, whole.before, stock, self.device)
             self._made = Stack(original, *_parts(self.windows_NL, self.seed, self.other_NL))
         return self._made
+
+
+def may_leave(kept: Sequence[int], before: Sizes) -> list[int]:
+    """All but the first, and but the last of its kind."""
+    kinds = [before.kind(layer) for layer in kept]
+    return [
+        layer
+        for layer, kind in zip(kept[1:], kinds[1:], strict=True)
+        if not kind or kinds.count(kind) > 1
+    ]
 
 
 def _parts(windows_NL: Tensor, seed: int, other_NL: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -161,7 +173,7 @@ class Stack:
         tokens_NL = torch.cat([self.fitted_NL, self.judged_NL]).to(self.original.device)
         streams = [self.original.embedding()[tokens_NL]]
         for number in range(self.original.sizes.num_layers):
-            streams.append(_through(self.original.layer(number), streams[-1]))
+            streams.append(self.original.layer(number).through(streams[-1]))
         check_finite(streams[-1].sum())
         return streams
 
@@ -194,7 +206,7 @@ class Stack:
                 self.streams[following[0]] if following[0] != number + 1 else None
             )
             passing = {left: trial for left, trial in trials.items() if left != number}
-            trials |= {left: _through(front.layer, trial) for left, trial in passing.items()}
+            trials |= {left: front.layer.through(trial) for left, trial in passing.items()}
             trials |= born
         theirs_TD = self._judged(self.streams[-1]).flatten(0, 1)
         said = [(self.head, trial.flatten(0, 1)) for trial in trials.values()]
@@ -212,7 +224,7 @@ class Front:
 
     def __init__(self, layer: Layer, stream_NLD: Tensor, fitted: int) -> None:
         self.layer = layer
-        *others, self.last = layer.family.sublayers
+        *others, self.last = layer.sublayers
         for sublayer in others:
             stream_NLD = layer.after(sublayer, stream_NLD)
         self.before_NLD, self.fitted = stream_NLD, fitted
@@ -265,9 +277,3 @@ class Front:
         moments = Moments.zeros(inputs_TI.shape[1], missing_TD.shape[1], device=inputs_TI.device)
         moments.add(inputs_TI, missing_TD)
         return ridge_solve(moments, weights_DI, RIDGE)
-
-
-def _through(layer: Layer, stream_NLD: Tensor) -> Tensor:
-    for sublayer in layer.family.sublayers:
-        stream_NLD = layer.after(sublayer, stream_NLD)
-    return stream_NLD

@@ -93,13 +93,13 @@ def look(original: Original, streams: Streams, progress: Progress) -> Sight:
     to 100 times larger, own the basis. Attention sinks are left out of all sums: the first position
     and tokens many times the size of the others.
     """
-    layers = original.sizes.num_layers
-    sites = len(original.family.sublayers) * layers
+    family, layers = original.family, original.sizes.num_layers
+    sites = sum(len(family.in_layer(original.sizes.kind(number))) for number in range(layers))
     collected, spikes_D = _Collected(-(-sites // (MOST_SITES - 1))), torch.zeros(())
     embed(original.embedding(), streams, streams.original_NLD)
     for number in range(layers):
         layer = original.layer(number)
-        for sublayer in original.family.sublayers:
+        for sublayer in layer.sublayers:
             moment_DD, peaks_D = _moment(streams, partial(_seen, layer, sublayer))
             collected.add(moment_DD, layer.metric(sublayer))
             spikes_D = torch.maximum(spikes_D.to(peaks_D), peaks_D)

@@ -60,7 +60,7 @@ class Original:
         """A decoder layer whose norms before readers have a gamma of ones, folded into them."""
         tensors = layer_tensors(self.family, number, self.read, self._names)
         offset = float(self.family.unit_offset)
-        for sublayer in self.family.sublayers:
+        for sublayer in self.family.in_layer(self.sizes.kind(number)):
             if sublayer.norm is None:
                 continue
             gamma = f"{sublayer.norm}.weight"

@@ -59,7 +59,7 @@ def prepare(
             judges.
         processes: the first of those that share the windows; the others take part (`take_part`).
     """
-    source, decided = carry(source, decided)
+    source, decided = carry(source, decided.of_layers(decided.kept_layers))
     family = decided.family
     check_basis(options.basis, family.architecture, rotates=family.rotates)
     write_json(folder / "hf" / "config.json", decided.config(source.config))
@@ -157,7 +157,7 @@ def _rehearsed(
     weights_NL: torch.Tensor | None = None,
 ) -> Narrowing:
     """A run that writes nothing."""
-    carried, decided = carry(source, planned)
+    carried, decided = carry(source, planned.of_layers(planned.kept_layers))
     streams = _streams(decided, windows_NL, options, device, None, other_NL, processes)
     streams.weights_NL = weights_NL
     if fitted_on is not None:
@@ -278,8 +278,17 @@ def tensor_specs(source: Checkpoint, decided: Plan) -> dict[str, TensorSpec]:
     """Every tensor of the narrower model; what is new takes the type of the embedding."""
     family = decided.family
     stored = source.specs
-    table = stored[f"{family.embedding}.weight"].dtype
+    table = stored[f"{family.embedding}.weight"]
+    numbers = {family.layer_name(place, ""): n for place, n in enumerate(decided.kept_layers)}
+
+    def of(name: str) -> str:
+        """Its name in the original, whose layers have other numbers."""
+        prefix = next((prefix for prefix in numbers if name.startswith(prefix)), None)
+        if prefix is None:
+            return name
+        return family.layer_name(numbers[prefix], name.removeprefix(prefix))
+
     return {
-        name: TensorSpec(shape, stored[name].dtype if name in stored else table)
+        name: TensorSpec(shape, stored.get(of(name), table).dtype)
         for name, shape in shapes(family, decided.after)
     }

@@ -22,7 +22,9 @@ from torch import Tensor
 from dotexport.axes import AXES
 from dotexport.axes.axis import InnerAxis
 from dotexport.axes.plan import Plan
+from dotexport.merging.heads import Groups
 from dotexport.merging.refit import Solver, fit, gain_solve, ridge_solve
+from dotexport.merging.units import Units
 from dotexport.models.checkpoint import TensorSpec
 from dotexport.models.exact_norm import exact_norm
 from dotexport.models.family import Sublayer
@@ -178,6 +180,10 @@ class Narrowing:
         before, after = self.before.hidden_size, self.after.hidden_size
         return exact_norm(before, after, self.stock.config.rms_norm_eps).gain
 
+    def _onto(self) -> Tensor:
+        """From the original's stream onto the narrower one, (D, K)."""
+        return self.E_DK * self.original.family.stream_gain(self.scale)
+
     # What an earlier run of the same command finished ------------------------------------------
 
     def _take(self, steps: Sequence[str]) -> int:
@@ -208,7 +214,7 @@ class Narrowing:
         tensors = {name.removeprefix(prefix): t.to(device) for name, t in kept[1].items()}
         student = Layer(self.stock, self.original.family, place, tensors)
         self._pass_over([number])
-        for sublayer in self.original.family.sublayers:
+        for sublayer in student.sublayers:
             self.streams.advance_narrowed(partial(student.after, sublayer))
         self._pass_over(left_out)
 
@@ -220,7 +226,7 @@ class Narrowing:
         if kept := self._processes.agreed(lambda: self.workspace.load(EMBEDDING)):
             narrow_VK = kept[1][name].to(self.streams.device)
         else:
-            narrow_VK = self._product(name, embedding_VD, self.E_DK / self._embedding_scale)
+            narrow_VK = self._product(name, embedding_VD, self._onto() / self._embedding_scale)
             self._keep(EMBEDDING, {name: narrow_VK}, sites=[])
         self._table_VK = narrow_VK if self.after.tied else None
         embed(embedding_VD, self.streams, self.streams.original_NLD)
@@ -242,10 +248,10 @@ class Narrowing:
         teacher = self.original.layer(number)
         student = self._student(place, teacher)
         records = []
-        *_, last = family.sublayers
-        for sublayer in family.sublayers:
+        *_, last = teacher.sublayers
+        for sublayer in teacher.sublayers:
             space = sublayer.writer.in_
-            axis = self._inside[space]
+            units, method = self._units(space)
             kind: Any = Site
             if sublayer.router:
                 kind = partial(ExpertSite, num_experts=self.after.num_experts)
@@ -258,8 +264,8 @@ class Narrowing:
                 self.scale,
                 self.after.spaces[space],
                 family.gated,
-                axis.units(self.before),
-                axis.method(self.options),
+                units,
+                method,
                 self.options,
                 partial(self._pass_over, left_out if sublayer is last else ()),
             )
@@ -270,23 +276,26 @@ class Narrowing:
         tensors = {family.layer_name(place, n): tensor for n, tensor in student.tensors().items()}
         self._keep(_step(place), tensors, sites=records)
 
-    @cached_property
-    def _inside(self) -> dict[str, InnerAxis]:
-        """The axis that narrows a sublayer, by the space of its writer's inputs."""
-        return {axis.space: axis for axis in AXES if isinstance(axis, InnerAxis)}
+    def _units(self, space: str) -> tuple[Units, str]:
+        """What can leave of a sublayer, by the space of its writer's inputs, and how it is chosen;
+        where no axis cuts that, it is one group that stays."""
+        inner = (axis for axis in AXES if isinstance(axis, InnerAxis) and axis.space == space)
+        if axis := next(inner, None):
+            return axis.units(self.before), axis.method(self.options)
+        return Groups(1, 1, self.before.spaces[space]), self.options.heads
 
     def _pass_over(self, layers: Sequence[int]) -> None:
         """Layers that are not written: the original's stream alone moves behind them."""
         for number in layers:
             teacher = self.original.layer(number)
-            for sublayer in self.original.family.sublayers:
+            for sublayer in teacher.sublayers:
                 self.streams.advance_original(partial(teacher.after, sublayer))
 
     def _student(self, number: int, teacher: Layer) -> Layer:
         """The analytic student: readers W E s, writers E^T W, rounded as they will be stored."""
         family, tensors = self.original.family, teacher.tensors()
         neutral_K = torch.ones(self.after.hidden_size, device=self.streams.device)
-        for sublayer in family.sublayers:
+        for sublayer in teacher.sublayers:
             if sublayer.norm:
                 tensors[f"{sublayer.norm}.weight"] = neutral_K - float(family.unit_offset)
             for linear in (*sublayer.readers, sublayer.writer):
@@ -296,7 +305,7 @@ class Narrowing:
                     weight_OI = tensors[f"{name}.weight"]
                     tensors.setdefault(f"{name}.bias", weight_OI.new_zeros(len(weight_OI)))
             for linear in sublayer.readers:
-                inner = sublayer.inner_gain(linear, self.scale)
+                inner = sublayer.inner_gain(linear, family.inner_scale(self.scale))
                 outer = sublayer.gain(self.scale)
                 for name in linear.names(self.before.num_experts):
                     weight, bias = f"{name}.weight", f"{name}.bias"
@@ -323,7 +332,7 @@ class Narrowing:
         if sublayer.output_norm is None:
             writers = sublayer.writer.names(self.before.num_experts)
             names = [f"{writer}.{part}" for writer in writers for part in parts]
-            return {n: self.E_DK.T @ tensors[n].double() for n in names if n in tensors}
+            return {n: self._onto().T @ tensors[n].double() for n in names if n in tensors}
         weight, bias = (f"{sublayer.writer.name}.{part}" for part in parts)
         norm, offset = f"{sublayer.output_norm}.weight", float(self.original.family.unit_offset)
         columns = [tensors[weight]] + ([tensors[bias][:, None]] if bias in tensors else [])
@@ -369,6 +378,7 @@ class Narrowing:
         """
         family = self.original.family
         scaled = family.embedding_scale(self.before.hidden_size) / self._embedding_scale
+        scaled *= family.stream_gain(self.scale)
         gamma_D = self.original.gamma().double()
         prior_K = torch.einsum("dk,d,dk->k", self.E_DK, gamma_D, self.E_DK) * self.scale
         if not self.options.refit:

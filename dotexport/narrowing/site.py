@@ -97,8 +97,9 @@ class Site:
         train, held = self.streams.moments(read, metric_OO=self.teacher.metric(self.sublayer))
         prior_DI = pad(self.E_DK * self.sublayer.gain(self.scale), (0, int(ones)))
         projection = self._fitted(train, held, prior_DI)
+        inner_scale = self.student.family.inner_scale(self.scale)
         for linear in self.sublayer.readers:
-            map_DI = projection.weights_OI * self.sublayer.inner_gain(linear, self.scale)
+            map_DI = projection.weights_OI * self.sublayer.inner_gain(linear, inner_scale)
             for one in self.student.names(linear):
                 name, bias = f"{one}.weight", f"{one}.bias"
                 seen_OI = self.teacher.tensor(name).double() @ map_DI
@@ -129,8 +130,8 @@ class Site:
 
     @cached_property
     def _goal(self) -> Step:
-        """E^T x for tokens x of the original's stream."""
-        return onto(self.E_DK)
+        """E^T x, times the gain of the narrower stream, for tokens x of the original's."""
+        return onto(self.E_DK * self.student.family.stream_gain(self.scale))
 
     @property
     def _bias(self) -> Tensor | None:

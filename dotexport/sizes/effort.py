@@ -155,8 +155,8 @@ def work_of_distilling(decided: Plan, schedule: Schedule, held: int) -> Work:
     sites, V = _sites(decided, 1, schedule.length), before.vocab_size
     said = Work(moved=4 * TOUCHED * V)
     bodies = (
-        sum((s.passed for s in sites), Work()) * before.num_layers,
-        sum((s.passed_after for s in sites), Work()) * after.num_layers,
+        sum((s.passed * s.count for s in sites), Work()),
+        sum((s.passed_after * s.count_after for s in sites), Work()),
     )
     heads = tuple(Work(passes=2 * _stream(sizes) * V) for sizes in (before, after))
     step = bodies[0] + heads[0] + (bodies[1] + heads[1]) * BACKWARD + said
@@ -181,21 +181,17 @@ def work_of(decided: Plan, samples: int, seqlen: int, *, local: bool = True) -> 
     """
     before, after = decided.before, decided.after
     sites = _sites(decided, samples, seqlen)
-    kept = sum((s.work + (s.healing if local else Work()) for s in sites), Work())
-    left = sum((s.passed for s in sites), Work()) * (samples * seqlen)
-    return (
-        kept * after.num_layers
-        + left * (before.num_layers - after.num_layers)
-        + _ends(before, after, samples * seqlen)
-    )
+    kept = sum(((s.work + (s.healing if local else Work())) * s.count_after for s in sites), Work())
+    left = sum((s.passed * (s.count - s.count_after) for s in sites), Work())
+    return kept + left * (samples * seqlen) + _ends(before, after, samples * seqlen)
 
 
 def work_of_sampling(decided: Plan, tokens: int) -> Work:
     """What the original computes to say so many tokens (generation/own_text.py)."""
     before = decided.before
-    layer = sum((site.passed for site in _sites(decided, 1, LENGTH)), Work())
+    layers = sum((site.passed * site.count for site in _sites(decided, 1, LENGTH)), Work())
     head = Work(passes=2 * _stream(before) * before.vocab_size)
-    return (layer * before.num_layers + head) * (LOCKSTEP * tokens)
+    return (layers + head) * (LOCKSTEP * tokens)
 
 
 def work_of_choosing_layers(decided: Plan, seqlen: int) -> Work:
@@ -208,7 +204,7 @@ def work_of_choosing_layers(decided: Plan, seqlen: int) -> Work:
     judged = 2 * JUDGED_TOKENS  # of either text
     D, V, tokens = _stream(before), before.vocab_size, FITTED + judged
     *_, last = sites = _sites(decided, 1, min(seqlen, LENGTH))
-    layer = sum((site.passed for site in sites), Work())
+    layer = sum((site.passed * site.count for site in sites), Work()) * (1 / depth)
     trials = depth - 1 + sum(min(LOOKED_AT, depth - n - 1) for n in range(1, count))
     heads = Work(passes=2 * D * V * judged) * (trials + count)
     N = last.inside if last.sublayer.router is None else 0  # experts are not fitted there
@@ -238,6 +234,15 @@ class _Site:
     after: Sizes
     samples: int
     seqlen: int
+
+    @property
+    def count(self) -> float:
+        """How many layers of the original have it."""
+        return self.before.layers_with(self.family, self.sublayer)
+
+    @property
+    def count_after(self) -> float:
+        return self.after.layers_with(self.family, self.sublayer)
 
     @property
     def passed(self) -> Work:
@@ -302,7 +307,8 @@ class _Site:
         return Work(passes=products, moved=4 * TOUCHED * (width + rows))
 
     def _healing(self, narrower: bool) -> Work:
-        if self._attends and not narrower:
+        fixed = self.sublayer.writer.in_ in dict(self.family.spaces)
+        if (self._attends or fixed) and not narrower:
             return Work()
         options, T = LocalOptions(), self.samples * self.seqlen
         steps = options.num_steps(round(T * (1 - HELD_OUT)))

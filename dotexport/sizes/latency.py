@@ -1,8 +1,8 @@
 """Budgets of time: what `--latency` asks, and what answers for the sizes.
 
 A latency table (latency_table.py) was measured in the runtime that will be used. Without one, torch
-is timed on the spot: all layers are alike, so one layer and the head are timed with random weights
-and the rest is arithmetic.
+is timed on the spot: layers of a kind are alike, so one of each and the head are timed with random
+weights and the rest is arithmetic.
 
 Shapes: D width of the stream.
 """
@@ -25,9 +25,9 @@ from torch import nn
 
 from dotexport.axes.plan import Plan, SizeOptions
 from dotexport.errors import UsageError
-from dotexport.models.family import Family, Linear, Sublayer
+from dotexport.models.family import Family
 from dotexport.models.layers import Stock
-from dotexport.models.shapes import Sizes
+from dotexport.models.shapes import Sizes, products_of
 from dotexport.sizes.latency_table import LatencyTable, cached_tables
 
 logger = logging.getLogger(__name__)
@@ -75,19 +75,11 @@ class Clock:
 
 def _parts(family: Family, sizes: Sizes) -> tuple[float, ...]:
     """Weights of the matrices of each kind of sublayer, of the head, and 1 for the rest."""
-    products = [
-        sum(
-            sizes.used(linear) * sum(sizes.rows(linear)) * sizes.spaces[linear.in_]
-            for linear in _matrices(sublayer)
-        )
+    layers = [
+        float(sizes.layers_with(family, sublayer) * products_of(sublayer, sizes))
         for sublayer in family.sublayers
     ]
-    layers = [float(sizes.num_layers * product) for product in products]
     return *layers, float(sizes.spaces["residual"] * sizes.vocab_size), 1.0
-
-
-def _matrices(sublayer: Sublayer) -> tuple[Linear, ...]:
-    return *sublayer.readers, sublayer.writer
 
 
 def _ratio(ours: Callable[[], None], theirs: Callable[[], None]) -> float:
@@ -97,12 +89,14 @@ def _ratio(ours: Callable[[], None], theirs: Callable[[], None]) -> float:
 
 
 def _token(config: Mapping[str, Any], plan: Plan, device: torch.device) -> Callable[[], None]:
-    """One decoder layer as often as there are layers, all with the same weights, and the head."""
+    """One decoder layer of each kind as often as there are such layers, with the same weights, and
+    the head."""
     stock = Stock.of(plan.config(config), device)
-    layer = stock.layer(0).to_empty(device=device)
-    for parameter in layer.parameters():
+    sizes = plan.after.of_layers(plan.kept_layers)
+    kinds = sizes.kinds or ("",) * sizes.num_layers
+    layers = {kind: stock.layer(kinds.index(kind)).to_empty(device=device) for kind in set(kinds)}
+    for parameter in (p for layer in layers.values() for p in layer.parameters()):
         nn.init.normal_(parameter, std=0.02)
-    sizes = plan.after
     width = sizes.spaces["residual"]
     head = nn.Linear(width, sizes.vocab_size, bias=False, device=device)
     x_11D = torch.randn(1, 1, width, device=device)
@@ -111,8 +105,9 @@ def _token(config: Mapping[str, Any], plan: Plan, device: torch.device) -> Calla
 
     @torch.no_grad()
     def token() -> None:
-        for _ in range(sizes.num_layers):
-            layer(x_11D, position_embeddings=positions, position_ids=first_11, attention_mask=None)
+        given: Any = {"position_embeddings": positions, "position_ids": first_11}
+        for kind in kinds:
+            layers[kind](x_11D, attention_mask=None, **given)
         head(x_11D)
         if device.type == "cuda":
             torch.cuda.synchronize()

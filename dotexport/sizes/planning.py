@@ -26,7 +26,7 @@ from dotexport.exports.target import Target, resolve_for_plan
 from dotexport.healing.heal_options import HealOptions
 from dotexport.models.family import Family
 from dotexport.models.memory import fits
-from dotexport.models.shapes import Sizes, cached_numbers, shapes
+from dotexport.models.shapes import Sizes, cached_numbers, num_parameters, shapes
 from dotexport.narrowing.prepare import WIDE, multiplies_bfloat16, pick_device, usual_passes
 from dotexport.sizes.allocation import CHECKED, rehearsals
 from dotexport.sizes.budget import (
@@ -360,7 +360,10 @@ def _costs(
     return Costs(
         artifacts,
         {
-            name: (cached_numbers(before) * each, cached_numbers(after) * each)
+            name: (
+                cached_numbers(decided.family, before) * each,
+                cached_numbers(decided.carrier, after) * each,
+            )
             for name, each in cache_bytes.items()
         },
         shrink_memory(config, decided.on_kept_tokens),
@@ -427,7 +430,8 @@ def shrink_memory(
     # What experts still lack is a stream of its own while they are fitted one after another.
     streams = 4 * tokens * (stream + narrower * (2 if before.mixture else 1))
     table = 4 * before.vocab_size * (2 * stream + narrower)
-    widest = max(size for space, size in before.spaces.items() if space != "vocab")
+    inside = {"residual", *(linear.in_ for linear in decided.family.linears)}
+    widest = max(before.spaces[space] for space in inside)
     solves = 8 * SOLVED * widest**2
     layer = 4 * (_layer(decided.family, before) + _layer(decided.carrier, after))
     device = pick_device("auto")
@@ -450,6 +454,6 @@ def _window(config: Mapping[str, Any]) -> int:
 
 
 def _layer(family: Family, sizes: Sizes) -> int:
-    """Parameters of one layer."""
-    prefix = family.layer_name(0, "")
-    return sum(math.prod(shape) for name, shape in shapes(family, sizes) if name.startswith(prefix))
+    """Parameters of one layer, of the largest where they differ."""
+    once = num_parameters(family, replace(sizes, num_layers=0))
+    return num_parameters(family, replace(sizes, num_layers=1)) - once

@@ -31,13 +31,18 @@ def exchanged_bytes(
     before, after = decided.before, decided.after
     D, K = before.spaces["residual"], after.spaces["residual"]
     steps = LocalOptions().num_steps(round(samples * seqlen * (1 - HELD_OUT))) if local else 0
-    layer = sum(
-        _readers(D, K) + _writers(sublayer, before, after) + _healed(sublayer, before, after, steps)
+    layers = sum(
+        after.layers_with(decided.family, sublayer)
+        * (
+            _readers(D, K)
+            + _writers(sublayer, before, after)
+            + _healed(sublayer, before, after, steps)
+        )
         for sublayer in decided.family.sublayers
     )
     basis = (2 * before.num_layers + 1) * SUM * D**2 if K < D else 0
     tables = 4 * before.vocab_size * K * (1 if after.tied else 2)
-    return layer * after.num_layers + _readers(D, K) + basis + tables
+    return round(layers) + _readers(D, K) + basis + tables
 
 
 def _moments(inputs: int, outputs: int) -> int:

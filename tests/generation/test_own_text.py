@@ -24,12 +24,13 @@ from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import token_windows
 from dotexport.storage.workspace import Workspace
 
-# Every class of attention: plain, in windows, with caps, with scales of its own.
+# Every class of attention: plain, in windows, with caps, with scales of its own, with states.
 FAMILIES: list[dict[str, Any]] = [
     {"model_type": "llama"},
     {"model_type": "mistral", "sliding_window": 16},
     {"model_type": "qwen2", "hidden_size": 64, "num_attention_heads": 4, "head_dim": None},
     {"model_type": "qwen3"},
+    {"model_type": "qwen3_5_text"},
     {"model_type": "gemma2", "tie_word_embeddings": True, "sliding_window": 16},
     {"model_type": "gemma3_text", "tie_word_embeddings": True, "sliding_window": 16},
     {"model_type": "olmo2", "hidden_size": 64, "num_attention_heads": 4, "head_dim": None},

@@ -135,7 +135,7 @@ def _layer_by_layer(source: Checkpoint) -> torch.Tensor:
     stream_BLD = original.embedding()[TOKENS_BL]
     for number in range(sizes.num_layers):
         layer = original.layer(number)
-        for sublayer in family.sublayers:
+        for sublayer in layer.sublayers:
             stream_BLD = layer.after(sublayer, stream_BLD)
     logits_BLV = stock.norm(stream_BLD.device)(stream_BLD) @ original.folded_head().T
     cap = getattr(stock.config, "final_logit_softcapping", None)

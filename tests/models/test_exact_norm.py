@@ -30,6 +30,16 @@ def test_a_stream_that_lies_in_k_axes_is_normed_alike_in_d_and_in_k(
     torch.testing.assert_close(narrow_TK @ E_DK.T, wide_TD, rtol=1e-5, atol=1e-6)
 
 
+def test_a_stream_that_is_scaled_is_normed_alike_with_the_same_epsilon() -> None:
+    y_TK = torch.randn(50, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rule = exact_norm(24, 6, 0.5, epsilon_stays=True)
+    assert rule.epsilon == 0.5
+    wide_TD = norm(24, 0.5)(torch.nn.functional.pad(y_TK, (0, 18)))
+    narrow_TK = rule.gain * norm(6, 0.5)(y_TK / rule.gain)
+    # As above.
+    torch.testing.assert_close(narrow_TK, wide_TD[:, :6], rtol=1e-5, atol=1e-6)
+
+
 def test_nothing_changes_where_nothing_is_cut() -> None:
     assert exact_norm(64, 64, 1e-5) == (1.0, 1e-5)
 

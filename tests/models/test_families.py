@@ -188,6 +188,20 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
         },
         "Qwen3MoeForCausalLM",
     ),
+    "qwen3.5": (
+        {"model_type": "qwen3_5_text"},
+        "Qwen3_5ForCausalLM",
+    ),
+    "qwen3.5-tied": (
+        {
+            "model_type": "qwen3_5_text",
+            "num_hidden_layers": 3,
+            "layer_types": ["full_attention", "linear_attention", "full_attention"],
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+        "Qwen3_5ForCausalLM",
+    ),
     "mixtral": (
         {
             "model_type": "mixtral",
@@ -335,7 +349,8 @@ def test_fewer_layers_are_those_of_the_original_that_stay(
     original = load(source.folder)
     original.model.layers = torch.nn.ModuleList(original.model.layers[layer] for layer in kept)
     for place, layer in enumerate(original.model.layers):
-        layer.self_attn.layer_idx = place
+        mixer = "self_attn" if hasattr(layer, "self_attn") else "linear_attn"
+        getattr(layer, mixer).layer_idx = place
     original.config.num_hidden_layers = len(kept)
     if getattr(original.config, "layer_types", None):
         original.config.layer_types = [original.config.layer_types[layer] for layer in kept]
@@ -385,7 +400,18 @@ def test_a_narrowed_model_is_stock_loads_and_generates(
 
 @pytest.mark.parametrize(
     "name",
-    ["mistral", "qwen2", "qwen3", "granite", "phi3", "gemma2", "gemma3", "olmo2", "qwen3-moe"],
+    [
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "granite",
+        "phi3",
+        "gemma2",
+        "gemma3",
+        "olmo2",
+        "qwen3-moe",
+        "qwen3.5",
+    ],
 )
 def test_a_narrowed_family_learns_from_its_original(
     name: str, tiny_model: Callable[..., Path], tmp_path: Path

@@ -50,6 +50,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"model_type": "gemma2", **TIED, **WINDOW, **CAPS},
     "gemma3": {"model_type": "gemma3_text", "layer_types": KINDS, **TIED, **WINDOW},
     "olmo2": {"model_type": "olmo2"},
+    "qwen3.5": {
+        "model_type": "qwen3_5_text",
+        "layer_types": ["linear_attention", "full_attention"],
+    },
     "qwen3-moe": {
         "model_type": "qwen3_moe",
         "num_experts": 4,

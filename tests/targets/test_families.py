@@ -82,6 +82,11 @@ MODELS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "ernie": ({"model_type": "ernie4_5"}, ["ort-cpu", "gguf", "mlx"], ["ort-cpu", "gguf"]),
     "olmo2": ({"model_type": "olmo2"}, ALL, ["onnx", "openvino", "executorch", "mlx"]),
     "qwen3-moe": ({"model_type": "qwen3_moe", **EXPERTS}, ALL, ["onnx", "openvino", "executorch"]),
+    "qwen3.5": (
+        {"model_type": "qwen3_5_text", "layer_types": ["linear_attention", "full_attention"]},
+        ALL,
+        [],
+    ),
     "mixtral": ({"model_type": "mixtral", **EXPERTS}, ["onnx", "gguf", "onnx:int8"], ["onnx"]),
 }
 

@@ -19,6 +19,7 @@ from dotexport.models.families.olmo2 import OLMO2
 from dotexport.models.families.phi3 import PHI3
 from dotexport.models.families.qwen2 import QWEN2
 from dotexport.models.families.qwen3 import QWEN3
+from dotexport.models.families.qwen3_5 import QWEN3_5
 from dotexport.models.families.qwen3_moe import QWEN3_MOE
 from dotexport.models.families.seed_oss import SEED_OSS
 from dotexport.models.families.smollm3 import SMOLLM3
@@ -34,6 +35,7 @@ TABLES = (
     GRANITE,
     QWEN2,
     QWEN3,
+    QWEN3_5,
     PHI3,
     GEMMA2,
     GEMMA3,
