@@ -18,6 +18,7 @@ from dotexport.app.cli import app
 from dotexport.encoders.encoder_folder import open_encoder
 from dotexport.encoders.encoder_verifying import check
 from dotexport.errors import CheckpointError, ParityError, UsageError
+from dotexport.exports.encoder_target import EncoderGraph
 from dotexport.exports.target import find_target
 
 for runtime in ("onnxscript", "openvino", "executorch"):
@@ -193,6 +194,30 @@ def test_int8_is_the_same_in_every_batch(exported: Path) -> None:
     [together] = answer({name: value.numpy() for name, value in inputs.items()})
     [alone] = answer({name: value[:1, :5].numpy() for name, value in inputs.items()})
     assert abs(together[0, :5] - alone[0]).max() < 1e-4
+
+
+class Twice(torch.nn.Module):
+    """One matrix that two products read, as DeBERTa's when it shares keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.linear = torch.nn.Embedding(50, 16), torch.nn.Linear(16, 16)
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        x_BLD = self.table(input_ids)
+        return {"logits": self.linear(x_BLD) + self.linear(x_BLD.sin())}
+
+
+def test_a_matrix_that_is_multiplied_twice_is_rounded_once(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, target = Twice().eval(), find_target("onnx")
+    graph = EncoderGraph(model, ("input_ids",), ("logits",), 8)
+    target.write_encoder(graph, tmp_path, "int8")  # type: ignore[attr-defined]
+    tokens_BL = torch.arange(24).reshape(3, 8)
+    [said] = target.open_encoder(tmp_path)({"input_ids": tokens_BL.numpy()})  # type: ignore[attr-defined]
+    wanted = model(tokens_BL)["logits"].detach()
+    # Steps of 1/127 in tokens, table and matrix.
+    assert (torch.from_numpy(said) - wanted).norm() < 0.02 * wanted.norm()
 
 
 @pytest.mark.parametrize(
