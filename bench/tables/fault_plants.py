@@ -111,8 +111,11 @@ def _verified(out: Path, name: str, reference: Reference) -> Ending:
 def plants(folder: Path) -> list[Plant]:
     """What can be planted into an artifact of this kind."""
     found = [
-        Plant(f"{file.name}: {what}", lambda f, rng, n=file.name, s=spoil: s(f / n, rng))  # type: ignore[misc]
-        for file in sorted(folder.iterdir())
+        Plant(
+            f"{file.name}: {what}",
+            lambda f, rng, n=file.relative_to(folder), s=spoil: s(f / n, rng),
+        )  # type: ignore[misc]
+        for file in sorted(folder.rglob("*"))
         for what, spoil in _kinds(file.name).items()
     ]
     return [plant for plant in found if plant is not None]
@@ -121,7 +124,7 @@ def plants(folder: Path) -> list[Plant]:
 def _kinds(name: str) -> Mapping[str, Callable[[Path, random.Random], object]]:
     if name == "model.gguf":
         return GGUF
-    if name == "model.onnx":
+    if name.endswith(".onnx"):
         return ONNX
     if name in ("model.onnx.data", "model.bin", "openvino_model.bin", "model.pte"):
         return BYTES
