@@ -14,10 +14,12 @@ import io
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,11 +27,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import litert_lm
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
+from litert_lm_builder import litertlm_header_schema_py_generated as schema
 from litert_lm_builder import litertlm_peek
+from litert_lm_builder.runtime.proto import llm_metadata_pb2
 
 from dotexport.errors import CheckpointError, DotexportError, UsageError
+from dotexport.exports.nasty_texts import Conversation
 from dotexport.exports.target import Logits, Tokens
-from dotexport.exports.text_parity import TextSide, read_folder
+from dotexport.exports.text_parity import TextSide, find_tokenizer, load_tokenizer, render
 
 if TYPE_CHECKING:
     from dotexport.models.checkpoint import Checkpoint
@@ -40,7 +45,8 @@ CONTEXT = 2048  # slots of the cache at most: they are memory from the first tok
 CHUNK = 128  # tokens of one prefill
 RECIPES = {"fp32": "none", "int8": "weight_only_wi8_afp32"}
 HIDDEN = -1e9  # added to the scores of slots that a token must not see
-CLASSES = ("llama", "mistral", "granite", "qwen3")
+AT_NULL = "LiteRT-LM takes a text up to the first character that is 0"
+CLASSES = ("llama", "mistral", "qwen3")
 
 
 class LiteRt:
@@ -83,10 +89,20 @@ class LiteRt:
             shutil.copyfile(companion, folder / companion.name)
 
     def text(self, checkpoint: Checkpoint, folder: Path) -> TextSide | None:
-        """Start and ends as LiteRT-LM reads them; the tokenizer in the file is that beside it."""
-        with _engine(folder) as engine:
-            ends = [tokens[0] for tokens in engine.eos_token_ids if len(tokens) == 1]
-            return read_folder(folder, start=engine.bos_token_id, stops=ends)
+        """Tokens as LiteRT-LM makes them; start, ends and template as its file says them."""
+        if find_tokenizer(checkpoint.folder) is None:
+            return None
+        engine, said = _engine(folder), _metadata(folder / FILE)
+        ends = [_tokens(engine, union) for union in said.stop_tokens]
+        starts = _tokens(engine, said.start_token)
+        named = load_tokenizer(folder).special_tokens_map
+        return TextSide(
+            encode=lambda text: starts[:1] + engine.tokenize(text),  # as its sessions do
+            render=partial(_render, said.jinja_prompt_template, named),
+            start=starts[0] if starts else None,
+            stops=frozenset(tokens[0] for tokens in ends if len(tokens) == 1),
+            excuse=lambda text: AT_NULL if "\0" in text else None,
+        )
 
     def open(self, folder: Path, *, threads: int | None = None) -> LiteRtSession:
         return LiteRtSession(folder, threads=threads)
@@ -120,20 +136,41 @@ def _engine(folder: Path) -> Any:
     return litert_lm.Engine(str(folder / FILE), cache_dir=":nocache")
 
 
-def _decoder(file: Path) -> bytes:
-    """The graph in the file."""
+def _tokens(engine: Any, union: Any) -> list[int]:
+    """Of a start or an end, which the file names by numbers or by its text."""
+    said = union.token_str
+    return list(union.token_ids.ids) or (engine.tokenize(said) if said else [])
+
+
+def _render(template: str, named: Mapping[str, Any], conversation: Conversation) -> str | None:
+    return render(template, conversation, **named) if template else None
+
+
+def _metadata(file: Path) -> Any:
+    return llm_metadata_pb2.LlmMetadata.FromString(_section(file, _is_metadata))
+
+
+def _section(file: Path, wanted: Callable[[Any], bool]) -> bytes:
+    """The bytes of the first section of a kind."""
     try:
         header = litertlm_peek.read_litertlm_header(str(file), io.StringIO())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, struct.error) as error:
         raise CheckpointError(f"{file} is no LiteRT-LM file: {error}; export it again") from error
     sections = header.SectionMetadata()
-    for number in range(sections.ObjectsLength()):
-        section = sections.Objects(number)
-        if DECODER in str(litertlm_peek.get_model_type(section)).lower():
+    for section in map(sections.Objects, range(sections.ObjectsLength())):
+        if wanted(section):
             with file.open("rb") as stream:
                 stream.seek(section.BeginOffset())
                 return stream.read(section.EndOffset() - section.BeginOffset())
-    raise CheckpointError(f"{file} holds no decoder; export it again")
+    raise CheckpointError(f"{file} lacks a section; export it again")
+
+
+def _is_decoder(section: Any) -> bool:
+    return DECODER in str(litertlm_peek.get_model_type(section)).lower()
+
+
+def _is_metadata(section: Any) -> bool:
+    return bool(section.DataType() == schema.AnySectionDataType.LlmMetadataProto)
 
 
 class LiteRtSession:
@@ -144,7 +181,7 @@ class LiteRtSession:
     def __init__(self, folder: Path, *, threads: int | None = None) -> None:
         try:
             self.interpreter = Interpreter(
-                model_content=_decoder(folder / FILE), num_threads=threads
+                model_content=_section(folder / FILE, _is_decoder), num_threads=threads
             )
         except (ValueError, RuntimeError) as error:
             raise CheckpointError(
