@@ -46,7 +46,7 @@ CHUNK = 128  # tokens of one prefill
 RECIPES = {"fp32": "none", "int8": "weight_only_wi8_afp32"}
 HIDDEN = -1e9  # added to the scores of slots that a token must not see
 AT_NULL = "LiteRT-LM takes a text up to the first character that is 0"
-CLASSES = ("llama", "mistral", "qwen3")
+CLASSES = ("llama", "mistral", "granite", "qwen3")
 
 
 class LiteRt:
