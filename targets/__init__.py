@@ -17,6 +17,7 @@ BUILT_IN = {
     "gguf": "dotexport.targets.ggml:Gguf",
     "executorch": "dotexport.targets.phone:ExecuTorch",
     "mlx": "dotexport.targets.apple:Mlx",
+    "litert": "dotexport.targets.edge:LiteRt",
 }
 
 # Runtimes that read what another target writes: a plan may name them, nothing is written for them.

@@ -23,7 +23,7 @@ ONE_OF = (
 )
 OTHERS = (
     *("torch", "transformers", "gguf", "executorch", "torchao", "mlx", "mlx-lm"),
-    *("optimum", "optimum-onnx"),
+    *("litert-torch", "litert-lm-api", "ai-edge-litert", "optimum", "optimum-onnx"),
 )
 OF_NVIDIA = (cuda.CUDA, "TensorrtExecutionProvider")
 OLD_TRANSFORMERS = (4, 58)  # optimum-onnx takes none from here on

@@ -10,6 +10,7 @@ Shapes: B sequences, L new tokens, P tokens in the cache, T = P + L, V vocabular
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import warnings
@@ -30,11 +31,9 @@ if TYPE_CHECKING:
     from dotexport.exports.encoder_target import Arrays, EncoderGraph, EncoderSession
     from dotexport.models.checkpoint import Checkpoint
 
-GRAPH = "model.onnx"
-# Where Optimum, transformers.js and sentence-transformers look for an encoder's, and how they name
-# it.
-ENCODER = "onnx"
-ENCODER_GRAPHS = {"fp32": GRAPH, "fp16": "model_fp16.onnx", "int8": "model_quantized.onnx"}
+# Where transformers.js, Optimum and sentence-transformers look for a graph, and how they name it.
+BELOW = "onnx"
+GRAPHS = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_quantized.onnx"}
 FIXED_INPUTS = ("input_ids", "attention_mask", "position_ids")
 OPSET = 18
 ONE_FILE = 1 << 30  # weights above this many bytes lie beside the graph: protobuf ends at 2 GiB
@@ -71,15 +70,15 @@ class Portable:
         if precision == "int8":
             _look_up_columns(model.graph)
             _round_tables(model.graph, _round_products(model.graph))
-        _save(model, folder / GRAPH)
         for file in [checkpoint.folder / "config.json", *checkpoint.companions()]:
             shutil.copyfile(file, folder / file.name)
+        _save(model, folder, precision)
 
     def wrong_in_file(self, checkpoint: Checkpoint, folder: Path) -> list[str]:
         """Epsilons that are not the checkpoint's."""
         from .onnx_numbers import wrong_epsilons
 
-        return wrong_epsilons(folder / GRAPH, checkpoint.config)
+        return wrong_epsilons(graph_of(folder), checkpoint.config)
 
     def open(self, folder: Path, *, threads: int | None = None) -> PortableSession:
         return PortableSession(folder, threads=threads)
@@ -93,18 +92,22 @@ class Portable:
         _turn_matrices(model.graph)
         if precision == "int8":
             _round_tables(model.graph, _round_products(model.graph))
-        (folder / ENCODER).mkdir()
-        _save(model, folder / ENCODER / ENCODER_GRAPHS[precision])
+        _save(model, folder, precision)
 
     def open_encoder(self, folder: Path, *, threads: int | None = None) -> EncoderSession:
-        [file] = (folder / ENCODER).glob("*.onnx")
-        session = open_graph(file, threads)
+        session = open_graph(graph_of(folder), threads)
 
         def run(inputs: Arrays) -> list[Any]:
             made: list[Any] = session.run(None, dict(inputs))
             return made
 
         return run
+
+
+def graph_of(folder: Path) -> Path:
+    """The one graph of an artifact; earlier releases put a decoder's beside its config.json."""
+    [file] = [*folder.glob("*.onnx"), *(folder / BELOW).glob("*.onnx")]
+    return file
 
 
 def _translate(checkpoint: Checkpoint) -> Any:
@@ -194,10 +197,21 @@ def _forget_origins(model: Any) -> None:
         value.metadata_props.clear()
 
 
-def _save(model: Any, file: Path) -> None:
+def _save(model: Any, folder: Path, precision: str) -> None:
+    (folder / BELOW).mkdir()
+    file = folder / BELOW / GRAPHS[precision]
     num_bytes = sum(v.const_value.nbytes for v in model.graph.initializers.values())
     beside = f"{file.name}_data" if num_bytes > ONE_FILE else None
     ir.save(model, file, external_data=beside)
+    if beside:
+        _say_beside(folder / "config.json")
+
+
+def _say_beside(config: Path) -> None:
+    """A browser lists no folders: transformers.js asks config.json whether weights lie apart."""
+    said = json.loads(config.read_text(encoding="utf-8"))
+    said.setdefault("transformers.js_config", {})["use_external_data_format"] = True
+    config.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
 
 def _look_up_columns(graph: Any) -> None:
@@ -330,7 +344,7 @@ class PortableSession(GrowingSession):
         import onnxruntime as ort
 
         self.value: Any = ort.OrtValue.ortvalue_from_numpy
-        self.session = open_graph(folder / GRAPH, threads)
+        self.session = open_graph(graph_of(folder), threads)
         self.past = [port for port in self.session.get_inputs() if port.name not in FIXED_INPUTS]
         self.outputs = [port.name for port in self.session.get_outputs()]
         self.cache: list[Any] = []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,40 @@ def assets() -> Path:
     if not folder.is_dir():
         pytest.skip("set DOTEXPORT_ASSETS to a folder with real models and texts")
     return folder.resolve()
+
+
+@pytest.fixture(scope="session")
+def in_node() -> Callable[[str, Path, list[str]], Any]:
+    """Script for transformers.js, folder of an artifact, texts -> what the script says of them.
+
+    The script may use `load(task)` and `texts`, and says one thing with `say`. No hub is asked.
+    """
+    if "DOTEXPORT_TRANSFORMERS_JS" not in os.environ:
+        pytest.skip("set DOTEXPORT_TRANSFORMERS_JS to a folder with @huggingface/transformers")
+
+    def run(script: str, folder: Path, texts: list[str]) -> Any:
+        dtype = {"int8": "q8"}.get(precision := folder.name.rpartition("-")[2], precision)
+        asked = [os.environ["DOTEXPORT_TRANSFORMERS_JS"], f"{folder.parent}/", folder.name, dtype]
+        command = ["node", "--input-type=module", "-e", NODE + script, "--", *asked]
+        done = subprocess.run([*command, json.dumps(texts)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+NODE = """
+import { createRequire } from "node:module";
+import { pathToFileURL } from "node:url";
+const [where, models, folder, dtype, asked] = process.argv.slice(1);
+const found = createRequire(where + "/").resolve("@huggingface/transformers");
+const { env, pipeline } = await import(pathToFileURL(found));
+env.allowRemoteModels = false;
+env.localModelPath = models;
+const load = (task) => pipeline(task, folder, { dtype, device: "cpu" });
+const texts = JSON.parse(asked);
+const say = (it) => console.log(JSON.stringify(it));
+"""
 
 
 def write_llama(folder: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> None:

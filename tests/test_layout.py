@@ -318,6 +318,7 @@ def test_no_file_reads_or_writes_pickle() -> None:
 # What an extra brings, and who asks for it: the rooms and targets that say so where it is missing.
 EXTRAS = {
     *("PIL", "datasets", "diffusers", "executorch", "gguf", "lm_eval", "mlx", "mlx_lm"),
+    *("ai_edge_litert", "litert_lm", "litert_lm_builder"),
     *("onnxscript", "openvino", "pyarrow", "sklearn", "torchao"),
 }
 # Modules whose wheels have other names, and those that come with another.

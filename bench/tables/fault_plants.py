@@ -11,6 +11,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -110,18 +111,23 @@ def _verified(out: Path, name: str, reference: Reference) -> Ending:
 
 def plants(folder: Path) -> list[Plant]:
     """What can be planted into an artifact of this kind."""
-    found = [
-        Plant(f"{file.name}: {what}", lambda f, rng, n=file.name, s=spoil: s(f / n, rng))  # type: ignore[misc]
-        for file in sorted(folder.iterdir())
+    return [
+        Plant(f"{file.name}: {what}", partial(_spoil_in, file.relative_to(folder), spoil))
+        for file in sorted(folder.rglob("*"))
         for what, spoil in _kinds(file.name).items()
     ]
-    return [plant for plant in found if plant is not None]
+
+
+def _spoil_in(
+    name: Path, spoil: Callable[[Path, random.Random], object], folder: Path, rng: random.Random
+) -> object:
+    return spoil(folder / name, rng)
 
 
 def _kinds(name: str) -> Mapping[str, Callable[[Path, random.Random], object]]:
     if name == "model.gguf":
         return GGUF
-    if name == "model.onnx":
+    if name.endswith(".onnx"):
         return ONNX
     if name in ("model.onnx.data", "model.bin", "openvino_model.bin", "model.pte"):
         return BYTES

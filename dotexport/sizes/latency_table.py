@@ -44,6 +44,7 @@ RUNTIMES = {
     "openvino": ("openvino",),
     "executorch": ("executorch",),
     "mlx": ("mlx", "mlx-lm"),
+    "litert": ("ai-edge-litert",),
     "gguf": ("gguf", "torch", "transformers"),
     "hf": ("torch", "transformers"),
     "torch": ("torch", "transformers"),

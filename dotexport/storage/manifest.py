@@ -38,6 +38,8 @@ LIBRARIES = (
     "gguf",
     "mlx",
     "mlx-lm",
+    "litert-torch",
+    "ai-edge-litert",
     "onnxruntime",
     "onnxruntime-gpu",
     "onnxruntime-genai",

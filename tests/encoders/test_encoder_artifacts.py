@@ -310,3 +310,32 @@ def test_optimum_reads_the_folders(narrowed: Path) -> None:
         wanted = said_by_torch(narrowed / name)
         for output, value in json.loads(line).items():
             assert (torch.tensor(value) - wanted[output]).abs().max() < 1e-4
+
+
+EMBED = """
+const embed = await load("feature-extraction");
+say((await embed(texts, { pooling: "mean", normalize: true })).tolist());
+"""
+
+
+@pytest.mark.transformersjs
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-5), ("fp16", 2e-3), ("int8", 2e-1)])
+def test_transformers_js_embeds_sentences_as_torch_does(
+    precision: str, limit: float, narrowed: Path, in_node: Any
+) -> None:
+    """Of unit length, mean over tokens; the limits are of float32's sums and of the roundings."""
+    from transformers import AutoTokenizer
+
+    texts = ["w1 w2 w3", "w9 w8 w199 w7 w6 w5 w4", "w0"]
+    run("export", narrowed / "bert", "--target", f"onnx:{precision}", "--overwrite")
+    said_BD = torch.tensor(in_node(EMBED, narrowed / f"bert/onnx-{precision}", texts))
+    encoder = open_encoder(narrowed / "bert")
+    asked = AutoTokenizer.from_pretrained(encoder.home)(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        states_BLD = encoder.model(**asked).last_hidden_state
+    mask_BL1 = asked["attention_mask"][..., None]
+    mean_BD = (states_BLD * mask_BL1).sum(1) / mask_BL1.sum(1)
+    wanted_BD = torch.nn.functional.normalize(mean_BD)
+    distance_B = (said_BD - wanted_BD).norm(dim=1)
+    assert distance_B.max() < limit
+    assert torch.cdist(wanted_BD, wanted_BD)[~torch.eye(3, dtype=torch.bool)].min() > limit

@@ -31,8 +31,12 @@ ir: Any = pytest.importorskip("onnx_ir")
 ort: Any = pytest.importorskip("onnxruntime")
 
 
+# Where transformers.js and Optimum look for the graph.
+FILES = {"fp32": "onnx/model.onnx", "int8": "onnx/model_quantized.onnx"}
+
+
 def load(folder: Path) -> Any:
-    return onnx.load(folder / "model.onnx")
+    return onnx.load(folder / FILES[folder.name.removeprefix("onnx-")])
 
 
 def axes(port: Any) -> list[Any]:
@@ -79,7 +83,7 @@ def test_the_weights_take_what_their_precision_says_and_a_tied_table_is_stored_o
 
 
 def test_the_graph_does_not_tell_where_it_was_made(exported: Any) -> None:
-    text = (exported("wide-heads", "onnx") / "onnx-fp32" / "model.onnx").read_bytes()
+    text = (exported("wide-heads", "onnx") / "onnx-fp32/onnx/model.onnx").read_bytes()
     assert b".py" not in text
     assert str(Path.home()).encode() not in text
 
@@ -142,6 +146,30 @@ def lookups(graph: Any) -> set[str]:
     """What is cast from integers that tokens looked up."""
     picked = {n.output[0] for n in graph.node if n.op_type == "Gather" and "input_ids" in n.input}
     return {n.output[0] for n in graph.node if n.op_type == "Cast" and n.input[0] in picked}
+
+
+def test_weights_beside_the_graph_are_told_to_transformers_js(
+    tiny_llama: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dotexport.targets import portable
+
+    monkeypatch.setattr(portable, "ONE_FILE", 1000)
+    target, checkpoint = find_target("onnx"), Checkpoint.open(tiny_llama("square"))
+    target.write(checkpoint, tmp_path, "fp32")
+    assert (tmp_path / "onnx/model.onnx_data").stat().st_size > 1000
+    said = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert said.pop("transformers.js_config") == {"use_external_data_format": True}
+    assert said == json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+
+
+def test_a_graph_where_earlier_releases_put_it_is_read(exported: Any, tmp_path: Path) -> None:
+    from dotexport.targets.portable import graph_of
+
+    folder = Path(shutil.copytree(exported("wide-heads", "onnx") / "onnx-int8", tmp_path / "old"))
+    file = (folder / "onnx/model_quantized.onnx").rename(folder / "model.onnx")
+    assert graph_of(folder) == file
+    logits_BLV = find_target("onnx").open(folder).start(np.array([[1, 2, 3]]))
+    assert np.isfinite(logits_BLV).all()
 
 
 def test_a_large_matrix_is_stored_as_it_is_multiplied() -> None:
@@ -358,9 +386,9 @@ def test_each_of_ten_faults_in_a_written_graph_is_found(
     fault: Callable[[Any], None], exported: Any, reference_of: Any, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(exported("wide-heads", "onnx") / "onnx-fp32", tmp_path / "copy"))
-    model = ir.load(folder / "model.onnx")
+    model = ir.load(folder / "onnx/model.onnx")
     fault(model.graph)
-    ir.save(model, folder / "model.onnx")
+    ir.save(model, folder / "onnx/model.onnx")
     reference = reference_of("wide-heads")
     parity = check(find_target("onnx"), "fp32", folder, reference, artifact="under test")
     assert parity.passed == (fault is nothing), parity
