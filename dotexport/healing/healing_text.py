@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +25,10 @@ from dotexport.models.text_options import SELF, Part, TextOptions, parts_of
 from dotexport.models.text_windows import read_tokenizer, token_windows
 from dotexport.narrowing.streams import held_out_windows
 from dotexport.storage.manifest import sha256
+
+logger = logging.getLogger(__name__)
+
+OFTEN = 8  # times that text is read before more of it is worth asking for
 
 Own = Callable[[], Iterable[str]]
 """What the original says, without end."""
@@ -122,7 +127,23 @@ def healing_text(
     if options.samples is not None and options.samples > len(windows_NL):
         everything_NL = token_windows(model, replace(text, samples=options.samples))
         train_NL = torch.cat([train_NL, everything_NL[len(windows_NL) :]])
+    _warn_if_repeated(train_NL, text.source, options)
     return HealingText(train_NL, held_NL)
+
+
+def _warn_if_repeated(train_NL: Tensor, source: str, options: HealOptions) -> None:
+    """Say that steps will see the same text again and again."""
+    schedule = options.settled(train_NL.shape[1])
+    times = schedule.steps * schedule.tokens_per_step / train_NL.numel()
+    if times > OFTEN:
+        more = source if SELF in [part.source for part in parts_of(source)] else f"{source},{SELF}"
+        logger.warning(
+            "distillation will read its %d windows of calibration text %.0f times; give it more text, "
+            "files or what the original writes: --heal-text %s",
+            len(train_NL),
+            times,
+            more,
+        )
 
 
 def split(windows_NL: Tensor, seed: int) -> tuple[Tensor, Tensor]:

@@ -216,6 +216,20 @@ def test_held_out_windows_are_never_trained_on() -> None:
         assert len(text.train_NL) == (samples or 10) - len(held)
 
 
+@pytest.mark.parametrize("source", ["a.txt", "a.txt,self"])
+def test_text_that_is_read_again_and_again_is_said(
+    source: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of 8 windows of 64 tokens 7 are trained on: 4,032 tokens are nine times as many."""
+    windows_NL = torch.arange(8 * 64).reshape(8, 64)
+    text = TextOptions(source=source, samples=8, seqlen=64)
+    for tokens, told in ((7 * 64 * 7, 0), (7 * 64 * 9, 1)):
+        options = HealOptions(tokens=tokens, batch=1)
+        healing_text(windows_NL, Path("nowhere"), text, options, seed=0)
+        assert caplog.text.count("9 times") == told
+    assert "--heal-text a.txt,self" in caplog.text
+
+
 def test_every_window_comes_once_per_epoch() -> None:
     windows_NL = torch.arange(6 * 8).reshape(6, 8)
     schedule = HealOptions(steps=9, batch=4, seqlen=4).settled(8)
