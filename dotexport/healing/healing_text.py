@@ -138,7 +138,7 @@ def _warn_if_repeated(train_NL: Tensor, source: str, options: HealOptions) -> No
     if times > OFTEN:
         more = source if SELF in [part.source for part in parts_of(source)] else f"{source},{SELF}"
         logger.warning(
-            "distillation will read its %d windows of calibration text %.0f times; give it more text, "
+            "distillation will read its %d windows of calibration text %.0f times; give it more, "
             "files or what the original writes: --heal-text %s",
             len(train_NL),
             times,
