@@ -146,7 +146,7 @@ def axes(
         narrow=NarrowOptions(local=LocalOptions() if local else None, passes=passes),
     )
     later = {
-        **({"healed": partial(_healed, judge, _mixed(asked), heal_text, healed)} if healed else {}),
+        **({"healed": partial(_healed, judge, asked, heal_text, healed)} if healed else {}),
         **({"timed": partial(_timed, model, timed)} if timed else {}),
     }
     rows = [{"budget": "1x", "way": "the original", **_original(notes, judge)}]
@@ -254,17 +254,22 @@ def _measured(
 
 
 def _healed(
-    judge: Judge, text: TextOptions, heal_text: str | None, steps: int, narrowed: Path
+    judge: Judge, asked: ShrinkOptions, heal_text: str | None, steps: int, narrowed: Path
 ) -> Row:
-    """Behind a short distillation, predictions alone: the same for all."""
+    """Behind a short distillation, predictions alone: the same for all. Steps are chosen on the
+    windows that were held out of the closed form as well."""
     student, source = Checkpoint.open(narrowed), Checkpoint.open(judge.model)
     if student.config["vocab_size"] != source.config["vocab_size"]:
         return {}
     options = HealOptions(
         steps=steps, batch=BATCH, text=heal_text, rate=RATE, hidden_weight=0.0, every=steps
     )
-    windows_NL = token_windows(judge.model, text)
-    split = healing_text(windows_NL, judge.model, text, options, seed=0)
+    half = asked.text.samples // 2
+    kinds = replace(asked.text, samples=half), replace(asked.text, source=asked.other, samples=half)
+    windows_NL, other_NL = (token_windows(judge.model, kind) for kind in kinds)
+    split = healing_text(
+        windows_NL, judge.model, kinds[0], options, seed=asked.narrow.seed, other_NL=other_NL
+    )
     device = torch.device("cpu")
     started = time.perf_counter()
     found = heal(student, source, torch.eye(1), split, options, device=device)
