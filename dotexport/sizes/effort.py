@@ -123,7 +123,7 @@ def allocation_seconds(
     looks = [*((p, samples) for p in rehearsed), *((p, CLOSER * samples) for p in checked)]
     work = sum((work_of(p, count, seqlen, local=False) for p, count in looks), Work())
     deepest = min((p for p, _ in looks), key=lambda p: p.after.num_layers)
-    work += work_of_choosing_layers(deepest, seqlen)
+    work += work_of_choosing_layers(deepest, seqlen) + work_of_context(deepest, JUDGED)
     return work.seconds(rates(_stream(deepest.before), passes))
 
 
@@ -211,7 +211,17 @@ def work_of_choosing_layers(decided: Plan, seqlen: int) -> Work:
     fit = _moments(FITTED, N, D) + Work(factors=N**3 / 3 + 2 * D * N**2, sums=2 * D * N**2)
     fits = trials + count * (count - 1) // 2  # layers that left are fitted over in each round
     walks = (count + 1) * depth * tokens + trials * depth / 2 * judged
-    return layer * walks + heads + fit * fits
+    return layer * walks + heads + fit * fits + work_of_context(decided, judged)
+
+
+def work_of_context(decided: Plan, judged: int) -> Work:
+    """What it takes to know how much each of these tokens owes to context (narrowing/context.py):
+    the original reads them in whole windows, and twice in blocks."""
+    before = decided.before
+    sites = _sites(decided, 1, LENGTH)
+    body = sum((site.passed * site.count for site in sites), Work())
+    head = Work(passes=2 * _stream(before) * before.vocab_size)
+    return body * (3 * judged) + head * (2 * judged)
 
 
 def _stream(sizes: Sizes) -> int:
