@@ -68,6 +68,8 @@ PRECISIONS = {
     "int4": Type.Q4_0,
     "int6-k": Type.Q6_K,
     "int4-k": Type.Q4_K,
+    "int3-k": Type.Q3_K,
+    "int2-k": Type.Q2_K,
 }
 # Numbers that decide what is computed, under any class of Llama's kind.
 NUMBERS = (
@@ -112,13 +114,15 @@ def logits(folder: Path, tensors: dict[str, torch.Tensor] | None = None) -> torc
 def rounded(checkpoint: Checkpoint, name: str, precision: str) -> torch.Tensor:
     """A tensor as the gguf package gives it back after what the target makes of it."""
     from dotexport.targets import kquants
-    from dotexport.targets.ggml import _type
+    from dotexport.targets.ggml_mixes import stored_as
 
     values = checkpoint.tensor(name).float().numpy()
-    layers, tied = checkpoint.config["num_hidden_layers"], checkpoint.config["tie_word_embeddings"]
+    config = checkpoint.config
+    layers, tied = config["num_hidden_layers"], config["tie_word_embeddings"]
+    shared = config["num_attention_heads"] // config["num_key_value_heads"]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
     stored = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
-    kind = _type(stored, values.shape, precision, layers, tied=tied)
+    kind = stored_as(stored, values.shape, precision, layers=layers, shared=shared, tied=tied)
     quantize = kquants.quantize if kind in kquants.FORMATS else gguf.quantize
     return torch.from_numpy(gguf.dequantize(quantize(values, kind), kind).copy())
 
