@@ -26,8 +26,8 @@ ERRORS: dict[Any, Limits] = {
     Type.Q6_K: (0.06, 4e-3),
     Type.Q5_K: (0.12, 5e-3),
     Type.Q4_K: (0.25, 7e-3),
-    Type.Q3_K: (0.5, 4e-2),
-    Type.Q2_K: (0.8, 0.12),
+    Type.Q3_K: (0.5, 7e-3),
+    Type.Q2_K: (0.8, 1.5e-2),
     Type.Q4_0: (0.25, 7e-3),
 }
 IGNORED = {"general.name", "general.architecture"}

