@@ -105,8 +105,8 @@ def heal(
         workspace: keeps text that the original says.
         save: takes the whole state after every evaluation.
         saved: such a course and its state; the run goes on from there and ends with the same bits.
-        processes: that share the work. The first one's files, text and saved state count; of
-            `save` every other one's is told nothing.
+        processes: that share the work. The first one's files, text and saved state count; the
+            others' `save` gets no tensors.
     """
     with processes.computing():
         healing = Healing.begin(
