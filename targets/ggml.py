@@ -8,9 +8,10 @@ file is read back by ggml_reading.py, and run in llama.cpp itself by llamacpp.py
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import gguf
 import numpy as np
@@ -25,7 +26,7 @@ from dotexport.models.rope import stock_config
 from . import ggml_blocks, kquants
 from .configs import frequencies, head_dim, rope_type, rope_words, window_of
 from .ggml_blocks import BLOCK
-from .ggml_mixes import FILE_TYPES, stored_as
+from .ggml_mixes import FILE_TYPES, IN_BLOCKS, stored_as
 from .ggml_vocab import add_tokenizer, tokenizer_problems
 
 if TYPE_CHECKING:
@@ -55,9 +56,6 @@ WITH_FACTORS = {gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.GRANITE}
 ROPES = {"default", "linear", "yarn", "llama3"}
 YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
 
-BLOCKS = dict.fromkeys(("int8", "int4"), BLOCK)
-SUPERBLOCKS = dict.fromkeys(("int6-k", "int4-k", "int3-k", "int2-k"), kquants.SUPERBLOCK)
-
 
 class Gguf:
     """Writes with the gguf package, whose dequantiser reads it back, in float32 on torch."""
@@ -65,7 +63,8 @@ class Gguf:
     name = "gguf"
     summary = "GGUF for llama.cpp (Q8_0, Q4_0; -k are Q6_K, Q4_K_M, Q3_K_M, Q2_K)"
     precisions = ("fp16", "int8", "int4", "int6-k", "int4-k", "int3-k", "int2-k")
-    row_groups: Mapping[str, int] = BLOCKS | SUPERBLOCKS
+    row_groups: ClassVar = dict.fromkeys(precisions[1:], BLOCK)
+    best_rows: ClassVar = dict.fromkeys(precisions[3:], kquants.SUPERBLOCK)
     cache_bytes = 2  # what llama.cpp keeps unless told otherwise
     exact_rounding = ()  # rows that are no multiple of 32 stay F16
     run_options = ("llama_cpp", "capacity", "lean")
@@ -79,7 +78,6 @@ class Gguf:
         return [
             *HuggingFace().problems(checkpoint, "as-stored"),
             *self.config_problems(checkpoint.config, precision),
-            *_torn_rows(checkpoint.config, precision),
             *tokenizer_problems(checkpoint),
         ]
 
@@ -285,26 +283,6 @@ def _rope_problems(config: Mapping[str, Any], arch: Any) -> Iterator[str]:
         yield "partial_rotary_factor: this architecture of llama.cpp rotates whole heads"
 
 
-def _torn_rows(config: Mapping[str, Any], precision: str) -> list[str]:
-    """Widths that end inside a superblock, which has no smaller form."""
-    superblock = SUPERBLOCKS.get(precision, 1)
-    rows = {
-        "hidden_size": config.get("hidden_size") or 0,
-        "intermediate_size": config.get("intermediate_size") or 0,
-        "heads x head_dim": (config.get("num_attention_heads") or 0) * head_dim(config),
-    }
-    torn = {name: width for name, width in rows.items() if width % superblock}
-    if not torn:
-        return []
-    from dotexport.sizes.full_rows import advice
-
-    said = ", ".join(f"{name} {width}" for name, width in torn.items())
-    return [
-        f"{said}: no multiple of {superblock}, as rows of K-quants must be; gguf:int4 takes any "
-        f"width; {advice(config, superblock)}"
-    ]
-
-
 def _add_sizes(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
     config = checkpoint.config
     width = head_dim(config)
@@ -364,10 +342,10 @@ def _add_tensors(
     precision: str,
     rounded: Mapping[str, Rounded],
 ) -> None:
-    config, larger = checkpoint.config, []
+    config, kinds = checkpoint.config, Counter[Any]()
     for name, stored, kind in _stored(checkpoint, precision):
-        if kind == gguf.GGMLQuantizationType.F16 and precision != "fp16":
-            larger.append(stored)
+        if len(checkpoint.specs[name].shape) > 1:
+            kinds[kind] += 1
         if name in rounded:
             rows = torch.from_numpy(ggml_blocks.pack(rounded[name], kind))
             data = _turned(name, rows, config, arch).numpy()
@@ -376,10 +354,24 @@ def _add_tensors(
             quantize = kquants.quantize if kind in kquants.FORMATS else gguf.quantize
             data = quantize(tensor, kind)
         writer.add_tensor(stored, data, raw_dtype=kind)
-    if larger:
-        logger.warning(
-            "%d tensors stay F16, because their rows are no multiple of %d: %s",
-            *(len(larger), BLOCK, ", ".join(larger[:3])),
+    for said in _stand_ins(kinds, precision):
+        logger.warning(said)
+
+
+def _stand_ins(kinds: Mapping[Any, int], precision: str) -> Iterator[str]:
+    """What to say of matrices whose rows do not hold what the precision stores."""
+    total = sum(kinds.values())
+    if precision != "fp16" and (larger := kinds[gguf.GGMLQuantizationType.F16]):
+        yield (
+            f"{larger} of {total} matrices stay F16, because their rows are no multiple of {BLOCK}"
+        )
+    blocks = {kind: number for kind, number in kinds.items() if kind in IN_BLOCKS.values()}
+    if precision.endswith("-k") and blocks:
+        names = ", ".join(sorted(kind.name for kind in blocks))
+        yield (
+            f"{sum(blocks.values())} of {total} matrices have rows that are no multiple of "
+            f"{kquants.SUPERBLOCK}, as K-quants need: stored in {names} instead, which takes more "
+            "bytes"
         )
 
 

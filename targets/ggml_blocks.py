@@ -5,19 +5,23 @@ Shapes: O outputs, I inputs, K blocks of a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import gguf
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dotexport.merging.rounding import FOUR_BITS, Blocks, Grid, Rounded
+from dotexport.merging.rounding import FIVE_BITS, FOUR_BITS, Blocks, Grid, Rounded
 
 from . import kquants
 
 Type = gguf.GGMLQuantizationType
-BLOCK = 32  # weights of a row that share one scale, in Q8_0 and Q4_0
+BLOCK = 32  # weights of a row that share one scale, in Q8_0, Q5_0 and Q4_0
 GRIDS: dict[Type, Grid] = {
     Type.Q8_0: Blocks(BLOCK, (-127, 127), torch.float16),
+    Type.Q5_0: Blocks(BLOCK, (-16, 15), torch.float16, FIVE_BITS),
     Type.Q4_0: Blocks(BLOCK, (-8, 7), torch.float16, FOUR_BITS),
     **{kind: kquants.Superblocks(kind) for kind in kquants.FORMATS},
 }
@@ -29,8 +33,26 @@ def pack(rounded: Rounded, kind: Type) -> NDArray[np.uint8]:
         return kquants.pack(rounded, kind)
     outputs = len(rounded.levels_OI)
     levels = rounded.levels_OI.numpy().reshape(outputs, -1, BLOCK)
-    if kind == Type.Q4_0:  # the second half of a block in the upper halves of its bytes
-        nibbles = (levels + 8).astype(np.uint8)
-        levels = nibbles[..., : BLOCK // 2] | nibbles[..., BLOCK // 2 :] << 4
     scales = rounded.stored_OGS.numpy().astype("<f2").view(np.uint8)
-    return np.concatenate([scales, levels.view(np.uint8)], axis=-1).reshape(outputs, -1)
+    packed = PACK[kind](levels).view(np.uint8)
+    return np.concatenate([scales, packed], axis=-1).reshape(outputs, -1)
+
+
+def _nibbles(levels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The second half of a block in the upper halves of its bytes."""
+    low: NDArray[np.uint8] = levels[..., : BLOCK // 2] | levels[..., BLOCK // 2 :] << 4
+    return low
+
+
+def _five_bits(levels_K: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """The fifth bits of a block in front of its nibbles."""
+    levels = (levels_K + 16).astype(np.uint8)
+    fifth = np.packbits(levels >> 4, axis=-1, bitorder="little")
+    return np.concatenate([fifth, _nibbles(levels & 15)], axis=-1)
+
+
+PACK: dict[Type, Callable[[NDArray[np.int8]], NDArray[Any]]] = {
+    Type.Q8_0: lambda levels: levels,
+    Type.Q5_0: _five_bits,
+    Type.Q4_0: lambda levels: _nibbles((levels + 8).astype(np.uint8)),
+}

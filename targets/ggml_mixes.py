@@ -12,6 +12,7 @@ from typing import Any
 import gguf
 
 from .ggml_blocks import BLOCK
+from .kquants import SUPERBLOCK
 
 Type = gguf.GGMLQuantizationType
 MATRICES = {
@@ -32,6 +33,15 @@ FILE_TYPES = {
     "int3-k": gguf.LlamaFileType.MOSTLY_Q3_K_M,
     "int2-k": gguf.LlamaFileType.MOSTLY_Q2_K,
 }
+IN_BLOCKS = {
+    Type.Q2_K: Type.Q4_0,
+    Type.Q3_K: Type.Q4_0,
+    Type.Q4_K: Type.Q5_0,
+    Type.Q5_K: Type.Q5_0,
+    Type.Q6_K: Type.Q8_0,
+}
+"""What stands in for K-quants where rows are no whole superblocks. llama.cpp's quantiser has IQ4_NL
+for the first two, as large as Q4_0, and Q5_1 for Q5_K."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,12 @@ def stored_as(
         return Type.F32
     if precision == "fp16" or shape[-1] % BLOCK:
         return Type.F16
+    kind = _intended(name, precision, layers=layers, shared=shared, tied=tied)
+    return IN_BLOCKS.get(kind, kind) if shape[-1] % SUPERBLOCK else kind
+
+
+def _intended(name: str, precision: str, *, layers: int, shared: int, tied: bool) -> Any:
+    """Whatever its rows."""
     if precision == "int4" and name.startswith("token_embd"):
         return Type.Q8_0
     if mix := MIXES.get(precision):

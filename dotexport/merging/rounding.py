@@ -91,6 +91,8 @@ class Blocks:
 FOUR_BITS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, -1.15, -1.05, -0.95, -0.85)
 """Shares of the largest entry that become the lowest of 16 levels; the highest is 7, so that one
 of -1.14 makes it exact, too."""
+FIVE_BITS = (1.0, 0.97, 0.94, 0.91, 0.88, -1.07, -1.03, -0.99, -0.95, -0.91)
+"""The same of 32 levels, whose highest is 15."""
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,12 @@ def choose(config: Mapping[str, Any], asked: SizeOptions, where: Deployment) -> 
         *_splitting(where),
         *(rule for pair in targets for rule in rules_of_target(config, *pair)),
     ]
-    decided, plans = _decide(_candidates(config, asked), rules)
+    wishes = [wish for pair in targets for wish in _wishes(*pair)] if asked.budgeted else []
+    decided, plans = _decide(_candidates(config, asked), [*rules, *wishes])
+    if decided is not None:
+        rules += wishes
+    elif wishes:
+        decided, plans = _decide(_candidates(config, asked), rules)
     if decided is not None:
         binding = [
             rule.name
@@ -331,6 +336,13 @@ def rules_of_target(config: Mapping[str, Any], target: Target, precision: str) -
     if group := getattr(target, "row_groups", {}).get(precision):
         rules.append(Rule(f"{name}, rows of {group}", partial(_torn, group, 1)))
     return rules
+
+
+def _wishes(target: Target, precision: str) -> list[Rule]:
+    """What a budget keeps to where it can: rows that a target stores in its best form."""
+    group = getattr(target, "best_rows", {}).get(precision)
+    name = _name(target, precision)
+    return [Rule(f"{name}, rows of {group}", partial(_torn, group, 1))] if group else []
 
 
 def _name(target: Target, precision: str) -> str:

@@ -121,7 +121,7 @@ def test_the_recipe_a_shrink_prints_is_the_one_it_records(
             2,
             [],
         ),
-        ({"export": ["gguf:int4-k"]}, 5, ["cannot be exported", "gguf:int4-k", "rows of 256"]),
+        ({"export": ["gguf:int4-k"]}, 5, ["cannot be exported", "gguf:int4-k", "rows of 32"]),
         ({"unknown": 1}, 2, ["unknown key 'unknown'", "known: model, shrink"]),
         ({"shrink": {"calib": "a.txt,,b.txt"}}, 2, ["empty name"]),
     ],

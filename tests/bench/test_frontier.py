@@ -295,18 +295,22 @@ def test_requests_that_cannot_be_met_are_refused(
 
 
 def test_what_a_target_cannot_hold_is_left_out_with_its_reason(
-    tiny_llama: Callable[[str], Path], texts: list[Path], call: Any
+    models: tuple[Path, Path], texts: list[Path], call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torn = tiny_llama("wide-heads")
-    flags = [torn, *short(texts), "--no-times", "--target", "gguf:int4-k"]
+    ggml = pytest.importorskip("dotexport.targets.ggml")
+    monkeypatch.setattr(
+        *(ggml.Gguf, "problems"),
+        lambda self, checkpoint, precision: ["too odd"] if precision == "int4-k" else [],
+    )
+    flags = [models[0], *short(texts), "--no-times", "--target", "gguf:int4-k"]
     code, _, told = call(*flags)
     assert code == 5
-    assert "original in int4-k: hidden_size 48" in told
+    assert "original in int4-k: too odd" in told
     code, said, told = call(*flags, "--target", "gguf:fp16", "--json")
     assert code == 0, told
     record = json.loads(said)
     assert [p["precision"] for p in record["points"]] == ["fp16"]
-    assert "hidden_size 48" in record["skipped"][0]
+    assert "too odd" in record["skipped"][0]
 
 
 def test_a_folder_of_something_else_is_not_written_into(

@@ -103,10 +103,22 @@ def test_rows_that_are_torn_are_told_with_the_flags_that_fill_them(
 def test_the_flags_that_are_told_work_in_one_step() -> None:
     pytest.importorskip("dotexport.targets.ggml")
     config = {**LLAMA, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
-    where = Deployment(targets=("gguf:int4-k",))
-    with pytest.raises(SizeError, match=r"gguf:int4: there are such sizes(.|\n)*--hidden 512`"):
-        choose(config, SizeOptions(intermediate_size=1504), where)
-    assert choose(config, SizeOptions(hidden_size=512), where).plan.after.hidden_size == 512
-    with pytest.raises(SizeError, match=r"cannot fill rows of 256: heads x head_dim"):
-        choose(LLAMA, BUDGET, where)
-    assert choose(LLAMA, BUDGET, Deployment(targets=("gguf:int4",))).plan.ratio <= 0.7
+    where = Deployment(targets=("gguf:int4",))
+    with pytest.raises(SizeError, match=r"gguf:fp16: there are such sizes(.|\n)*are full"):
+        choose(config, SizeOptions(intermediate_size=1496), where)
+    assert choose(config, SizeOptions(intermediate_size=1504), where)
+    odd = {**LLAMA, "head_dim": 20}
+    with pytest.raises(SizeError, match=r"cannot fill rows of 32: heads x head_dim"):
+        choose(odd, BUDGET, where)
+
+
+def test_rows_that_a_target_likes_best_are_kept_where_they_can_be() -> None:
+    pytest.importorskip("dotexport.targets.ggml")
+    eight = {**LLAMA, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
+    eight |= {"hidden_size": 1024, "intermediate_size": 4096}
+    for config, group in ((eight, 256), (LLAMA, 32)):  # 9 heads of 64 fill no rows of 256
+        choice = choose(config, BUDGET, Deployment(targets=("gguf:int4-k",)))
+        after = choice.plan.after
+        assert after.hidden_size % group == after.intermediate_size % group == 0
+        assert choice.plan.ratio <= 0.71
+        assert ("gguf-int4-k, rows of 256" in choice.binding) == (group == 256)

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dotexport import embedded
 from dotexport.axes.plan import SizeOptions
-from dotexport.errors import SizeError
+from dotexport.exports.calibrating import Text
 from dotexport.exports.exporting import export
 from dotexport.exports.reference import Reference, compute_reference
 from dotexport.exports.target import find_target
@@ -21,6 +22,7 @@ from dotexport.models.families import find_family
 from dotexport.models.shapes import read_sizes
 from dotexport.sizes.deployment import Deployment
 from dotexport.sizes.planning import choose
+from dotexport.storage import manifest
 
 gguf: Any = pytest.importorskip("gguf")
 from dotexport.targets.ggml_mixes import stored_as  # noqa: E402
@@ -39,6 +41,13 @@ SHAPES = {
 }
 # KL to float32 that the embedded model keeps to, in nats: two or three times what was seen.
 PRECISIONS = {"int6-k": 0.005, "int4-k": 0.05, "int3-k": 0.15, "int2-k": 1.5}
+# Precision -> how a table, queries and ffn_down of rows of 96, 96 and 256 are stored.
+STAND_INS = {
+    "int6-k": ("Q8_0", "Q8_0", "Q6_K"),
+    "int4-k": ("Q8_0", "Q5_0", "Q4_K"),
+    "int3-k": ("Q8_0", "Q4_0", "Q4_K"),
+    "int2-k": ("Q8_0", "Q4_0", "Q3_K"),
+}
 # Llama-3.1-8B, but for the sizes that each test gives.
 LARGE = {
     "architectures": ["LlamaForCausalLM"],
@@ -228,20 +237,75 @@ def test_values_that_many_heads_share_have_more_bits() -> None:
     assert types == ["Q3_K", "Q4_K"]
 
 
-def test_every_width_that_is_torn_is_named_before_anything_is_written(
-    tiny_llama: Callable[[str], Path], tmp_path: Path
+@pytest.fixture(scope="module")
+def narrow_model(tiny_model: Callable[..., Path]) -> Path:
+    """Rows of 96, and of 256 in its MLP's writer."""
+    sizes = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 4}
+    return tiny_model(
+        model_type="llama", **sizes, num_key_value_heads=2, head_dim=24, tie_word_embeddings=True
+    )
+
+
+@pytest.fixture(scope="module")
+def narrow(narrow_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("narrow") / "out"
+    specs = [f"gguf:{precision}" for precision in PRECISIONS]
+    export(narrow_model, specs, out=folder, verify=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def narrow_reference(narrow: Path) -> Reference:
+    return compute_reference(Checkpoint.open(narrow / "hf"))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_rows_that_are_no_superblocks_are_stored_in_blocks(
+    precision: str, narrow: Path, narrow_reference: Reference
 ) -> None:
-    with pytest.raises(SizeError) as caught:
-        export(tiny_llama("wide-heads"), ["gguf:int4-k"], out=tmp_path / "out")
-    text = str(caught.value)
-    for wanted in (
-        "hidden_size 48",
-        "intermediate_size 88",
-        "heads x head_dim 128",
-        "narrowing cannot fill rows of 256",  # no way that would end here again
-    ):
-        assert wanted in text
-    assert not (tmp_path / "out").exists()
+    """In the types of llama.cpp's quantiser, but Q4_0 for its IQ4_NL and Q5_0 for its Q5_1; rows of
+    256 stay what they were."""
+    folder = narrow / f"gguf-{precision}"
+    tensors = gguf.GGUFReader(folder / "model.gguf").tensors
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in tensors}
+    head, query, down = STAND_INS[precision]
+    assert kinds["token_embd.weight"] == head
+    assert kinds["blk.0.attn_q.weight"] == query
+    assert kinds["blk.0.ffn_down.weight"] == down
+    parity = check(find_target("gguf"), precision, folder, narrow_reference, artifact=precision)
+    assert parity.problems == ()
+
+
+def test_stand_ins_are_told(
+    narrow_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    find_target("gguf").write(Checkpoint.open(narrow_model), tmp_path, "int4-k")
+    assert "19 of 22 matrices have rows that are no multiple of 256" in caplog.text
+    assert "Q5_0, Q8_0 instead" in caplog.text
+
+
+@pytest.mark.llamacpp
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_llama_cpp_computes_with_stand_ins(
+    precision: str, narrow: Path, narrow_reference: Reference, llama_cpp: Path
+) -> None:
+    folder = narrow / f"gguf-{precision}"
+    parity = run(llama_cpp, folder, precision, narrow_reference, artifact=precision)
+    assert parity.problems == ()
+
+
+def test_stand_ins_are_chosen_for_a_text_too(narrow_model: Path, tmp_path: Path) -> None:
+    """Levels of Q5_0 and Q4_0 by GPTQ come out of the file as they were chosen."""
+
+    def read(checkpoint: Checkpoint) -> Text:
+        random = torch.Generator().manual_seed(0)
+        windows_NL = torch.randint(checkpoint.config["vocab_size"], (8, 32), generator=random)
+        return Text(windows_NL, {"text": "drawn", "tokens": windows_NL.numel()})
+
+    export(narrow_model, ["gguf:int4-k", "gguf:int2-k"], out=tmp_path / "out", read=read)
+    artifacts = manifest.read(tmp_path / "out")["artifacts"]
+    for name in ("gguf-int4-k", "gguf-int2-k"):
+        assert any("q_proj" in tensor for tensor in artifacts[name]["calibration"]["tensors"])
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4", *PRECISIONS])
@@ -265,3 +329,13 @@ def test_plan_finds_sizes_that_k_quants_take() -> None:
     # llama.cpp's own Q4_K_M of this model has 4.92 GB, of 8.03e9 parameters.
     assert one == pytest.approx(4.92e9, rel=0.01)
     assert two / choice.plan.parameters_after == pytest.approx(one / 8.03e9, rel=0.02)
+
+
+def test_a_budget_leaves_whole_superblocks_where_there_are_none_to_keep() -> None:
+    """Nine heads of 64, as SmolLM2-135M has them: stored in blocks, and priced so."""
+    config = {**LARGE, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
+    config |= {"num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True}
+    where = Deployment(targets=("gguf:int4-k", "gguf:int4"))
+    costs = choose({**config, "num_hidden_layers": 30}, SizeOptions(params="0.8x"), where).costs
+    # llama.cpp's own Q4_K_M of SmolLM2-135M has 98.9 MiB, its Q4_0 85.8 (in Q8_0 the table).
+    assert costs.artifacts["gguf-int4-k"][0] == pytest.approx(98.9 * 2**20, rel=0.01)
