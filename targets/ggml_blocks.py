@@ -38,17 +38,17 @@ def pack(rounded: Rounded, kind: Type) -> NDArray[np.uint8]:
     return np.concatenate([scales, packed], axis=-1).reshape(outputs, -1)
 
 
-def _nibbles(levels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _nibbles(levels_K: NDArray[Any]) -> NDArray[Any]:
     """The second half of a block in the upper halves of its bytes."""
-    low: NDArray[np.uint8] = levels[..., : BLOCK // 2] | levels[..., BLOCK // 2 :] << 4
-    return low
+    packed_K: NDArray[Any] = levels_K[..., : BLOCK // 2] | levels_K[..., BLOCK // 2 :] << 4
+    return packed_K
 
 
-def _five_bits(levels_K: NDArray[np.int8]) -> NDArray[np.uint8]:
+def _five_bits(levels_K: NDArray[np.int8]) -> NDArray[Any]:
     """The fifth bits of a block in front of its nibbles."""
-    levels = (levels_K + 16).astype(np.uint8)
-    fifth = np.packbits(levels >> 4, axis=-1, bitorder="little")
-    return np.concatenate([fifth, _nibbles(levels & 15)], axis=-1)
+    found_K = (levels_K + 16).astype(np.uint8)
+    fifth_K = np.packbits(found_K >> 4, axis=-1, bitorder="little")
+    return np.concatenate([fifth_K, _nibbles(found_K & np.uint8(15))], axis=-1)
 
 
 PACK: dict[Type, Callable[[NDArray[np.int8]], NDArray[Any]]] = {
