@@ -13,14 +13,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from dotexport.processes.processes import Processes
 
-Solver = Callable[["Moments", Tensor, float], Tensor]
+Solve = Callable[[float], Tensor]
+"""From the strength of a ridge to weights."""
+Solver = Callable[["Moments", Tensor], Solve]
+"""From moments and the weights that a ridge pulls to."""
 
 # In units of the mean diagonal of the inputs' Gram matrix.
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -173,22 +175,32 @@ class Fit:
         return {"error": self.error, "analytic_error": self.analytic_error, "ridge": ridge}
 
 
-def ridge_solve(moments: Moments, prior_OI: Tensor, ridge: float) -> Tensor:
+def ridge_solver(moments: Moments, prior_OI: Tensor) -> Solve:
     """argmin_W  E|t - W z|^2 + lam |W - prior|^2, with lam = ridge x mean diagonal of E z z^T.
 
     The ridge pulls toward the analytic weights, never toward zero.
     """
-    damped_II = moments.inputs_II.clone()
-    damped_II.diagonal().add_(max(ridge * float(damped_II.diagonal().mean()), 1e-30))
-    residual_OI = moments.cross_OI - prior_OI @ moments.inputs_II
-    factor_II, failed = torch.linalg.cholesky_ex(damped_II)
-    if failed:  # singular beyond what this ridge lifts: the next stronger one
-        return ridge_solve(moments, prior_OI, max(10 * ridge, 1e-12))
-    solved: Tensor = prior_OI + torch.cholesky_solve(residual_OI.T, factor_II).T
-    return solved
+    residual_IO = (moments.cross_OI - prior_OI @ moments.inputs_II).T
+    mean = float(moments.inputs_II.diagonal().mean())
+
+    def solve(ridge: float) -> Tensor:
+        damped_II = moments.inputs_II.clone()
+        damped_II.diagonal().add_(max(ridge * mean, 1e-30))
+        factor_II, failed = torch.linalg.cholesky_ex(damped_II)
+        if failed:  # singular beyond what this ridge lifts: the next stronger one
+            return solve(max(10 * ridge, 1e-12))
+        solved_OI: Tensor = prior_OI + torch.cholesky_solve(residual_IO, factor_II).T
+        return solved_OI
+
+    return solve
 
 
-def gain_solve(moments: Moments, prior_OI: Tensor, ridge: float, *, map_OI: Tensor) -> Tensor:
+def ridge_solve(moments: Moments, prior_OI: Tensor, ridge: float) -> Tensor:
+    """`ridge_solver` with a single ridge."""
+    return ridge_solver(moments, prior_OI)(ridge)
+
+
+def gain_solver(moments: Moments, prior_OI: Tensor, *, map_OI: Tensor) -> Solve:
     """The same for W = map diag(g): argmin_g  E|t - map (g o z)|^2 in the metric, plus the ridge.
 
     The normal equations are (map^T G map o E z z^T) g = diag(map^T G E t z^T), o the entrywise
@@ -197,11 +209,16 @@ def gain_solve(moments: Moments, prior_OI: Tensor, ridge: float, *, map_OI: Tens
     weighed_OI = moments.weigh(map_OI)
     prior_I = (map_OI * prior_OI).sum(0) / map_OI.square().sum(0)
     normal_II = (map_OI.T @ weighed_OI) * moments.inputs_II
-    lam = max(ridge * float(normal_II.diagonal().mean()), 1e-30)
-    residual_I = (weighed_OI.T @ moments.cross_OI).diagonal() - normal_II @ prior_I
-    normal_II = normal_II + lam * torch.eye(len(prior_I), dtype=torch.float64).to(normal_II)
-    solved: Tensor = map_OI * (prior_I + torch.linalg.solve(normal_II, residual_I))
-    return solved
+    mean = float(normal_II.diagonal().mean())
+    residual_I = (weighed_OI * moments.cross_OI).sum(0) - normal_II @ prior_I
+
+    def solve(ridge: float) -> Tensor:
+        damped_II = normal_II.clone()
+        damped_II.diagonal().add_(max(ridge * mean, 1e-30))
+        solved_OI: Tensor = map_OI * (prior_I + torch.linalg.solve(damped_II, residual_I))
+        return solved_OI
+
+    return solve
 
 
 def symmetric_solve(left_KK: Tensor, right_KK: Tensor, wanted_KK: Tensor) -> Tensor:
@@ -227,7 +244,7 @@ def fit(
     prior_OI: Tensor,
     *,
     ridge: float | None = None,
-    solve: Solver = ridge_solve,
+    solver: Solver = ridge_solver,
 ) -> Fit:
     """Choose the ridge on held-out tokens. They take no part in the solve, so that what is measured
     on them later holds for other text of their kind.
@@ -238,29 +255,36 @@ def fit(
         ridge: the only strength to be considered, without looking back; None: the best of RIDGES.
     """
     prior_OI = prior_OI.double()
-    unchanged = Fit.unchanged(prior_OI, held_out)
+    unchanged, solve = Fit.unchanged(prior_OI, held_out), solver(train, prior_OI)
     energy = held_out.energy or 1.0
+
+    def tried(strength: float) -> Fit:
+        weights_OI = solve(strength)
+        return Fit(weights_OI, strength, held_out.loss(weights_OI) / energy, unchanged.error)
+
     if ridge is not None:
-        weights_OI = solve(train, prior_OI, ridge)
-        return Fit(weights_OI, ridge, held_out.loss(weights_OI) / energy, unchanged.error)
-    best, loss = _lowest(lambda strength: held_out.loss(solve(train, prior_OI, strength)))
-    if not loss / energy < unchanged.error:
-        return unchanged
-    return Fit(solve(train, prior_OI, best), best, loss / energy, unchanged.error)
+        return tried(ridge)
+    best = _best(tried)
+    return best if best.error < unchanged.error else unchanged
 
 
-def _lowest(loss: Callable[[float], float]) -> tuple[float, float]:
-    """The strength of RIDGES with the least loss, and that loss.
+def _best(tried: Callable[[float], Fit]) -> Fit:
+    """Of RIDGES, by its error.
 
-    Too weak and too strong both lose, so the search walks downhill from the strength in the middle.
+    Too weak and too strong both lose, so the search walks downhill from the strength in the middle,
+    to weaker ones first.
     """
-    losses = cache(lambda place: loss(RIDGES[place]))
-    best, place = -1, len(RIDGES) // 2
-    while best != place:
-        best = place
-        near = range(max(best - 1, 0), min(best + 2, len(RIDGES)))
-        place = min(near, key=losses)
-    return RIDGES[best], losses(best)
+    middle = len(RIDGES) // 2
+    first = best = tried(RIDGES[middle])
+    for way in (RIDGES[:middle][::-1], RIDGES[middle + 1 :]):
+        for ridge in way:
+            found = tried(ridge)
+            if not found.error < best.error:
+                break
+            best = found
+        if best is not first:
+            break
+    return best
 
 
 def compensate(

@@ -23,7 +23,7 @@ from dotexport.axes import AXES
 from dotexport.axes.axis import InnerAxis
 from dotexport.axes.plan import Plan
 from dotexport.merging.heads import Groups
-from dotexport.merging.refit import Solver, fit, gain_solve, ridge_solve
+from dotexport.merging.refit import Solver, fit, gain_solver, ridge_solver
 from dotexport.merging.units import Units
 from dotexport.models.checkpoint import TensorSpec
 from dotexport.models.exact_norm import exact_norm
@@ -368,7 +368,7 @@ class Narrowing:
         analytic_DK = self.E_DK * self.scale
         if not self.options.refit:
             return analytic_DK
-        return self._fit_head(head_VD, analytic_DK, 1.0, ridge_solve)
+        return self._fit_head(head_VD, analytic_DK, 1.0, ridge_solver)
 
     def _shared_head_gamma(self) -> Tensor:
         """A table shared with the embedding cannot change; the final norm's gamma still can.
@@ -383,12 +383,12 @@ class Narrowing:
         prior_K = torch.einsum("dk,d,dk->k", self.E_DK, gamma_D, self.E_DK) * self.scale
         if not self.options.refit:
             return prior_K / scaled
-        table_VD, solve = self.original.table(), partial(gain_solve, map_OI=self.E_DK)
-        fitted_DK = self._fit_head(table_VD, self.E_DK * prior_K, gamma_D, solve)
+        table_VD, solver = self.original.table(), partial(gain_solver, map_OI=self.E_DK)
+        fitted_DK = self._fit_head(table_VD, self.E_DK * prior_K, gamma_D, solver)
         return (self.E_DK * fitted_DK).sum(0) / scaled
 
     def _fit_head(
-        self, head_VD: Tensor, analytic_DK: Tensor, gamma_D: Tensor | float, solve: Solver
+        self, head_VD: Tensor, analytic_DK: Tensor, gamma_D: Tensor | float, solver: Solver
     ) -> Tensor:
         after, before = self._final_norms
         train, held = self.streams.moments(
@@ -400,7 +400,7 @@ class Narrowing:
         )
         ridge = self.options.ridge
         fitted = self._processes.agreed(
-            lambda: fit(train, held, analytic_DK, ridge=ridge, solve=solve)
+            lambda: fit(train, held, analytic_DK, ridge=ridge, solver=solver)
         )
         norm = self.original.family.final_norm
         self.records.append({"layer": None, "site": norm, **fitted.as_dict()})

@@ -20,7 +20,7 @@ from torch.nn.functional import linear as apply_linear
 from torch.nn.functional import pad
 
 from dotexport.merging.ot.coupling import Coupling
-from dotexport.merging.refit import Fit, Moments, compensate, fit, gain_solve, gram
+from dotexport.merging.refit import Fit, Moments, compensate, fit, gain_solver, gram
 from dotexport.merging.units import Choice, Units
 from dotexport.models.family import Linear, Sublayer
 from dotexport.models.layers import Layer
@@ -293,8 +293,8 @@ class Site:
             return normed_BLK * weight_BL1, target_BLK * weight_BL1
 
         gamma_KK = behind.gamma_K.double().diag()
-        solve = partial(gain_solve, map_OI=torch.eye(len(gamma_KK)).to(gamma_KK))
-        fitted = self._fitted(*self.streams.moments(read), gamma_KK, solve=solve)
+        solver = partial(gain_solver, map_OI=torch.eye(len(gamma_KK)).to(gamma_KK))
+        fitted = self._fitted(*self.streams.moments(read), gamma_KK, solver=solver)
         return Settled(weights_KI, fitted)
 
     def _assign_settled(self, settled: Settled) -> None:

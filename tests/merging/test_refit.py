@@ -12,7 +12,7 @@ from dotexport.merging.refit import (
     Moments,
     compensate,
     fit,
-    gain_solve,
+    gain_solver,
     ridge_solve,
     symmetric_solve,
 )
@@ -85,9 +85,9 @@ def test_a_gain_is_the_best_scaling_of_the_columns_of_a_map_in_the_metric() -> N
     design = ((ROOT_OO @ map_OI)[None] * inputs_TI[:, None]).reshape(-1, 3)
     reference_I = torch.linalg.lstsq(design, (targets_TO @ ROOT_OO.T).reshape(-1, 1)).solution
     sums = moments(inputs_TI, targets_TO, METRIC_OO)
-    solved_OI = gain_solve(sums, map_OI, 0.0, map_OI=map_OI)
+    solved_OI = gain_solver(sums, map_OI, map_OI=map_OI)(0.0)
     torch.testing.assert_close(solved_OI, map_OI * reference_I.flatten())
-    strong_OI = gain_solve(sums, 2 * map_OI, 1e9, map_OI=map_OI)
+    strong_OI = gain_solver(sums, 2 * map_OI, map_OI=map_OI)(1e9)
     torch.testing.assert_close(strong_OI, 2 * map_OI, atol=1e-6, rtol=0)
 
 
