@@ -26,6 +26,7 @@ from dotexport.axes.plan import Plan, SizeOptions, read_model
 from dotexport.errors import UsageError
 from dotexport.generation.own_text import write_own_text
 from dotexport.generation.second_text import second_text
+from dotexport.healing.compiling import check_compiler
 from dotexport.healing.heal import heal_into
 from dotexport.healing.healing_text import healing_text
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter
@@ -164,6 +165,8 @@ def shrink(
         ExitStack() as stack,
     ):
         where = pick_device(device)
+        if options.heal is not None and options.heal.compiled:
+            check_compiler(where)
         passes = dtype_of_passes(original, options.narrow, where)
         described = describe_source(original)
         workspace = workspace_of(out, original, described, options, where, passes, processes.size)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dotexport.generation.own_text import texts_without_end
+from dotexport.healing.compiling import compile_layers
 from dotexport.healing.distil_head import Head
 from dotexport.healing.distil_judge import HeldOut, judge
 from dotexport.healing.distil_loss import distillation_loss
@@ -191,6 +192,9 @@ class Healing:
         if recomputed:
             logger.info("activations are computed twice, for want of memory")
             recompute_layers(model)
+        if options.compiled:
+            compile_layers(model)
+            compile_layers(teacher)
 
         def own() -> Iterable[str]:
             return texts_without_end(
@@ -288,7 +292,9 @@ class Healing:
         """Evaluate the weights as they would be stored, and keep them if none were better."""
         began = time.perf_counter()
         rounded = self.masters.rounded(self.dtypes)
-        with self.masters.computing_with(rounded) as model:
+        # Judged in float32, which is another graph, and rarely.
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, self.masters.computing_with(rounded) as model:
             judgement = judge(model, self.held)
         course = self.course
         loss = {"loss": sum(self.losses) / len(self.losses)} if self.losses else {}
@@ -362,6 +368,7 @@ class Healing:
             "tokens_per_second": round(self.tokens_per_second, 1),
             "precision": self.options.chosen_precision(self.E_DK.device),
             "gradient_checkpointing": self.recomputed,
+            "compiled": self.options.compiled,
             "seconds": round(self.course.seconds, 2),
             "curve": curve,
         }

@@ -51,6 +51,7 @@ class HealOptions:
         every: steps between two evaluations on held-out windows; None: 25, and more in a long run
             that counts tokens.
         precision: `bf16` or `fp32` for the steps; `auto` is bf16 where the device multiplies it.
+        compiled: layers are compiled by torch.compile.
         seed: order of the windows.
     """
 
@@ -67,6 +68,7 @@ class HealOptions:
     clip: float = 1.0
     every: int | None = None
     precision: str = "auto"
+    compiled: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -141,7 +143,9 @@ class HealOptions:
         tokens = min(int(TRIAL_SHARE * schedule.steps * schedule.tokens_per_step), most)
         if tokens < least:
             return None
-        return replace(self, steps=None, tokens=tokens, text=None, samples=None, every=MOST)
+        return replace(
+            self, steps=None, tokens=tokens, text=None, samples=None, every=MOST, compiled=False
+        )
 
     def peak_rate(self, hidden_size: int) -> float:
         """The wider a model, the smaller the steps that it takes well."""
@@ -191,6 +195,7 @@ def parse_heal(
     text: str | None = None,
     samples: int | None = None,
     precision: str = "auto",
+    compiled: bool = False,
     seed: int = 0,
 ) -> tuple[LocalOptions | None, HealOptions | None]:
     """`--heal`: `none`, `local`, a number of steps or with a suffix of tokens (`300k`, `20M`) of
@@ -216,9 +221,11 @@ def parse_heal(
         return local, None
     digits = known[3].rstrip("kKmMbB")
     suffix = known[3][len(digits) :].lower()
-    counted = {"tokens" if suffix else "steps": round(float(digits) * SUFFIXES[suffix])}
-    options = HealOptions(**counted, text=text, samples=samples, precision=precision, seed=seed)
-    return local, options
+    counted: dict[str, Any] = {
+        "tokens" if suffix else "steps": round(float(digits) * SUFFIXES[suffix])
+    }
+    how: dict[str, Any] = {"precision": precision, "compiled": compiled, "seed": seed}
+    return local, HealOptions(**counted, text=text, samples=samples, **how)
 
 
 def native_precision(device: torch.device) -> str:

@@ -17,7 +17,7 @@ from dotexport.app import cli
 from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.app.shrinking import shrink
 from dotexport.axes.plan import SizeOptions
-from dotexport.errors import UsageError
+from dotexport.errors import RuntimeMissingError, UsageError
 from dotexport.exports.quality import evaluate
 from dotexport.generation import own_text
 from dotexport.healing import distil, distil_memory
@@ -254,6 +254,46 @@ def test_gradient_checkpointing_changes_no_result(
         assert shrunk.healing is not None
         assert shrunk.healing["gradient_checkpointing"] == (free == 0)
     assert weights(tmp_path / "0") == weights(tmp_path / str(1 << 60))
+
+
+def test_compiled_layers_compute_the_same(
+    tiny_llama: Callable[[str], Path],
+    tiny_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With activations that are computed twice, too."""
+    curves = []
+    for name, compiled, free in (
+        ("eager", False, 1 << 60),
+        ("compiled", True, 1 << 60),
+        ("twice", True, 0),
+    ):
+        monkeypatch.setattr(distil_memory, "free_bytes", lambda device, free=free: free)
+        options = tiny(tiny_text, heal=replace(STEPS, compiled=compiled))
+        shrunk = shrink(tiny_llama("biased"), tmp_path / name, options)
+        assert shrunk.healing is not None
+        assert shrunk.healing["compiled"] == compiled
+        curves.append([point["kl"] for point in shrunk.healing["curve"]])
+    # Products in another order; a few optimiser steps let rounding grow.
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3)
+    assert curves[2] == pytest.approx(curves[0], rel=1e-3)
+
+
+def test_a_machine_without_a_compiler_is_told_before_anything_is_narrowed(
+    tiny_llama: Callable[[str], Path],
+    tiny_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    options = tiny(tiny_text, heal=replace(STEPS, compiled=True))
+    with pytest.raises(RuntimeMissingError, match=r"--heal-compile: .* no working C\+\+ compiler"):
+        shrink(tiny_llama("biased"), tmp_path / "out", options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_estimate_of_activations_is_about_right(tiny_llama: Callable[[str], Path]) -> None:
