@@ -17,7 +17,8 @@ from typing import Annotated, Any
 import typer
 
 from dotexport.app.shrink_options import ShrinkOptions
-from dotexport.app.shrinking import Shrunk, shrink
+from dotexport.app.shrink_record import Shrunk
+from dotexport.app.shrinking import shrink
 from dotexport.exports.two_vocabularies import evaluate_across
 from dotexport.models.documents import DOCUMENT_END, documents
 from dotexport.models.text_options import TextOptions

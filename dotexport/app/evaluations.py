@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dotexport.app.shrinking import OWN_TEXT
+from dotexport.app.shrink_record import OWN_TEXT
 from dotexport.app.steps import EvalStep
 from dotexport.errors import UsageError
 from dotexport.exports.bits_per_byte import read_texts, spelled

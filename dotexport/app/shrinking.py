@@ -3,125 +3,54 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dotexport.app.narrowed_folder import write_narrowed
 from dotexport.app.opening import check_apart, check_tensors, open_source
 from dotexport.app.rehearsing import measures
 from dotexport.app.resuming import decided_once, steps_of, workspace_of
 from dotexport.app.shrink_options import ShrinkOptions
-from dotexport.axes.carrying import carry
+from dotexport.app.shrink_record import OWN_TEXT, SECOND_TEXT, Shrunk, describe, sha256_of
 from dotexport.axes.plan import Plan, SizeOptions, read_model
 from dotexport.errors import UsageError
 from dotexport.generation.own_text import write_own_text
 from dotexport.generation.second_text import second_text
 from dotexport.healing.compiling import check_compiler
-from dotexport.healing.heal import heal_into
-from dotexport.healing.healing_text import healing_text
-from dotexport.models.checkpoint import Checkpoint, CheckpointWriter
+from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.finding import find_model
 from dotexport.models.layers import Stock
 from dotexport.models.origin import describe_source
-from dotexport.models.rope import in_all_words
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import token_windows
-from dotexport.narrowing.basis import whole
-from dotexport.narrowing.closed_form import ClosedForm
 from dotexport.narrowing.depth import Depths
-from dotexport.narrowing.judging import Cost
 from dotexport.narrowing.norm_statistics import Progress
 from dotexport.narrowing.prepare import (
     dtype_of_passes,
     pick_device,
-    prepare,
-    settled,
-    take_part,
-    tensor_specs,
 )
-from dotexport.outputs import card
 from dotexport.processes.processes import ALONE, Processes
-from dotexport.sizes.allocation import Allocation, allocate
+from dotexport.sizes.allocation import allocate
 from dotexport.sizes.budget import plan, shortfall
 from dotexport.sizes.frozen import frozen
 from dotexport.storage import manifest
 from dotexport.storage.files import write_json, write_text
 from dotexport.storage.output import new_folder
 from dotexport.storage.workspace import Workspace, settle_others
-from dotexport.vocabulary.trimming import Trimmed, check_rows, trim
+from dotexport.vocabulary.trimming import Trimmed, trim
 
 RECIPE = "recipe.yaml"
-OWN_TEXT = "reports/self.jsonl"
-SECOND_TEXT = "reports/second.jsonl"
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Shrunk:
-    """What shrink made.
-
-    Attributes:
-        costs: of the closed form on held-out calibration text, on the tokens that stay, and nothing
-            where nothing but tokens left; then on text of another kind where there is.
-        vocabulary: which tokens stay, and what the smaller tokenizer was held to.
-    """
-
-    out: Path
-    plan: Plan
-    basis: dict[str, Any]
-    costs: tuple[Cost, ...]
-    seconds: float
-    num_windows: int
-    sites: list[dict[str, Any]]
-    allocation: Allocation | None = None
-    healing: dict[str, Any] | None = None
-    vocabulary: Mapping[str, Any] | None = None
-
-    @property
-    def divergence(self) -> float:
-        """Of the closed form on held-out calibration text, nats per token."""
-        return self.costs[0].kl
-
-    def cost(self) -> dict[str, float]:
-        """Against the original on held-out windows of the calibration text, healing included; of
-        the closed form also on text of another kind."""
-        if self.healing is None:
-            return {
-                f"{kind}{name}": value
-                for kind, cost in zip(("", "other_"), self.costs, strict=False)
-                for name, value in asdict(cost).items()
-            }
-        after, before = self.healing["perplexity"][1], self.healing["original_perplexity"]
-        return {"kl": self.healing["kl"][1], "perplexity_ratio": after / before}
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "out": str(self.out),
-            "sizes": self.plan.as_dict(),
-            "kept_layers": self.plan.kept_layers,
-            "architecture": self.plan.architectures,
-            "basis": self.basis,
-            "held_out_kl": self.divergence,
-            "held_out_perplexity_ratio": self.costs[0].perplexity_ratio,
-            "other_kl": self.costs[1].kl if self.costs[1:] else None,
-            "seconds": round(self.seconds, 2),
-            "calibration_windows": self.num_windows,
-            "sites": self.sites,
-            **({"allocation": self.allocation.as_dict()} if self.allocation else {}),
-            **({"healing": self.healing} if self.healing else {}),
-            **({"vocabulary": self.vocabulary} if self.vocabulary else {}),
-        }
 
 
 def shrink(
@@ -190,7 +119,7 @@ def shrink(
         decided = plan(config, sizes)
         progress("reading the calibration text", 0, 1)
         windows_NL = token_windows(source.folder, text)
-        workspace.given({"windows": _sha256(windows_NL)})
+        workspace.given({"windows": sha256_of(windows_NL)})
         allocation = None
         other_NL = None
         if not decided.vocabulary_alone:
@@ -232,7 +161,7 @@ def shrink(
                 logger.warning("%s", sentence)
         decided = depths.settled(decided)
         steps_of(decided, workspace)
-        closed, healing = _narrowed(
+        closed, healing = write_narrowed(
             *(source, decided, folder, windows_NL, other_NL, text, options, where, workspace),
             *(progress, processes),
         )
@@ -255,7 +184,7 @@ def shrink(
         if recipe:
             write_text(folder / RECIPE, recipe)
             manifest.update(folder, recipe=hashlib.sha256(recipe.encode()).hexdigest())
-        _describe(folder, described, options, shrunk, windows_NL, other_NL, own, closed, passes)
+        describe(folder, described, options, shrunk, windows_NL, other_NL, own, closed, passes)
         if isinstance(source, Trimmed):
             write_json(folder / "reports" / "vocabulary.json", {"original_ids": source.kept.ids})
     workspace.remove()
@@ -293,7 +222,7 @@ def _other_windows(
     if found is None:
         return None
     other_NL = token_windows(source.folder, found)
-    workspace.given({"second windows": _sha256(other_NL)})
+    workspace.given({"second windows": sha256_of(other_NL)})
     return other_NL
 
 
@@ -313,109 +242,6 @@ def _on_kept_tokens(
     return source, {**source.config, "vocab_size": original.config["vocab_size"]}, sizes
 
 
-def _narrowed(
-    source: Checkpoint,
-    decided: Plan,
-    folder: Path,
-    windows_NL: torch.Tensor,
-    other_NL: torch.Tensor | None,
-    read: TextOptions,
-    options: ShrinkOptions,
-    device: torch.device,
-    workspace: Workspace,
-    progress: Progress,
-    processes: Processes,
-) -> tuple[ClosedForm, dict[str, Any] | None]:
-    """Write FOLDER/hf: the closed form, and healing where that was asked for."""
-    if decided.vocabulary_alone and isinstance(source, Trimmed):
-        if options.heal is not None:
-            logger.warning("nothing is healed: only tokens leave, and every weight stays as it is")
-        return _copied(source, decided.on_kept_tokens, folder, options), None
-    decided = decided.on_kept_tokens
-    _warn_if_thin([kind_NL for kind_NL in (windows_NL, other_NL) if kind_NL is not None], decided)
-    text = None
-    if options.heal is not None:  # refuses what cannot be, before hours of narrowing
-        options.heal.settled(windows_NL.shape[1], processes.size)
-        text = healing_text(
-            windows_NL,
-            source.folder,
-            read,
-            options.heal,
-            seed=options.narrow.seed,
-            other_NL=other_NL,
-        )
-    closed = _closed_form(
-        *(source, decided, folder, windows_NL, other_NL, options, device, workspace, progress),
-        processes,
-    )
-    if text is None or options.heal is None:
-        return closed, None
-    writer = partial(
-        CheckpointWriter,
-        folder / "hf",
-        tensor_specs(*carry(source, decided)),
-        max_shard_bytes=options.max_shard_bytes,
-    )
-    report = heal_into(
-        *(folder / "hf", source, closed, text, options.heal, writer, workspace, device, progress),
-        processes,
-    )
-    return closed, report
-
-
-def _copied(source: Trimmed, decided: Plan, folder: Path, options: ShrinkOptions) -> ClosedForm:
-    """The original's tensors without the rows that left, as they are stored."""
-    hf = folder / "hf"
-    hf.mkdir()
-    write_json(hf / "config.json", in_all_words(source.config))
-    specs = tensor_specs(source, decided)
-    writer = CheckpointWriter(hf, specs, max_shard_bytes=options.max_shard_bytes)
-    for name in specs:
-        writer.write(name, source.tensor(name))
-    writer.finish()
-    check_rows(Checkpoint.open(hf), source)
-    width = decided.before.spaces["residual"]
-    basis, behind = whole(width).as_dict(), decided.answered_layers
-    costs = (Cost(kl=0.0, perplexity_ratio=1.0),)
-    return ClosedForm(torch.eye(width).double(), basis, costs, [], "cpu", behind)
-
-
-def _closed_form(
-    source: Checkpoint,
-    decided: Plan,
-    folder: Path,
-    windows_NL: torch.Tensor,
-    other_NL: torch.Tensor | None,
-    options: ShrinkOptions,
-    device: torch.device,
-    workspace: Workspace,
-    progress: Progress,
-    processes: Processes,
-) -> ClosedForm:
-    (folder / "hf").mkdir()
-    run = prepare(
-        source,
-        decided,
-        folder,
-        windows_NL,
-        options.narrow,
-        device=device,
-        max_shard_bytes=options.max_shard_bytes,
-        progress=progress,
-        workspace=workspace,
-        other_NL=other_NL,
-        processes=processes,
-    )
-    asked = settled(options.narrow, source, device)
-    processes.tell(take_part, source, decided, windows_NL, other_NL, asked)
-    basis = run.run()
-    run.writer.finish()
-    E_DK = torch.from_numpy(basis.matrix_DK) * run.original.family.stream_gain(run.scale)
-    where = str(run.streams.device)
-    behind = decided.answered_layers
-    return ClosedForm(E_DK, basis.as_dict(), tuple(run.costs), run.records, where, behind)
-
-
 def _check_share(
     windows_NL: torch.Tensor, other_NL: torch.Tensor | None, processes: Processes
 ) -> None:
@@ -428,78 +254,6 @@ def _check_share(
         )
 
 
-def _warn_if_thin(texts: Sequence[torch.Tensor], decided: Plan) -> None:
-    """Say when there is less text than a least-squares problem of this size asks for."""
-    # Readers see the whole stream; a writer is fitted on the neurons that stay, that of an expert
-    # on its share of the tokens.
-    widest = max(decided.before.spaces["residual"], round(decided.after.fitted))
-    windows, tokens = sum(map(len, texts)), sum(windows_NL.numel() for windows_NL in texts)
-    if windows < 2 or tokens < 4 * widest:
-        logger.warning(
-            "only %d windows with %d tokens of calibration text for layers up to %d wide; "
-            "more text or --samples makes a better model",
-            windows,
-            tokens,
-            widest,
-        )
-
-
-def _artifact(folder: Path) -> dict[str, Any]:
-    """The stock checkpoint is an artifact too, of the target `hf`."""
-    files = manifest.hash_files(folder)
-    num_bytes = sum(entry["bytes"] for entry in files.values())
-    stored = {"target": "hf", "precision": "as-stored", "bytes": num_bytes}
-    return stored | {"files": files, "parity": None}
-
-
 def _copy_companions(source: Checkpoint, folder: Path) -> None:
     for file in source.companions():
         shutil.copyfile(file, folder / file.name)
-
-
-def _describe(
-    folder: Path,
-    source: dict[str, Any],
-    options: ShrinkOptions,
-    shrunk: Shrunk,
-    windows_NL: torch.Tensor,
-    other_NL: torch.Tensor | None,
-    own: Mapping[str, Any],
-    closed: ClosedForm,
-    passes: torch.dtype,
-) -> None:
-    recipe = json.loads(json.dumps(asdict(options)))
-    manifest.update(
-        folder,
-        source=source,
-        shrink=recipe | {"sha256": hashlib.sha256(json.dumps(recipe).encode()).hexdigest()},
-        calibration={
-            "source": options.text.source,
-            "windows": len(windows_NL),
-            "seqlen": windows_NL.shape[1],
-            "sha256": _sha256(windows_NL),
-            **({"own_text": {"file": OWN_TEXT, **own}} if own else {}),
-            **({} if other_NL is None else {"other": _second(options.other, other_NL)}),
-        },
-        sizes=shrunk.plan.as_dict(),
-        kept_layers=shrunk.plan.kept_layers,
-        architecture=shrunk.plan.architectures,
-        basis=closed.basis,
-        **({} if shrunk.plan.vocabulary_alone else {"held_out": shrunk.cost()}),
-        **({"vocabulary": shrunk.vocabulary} if shrunk.vocabulary else {}),
-        artifacts={"hf": _artifact(folder / "hf")},
-        timings={"shrink_seconds": round(shrunk.seconds, 2)},
-        environment=manifest.environment()
-        | {"device": closed.device, "passes": str(passes).removeprefix("torch.")},
-        **({"healing": shrunk.healing} if shrunk.healing else {}),
-    )
-    write_json(folder / "reports" / "shrink.json", shrunk.as_dict())
-    card.write(folder)
-
-
-def _second(source: str, windows_NL: torch.Tensor) -> dict[str, Any]:
-    return {"source": source, "windows": len(windows_NL), "sha256": _sha256(windows_NL)}
-
-
-def _sha256(windows_NL: torch.Tensor) -> str:
-    return hashlib.sha256(windows_NL.numpy().tobytes()).hexdigest()

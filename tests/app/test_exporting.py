@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from dotexport.app import pipeline, shrinking
+from dotexport.app import narrowed_folder, pipeline
 from dotexport.app.recipe import Recipe
 from dotexport.exports import exporting
 from dotexport.models import checkpoint
@@ -169,7 +169,7 @@ def test_a_companion_that_is_a_link_out_of_the_model_is_refused_at_once(
 ) -> None:
     written(tmp_path / "secret", "mine")
     (model / "LICENSE").symlink_to(tmp_path / "secret")
-    monkeypatch.setattr(shrinking, "prepare", lambda *_: pytest.fail("worked first"))
+    monkeypatch.setattr(narrowed_folder, "prepare", lambda *_: pytest.fail("worked first"))
     run = (
         ["export", model, "--target", "hf", "-o", tmp_path / "out"]
         if verb == "export"

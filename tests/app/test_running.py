@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dotexport.app import pipeline, shrinking
+from dotexport.app import narrowed_folder, pipeline
 from dotexport.exports import exporting
 from dotexport.storage import manifest
 from dotexport.targets import BUILT_IN
@@ -60,7 +60,7 @@ def test_a_recipe_goes_on_with_the_first_missing_step(
     assert "quality" not in manifest.read(out)
     weights = (out / "hf" / "model.safetensors").stat()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shrinking, "prepare", lambda *_: pytest.fail("narrowed again"))
+        patch.setattr(narrowed_folder, "prepare", lambda *_: pytest.fail("narrowed again"))
         outcome = dotexport("run", file, "-o", out, "--json")
     assert outcome.code == 0, outcome.err
     made = json.loads(outcome.out)
@@ -77,7 +77,7 @@ def test_a_recipe_goes_on_after_it_was_killed(
     run = ["run", recipe(tmp_path / "r.yaml", model, text, eval=quality), "-o", out]
     stopped(("dotexport.app.pipeline", "evaluate_into"), signal.SIGKILL, tmp_path / "there", run)
     assert manifest.read(out)["artifacts"]["hf"]["parity"]["passed"]
-    monkeypatch.setattr(shrinking, "prepare", lambda *_: pytest.fail("narrowed again"))
+    monkeypatch.setattr(narrowed_folder, "prepare", lambda *_: pytest.fail("narrowed again"))
     assert dotexport(*run).code == 0
     assert manifest.read(out)["quality"]["num_windows"] == 2
     assert names(tmp_path) == ["model", "out", "r.yaml", "text.txt"]

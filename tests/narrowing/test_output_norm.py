@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from dotexport.app.opening import open_source
 from dotexport.app.shrink_options import ShrinkOptions
-from dotexport.app.shrinking import Shrunk, shrink
+from dotexport.app.shrink_record import Shrunk
+from dotexport.app.shrinking import shrink
 from dotexport.axes.plan import SizeOptions, read_model
 from dotexport.errors import UsageError
 from dotexport.generation.second_text import NONE

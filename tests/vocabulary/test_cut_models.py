@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from dotexport import ShrinkOptions, SizeOptions, TextOptions, shrink
 from dotexport.app.cli import app
 from dotexport.app.pipeline import evaluate_into
-from dotexport.app.shrinking import Shrunk
+from dotexport.app.shrink_record import Shrunk
 from dotexport.app.steps import EvalStep
 from dotexport.embedded import MODEL_DIR
 from dotexport.errors import UsageError

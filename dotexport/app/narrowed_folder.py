@@ -1,0 +1,150 @@
+"""OUT/hf of the shrink verb: the closed form, and healing behind it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dotexport.app.shrink_options import ShrinkOptions
+from dotexport.axes.carrying import carry
+from dotexport.axes.plan import Plan
+from dotexport.healing.heal import heal_into
+from dotexport.healing.healing_text import healing_text
+from dotexport.models.checkpoint import Checkpoint, CheckpointWriter
+from dotexport.models.rope import in_all_words
+from dotexport.models.text_options import TextOptions
+from dotexport.narrowing.basis import whole
+from dotexport.narrowing.closed_form import ClosedForm
+from dotexport.narrowing.judging import Cost
+from dotexport.narrowing.norm_statistics import Progress
+from dotexport.narrowing.prepare import prepare, settled, take_part, tensor_specs
+from dotexport.processes.processes import Processes
+from dotexport.storage.files import write_json
+from dotexport.storage.workspace import Workspace
+from dotexport.vocabulary.trimming import Trimmed, check_rows
+
+logger = logging.getLogger(__name__)
+
+
+def write_narrowed(
+    source: Checkpoint,
+    decided: Plan,
+    folder: Path,
+    windows_NL: torch.Tensor,
+    other_NL: torch.Tensor | None,
+    read: TextOptions,
+    options: ShrinkOptions,
+    device: torch.device,
+    workspace: Workspace,
+    progress: Progress,
+    processes: Processes,
+) -> tuple[ClosedForm, dict[str, Any] | None]:
+    """Write FOLDER/hf: the closed form, and healing where that was asked for."""
+    if decided.vocabulary_alone and isinstance(source, Trimmed):
+        if options.heal is not None:
+            logger.warning("nothing is healed: only tokens leave, and every weight stays as it is")
+        return _copied(source, decided.on_kept_tokens, folder, options), None
+    decided = decided.on_kept_tokens
+    _warn_if_thin([kind_NL for kind_NL in (windows_NL, other_NL) if kind_NL is not None], decided)
+    text = None
+    if options.heal is not None:  # refuses what cannot be, before hours of narrowing
+        options.heal.settled(windows_NL.shape[1], processes.size)
+        text = healing_text(
+            windows_NL,
+            source.folder,
+            read,
+            options.heal,
+            seed=options.narrow.seed,
+            other_NL=other_NL,
+        )
+    closed = _closed_form(
+        *(source, decided, folder, windows_NL, other_NL, options, device, workspace, progress),
+        processes,
+    )
+    if text is None or options.heal is None:
+        return closed, None
+    writer = partial(
+        CheckpointWriter,
+        folder / "hf",
+        tensor_specs(*carry(source, decided)),
+        max_shard_bytes=options.max_shard_bytes,
+    )
+    report = heal_into(
+        *(folder / "hf", source, closed, text, options.heal, writer, workspace, device, progress),
+        processes,
+    )
+    return closed, report
+
+
+def _copied(source: Trimmed, decided: Plan, folder: Path, options: ShrinkOptions) -> ClosedForm:
+    """The original's tensors without the rows that left, as they are stored."""
+    hf = folder / "hf"
+    hf.mkdir()
+    write_json(hf / "config.json", in_all_words(source.config))
+    specs = tensor_specs(source, decided)
+    writer = CheckpointWriter(hf, specs, max_shard_bytes=options.max_shard_bytes)
+    for name in specs:
+        writer.write(name, source.tensor(name))
+    writer.finish()
+    check_rows(Checkpoint.open(hf), source)
+    width = decided.before.spaces["residual"]
+    basis, behind = whole(width).as_dict(), decided.answered_layers
+    costs = (Cost(kl=0.0, perplexity_ratio=1.0),)
+    return ClosedForm(torch.eye(width).double(), basis, costs, [], "cpu", behind)
+
+
+def _closed_form(
+    source: Checkpoint,
+    decided: Plan,
+    folder: Path,
+    windows_NL: torch.Tensor,
+    other_NL: torch.Tensor | None,
+    options: ShrinkOptions,
+    device: torch.device,
+    workspace: Workspace,
+    progress: Progress,
+    processes: Processes,
+) -> ClosedForm:
+    (folder / "hf").mkdir()
+    run = prepare(
+        source,
+        decided,
+        folder,
+        windows_NL,
+        options.narrow,
+        device=device,
+        max_shard_bytes=options.max_shard_bytes,
+        progress=progress,
+        workspace=workspace,
+        other_NL=other_NL,
+        processes=processes,
+    )
+    asked = settled(options.narrow, source, device)
+    processes.tell(take_part, source, decided, windows_NL, other_NL, asked)
+    basis = run.run()
+    run.writer.finish()
+    E_DK = torch.from_numpy(basis.matrix_DK) * run.original.family.stream_gain(run.scale)
+    where = str(run.streams.device)
+    behind = decided.answered_layers
+    return ClosedForm(E_DK, basis.as_dict(), tuple(run.costs), run.records, where, behind)
+
+
+def _warn_if_thin(texts: Sequence[torch.Tensor], decided: Plan) -> None:
+    """Say when there is less text than a least-squares problem of this size asks for."""
+    # Readers see the whole stream; a writer is fitted on the neurons that stay, that of an expert
+    # on its share of the tokens.
+    widest = max(decided.before.spaces["residual"], round(decided.after.fitted))
+    windows, tokens = sum(map(len, texts)), sum(windows_NL.numel() for windows_NL in texts)
+    if windows < 2 or tokens < 4 * widest:
+        logger.warning(
+            "only %d windows with %d tokens of calibration text for layers up to %d wide; "
+            "more text or --samples makes a better model",
+            windows,
+            tokens,
+            widest,
+        )
