@@ -363,7 +363,8 @@ def _stand_ins(kinds: Mapping[Any, int], precision: str) -> Iterator[str]:
     total = sum(kinds.values())
     if precision != "fp16" and (larger := kinds[gguf.GGMLQuantizationType.F16]):
         yield (
-            f"{larger} of {total} matrices stay F16, because their rows are no multiple of {BLOCK}"
+            f"{larger} of {total} matrices stay F16, because their rows are no multiple of "
+            f"{BLOCK}; `dotexport plan MODEL --target gguf:{precision}` finds sizes that are"
         )
     blocks = {kind: number for kind, number in kinds.items() if kind in IN_BLOCKS.values()}
     if precision.endswith("-k") and blocks:

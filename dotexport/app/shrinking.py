@@ -42,6 +42,7 @@ from dotexport.processes.processes import ALONE, Processes
 from dotexport.sizes.allocation import allocate
 from dotexport.sizes.budget import plan, shortfall
 from dotexport.sizes.frozen import frozen
+from dotexport.sizes.full_rows import newly_torn
 from dotexport.storage import manifest
 from dotexport.storage.files import write_json, write_text
 from dotexport.storage.output import new_folder
@@ -156,7 +157,8 @@ def shrink(
             decided = allocation.plan
         if sizes.latency is not None:
             decided = decided_once(decided, workspace)
-        for sentence in (shortfall(config, sizes, decided), *frozen(config, sizes, decided, {})):
+        cut_short = (shortfall(config, sizes, decided), *frozen(config, sizes, decided, {}))
+        for sentence in (*cut_short, *newly_torn(decided)):
             if sentence:
                 logger.warning("%s", sentence)
         decided = depths.settled(decided)

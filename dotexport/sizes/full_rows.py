@@ -7,10 +7,24 @@ from typing import Any
 
 from dotexport.axes import axes_of
 from dotexport.axes.axis import Axis
-from dotexport.axes.plan import read_model
+from dotexport.axes.plan import Plan, read_model
 from dotexport.errors import DotexportError
 from dotexport.models.family import Family
 from dotexport.models.shapes import Sizes
+
+ROUNDED_TOGETHER = 32
+"""Weights of a row that share a scale in the integer formats of most runtimes."""
+
+
+def newly_torn(decided: Plan) -> list[str]:
+    """A sentence for each width that filled groups of 32 before, and does so no more."""
+    return [
+        f"{text}, by which gguf, mlx and openvino round rows to integers: such matrices stay in 16 "
+        "bits there; `dotexport plan MODEL --target NAME:PRECISION` finds sizes that fit"
+        for axis in axes_of(decided.after)
+        if not axis.torn(decided.before, ROUNDED_TOGETHER, 1)
+        for text in axis.torn(decided.after, ROUNDED_TOGETHER, 1)
+    ]
 
 
 def advice(config: Mapping[str, Any], group: int) -> str:

@@ -24,7 +24,7 @@ OURS = re.compile(
     r"|/.*  [\d.]+ [MG]B"  # an artifact and its size
     r"|[\s┏┃┡│└├╇━┓┩┘─┴]+.*|.*difference from torch.*"  # tables
     r"|only \d+ windows with .*|no legal sizes .*|no latency table of .*|the mean of .*"
-    r"|\d+ tensors stay F16, .*|the tokenizer of .* is left out of the GGUF file"
+    r"|\d+ of \d+ matrices stay F16, .*|the tokenizer of .* is left out of the GGUF file"
     r"|the model was calibrated on text of the source it is judged on .*|continuing texts: .*"
     r"|sampling text .*"
     r"|report .*|error: target .* cannot be run here.*|.*needs an NVIDIA GPU.*"

@@ -11,7 +11,7 @@ from dotexport.errors import SizeError
 from dotexport.sizes.budget import plan
 from dotexport.sizes.deployment import Deployment
 from dotexport.sizes.frozen import frozen
-from dotexport.sizes.full_rows import advice
+from dotexport.sizes.full_rows import advice, newly_torn
 from dotexport.sizes.planning import choose
 
 LLAMA: dict[str, Any] = {
@@ -122,3 +122,13 @@ def test_rows_that_a_target_likes_best_are_kept_where_they_can_be() -> None:
         assert after.hidden_size % group == after.intermediate_size % group == 0
         assert choice.plan.ratio <= 0.71
         assert ("gguf-int4-k, rows of 256" in choice.binding) == (group == 256)
+
+
+def test_widths_that_filled_groups_of_32_and_do_no_more_are_told() -> None:
+    for size, told in ((1504, 0), (1512, 1)):
+        found = newly_torn(plan(LLAMA, SizeOptions(intermediate_size=size)))
+        assert [
+            said.startswith("intermediate_size 1512 is no multiple of 32") for said in found
+        ] == [True] * told
+    odd = {**LLAMA, "intermediate_size": 1544}  # as torn before
+    assert not newly_torn(plan(odd, SizeOptions(intermediate_size=1512)))

@@ -112,7 +112,7 @@ def test_rows_that_fit_no_block_stay_f16_and_it_is_said(
     tiny_llama: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = written(tiny_llama("wide-heads"), tmp_path / "out", "int8")
-    assert "tensors stay F16" in caplog.text
+    assert "matrices stay F16" in caplog.text
     kinds = {tensor.name: tensor.tensor_type.name for tensor in read(folder).tensors}
     assert kinds["blk.0.attn_q.weight"] == "F16"  # rows of 48
     assert kinds["blk.0.attn_output.weight"] == "Q8_0"  # rows of 128
