@@ -55,9 +55,9 @@ WAYS: dict[str, Mapping[str, Any]] = {
 """Name -> what differs from the defaults."""
 
 HEALED = """ Healed: the same after {healed} steps of
-{batch} windows of forward KL alone{text}, learning rate {rate}, the step with the least held-out
+{batch} windows of forward KL alone{text}, at the default rate, the step with the least held-out
 KL."""
-BATCH, RATE = 4, 3e-4
+BATCH = 4
 TIMED = """ Prefill
 and decode: how many times as fast as the original in {timed}, prompts of {prompt_length} tokens,
 {generation_length} generated, {rounds} rounds of fresh processes in turns."""
@@ -196,7 +196,7 @@ def _later_in_words(healed: int, heal_text: str | None, timed: str) -> str:
     words = ""
     if healed:
         text = f" on {_names(heal_text)}" if heal_text else ""
-        words += HEALED.format(healed=healed, batch=BATCH, text=text, rate=RATE)
+        words += HEALED.format(healed=healed, batch=BATCH, text=text)
     if timed:
         words += TIMED.format(timed=timed, **TIMES)
     return words
@@ -261,9 +261,7 @@ def _healed(
     student, source = Checkpoint.open(narrowed), Checkpoint.open(judge.model)
     if student.config["vocab_size"] != source.config["vocab_size"]:
         return {}
-    options = HealOptions(
-        steps=steps, batch=BATCH, text=heal_text, rate=RATE, hidden_weight=0.0, every=steps
-    )
+    options = HealOptions(steps=steps, batch=BATCH, text=heal_text, hidden_weight=0.0, every=steps)
     half = asked.text.samples // 2
     kinds = replace(asked.text, samples=half), replace(asked.text, source=asked.other, samples=half)
     windows_NL, other_NL = (token_windows(judge.model, kind) for kind in kinds)

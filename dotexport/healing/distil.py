@@ -214,7 +214,7 @@ class Healing:
             schedule,
             {name: spec.dtype for name, spec in in_memory(student, masters.weights).specs.items()},
             passes,
-            new_optimizer(masters, options),
+            new_optimizer(masters, options, schedule),
             at_once,
             recomputed,
             processes,
@@ -418,10 +418,12 @@ def _head(teacher: Any, source: Checkpoint) -> Head:
     return replace(head, table_VK=source.tensor(name).to(head.table_VK.device).float())
 
 
-def new_optimizer(masters: Masters, options: HealOptions) -> torch.optim.Optimizer:
+def new_optimizer(
+    masters: Masters, options: HealOptions, schedule: Schedule
+) -> torch.optim.Optimizer:
     """AdamW over everything; vectors (norms, biases) are never decayed."""
     weights = list(masters.weights.values())
-    rate = options.peak_rate(masters.model.config.hidden_size)
+    rate = options.peak_rate(masters.model.config.hidden_size, schedule.tokens_per_step)
     groups = [
         {"params": [w for w in weights if w.ndim > 1], "weight_decay": options.weight_decay},
         {"params": [w for w in weights if w.ndim == 1], "weight_decay": 0.0},

@@ -26,7 +26,9 @@ EVALUATIONS = 16  # of a long run, about
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 # Of the tokens, to judge sizes behind; fewer than the least of these tell nothing.
 TRIAL_SHARE, TRIAL_TOKENS = 1 / 10, (8192, 65536)
-RATE_BY_WIDTH = 0.2  # measured on widths 64 and 192: three times as much is too much
+# Peak learning rate of a step of so many tokens: 11 over the square of the width, as measured on
+# widths 64, 192 and 576 (docs/log.md), and no less than what wide models are finetuned with.
+RATE_BY_AREA, LEAST_RATE, RATED_TOKENS = 11.0, 1e-5, 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ class HealOptions:
         text: other text to train on, as --calib takes it; None: that of calibration.
         samples: windows of the calibration text to train on, counted from where calibration
             begins; None: those of calibration. Its held-out windows are never trained on.
-        rate: peak learning rate; None: RATE_BY_WIDTH / hidden_size of the narrowed model.
+        rate: peak learning rate; None: by the width of the narrowed model and the tokens of a step.
         warmup: share of the steps over which the rate rises; then it falls in half a cosine.
         hidden_weight: of the distance between residual streams, beside the KL of predictions.
         weight_decay: of matrices, decoupled.
@@ -147,9 +149,11 @@ class HealOptions:
             self, steps=None, tokens=tokens, text=None, samples=None, every=MOST, compiled=False
         )
 
-    def peak_rate(self, hidden_size: int) -> float:
-        """The wider a model, the smaller the steps that it takes well."""
-        return self.rate or RATE_BY_WIDTH / hidden_size
+    def peak_rate(self, hidden_size: int, step_tokens: int) -> float:
+        """The wider a model, the smaller the steps that it takes well; of more tokens larger ones,
+        by the square root, as Adam's steps grow with a batch (arXiv 2205.10330)."""
+        by_width = max(RATE_BY_AREA / hidden_size**2, LEAST_RATE)
+        return self.rate or by_width * math.sqrt(step_tokens / RATED_TOKENS)
 
     def chosen_precision(self, device: torch.device) -> str:
         return self.precision if self.precision != "auto" else native_precision(device)

@@ -24,7 +24,6 @@ from dotexport.healing import distil, distil_memory
 from dotexport.healing.distil_judge import Judgement
 from dotexport.healing.distil_loss import distillation_loss
 from dotexport.healing.heal_options import (
-    RATE_BY_WIDTH,
     HealOptions,
     native_precision,
     parse_heal,
@@ -526,4 +525,13 @@ def test_the_rate_rises_and_falls() -> None:
     assert factors[4:] == sorted(factors[4:], reverse=True)
     assert 0 < factors[-1] < 0.01
     assert max(factors) == 1.0
-    assert HealOptions(steps=1).peak_rate(64) == RATE_BY_WIDTH / 64
+
+
+def test_rates_fall_with_the_square_of_the_width_and_rise_with_the_root_of_the_tokens() -> None:
+    options = HealOptions(steps=1)
+    narrow, wide = (options.peak_rate(width, 2048) for width in (192, 576))
+    assert narrow == pytest.approx(3e-4, rel=0.01)
+    assert narrow == pytest.approx(9 * wide)
+    assert options.peak_rate(192, 8192) == pytest.approx(2 * narrow)
+    assert options.peak_rate(8192, 2048) == 1e-5  # a square would come to nothing
+    assert HealOptions(steps=1, rate=0.5).peak_rate(192, 8192) == 0.5
