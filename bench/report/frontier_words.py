@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from matplotlib.figure import Figure as Canvas
@@ -33,7 +33,7 @@ def _on_bytes(found: Frontier) -> Iterator[str]:
     originals, others = _parted(found.points)
     smallest = min(point.num_bytes for point in originals)
     best = [point for point in others if point in found.best]
-    ahead = [point for point in best if point.num_bytes >= smallest]
+    ahead = [p for p in best if p.num_bytes >= smallest and not _as_good(originals, p)]
     for point in ahead:
         yield (
             f"For bytes, narrowing pays: {_told(point)}, and nothing of the original is both as "
@@ -50,10 +50,21 @@ def _on_bytes(found: Frontier) -> Iterator[str]:
             yield f"Smaller than anything of the original: {_told(point)}."
 
 
+def _as_good(originals: Sequence[Point], point: Point) -> list[Point]:
+    """Those that are no larger and no further on the mean of all texts: the frontier asks each text
+    alone, and a hair on one of them is no reason to narrow."""
+    return [p for p in originals if p.num_bytes <= point.num_bytes and _kl(p) <= _kl(point)]
+
+
+def _kl(point: Point) -> float:
+    return fmean(text.kl or 0.0 for text in point.texts)
+
+
 def _beside(originals: Sequence[Point], others: Sequence[Point]) -> str:
-    """The closest narrowed artifact that one of the original beats, and the smallest that does."""
+    """The closest narrowed artifact that one of the original is as good as, and the smallest that
+    is."""
     for point in sorted(others, key=_first_kl):
-        if better := [p for p in originals if p.beats(point)]:
+        if better := _as_good(originals, point):
             smallest = min(better, key=lambda p: p.num_bytes)
             return f"; beside {_told(point)} stands {_told(smallest)}"
     return ""

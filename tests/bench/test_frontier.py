@@ -80,6 +80,15 @@ def test_both_texts_must_agree_that_one_beats_another() -> None:
     assert mixed in found(*WHOLE, mixed).best
 
 
+def test_a_hair_on_one_text_is_no_reason_to_narrow() -> None:
+    """Of 4 MB, int4 has .02 on both texts."""
+    hair = point("narrow", "int8", 6, 0.3, other=0.0199)
+    assert hair in found(*WHOLE, hair).best
+    [said] = verdict(found(*WHOLE, hair))
+    assert said.startswith("For bytes alone, quantise the original")
+    assert "stands original in int4" in said
+
+
 def timed(point: Point, *rates: float) -> Point:
     return replace(point, prefill_tok_s=rates, decode_tok_s=rates[:1] * len(rates))
 
