@@ -38,6 +38,7 @@ BASE = {
 
 # Of classes that have more sizes: fewer key heads than value heads, heads of two widths.
 OF_CLASS: dict[str, dict[str, Any]] = {
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 8},
     "qwen3_5_text": {
         "num_hidden_layers": 4,
         "linear_num_key_heads": 2,

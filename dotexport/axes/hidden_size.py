@@ -32,6 +32,8 @@ class HiddenSize(Axis):
         return [sorted({*sizes, width}) for _, sizes in found[first:]]
 
     def problem(self, family: Family, before: Sizes, after: Sizes) -> str | None:
+        if family.width_stays and after.hidden_size != before.hidden_size:
+            return f"would narrow the channels of convolutions too ({family.architecture})"
         heads = after.num_attention_heads
         grain = 1 if after.hidden_size == before.hidden_size else FLOOR
         if not find_carrier(family, after).divides:

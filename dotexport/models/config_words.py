@@ -56,6 +56,7 @@ TAKEN_FOR_GRANTED = (
     "hidden_act",
     "max_position_embeddings",
     "moe_intermediate_size",
+    "norm_eps",
     "norm_topk_prob",
     "num_experts",
     "num_experts_per_tok",
@@ -65,7 +66,11 @@ TAKEN_FOR_GRANTED = (
     "tie_word_embeddings",
 )
 BOTH_WORDS = ("num_experts", "num_local_experts")
-PERIOD = "full_attention_interval"
+# By which classes derive the kinds of layers.
+PERIODS = ("full_attention_interval", "full_attn_idxs")
+# Words of LFM2 that replace others, and by which its class rounds the width of its MLP.
+REPLACING = {"block_ff_dim": "intermediate_size", "tie_embedding": "tie_word_embeddings"}
+ROUNDED = "block_auto_adjust_ff_dim"
 # By which queries grow with their position, of Ministral 3.
 GROWING = ("llama_4_scaling_beta", "original_max_position_embeddings")
 
@@ -100,17 +105,36 @@ def settled(config: Mapping[str, Any], *, of: object) -> dict[str, Any]:
         words = _counted(words | _granted(words))
     if family.kinds:
         words = _by_layer(words)
+    if family.model_type == "lfm2":
+        words = _as_built(words)
     return words | _granted(words)
 
 
 def _by_layer(config: Mapping[str, Any]) -> dict[str, Any]:
     """With the kind of every layer, which the class may derive from a period: that would no longer
     be true once layers leave."""
-    words = {key: value for key, value in config.items() if key != PERIOD}
+    words = {key: value for key, value in config.items() if key not in PERIODS}
     try:
         return words | {"layer_types": list(stock_config(config).layer_types)}
     except Exception:  # check_class says what is wrong with it
         return words
+
+
+def _as_built(config: Mapping[str, Any]) -> dict[str, Any]:
+    """With the width of the MLP that Lfm2MLP makes of what is said, and no word to round it by."""
+    stock = stock_config(config)
+    width = stock.intermediate_size
+    if stock.block_auto_adjust_ff_dim:
+        width = int(2 * width / 3)
+        if (factor := stock.block_ffn_dim_multiplier) is not None:
+            multiple = stock.block_multiple_of
+            width = -(-int(factor * width) // multiple) * multiple
+    built = {
+        "intermediate_size": width,
+        "tie_word_embeddings": stock.tie_word_embeddings,
+        ROUNDED: False,
+    }
+    return {key: value for key, value in config.items() if key not in REPLACING} | built
 
 
 def stored_names(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:

@@ -132,6 +132,7 @@ class Family:
             all layers have all.
         epsilon_stays: whether a norm lies inside a sublayer, behind no reader that could be scaled
             for another epsilon: then the narrower stream is scaled (models/exact_norm.py).
+        epsilon_key: what config.json calls the epsilon of every norm.
         left_out: how names of tensors and of words in config.json begin that the class passes over:
             heads for further tokens, which files hold besides.
         renamed: how names of tensors may begin in files, and how they do in the class.
@@ -175,6 +176,7 @@ class Family:
     kinds: tuple[tuple[str, tuple[str, ...]], ...] = ()
     spaces: tuple[tuple[str, tuple[str, ...]], ...] = ()
     epsilon_stays: bool = False
+    epsilon_key: str = "rms_norm_eps"
     left_out: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
 
@@ -184,6 +186,11 @@ class Family:
             return self.sublayers
         modules = dict(self.kinds)[kind]
         return tuple(sublayer for sublayer in self.sublayers if sublayer.module in modules)
+
+    @property
+    def width_stays(self) -> bool:
+        """Whether inner spaces are as wide as the stream, whose width is then not to be cut."""
+        return any("hidden_size" in keys for _, keys in self.spaces)
 
     @property
     def rotates(self) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 
 from dotexport.errors import CheckpointError
+from dotexport.models.families import find_family
 from dotexport.models.family import Family, Linear, Sublayer
 from dotexport.models.rope import stock_config
 from dotexport.models.routing import Routing
@@ -30,6 +31,7 @@ class Stock:
     Attributes:
         rotary_local: of layers that attend to a window, where the class keeps two (Gemma 3 in
             transformers 4; later one is asked by the kind of layer).
+        epsilon: of every norm.
         passes: dtype of the products of a pass through a layer; streams, norms and sums stay
             float32.
     """
@@ -40,6 +42,7 @@ class Stock:
     rotary: nn.Module
     rotary_local: nn.Module | None = None
     passes: torch.dtype = torch.float32
+    epsilon: float = 1e-6
 
     @classmethod
     def of(
@@ -56,12 +59,14 @@ class Stock:
         stock = stock_config(config)
         model = _one_layer(stock)
         stock._attn_implementation = "sdpa" if _fused(model) else "eager"
-        decoder = model.get_decoder()
+        decoder, family = model.get_decoder(), find_family(config)
         rotary = type(decoder.rotary_emb)(config=stock).to(device)
         local: Any = getattr(decoder, "rotary_emb_local", None)
         if local is not None:
             local = type(local)(config=local.config).to(device)
-        return cls(stock, type(decoder.layers[0]), type(decoder.norm), rotary, local, passes)
+        norm = type(model.get_submodule(family.final_norm))
+        epsilon: float = getattr(stock, family.epsilon_key)
+        return cls(stock, type(decoder.layers[0]), norm, rotary, local, passes, epsilon)
 
     def layer(self, number: int) -> nn.Module:
         """A layer without memory behind its weights; assign them before use."""
@@ -70,7 +75,7 @@ class Stock:
 
     def norm(self, device: torch.device) -> nn.Module:
         """The final norm, with a gamma of ones."""
-        return self.norm_class(self.config.hidden_size, eps=self.config.rms_norm_eps).to(device)
+        return self.norm_class(self.config.hidden_size, eps=self.epsilon).to(device)
 
     def positions(self, example_BLD: Tensor, number: int = 0) -> tuple[Tensor, Tensor]:
         """Cosine and sine of a layer's rotary embedding for positions 0 .. L - 1."""

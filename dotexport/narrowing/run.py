@@ -178,7 +178,7 @@ class Narrowing:
     def scale(self) -> float:
         """What readers carry for the narrower norm (models/exact_norm.py)."""
         before, after = self.before.hidden_size, self.after.hidden_size
-        return exact_norm(before, after, self.stock.config.rms_norm_eps).gain
+        return exact_norm(before, after, self.stock.epsilon).gain
 
     def _onto(self) -> Tensor:
         """From the original's stream onto the narrower one, (D, K)."""

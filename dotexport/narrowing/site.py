@@ -143,7 +143,7 @@ class Site:
         if self.sublayer.output_norm is None:
             return None
         gamma_K = self.student.gamma(self.sublayer.output_norm)
-        return Behind(gamma_K, self.student.stock.config.rms_norm_eps)
+        return Behind(gamma_K, self.student.stock.epsilon)
 
     def _analytic_writer(self) -> Tensor:
         """E^T W, and E^T b as the last column where there is a bias."""
@@ -313,7 +313,7 @@ class Site:
             shorter = FewerFeatures(
                 self.student.gamma(norm.name),
                 choice.stays(linear.out),
-                self.student.stock.config.rms_norm_eps,
+                self.student.stock.epsilon,
             )
             for rows in self.streams.batches():
                 normed_BLK = self.student.normalise(self.sublayer, self.streams.narrowed(rows))

@@ -202,6 +202,19 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
         },
         "Qwen3_5ForCausalLM",
     ),
+    "lfm2": (
+        {"model_type": "lfm2", "tie_word_embeddings": True},
+        "Lfm2ForCausalLM",
+    ),
+    "lfm2-untied": (
+        {
+            "model_type": "lfm2",
+            "layer_types": ["full_attention", "conv", "full_attention"],
+            "block_auto_adjust_ff_dim": False,
+            "tie_word_embeddings": False,
+        },
+        "Lfm2ForCausalLM",
+    ),
     "mixtral": (
         {
             "model_type": "mixtral",
@@ -449,7 +462,6 @@ def test_what_has_no_table_is_refused_with_the_list_of_what_has() -> None:
         ("gpt_oss", "GptOssForCausalLM"),
         ("olmoe", "OlmoeForCausalLM"),
         ("granitemoehybrid", "GraniteMoeHybridForCausalLM"),
-        ("lfm2", "Lfm2ForCausalLM"),
         ("qwen3_next", "Qwen3NextForCausalLM"),
         ("olmo3", "Olmo3ForCausalLM"),
     ],
@@ -459,7 +471,7 @@ def test_models_of_other_layers_are_named_before_anything_is_read(kind: str, cla
     said = rf"{class_} is not supported \(model_type {kind}\)"
     with pytest.raises(UnsupportedModelError, match=said) as caught:
         find_family(config)
-    dense = kind in ("lfm2", "olmo3")
+    dense = kind == "olmo3"
     assert ("mixture of experts" in str(caught.value)) == (not dense)
     assert caught.value.exit_code == 5
 

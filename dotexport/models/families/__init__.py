@@ -11,6 +11,7 @@ from dotexport.models.families.gemma2 import GEMMA2
 from dotexport.models.families.gemma3 import GEMMA3
 from dotexport.models.families.granite import GRANITE
 from dotexport.models.families.hunyuan import HUNYUAN
+from dotexport.models.families.lfm2 import LFM2
 from dotexport.models.families.llama import LLAMA
 from dotexport.models.families.ministral import MINISTRAL, MINISTRAL3
 from dotexport.models.families.mistral import MISTRAL
@@ -36,6 +37,7 @@ TABLES = (
     QWEN2,
     QWEN3,
     QWEN3_5,
+    LFM2,
     PHI3,
     GEMMA2,
     GEMMA3,

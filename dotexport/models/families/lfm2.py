@@ -1,0 +1,69 @@
+"""LFM2: most layers a short convolution between two gates, the others attention with norms of its
+heads.
+
+A convolution has as many channels as the stream has axes, and they are not the axes of the stream:
+its reader and its writer turn one into the other. So the channels stay, and with them hidden_size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dotexport.models.families.llama import LLAMA
+from dotexport.models.family import InnerNorm, Linear, Sublayer, Untouched
+
+SHORT_CONVOLUTION = Sublayer(
+    module="conv",
+    norm="operator_norm",
+    readers=(
+        Linear(
+            "conv.in_proj", out="channels+channels+channels", in_="residual"
+        ),
+    ),
+    writer=Linear("conv.out_proj", out="residual", in_="channels"),
+    untouched=(Untouched("conv.conv.weight", ("channels", 1, "kernel")),),
+)
+ATTENTION = Sublayer(
+    module="self_attn",
+    norm="operator_norm",
+    readers=(
+        Linear("self_attn.q_proj", out="query", in_="residual"),
+        Linear("self_attn.k_proj", out="kv", in_="residual"),
+        Linear("self_attn.v_proj", out="kv", in_="residual"),
+    ),
+    writer=Linear("self_attn.out_proj", out="residual", in_="query"),
+    inner_norms=(
+        InnerNorm("self_attn.q_layernorm", "self_attn.q_proj"),
+        InnerNorm("self_attn.k_layernorm", "self_attn.k_proj"),
+    ),
+)
+MLP = Sublayer(
+    module="feed_forward",
+    norm="ffn_norm",
+    readers=(
+        Linear("feed_forward.w1", out="mlp", in_="residual"),
+        Linear("feed_forward.w3", out="mlp", in_="residual"),
+    ),
+    writer=Linear("feed_forward.w2", out="residual", in_="mlp"),
+)
+
+LFM2 = replace(
+    LLAMA,
+    model_type="lfm2",
+    architecture="Lfm2ForCausalLM",
+    sublayers=(SHORT_CONVOLUTION, ATTENTION, MLP),
+    final_norm="model.embedding_norm",
+    gated="feed_forward.w1",
+    kinds=(
+        ("conv", ("conv", "feed_forward")),
+        ("full_attention", ("self_attn", "feed_forward")),
+    ),
+    spaces=(("channels", ("hidden_size",)), ("kernel", ("conv_L_cache",))),
+    divides=False,
+    carriers=(),
+    num_key_value_heads=8,
+    tied_by_default=True,
+    rope_theta=1_000_000.0,
+    epsilon_key="norm_eps",
+    refused=(("conv_bias", "has convolutions with biases"),),
+)
