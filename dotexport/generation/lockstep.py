@@ -92,7 +92,8 @@ class Lockstep:
         for layer in self.states:
             for kept in (layer.conv_states, layer.recurrent_states):
                 for state_BX in kept.values():
-                    state_BX[anew_B] = 0
+                    if state_BX is not None:  # a convolution has no other state
+                        state_BX[anew_B] = 0
 
 
 def drawn(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
