@@ -25,7 +25,6 @@ Tiny = Callable[..., Path]
     [
         {"block_ff_dim": 200, "block_multiple_of": 64},
         {"intermediate_size": 200, "block_ffn_dim_multiplier": 1.3, "block_multiple_of": 8},
-        {"intermediate_size": 200, "block_ffn_dim_multiplier": None},
         {"intermediate_size": 200, "block_auto_adjust_ff_dim": False},
     ],
 )
