@@ -52,7 +52,11 @@ print(asked["mark"] + json.dumps(said), flush=True)
 
 
 # Classes in which vLLM takes a head for hidden_size / heads wide, whatever config.json says.
-WITHOUT_HEAD_DIM = {"Qwen2ForCausalLM"}
+# What then helps.
+WITHOUT_HEAD_DIM = {
+    "Lfm2ForCausalLM": "keep all KV heads",
+    "Qwen2ForCausalLM": "plan with --square",
+}
 
 
 class Vllm:
@@ -69,7 +73,7 @@ class Vllm:
         if architecture in WITHOUT_HEAD_DIM and heads * width != config.get("hidden_size"):
             problems.append(
                 f"hidden_size {config.get('hidden_size')} is not {heads} heads of {width}, and "
-                f"vLLM's {architecture} passes over head_dim; plan with --square"
+                f"vLLM's {architecture} passes over head_dim; {WITHOUT_HEAD_DIM[architecture]}"
             )
         rope = rope_words(config)
         original = rope.get("original_max_position_embeddings") or 0

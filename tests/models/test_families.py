@@ -382,7 +382,9 @@ def test_a_narrowed_model_is_stock_loads_and_generates(
     hidden = 48 if name.startswith("lfm2") else 40  # which stays there
     options = ShrinkOptions(
         text=text_beside(tmp_path),
-        sizes=SizeOptions(hidden_size=hidden, num_key_value_heads=1, sizes=inner(name, 64) | experts),
+        sizes=SizeOptions(
+            hidden_size=hidden, num_key_value_heads=1, sizes=inner(name, 64) | experts
+        ),
         narrow=NarrowOptions(local=None),
         max_shard_bytes=40_000,
     )
@@ -397,7 +399,11 @@ def test_a_narrowed_model_is_stock_loads_and_generates(
     assert manifest["architecture"] == shrunk.plan.architectures
     config = narrowed.config
     [width] = inner(name, 64)
-    assert (config.hidden_size, getattr(config, width), config.num_key_value_heads) == (hidden, 64, 1)
+    assert (config.hidden_size, getattr(config, width), config.num_key_value_heads) == (
+        hidden,
+        64,
+        1,
+    )
     assert not experts or config.num_experts == 3
     parameters = {p.data_ptr(): p.numel() for p in narrowed.parameters()}
     assert sum(parameters.values()) == shrunk.plan.parameters_after

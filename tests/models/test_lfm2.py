@@ -16,6 +16,7 @@ from dotexport.errors import SizeError
 from dotexport.models.config_words import settled
 from dotexport.models.rope import stock_config
 from dotexport.sizes.budget import plan
+from dotexport.targets.vllm_tokens import Vllm
 
 Tiny = Callable[..., Path]
 
@@ -50,3 +51,11 @@ def test_a_narrower_stream_is_refused_with_what_would_be_narrowed_too(tiny_model
     with pytest.raises(SizeError, match="channels of convolutions.*nearest legal: 48") as caught:
         plan(config, SizeOptions(hidden_size=40))
     assert caught.value.exit_code == SizeError.exit_code
+
+
+def test_vllm_takes_heads_for_as_wide_as_the_stream_allows(tiny_model: Tiny) -> None:
+    changes = {"model_type": "lfm2", "intermediate_size": 132, "head_dim": 12}
+    config = open_source(tiny_model(**changes)).config
+    assert not Vllm().config_problems(config, "as-stored")
+    fewer = {**config, "num_attention_heads": 2, "num_key_value_heads": 1}
+    assert "keep all KV heads" in Vllm().config_problems(fewer, "as-stored")[0]

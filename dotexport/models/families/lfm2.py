@@ -15,11 +15,7 @@ from dotexport.models.family import InnerNorm, Linear, Sublayer, Untouched
 SHORT_CONVOLUTION = Sublayer(
     module="conv",
     norm="operator_norm",
-    readers=(
-        Linear(
-            "conv.in_proj", out="channels+channels+channels", in_="residual"
-        ),
-    ),
+    readers=(Linear("conv.in_proj", out="channels+channels+channels", in_="residual"),),
     writer=Linear("conv.out_proj", out="residual", in_="channels"),
     untouched=(Untouched("conv.conv.weight", ("channels", 1, "kernel")),),
 )
