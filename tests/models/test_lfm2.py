@@ -48,7 +48,7 @@ def test_the_width_of_an_mlp_is_what_the_class_builds(words: dict[str, Any]) -> 
 
 def test_a_narrower_stream_is_refused_with_what_would_be_narrowed_too(tiny_model: Tiny) -> None:
     config = open_source(tiny_model(model_type="lfm2", intermediate_size=132)).config
-    with pytest.raises(SizeError, match="channels of convolutions.*nearest legal: 48") as caught:
+    with pytest.raises(SizeError, match=r"channels of convolutions.*nearest legal: 48") as caught:
         plan(config, SizeOptions(hidden_size=40))
     assert caught.value.exit_code == SizeError.exit_code
 
