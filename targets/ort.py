@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 LEAST_SCALE_ERROR = 1e-4  # relative
 TABLED_ROPE = {"default", "llama3"}  # one table for the whole context
+ATTENTION = {"full_attention", "sliding_attention"}  # kinds of layers that keep keys and values
 SILENTLY_WRONG_ROPE = {"linear", "dynamic", "yarn"}  # found by verify
 
 # Runs the builder with some of its answers changed that it has no option for.
@@ -272,6 +273,11 @@ def _config_problems(config: Any) -> list[str]:
         problems.append(
             "layers that do not rotate are not written by the model builder; export it with "
             "another target"
+        )
+    if others := set(config.get("layer_types") or ()) - ATTENTION:
+        problems.append(
+            f"layers of {', '.join(sorted(others))} keep a state that this target's session does "
+            "not pass on; export it with another target"
         )
     heads = config.get("num_attention_heads") or 0
     kv_heads = config.get("num_key_value_heads") or heads

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import CONFIG_MAPPING
+from transformers import __version__ as release
 
 from dotexport.models.rope import stock_config
 
@@ -36,6 +37,8 @@ BASE = {
     "eos_token_id": 2,
 }
 
+# Those that 4.57 has, and that are refused there.
+OF_RELEASE_5, BEFORE_5 = {"lfm2"}, release.startswith("4.")
 # Of classes that have more sizes: fewer key heads than value heads, heads of two widths.
 OF_CLASS: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 8},
@@ -92,8 +95,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     folders: dict[str, Path] = {}
 
     def make(**changes: Any) -> Path:
-        if changes["model_type"] not in CONFIG_MAPPING:
-            pytest.skip(f"{changes['model_type']} is a class of a later transformers")
+        kind = changes["model_type"]
+        if kind not in CONFIG_MAPPING or (kind in OF_RELEASE_5 and BEFORE_5):
+            pytest.skip(f"{kind} is a class of a later transformers")
         key = repr(changes)
         if key not in folders:
             folders[key] = tmp_path_factory.mktemp(changes["model_type"]) / "model"

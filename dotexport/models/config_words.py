@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
+import transformers
+
 from dotexport.errors import CheckpointError, UnsupportedModelError
 from dotexport.models.families import SUPPORTED
 from dotexport.models.family import Family
@@ -163,6 +165,7 @@ def check_class(config: Mapping[str, Any]) -> None:
     """Refuse what the stock class refuses.
 
     Raises:
+        UnsupportedModelError: its release is too old for our table of it.
         CheckpointError: with what it says; or a window without a width, on which it fails later.
     """
     try:
@@ -173,6 +176,12 @@ def check_class(config: Mapping[str, Any]) -> None:
             f"transformers refuses config.json ({type(error).__name__}: {reason}); correct it, or "
             "take the config.json that belongs to these weights"
         ) from error
+    family, release = _family(config), transformers.__version__
+    if family is not None and int(release.partition(".")[0]) < family.release:
+        raise UnsupportedModelError(
+            f"{family.architecture} is narrowed with transformers {family.release} and later, not "
+            f"with {release}; pip install 'transformers>={family.release}'"
+        )
     kinds = getattr(stock, "layer_types", None) or ()
     if "sliding_attention" in kinds and getattr(stock, "sliding_window", None) is None:
         raise CheckpointError(

@@ -132,6 +132,7 @@ class Family:
             all layers have all.
         epsilon_stays: whether a norm lies inside a sublayer, behind no reader that could be scaled
             for another epsilon: then the narrower stream is scaled (models/exact_norm.py).
+        release: of transformers, the first whose class keeps a cache as others do.
         epsilon_key: what config.json calls the epsilon of every norm.
         left_out: how names of tensors and of words in config.json begin that the class passes over:
             heads for further tokens, which files hold besides.
@@ -176,6 +177,7 @@ class Family:
     kinds: tuple[tuple[str, tuple[str, ...]], ...] = ()
     spaces: tuple[tuple[str, tuple[str, ...]], ...] = ()
     epsilon_stays: bool = False
+    release: int = 4
     epsilon_key: str = "rms_norm_eps"
     left_out: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()

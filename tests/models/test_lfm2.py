@@ -8,19 +8,32 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from dotexport.app.opening import open_source
 from dotexport.axes.plan import SizeOptions, read_model
-from dotexport.errors import SizeError
-from dotexport.models.config_words import settled
+from dotexport.errors import SizeError, UnsupportedModelError
+from dotexport.models.config_words import check_class, settled
 from dotexport.models.rope import stock_config
 from dotexport.sizes.budget import plan
 from dotexport.targets.vllm_tokens import Vllm
 
 Tiny = Callable[..., Path]
+LATER = pytest.mark.skipif(transformers.__version__.startswith("4."), reason="refused there")
 
 
+def test_a_release_whose_class_keeps_a_cache_of_its_own_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = {"model_type": "lfm2", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 90}
+    config = said | {"architectures": ["Lfm2ForCausalLM"], "layer_types": ["conv"] * 2}
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    with pytest.raises(UnsupportedModelError, match=r"transformers 5 and later, not with 4\.57\.6"):
+        check_class(config)
+
+
+@LATER
 @pytest.mark.parametrize(
     "words",
     [

@@ -60,6 +60,7 @@ LFM2 = replace(
     num_key_value_heads=8,
     tied_by_default=True,
     rope_theta=1_000_000.0,
+    release=5,
     epsilon_key="norm_eps",
     refused=(("conv_bias", "has convolutions with biases"),),
 )
