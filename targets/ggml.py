@@ -56,15 +56,17 @@ WITH_FACTORS = {gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.GRANITE}
 ROPES = {"default", "linear", "yarn", "llama3"}
 YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
 
+K_QUANTS = ("int6-k", "int4-k", "int3-k", "int2-k")
+
 
 class Gguf:
     """Writes with the gguf package, whose dequantiser reads it back, in float32 on torch."""
 
     name = "gguf"
     summary = "GGUF for llama.cpp (Q8_0, Q4_0; -k are Q6_K, Q4_K_M, Q3_K_M, Q2_K)"
-    precisions = ("fp16", "int8", "int4", "int6-k", "int4-k", "int3-k", "int2-k")
+    precisions = ("fp16", "int8", "int4", *K_QUANTS)
     row_groups: ClassVar = dict.fromkeys(precisions[1:], BLOCK)
-    best_rows: ClassVar = dict.fromkeys(precisions[3:], kquants.SUPERBLOCK)
+    best_rows: ClassVar = dict.fromkeys(K_QUANTS, kquants.SUPERBLOCK)
     cache_bytes = 2  # what llama.cpp keeps unless told otherwise
     exact_rounding = ()  # rows that are no multiple of 32 stay F16
     run_options = ("llama_cpp", "capacity", "lean")
@@ -367,7 +369,7 @@ def _stand_ins(kinds: Mapping[Any, int], precision: str) -> Iterator[str]:
             f"{BLOCK}; `dotexport plan MODEL --target gguf:{precision}` finds sizes that are"
         )
     blocks = {kind: number for kind, number in kinds.items() if kind in IN_BLOCKS.values()}
-    if precision.endswith("-k") and blocks:
+    if precision in K_QUANTS and blocks:
         names = ", ".join(sorted(kind.name for kind in blocks))
         yield (
             f"{sum(blocks.values())} of {total} matrices have rows that are no multiple of "

@@ -123,13 +123,24 @@ def _by_layer(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_built(config: Mapping[str, Any]) -> dict[str, Any]:
-    """With the width of the MLP that Lfm2MLP makes of what is said, and no word to round it by."""
-    stock = stock_config(config)
+    """With the width of the MLP that Lfm2MLP makes of what is said, and no word to round it by.
+
+    Raises:
+        CheckpointError: a width that is rounded to multiples of nothing.
+    """
+    try:
+        stock = stock_config(config)
+    except Exception:  # check_class says what is wrong with it
+        return dict(config)
     width = stock.intermediate_size
     if stock.block_auto_adjust_ff_dim:
         width = int(2 * width / 3)
         if (factor := stock.block_ffn_dim_multiplier) is not None:
-            multiple = stock.block_multiple_of
+            if (multiple := stock.block_multiple_of) < 1:
+                raise CheckpointError(
+                    f"config.json gives block_multiple_of = {multiple}, to whose multiples the "
+                    "width of the MLP is rounded; expected 1 or more"
+                )
             width = -(-int(factor * width) // multiple) * multiple
     built = {
         "intermediate_size": width,

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from dotexport.app.opening import open_source
 from dotexport.axes.plan import SizeOptions, read_model
-from dotexport.errors import SizeError, UnsupportedModelError
+from dotexport.errors import CheckpointError, SizeError, UnsupportedModelError
 from dotexport.models.config_words import check_class, settled
 from dotexport.models.rope import stock_config
 from dotexport.sizes.budget import plan
@@ -57,6 +57,24 @@ def test_the_width_of_an_mlp_is_what_the_class_builds(words: dict[str, Any]) -> 
     assert not {"full_attn_idxs", "block_ff_dim", "tie_embedding"} & set(found)
     assert not found["tie_word_embeddings"]
     assert read_model(found)[1].intermediate_size == built[0]
+
+
+@LATER
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"layer_types": "conv"},
+        {"block_ffn_dim_multiplier": "wide"},
+        {"block_multiple_of": 0},
+        {"intermediate_size": None},
+    ],
+)
+def test_words_that_make_no_width_are_refused(words: dict[str, Any]) -> None:
+    said = {"model_type": "lfm2", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 90}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "layer_types": ["conv"] * 2}
+    config = said | heads | words | {"architectures": ["Lfm2ForCausalLM"]}
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        read_model(settled(config, of="here"))
 
 
 def test_a_narrower_stream_is_refused_with_what_would_be_narrowed_too(tiny_model: Tiny) -> None:
