@@ -10,9 +10,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from importlib.metadata import version
 from typing import Any
-
-import transformers
 
 from dotexport.errors import CheckpointError, UnsupportedModelError
 from dotexport.models.families import SUPPORTED
@@ -187,7 +186,7 @@ def check_class(config: Mapping[str, Any]) -> None:
             f"transformers refuses config.json ({type(error).__name__}: {reason}); correct it, or "
             "take the config.json that belongs to these weights"
         ) from error
-    family, release = _family(config), transformers.__version__
+    family, release = _family(config), version("transformers")
     if family is not None and int(release.partition(".")[0]) < family.release:
         raise UnsupportedModelError(
             f"{family.architecture} is narrowed with transformers {family.release} and later, not "

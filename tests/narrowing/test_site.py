@@ -59,7 +59,8 @@ def weights() -> dict[str, Tensor]:
 def layer(width: int, tensors: dict[str, Tensor]) -> Layer:
     """With norms of ones, of the epsilon that belongs to this width."""
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    config = {"model_type": "llama", "hidden_size": width, "intermediate_size": 20, **heads}
+    config = {"architectures": [LLAMA.architecture], "model_type": "llama", **heads}
+    config |= {"hidden_size": width, "intermediate_size": 20}
     norms = {f"{sublayer.norm}.weight": torch.ones(width) for sublayer in LLAMA.sublayers}
     stock = Stock.of(config | {"rms_norm_eps": EPSILON * D / width}, CPU)
     return Layer(stock, LLAMA, 0, tensors | norms)
