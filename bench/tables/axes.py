@@ -6,7 +6,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,17 @@ from dotexport.bench.measure import bench
 from dotexport.bench.tables.fidelity import Notes
 from dotexport.bench.tables.last_words import accuracy
 from dotexport.bench.tables.layer_rivals import RIVALS, without_layers
-from dotexport.bench.tables.result_files import RESULTS, Calib, Only, Other, Out, Params, Test, save
+from dotexport.bench.tables.result_files import (
+    RESULTS,
+    Calib,
+    Only,
+    Other,
+    Out,
+    Params,
+    Test,
+    options_but,
+    save,
+)
 from dotexport.bench.workload import Workload
 from dotexport.exports.quality import evaluate
 from dotexport.exports.target import resolve
@@ -38,6 +48,8 @@ from dotexport.narrowing.narrow_options import LocalOptions, NarrowOptions
 from dotexport.sizes.budget import plan
 from dotexport.vocabulary.vocabulary_options import VocabularyOptions
 
+# Of these a row's first part knows nothing.
+LATER = ("healed", "heal_text", "timed")
 WIDTH = "hidden_size,intermediate_size,num_key_value_heads"
 DEPTH = "num_hidden_layers"
 WAYS: dict[str, Mapping[str, Any]] = {
@@ -104,6 +116,7 @@ class Judge:
 
 @app.command()
 def axes(
+    context: typer.Context,
     model: Annotated[Path, typer.Option(help="Folder of the model.")],
     calib: Calib,
     test: Test,
@@ -131,7 +144,6 @@ def axes(
     """Narrow one model to the same parameters by one axis after another."""
     if strange := set(only or ()) - set(WAYS):
         raise typer.BadParameter(f"--only {sorted(strange)[0]} is none of {', '.join(WAYS)}")
-    notes = Notes(out / ".axes.jsonl")
     judge = Judge(
         model,
         {
@@ -145,10 +157,12 @@ def axes(
         other=second,
         narrow=NarrowOptions(local=LocalOptions() if local else None, passes=passes),
     )
-    later = {
-        **({"healed": partial(_healed, judge, asked, heal_text, healed)} if healed else {}),
-        **({"timed": partial(_timed, model, timed)} if timed else {}),
-    }
+    later: dict[str, Callable[[Path], Row]] = {}
+    if healed:
+        later[f"healed {healed}, {heal_text}"] = partial(_healed, judge, asked, heal_text, healed)
+    if timed:
+        later[f"timed {timed}"] = partial(_timed, model, timed)
+    notes = Notes(out / ".axes.jsonl", options_but(context, "params", "only", "models", *LATER))
     rows = [{"budget": "1x", "way": "the original", **_original(notes, judge)}]
     with tempfile.TemporaryDirectory() as scratch:
         for budget in params or ["0.79x"]:

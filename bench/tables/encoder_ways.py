@@ -22,7 +22,7 @@ from dotexport.sizes.budget import parse_budget
 from dotexport.vocabulary.vocabulary_options import MULTIPLE, VocabularyOptions
 
 from .fidelity import Notes
-from .result_files import RESULTS, Calib, Only, Other, Out, Params, Test, save
+from .result_files import RESULTS, Calib, Only, Other, Out, Params, Test, options_but, save
 
 WAYS: dict[str, Mapping[str, Any]] = {
     "tokens": {"tokens": 1.0},
@@ -43,6 +43,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def encoders(
+    context: typer.Context,
     model: Annotated[Path, typer.Option(help="Folder of the encoder.")],
     calib: Calib,
     test: Test,
@@ -64,7 +65,7 @@ def encoders(
         for words, source in {"": test, "other ": other}.items()
     }
     subject = Subject(open_encoder(model), text, count or calib, heal)
-    notes = Notes(out / ".encoders.jsonl")
+    notes = Notes(out / ".encoders.jsonl", options_but(context, "params", "only"))
     rows = []
     for budget in params or ["0.8x"]:
         for way in only or WAYS:

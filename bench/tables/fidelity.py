@@ -167,20 +167,26 @@ def ladder(subject: Subject, out: Path, only: str = "") -> None:
 
 @dataclass(frozen=True)
 class Notes:
-    """Rungs that were measured, a line of JSON each: a ladder that was stopped goes on."""
+    """Rungs that were measured, a line of JSON each: a ladder that was stopped goes on.
+
+    Attributes:
+        given: what all rows hang on. Those that were measured under something else do not count.
+    """
 
     file: Path
+    given: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, budget: str) -> dict[str, dict[str, Any]]:
         if not self.file.is_file():
             return {}
         notes = map(json.loads, self.file.read_text(encoding="utf-8").splitlines())
-        return {note["step"]: note for note in notes if note["budget"] == budget}
+        ours = (note for note in notes if note.get("given", {}) == self.given)
+        return {note["step"]: note for note in ours if note["budget"] == budget}
 
     def add(self, note: dict[str, Any]) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(note) + "\n")
+            lines.write(json.dumps({"given": self.given, **note}) + "\n")
 
     def row(self, budget: str, step: str, measure: Callable[[], Mapping[str, Any]]) -> Any:
         """What is noted of this step; where nothing is, it is measured first."""

@@ -19,7 +19,16 @@ from torch.nn.functional import kl_div, log_softmax, nll_loss
 from dotexport.app.opening import open_source
 from dotexport.axes.plan import read_model
 from dotexport.bench.tables.fidelity import Notes
-from dotexport.bench.tables.result_files import RESULTS, Calib, Other, Out, Table, Test, save
+from dotexport.bench.tables.result_files import (
+    RESULTS,
+    Calib,
+    Other,
+    Out,
+    Table,
+    Test,
+    options_but,
+    save,
+)
 from dotexport.bench.tables.side_by_side import CALM, MLP, Merger, Way
 from dotexport.errors import UsageError
 from dotexport.models.layers import Stock
@@ -77,6 +86,7 @@ app = typer.Typer()
 
 @app.command()
 def pairs(
+    context: typer.Context,
     model: Annotated[Path, typer.Option(help="Folder of the model.")],
     calib: Calib,
     test: Test,
@@ -97,7 +107,7 @@ def pairs(
     if strange := set(by or ()) - set(NARROWED):
         raise typer.BadParameter(f"--by {sorted(strange)[0]} is none of {', '.join(NARROWED)}")
     stack, judge = _opened(model, calib, {"": test, "other ": other}, windows, judged, length)
-    notes = Notes(out / ".pairs.jsonl")
+    notes = Notes(out / ".pairs.jsonl", options_but(context, "pair", "without", "by"))
     whole = judge.row(stack.streams[-1])
     rows: Table = [{"layers": "all", "way": "the original", **whole, "seconds": 0.0}]
     count = stack.original.sizes.num_layers

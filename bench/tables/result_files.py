@@ -34,6 +34,12 @@ def stories() -> tuple[Path, str]:
     return assets / "stories260k", str(assets / "tinystories" / "train-2MiB.txt")
 
 
+def options_but(context: typer.Context, *names: str) -> dict[str, str]:
+    """What a command was asked for, without these and where its tables go."""
+    asked = context.params
+    return {name: str(value) for name, value in asked.items() if name not in {"out", *names}}
+
+
 def save(file: Path, title: str, protocol: str, rows: Table, *, command: str = "") -> None:
     """FILE.md and FILE.json: the table, how it was taken, and on what."""
     machine = manifest.environment()

@@ -140,7 +140,7 @@ def shrink(
             workspace=workspace,
             other_NL=other_NL,
         )
-        if options.allocate == "measured" and sizes.budgeted:
+        if options.allocate == "measured" and sizes.budgeted and not decided.vocabulary_alone:
             first, closer, healed = measures(
                 source, windows_NL, other_NL, options, depths, folder, workspace, processes
             )

@@ -60,10 +60,13 @@ def strange(stderr: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def places(
-    tiny_llama: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str]:
     """A model, what shrink makes of it, and a recipe; shrink itself is looked at here."""
-    home, model = tmp_path_factory.mktemp("home"), str(tiny_llama("wide-heads"))
+    home, model = (
+        tmp_path_factory.mktemp("home"),
+        str(tiny_model(model_type="llama", num_hidden_layers=1)),
+    )
     text = str(written(home / "text.txt", "w1 w2 w3 w4 " * 100))
     asked = ("shrink", model, "-o", str(home / "out"), "--calib", text, *SHORT)
     command = (*asked, "--intermediate", "64", "--heal", "local+2")

@@ -33,6 +33,15 @@ def test_every_way_is_narrowed_to_the_budget_and_judged(
     monkeypatch.setattr(encoder_ways, "shrink", stops)
     CliRunner().invoke(encoder_ways.app, asked)
     assert not (tmp_path / "encoders.md").exists()
+    notes = tmp_path / ".encoders.jsonl"
+    noted = notes.read_text(encoding="utf-8")
+    assert noted.count("\n") == 2
+    # Of other sentences, and so no row of this table.
+    notes.write_text(
+        noted.replace('"cosine": ', '"cosine": 9').replace('"samples": "32"', '"samples": "31"')
+        + noted,
+        encoding="utf-8",
+    )
     result = CliRunner().invoke(encoder_ways.app, asked)
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "encoders.json").read_text(encoding="utf-8"))["rows"]

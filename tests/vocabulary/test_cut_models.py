@@ -46,7 +46,8 @@ PARAMETERS = 4_458_752  # of the embedded model
 
 
 def asked(vocab: int | None = 1000, **more: Any) -> ShrinkOptions:
-    options = {"text": TEXT, "narrow": QUICK, "vocabulary": VocabularyOptions(vocab=vocab)}
+    cut = VocabularyOptions(vocab=vocab)
+    options = {"text": TEXT, "other": NONE, "narrow": QUICK, "vocabulary": cut}
     return ShrinkOptions(**options | more)
 
 
@@ -172,7 +173,8 @@ def shrunk_name(name: str) -> str:
 
 
 def test_a_budget_is_a_share_of_the_whole_original(tmp_path: Path) -> None:
-    shrunk = shrink(MODEL_DIR, tmp_path / "out", asked(sizes=SizeOptions(params="0.5x")))
+    options = asked(sizes=SizeOptions(params="0.5x"), allocate="rule")
+    shrunk = shrink(MODEL_DIR, tmp_path / "out", options)
     assert shrunk.plan.parameters_before == PARAMETERS
     assert 0.4 * PARAMETERS < shrunk.plan.parameters_after <= 0.5 * PARAMETERS
     assert shrunk.plan.after.hidden_size < 256
@@ -188,6 +190,7 @@ def test_a_budget_is_a_share_of_the_whole_original(tmp_path: Path) -> None:
 def test_a_budget_that_the_vocabulary_meets_leaves_the_rest_alone(tmp_path: Path) -> None:
     shrunk = shrink(MODEL_DIR, tmp_path / "out", asked(sizes=SizeOptions(params="0.7x")))
     assert shrunk.plan.vocabulary_alone
+    assert shrunk.allocation is None  # there was nothing to choose
     assert shrunk.plan.ratio < 0.7
     assert shrunk.divergence == 0
 
@@ -214,7 +217,7 @@ def test_healing_has_the_tokens_that_stay_for_its_original(
     monkeypatch.setattr(Workspace, "of", noted)
     text = replace(TEXT, samples=4, seqlen=32)
     _, distil = parse_heal("1", samples=None, precision="fp32", seed=0)
-    options = asked(sizes=SizeOptions(params="0.5x"), text=text, heal=distil, other=NONE)
+    options = asked(sizes=SizeOptions(params="0.5x"), text=text, heal=distil)
     narrowed = shrink(MODEL_DIR, tmp_path / "out", options)
     exact = shrink(MODEL_DIR, tmp_path / "exact", asked(text=text))
     windows_NL = token_windows(tmp_path / "exact/hf", text)

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from dotexport.errors import UsageError
 from dotexport.merging.refit import Moments, ridge_solve
 from dotexport.narrowing.depth import Stack
 
+CONTEXT: Any = SimpleNamespace(params={"windows": 4})
 Tiny = Callable[..., Path]
 FOUR = {"model_type": "llama", "num_hidden_layers": 4}
 
@@ -142,10 +144,10 @@ def test_the_table_says_all_ways_and_goes_on_where_it_was_stopped(
     asked = {"pair": [1], "without": ["3,2"], "by": [DROPPED, "narrowed by OBS"]}
     monkeypatch.setattr("dotexport.bench.tables.pairs.save", _stopped)
     with pytest.raises(RuntimeError):
-        pairs(tiny_model(**FOUR), text, text, text, **asked, **sizes)
+        pairs(CONTEXT, tiny_model(**FOUR), text, text, text, **asked, **sizes)
     monkeypatch.undo()
     monkeypatch.setattr("dotexport.bench.tables.pairs._made", _stopped)
-    pairs(tiny_model(**FOUR), text, text, text, **asked, **sizes)
+    pairs(CONTEXT, tiny_model(**FOUR), text, text, text, **asked, **sizes)
     rows = json.loads((tmp_path / "out/pairs.json").read_text())["rows"]
     whole = rows.pop(0)
     assert (whole["way"], whole["KL"]) == ("the original", 0)
@@ -173,7 +175,17 @@ def test_what_cannot_be_tried_is_refused(
     asked: dict[str, Any], said: str, tiny_model: Tiny, text: str, tmp_path: Path
 ) -> None:
     with pytest.raises(typer.BadParameter, match=said):
-        pairs(tiny_model(**FOUR), text, text, text, windows=4, length=32, out=tmp_path, **asked)
+        pairs(
+            CONTEXT,
+            tiny_model(**FOUR),
+            text,
+            text,
+            text,
+            windows=4,
+            length=32,
+            out=tmp_path,
+            **asked,
+        )
 
 
 def test_a_class_with_norms_behind_its_matrices_is_refused(tiny_model: Tiny, text: str) -> None:
