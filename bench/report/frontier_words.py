@@ -16,7 +16,7 @@ from rich.text import Text
 
 from dotexport.storage.files import write_json, write_text
 
-from ..frontier import ORIGINAL, REPORT, SCHEMA, Frontier, Point
+from ..frontier_points import ORIGINAL, REPORT, SCHEMA, Frontier, Point
 from .plots import BASELINE, MARKERS, MUTED, Plot, axes, colours, log_scale, significant
 
 RATES = {"prefill": "prefill_tok_s", "decode": "decode_tok_s"}

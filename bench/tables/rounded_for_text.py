@@ -19,7 +19,8 @@ from dotexport.app.rounding_text import text_of
 from dotexport.exports.rounding_options import RoundingOptions
 from dotexport.models.text_options import TextOptions
 
-from ..frontier import Point, frontier
+from ..frontier import frontier
+from ..frontier_points import Point
 from .result_files import RESULTS, Out, Table, save
 
 OF_GGUF = ("int8", "int4", "int6-k", "int4-k", "int3-k", "int2-k")

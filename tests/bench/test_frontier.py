@@ -16,7 +16,7 @@ import torch
 from dotexport import embedded
 from dotexport.app import cli
 from dotexport.bench import frontier as measuring
-from dotexport.bench.frontier import Frontier, OnText, Point
+from dotexport.bench.frontier_points import Frontier, OnText, Point
 from dotexport.bench.report.frontier_words import plot, verdict
 from dotexport.exports.quality import evaluate
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter, read_config
