@@ -69,11 +69,6 @@ TAKEN_FOR_GRANTED = (
 BOTH_WORDS = ("num_experts", "num_local_experts")
 # By which classes derive the kinds of layers.
 PERIODS = ("full_attention_interval", "full_attn_idxs")
-# Words of LFM2 that replace others, and by which its class rounds the width of its MLP.
-REPLACING = {"block_ff_dim": "intermediate_size", "tie_embedding": "tie_word_embeddings"}
-ROUNDED = "block_auto_adjust_ff_dim"
-# By which queries grow with their position, of Ministral 3.
-GROWING = ("llama_4_scaling_beta", "original_max_position_embeddings")
 
 
 def settled(config: Mapping[str, Any], *, of: object) -> dict[str, Any]:
@@ -100,14 +95,13 @@ def settled(config: Mapping[str, Any], *, of: object) -> dict[str, Any]:
     if family.rope_theta is not None:
         kept = {"rope_theta": family.rope_theta} | kept
     words = in_all_words(kept)
-    _check_growth(config)
+    if family.as_built is not None:  # after words that nobody reads are refused
+        words = in_all_words(family.as_built(kept))
     if family.experts_key:
         words = _counted(words)
         words = _counted(words | _granted(words))
     if family.kinds:
         words = _by_layer(words)
-    if family.model_type == "lfm2":
-        words = _as_built(words)
     return words | _granted(words)
 
 
@@ -119,34 +113,6 @@ def _by_layer(config: Mapping[str, Any]) -> dict[str, Any]:
         return words | {"layer_types": list(stock_config(config).layer_types)}
     except Exception:  # check_class says what is wrong with it
         return words
-
-
-def _as_built(config: Mapping[str, Any]) -> dict[str, Any]:
-    """With the width of the MLP that Lfm2MLP makes of what is said, and no word to round it by.
-
-    Raises:
-        CheckpointError: a width that is rounded to multiples of nothing.
-    """
-    try:
-        stock = stock_config(config)
-    except Exception:  # check_class says what is wrong with it
-        return dict(config)
-    width = stock.intermediate_size
-    if stock.block_auto_adjust_ff_dim:
-        width = int(2 * width / 3)
-        if (factor := stock.block_ffn_dim_multiplier) is not None:
-            if (multiple := stock.block_multiple_of) < 1:
-                raise CheckpointError(
-                    f"config.json gives block_multiple_of = {multiple}, to whose multiples the "
-                    "width of the MLP is rounded; expected 1 or more"
-                )
-            width = -(-int(factor * width) // multiple) * multiple
-    built = {
-        "intermediate_size": width,
-        "tie_word_embeddings": stock.tie_word_embeddings,
-        ROUNDED: False,
-    }
-    return {key: value for key, value in config.items() if key not in REPLACING} | built
 
 
 def stored_names(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
@@ -197,26 +163,6 @@ def check_class(config: Mapping[str, Any]) -> None:
         raise CheckpointError(
             "config.json gives layers that attend to a window (layer_types, or by default of the "
             "class) and no sliding_window that is in use; correct one of the two"
-        )
-
-
-def _check_growth(config: Mapping[str, Any]) -> None:
-    """Ministral 3 fails on a text where its rotary parameters lack what its queries grow by, and
-    where they turn heads in part."""
-    if config.get("model_type") != "ministral3":
-        return
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if part not in (None, 1.0):
-        raise CheckpointError(
-            f"config.json gives partial_rotary_factor = {part}, which Ministral 3 does not know; "
-            "take the config.json that belongs to these weights"
-        )
-    lacking = [key for key in GROWING if rope.get(key) is None]
-    if rope and lacking:
-        raise CheckpointError(
-            f"config.json gives rope_parameters without {' and '.join(lacking)}, by which "
-            "Ministral 3 scales its queries; take the config.json that belongs to these weights"
         )
 
 

@@ -18,7 +18,9 @@ checks, legal sizes and the narrowing itself follow from the table.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dotexport.errors import UsageError
 
@@ -153,6 +155,8 @@ class Family:
         scaled_embedding: whether rows of the embedding are multiplied by sqrt(hidden_size).
         refused: flags of config.json that make another model of it, and what they do.
         experts_key: what config.json calls the number of experts, where the class is a mixture.
+        as_built: config.json -> the same in words that say what the class makes of it, where this
+            class alone makes something else of words that others have too; raises what refuses it.
     """
 
     model_type: str
@@ -181,6 +185,7 @@ class Family:
     epsilon_key: str = "rms_norm_eps"
     left_out: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
+    as_built: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
 
     def in_layer(self, kind: str) -> tuple[Sublayer, ...]:
         """The sublayers of a layer of this kind."""
