@@ -101,16 +101,17 @@ def settled(config: Mapping[str, Any], *, of: object) -> dict[str, Any]:
         words = _counted(words)
         words = _counted(words | _granted(words))
     if family.kinds:
-        words = _by_layer(words)
+        words = _by_layer(words, family)
     return words | _granted(words)
 
 
-def _by_layer(config: Mapping[str, Any]) -> dict[str, Any]:
+def _by_layer(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """With the kind of every layer, which the class may derive from a period: that would no longer
     be true once layers leave."""
     words = {key: value for key, value in config.items() if key not in PERIODS}
     try:
-        return words | {"layer_types": list(stock_config(config).layer_types)}
+        said = stock_config(config).layer_types
+        return words | {"layer_types": [family.kind(kind) for kind in said]}
     except Exception:  # check_class says what is wrong with it
         return words
 

@@ -355,8 +355,12 @@ class Site:
 
     def _apply(self, choice: Choice, rows: dict[str, Tensor]) -> None:
         for linear, name in self._reader_rows():
-            space = "gate" if linear.name == self.gated else linear.out
-            self.student.assign(name, choice.rows(space, rows[name]))
+            spaces = list(linear.outs)
+            if linear.name == self.gated:
+                spaces[0] = "gate"
+            parts = rows[name].chunk(len(spaces))  # of a fused matrix, as wide as one another
+            kept = [choice.rows(*part) for part in zip(spaces, parts, strict=True)]
+            self.student.assign(name, torch.cat(kept))
 
     # Healing ----------------------------------------------------------------------------------
 
