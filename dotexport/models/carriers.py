@@ -150,7 +150,8 @@ def _parts(
         for linear, theirs, rows in apart(family, carrier, sizes, [sizes.kind(layer)]):
             name = carrier.layer_name(layer, theirs.name)
             found = family.layer_name(layer, linear.name)
-            kept = (*rows, residual if linear.out == "residual" else 1.0)
+            scale = residual if linear.out == "residual" else 1.0
+            kept = (*rows, scale)
             sources[f"{name}.weight"] = Part(f"{found}.weight", *kept)
             bias = f"{found}.bias" if sizes.has_bias(linear) else None
             sources[f"{name}.bias"] = Part(bias, *kept)

@@ -52,9 +52,12 @@ OBEYED = (
 )
 # What more than one reader has a default for; those of the classes differ.
 TAKEN_FOR_GRANTED = (
+    "attention_multiplier",
     "attn_logit_softcapping",
+    "embedding_multiplier",
     "final_logit_softcapping",
     "hidden_act",
+    "logits_scaling",
     "max_position_embeddings",
     "moe_intermediate_size",
     "norm_eps",
@@ -63,6 +66,7 @@ TAKEN_FOR_GRANTED = (
     "num_experts_per_tok",
     "num_local_experts",
     "num_key_value_heads",
+    "residual_multiplier",
     "rms_norm_eps",
     "tie_word_embeddings",
 )

@@ -252,9 +252,9 @@ class Family:
         """Those of one layer, or of any: readers, then the writer, sublayer by sublayer."""
         return _linears(self.sublayers)
 
-    def linears_in(self, kinds: Iterable[str]) -> list[Linear]:
-        """Those of one layer of each of these kinds."""
-        return [linear for kind in kinds for linear in _linears(self.in_layer(kind))]
+    def linears_in(self, kind: str) -> list[Linear]:
+        """Those of one layer of this kind."""
+        return _linears(self.in_layer(kind))
 
     def layer_name(self, layer: int, part: str) -> str:
         return f"{self.layer.format(layer)}.{part}"

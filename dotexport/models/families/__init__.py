@@ -117,27 +117,24 @@ def find_carrier(family: Family, sizes: Sizes) -> Family:
         if (
             whole_heads
             and windows
-            and _has_such_layers(family, carrier, sizes)
-            and (carrier is family or _has_place_for_biases(family, carrier, sizes))
+            and (carrier is family or _has_place_for(family, carrier, sizes))
         ):
             return carrier
     return family
 
 
-def _has_such_layers(family: Family, carrier: Family, sizes: Sizes) -> bool:
-    """Whether layers of these kinds are made of the same spaces, one after another."""
-    theirs = [space for linear in carrier.linears for space in linear.outs]
-    return all(
-        [space for linear in family.linears_in([kind]) for space in linear.outs] == theirs
-        for kind in sizes.each_kind
-    )
-
-
-def _has_place_for_biases(family: Family, carrier: Family, sizes: Sizes) -> bool:
-    return all(
+def _has_place_for(family: Family, carrier: Family, sizes: Sizes) -> bool:
+    """Whether the carrier has layers that are made of the same spaces, one after another, and
+    their biases."""
+    theirs = _outs(carrier.linears)
+    return all(_outs(family.linears_in(kind)) == theirs for kind in sizes.each_kind) and all(
         theirs.bias is not None or not sizes.has_bias(linear)
         for linear, theirs, _ in apart(family, carrier, sizes, sizes.each_kind)
     )
+
+
+def _outs(linears: Iterable[Linear]) -> list[str]:
+    return [space for linear in linears for space in linear.outs]
 
 
 def apart(
@@ -146,8 +143,8 @@ def apart(
     """Linears of a layer of each of these kinds, and which of their rows are which linear of the
     carrier: the class itself has them as they are, another has one for each space."""
     for kind in kinds:
-        theirs = iter(carrier.linears_in([kind]))
-        for linear in family.linears_in([kind]):
+        theirs = iter(carrier.linears_in(kind))
+        for linear in family.linears_in(kind):
             parts = sizes.rows(linear)
             start = 0
             for rows in [sum(parts)] if carrier is family else parts:
