@@ -53,7 +53,7 @@ def as_built(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     words = dict(config)
     steps = words.pop("time_step_limit", None)
-    if steps is not None and list(steps) not in ANY_STEP:
+    if steps is not None and steps not in ANY_STEP:
         raise _unsupported(f"time_step_limit = {steps}", "is computed by transformers 5 alone")
     try:
         stock = stock_config(words)
