@@ -60,9 +60,10 @@ def as_built(config: Mapping[str, Any]) -> dict[str, Any]:
     except Exception:  # check_class says what is wrong with it
         return words
     rotates = stock.position_embedding_type == "rope"
+    kinds = stock.layer_types or ["mamba"]  # 4.57, which is refused later, derives them elsewhere
     if not stock.mamba_conv_bias:
         raise _unsupported("mamba_conv_bias = false", "has convolutions without biases")
-    if not (rotates or "linear_attention" in stock.layer_types or "mamba" in stock.layer_types):
+    if not (rotates or {"linear_attention", "mamba"} & set(kinds)):
         raise _unsupported("layers that all attend, and none that rotates", "knows no positions")
     built = {
         "position_embedding_type": "rope" if rotates else "nope",
