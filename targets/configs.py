@@ -27,6 +27,10 @@ WINDOWS = {
 }
 
 
+# Kinds of layers that keep keys and values; `attention` where the others are `mamba`.
+ATTENTION = {"attention", "full_attention", "sliding_attention"}
+
+
 def head_dim(config: Any) -> int:
     """Features of one head."""
     heads = config.get("num_attention_heads") or 1
@@ -50,6 +54,11 @@ def window_of(config: Any) -> int | None:
         return None
     window: int | None = config.get("sliding_window", WINDOWS[kind]) if kind in WINDOWS else None
     return window
+
+
+def states_of(config: Any) -> list[str]:
+    """Kinds of layers that keep another state than keys and values."""
+    return sorted(set(config.get("layer_types") or ()) - ATTENTION)
 
 
 def rope_words(config: Mapping[str, Any]) -> dict[str, Any]:

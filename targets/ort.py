@@ -24,7 +24,7 @@ from dotexport.errors import DotexportError, RuntimeMissingError
 from dotexport.exports.target import QUANTISED_BLOCK, Rehearsal, Session
 
 from . import cuda
-from .configs import frequencies, head_dim, rope_type, window_of
+from .configs import frequencies, head_dim, rope_type, states_of, window_of
 from .genai_builder import builder_problems
 from .ort_session import open_decoder
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 LEAST_SCALE_ERROR = 1e-4  # relative
 TABLED_ROPE = {"default", "llama3"}  # one table for the whole context
-ATTENTION = {"full_attention", "sliding_attention"}  # kinds of layers that keep keys and values
 SILENTLY_WRONG_ROPE = {"linear", "dynamic", "yarn"}  # found by verify
 
 # Runs the builder with some of its answers changed that it has no option for.
@@ -274,9 +273,9 @@ def _config_problems(config: Any) -> list[str]:
             "layers that do not rotate are not written by the model builder; export it with "
             "another target"
         )
-    if others := set(config.get("layer_types") or ()) - ATTENTION:
+    if others := states_of(config):
         problems.append(
-            f"layers of {', '.join(sorted(others))} keep a state that this target's session does "
+            f"layers of {', '.join(others)} keep a state that this target's session does "
             "not pass on; export it with another target"
         )
     heads = config.get("num_attention_heads") or 0

@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from .configs import head_dim, rope_type, window_of
+from .configs import head_dim, rope_type, states_of, window_of
 from .hf import HuggingFace
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ Layers = list[tuple[torch.Tensor, torch.Tensor]]
 
 # Their frequencies depend on the length of the text, and a graph holds one set of them.
 CHANGING_ROPE = {"dynamic", "longrope"}
-PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 # How transformers computes a mixture, from release 5 on.
 GATHERED = "_experts_implementation"
 
@@ -133,8 +132,7 @@ def graph_problems(config: Any, precision: str) -> list[str]:
             f"rope_type {rope!r} changes its frequencies with the length of the text, and a graph "
             "holds one set of them; set it to 'default' if the context allows"
         )
-    odd = sorted(set(config.get("layer_types") or ()) - PLAIN_LAYERS)
-    if odd:
+    if odd := states_of(config):
         problems.append(
             f"layers of type {', '.join(odd)} keep another state than keys and values; "
             "take a model with plain attention"

@@ -38,9 +38,18 @@ BASE = {
 }
 
 # Those that 4.57 has, and that are refused there.
-OF_RELEASE_5, BEFORE_5 = {"lfm2"}, release.startswith("4.")
+OF_RELEASE_5, BEFORE_5 = {"granitemoehybrid", "lfm2"}, release.startswith("4.")
 # Of classes that have more sizes: fewer key heads than value heads, heads of two widths.
 OF_CLASS: dict[str, dict[str, Any]] = {
+    "granitemoehybrid": {
+        "num_local_experts": 0,
+        "shared_intermediate_size": 88,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "mamba_n_heads": 6,
+        "mamba_n_groups": 2,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 16,
+    },
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 8},
     "qwen3_5_text": {
         "num_hidden_layers": 4,

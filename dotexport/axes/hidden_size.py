@@ -32,11 +32,12 @@ class HiddenSize(Axis):
         return [sorted({*sizes, width}) for _, sizes in found[first:]]
 
     def problem(self, family: Family, before: Sizes, after: Sizes) -> str | None:
-        if family.width_stays and after.hidden_size != before.hidden_size:
+        carrier = find_carrier(family, after)
+        if carrier.width_stays and after.hidden_size != before.hidden_size:
             return f"would narrow the channels of convolutions too ({family.architecture})"
         heads = after.num_attention_heads
         grain = 1 if after.hidden_size == before.hidden_size else FLOOR
-        if not find_carrier(family, after).divides:
+        if not carrier.divides:
             return off_grid(after.hidden_size, grain)
         if after.hidden_size % math.lcm(grain, heads) == 0 < after.hidden_size:
             return None

@@ -91,4 +91,6 @@ def _by_layer(config: Mapping[str, Any]) -> dict[str, list[Any]]:
     kinds = {key: list(getattr(stock, key, None) or ()) for key in KINDS}
     # Layers that are all of one kind say so without a list; some lists have entries to spare.
     mixed = {key: all_[: stock.num_hidden_layers] for key, all_ in kinds.items()}
-    return lists | {key: one for key, one in mixed.items() if len(set(one)) > 1}
+    mixed = {key: one for key, one in mixed.items() if len(set(one)) > 1}
+    said = {key: one for key, one in lists.items() if len(one) == stock.num_hidden_layers}
+    return lists | mixed | said

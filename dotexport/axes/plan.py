@@ -62,7 +62,8 @@ class Plan:
         if self.carrier is self.family:
             return self.after
         biases = carried_biases(self.family, self.carrier, self.after)
-        return replace(self.after, biases=biases)
+        after = replace(self.after, biases=biases)
+        return after if self.carrier.kinds else replace(after, kinds=(), fixed=())
 
     @property
     def architectures(self) -> list[str]:
@@ -124,6 +125,8 @@ class Plan:
         changed = dict(config)
         for axis in axes_of(self.before):
             changed |= axis.config(config, self.before, self.after, self.kept_layers)
+        if self.after.intermediate_size:
+            changed[self.family.mlp_key] = self.after.intermediate_size
         changed["head_dim"] = self.after.head_dim
         changed["vocab_size"] = self.after.vocab_size
         changed |= dict.fromkeys(sorted(self.after.biases), True)

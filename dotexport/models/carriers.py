@@ -9,7 +9,7 @@ read here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 
 from dotexport.errors import UnsupportedModelError
 from dotexport.models.checkpoint import Checkpoint, TensorSpec
-from dotexport.models.families import carried_biases
+from dotexport.models.families import apart, carried_biases
 from dotexport.models.family import Family
 from dotexport.models.rope import stock_config
 from dotexport.models.shapes import read_sizes, shapes
@@ -98,19 +98,11 @@ def carried_config(config: Mapping[str, Any], family: Family, carrier: Family) -
     Raises:
         UnsupportedModelError: part of each head is not rotated, which no carrier does.
     """
-    full = stock_config({**config, "model_type": family.model_type}).to_dict()
-    rope = full.get("rope_parameters") or full  # before transformers 5: at the top
-    rotated = rope.get("partial_rotary_factor", 1.0)
-    if carrier is not family and rotated != 1.0:
-        raise UnsupportedModelError(
-            f"partial_rotary_factor {rotated} is not supported: {carrier.architecture}, as which "
-            f"{family.architecture} is written, rotates whole heads"
-        )
     known = set(stock_config({"model_type": carrier.model_type}).to_dict())
+    same = dict(config) if carrier is family else _shared(config, family, carrier, known)
     sizes = read_sizes(family, config)
-    same = {key: value for key, value in full.items() if key in known}
     neutral: dict[str, Any] = dict.fromkeys(MULTIPLIERS, 1.0) if MULTIPLIERS[0] in known else {}
-    if "attention_multiplier" in known and carrier is not family:
+    if "attention_multiplier" in known - set(same) and carrier is not family:
         neutral["attention_multiplier"] = sizes.head_dim**-0.5
     if carrier.windows and not family.windows and "sliding_window" in known:
         neutral["sliding_window"] = None  # the class has one where nothing is said
@@ -125,6 +117,25 @@ def carried_config(config: Mapping[str, Any], family: Family, carrier: Family) -
     }
 
 
+def _shared(
+    config: Mapping[str, Any], family: Family, carrier: Family, known: Collection[str]
+) -> dict[str, Any]:
+    """What a class makes of its config.json, of all that the carrier knows as well.
+
+    Raises:
+        UnsupportedModelError: part of each head is not rotated.
+    """
+    full = stock_config({**config, "model_type": family.model_type}).to_dict()
+    rope = full.get("rope_parameters") or full  # before transformers 5: at the top
+    rotated = rope.get("partial_rotary_factor", 1.0)
+    if rotated != 1.0:
+        raise UnsupportedModelError(
+            f"partial_rotary_factor {rotated} is not supported: {carrier.architecture}, as which "
+            f"{family.architecture} is written, rotates whole heads"
+        )
+    return {key: value for key, value in full.items() if key in known}
+
+
 def _parts(
     config: Mapping[str, Any], family: Family, carrier: Family, expected: Iterable[str]
 ) -> Iterator[tuple[str, Part]]:
@@ -136,17 +147,13 @@ def _parts(
     scales[f"{family.final_norm}.weight"] = 1 / (logits * (embedding if sizes.tied else 1.0))
     sources: dict[str, Part] = {}
     for layer in range(sizes.num_layers):
-        apart = iter(carrier.linears)
-        for linear in family.linears:
-            start = 0
-            for rows in sizes.rows(linear):
-                name = carrier.layer_name(layer, next(apart).name)
-                found = family.layer_name(layer, linear.name)
-                scale = residual if linear.out == "residual" else 1.0
-                kept = (start, start + rows, scale)
-                sources[f"{name}.weight"] = Part(f"{found}.weight", *kept)
-                bias = f"{found}.bias" if sizes.has_bias(linear) else None
-                sources[f"{name}.bias"] = Part(bias, *kept)
-                start += rows
+        for linear, theirs, rows in apart(family, carrier, sizes, [sizes.kind(layer)]):
+            name = carrier.layer_name(layer, theirs.name)
+            found = family.layer_name(layer, linear.name)
+            scale = residual if linear.out == "residual" else 1.0
+            kept = (*rows, scale)
+            sources[f"{name}.weight"] = Part(f"{found}.weight", *kept)
+            bias = f"{found}.bias" if sizes.has_bias(linear) else None
+            sources[f"{name}.bias"] = Part(bias, *kept)
     for name in expected:
         yield name, sources.get(name) or Part(name, scale=scales.get(name, 1.0))

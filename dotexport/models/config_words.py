@@ -52,9 +52,12 @@ OBEYED = (
 )
 # What more than one reader has a default for; those of the classes differ.
 TAKEN_FOR_GRANTED = (
+    "attention_multiplier",
     "attn_logit_softcapping",
+    "embedding_multiplier",
     "final_logit_softcapping",
     "hidden_act",
+    "logits_scaling",
     "max_position_embeddings",
     "moe_intermediate_size",
     "norm_eps",
@@ -63,17 +66,13 @@ TAKEN_FOR_GRANTED = (
     "num_experts_per_tok",
     "num_local_experts",
     "num_key_value_heads",
+    "residual_multiplier",
     "rms_norm_eps",
     "tie_word_embeddings",
 )
 BOTH_WORDS = ("num_experts", "num_local_experts")
 # By which classes derive the kinds of layers.
 PERIODS = ("full_attention_interval", "full_attn_idxs")
-# Words of LFM2 that replace others, and by which its class rounds the width of its MLP.
-REPLACING = {"block_ff_dim": "intermediate_size", "tie_embedding": "tie_word_embeddings"}
-ROUNDED = "block_auto_adjust_ff_dim"
-# By which queries grow with their position, of Ministral 3.
-GROWING = ("llama_4_scaling_beta", "original_max_position_embeddings")
 
 
 def settled(config: Mapping[str, Any], *, of: object) -> dict[str, Any]:
@@ -100,53 +99,25 @@ def settled(config: Mapping[str, Any], *, of: object) -> dict[str, Any]:
     if family.rope_theta is not None:
         kept = {"rope_theta": family.rope_theta} | kept
     words = in_all_words(kept)
-    _check_growth(config)
+    if family.as_built is not None:  # after words that nobody reads are refused
+        words = in_all_words(family.as_built(kept))
     if family.experts_key:
         words = _counted(words)
         words = _counted(words | _granted(words))
     if family.kinds:
-        words = _by_layer(words)
-    if family.model_type == "lfm2":
-        words = _as_built(words)
+        words = _by_layer(words, family)
     return words | _granted(words)
 
 
-def _by_layer(config: Mapping[str, Any]) -> dict[str, Any]:
+def _by_layer(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """With the kind of every layer, which the class may derive from a period: that would no longer
     be true once layers leave."""
     words = {key: value for key, value in config.items() if key not in PERIODS}
     try:
-        return words | {"layer_types": list(stock_config(config).layer_types)}
+        said = stock_config(config).layer_types
+        return words | {"layer_types": [family.kind(kind) for kind in said]}
     except Exception:  # check_class says what is wrong with it
         return words
-
-
-def _as_built(config: Mapping[str, Any]) -> dict[str, Any]:
-    """With the width of the MLP that Lfm2MLP makes of what is said, and no word to round it by.
-
-    Raises:
-        CheckpointError: a width that is rounded to multiples of nothing.
-    """
-    try:
-        stock = stock_config(config)
-    except Exception:  # check_class says what is wrong with it
-        return dict(config)
-    width = stock.intermediate_size
-    if stock.block_auto_adjust_ff_dim:
-        width = int(2 * width / 3)
-        if (factor := stock.block_ffn_dim_multiplier) is not None:
-            if (multiple := stock.block_multiple_of) < 1:
-                raise CheckpointError(
-                    f"config.json gives block_multiple_of = {multiple}, to whose multiples the "
-                    "width of the MLP is rounded; expected 1 or more"
-                )
-            width = -(-int(factor * width) // multiple) * multiple
-    built = {
-        "intermediate_size": width,
-        "tie_word_embeddings": stock.tie_word_embeddings,
-        ROUNDED: False,
-    }
-    return {key: value for key, value in config.items() if key not in REPLACING} | built
 
 
 def stored_names(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
@@ -197,26 +168,6 @@ def check_class(config: Mapping[str, Any]) -> None:
         raise CheckpointError(
             "config.json gives layers that attend to a window (layer_types, or by default of the "
             "class) and no sliding_window that is in use; correct one of the two"
-        )
-
-
-def _check_growth(config: Mapping[str, Any]) -> None:
-    """Ministral 3 fails on a text where its rotary parameters lack what its queries grow by, and
-    where they turn heads in part."""
-    if config.get("model_type") != "ministral3":
-        return
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if part not in (None, 1.0):
-        raise CheckpointError(
-            f"config.json gives partial_rotary_factor = {part}, which Ministral 3 does not know; "
-            "take the config.json that belongs to these weights"
-        )
-    lacking = [key for key in GROWING if rope.get(key) is None]
-    if rope and lacking:
-        raise CheckpointError(
-            f"config.json gives rope_parameters without {' and '.join(lacking)}, by which "
-            "Ministral 3 scales its queries; take the config.json that belongs to these weights"
         )
 
 

@@ -18,7 +18,9 @@ checks, legal sizes and the narrowing itself follow from the table.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dotexport.errors import UsageError
 
@@ -138,8 +140,8 @@ class Family:
             heads for further tokens, which files hold besides.
         renamed: how names of tensors may begin in files, and how they do in the class.
         spaces: its own ones, and the keys of config.json whose product is their number of neurons.
-        gated: the MLP's reader whose nonlinearity forbids a free sign or scale; None where it is
-            fused with another.
+        gated: the MLP's reader whose nonlinearity forbids a free sign or scale; where it is fused
+            with another, its rows are the first. None: matrices come apart before they are cut.
         divides: whether the class insists on hidden_size % num_attention_heads == 0.
         windows: whether layers of it can attend to a window (`sliding_window`) only.
         carriers: architectures that compute the same and that more runtimes read, the best first;
@@ -152,7 +154,13 @@ class Family:
             do not know the class take another.
         scaled_embedding: whether rows of the embedding are multiplied by sqrt(hidden_size).
         refused: flags of config.json that make another model of it, and what they do.
+        newer_kinds: what some releases of transformers say in `layer_types` -> what all read, which
+            is what is written.
+        mlp_key: what config.json calls the width of the MLP; where that is not intermediate_size,
+            both are written.
         experts_key: what config.json calls the number of experts, where the class is a mixture.
+        as_built: config.json -> the same in words that say what the class makes of it, where this
+            class alone makes something else of words that others have too; raises what refuses it.
     """
 
     model_type: str
@@ -181,6 +189,9 @@ class Family:
     epsilon_key: str = "rms_norm_eps"
     left_out: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
+    newer_kinds: tuple[tuple[str, str], ...] = ()
+    mlp_key: str = "intermediate_size"
+    as_built: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
 
     def in_layer(self, kind: str) -> tuple[Sublayer, ...]:
         """The sublayers of a layer of this kind."""
@@ -188,6 +199,10 @@ class Family:
             return self.sublayers
         modules = dict(self.kinds)[kind]
         return tuple(sublayer for sublayer in self.sublayers if sublayer.module in modules)
+
+    def kind(self, said: str) -> str:
+        """An entry of `layer_types` in the words of `kinds`."""
+        return dict(self.newer_kinds).get(said, said)
 
     @property
     def width_stays(self) -> bool:
@@ -206,7 +221,8 @@ class Family:
         Raises:
             UsageError: matrices of it are fused, and are narrowed apart.
         """
-        if self.carriers and any(len(linear.outs) > 1 for linear in self.linears):
+        own = {space for space, _ in self.spaces}
+        if self.carriers and any(len({*linear.outs} - own) > 1 for linear in self.linears):
             carriers = " or ".join(self.carriers)
             raise UsageError(
                 f"--keep-class: {self.architecture} fuses matrices that are narrowed apart, and is "
@@ -234,7 +250,15 @@ class Family:
     @property
     def linears(self) -> list[Linear]:
         """Those of one layer, or of any: readers, then the writer, sublayer by sublayer."""
-        return [linear for sub in self.sublayers for linear in (*sub.readers, sub.writer)]
+        return _linears(self.sublayers)
+
+    def linears_in(self, kind: str) -> list[Linear]:
+        """Those of one layer of this kind."""
+        return _linears(self.in_layer(kind))
 
     def layer_name(self, layer: int, part: str) -> str:
         return f"{self.layer.format(layer)}.{part}"
+
+
+def _linears(sublayers: Iterable[Sublayer]) -> list[Linear]:
+    return [linear for sub in sublayers for linear in (*sub.readers, sub.writer)]

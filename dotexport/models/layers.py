@@ -29,6 +29,7 @@ class Stock:
     """The classes of one stock model: what a layer and its rotary embedding are made with.
 
     Attributes:
+        rotary: None where no layer rotates.
         rotary_local: of layers that attend to a window, where the class keeps two (Gemma 3 in
             transformers 4; later one is asked by the kind of layer).
         epsilon: of every norm.
@@ -39,7 +40,7 @@ class Stock:
     config: Any
     layer_class: Callable[..., nn.Module]
     norm_class: Callable[..., nn.Module]
-    rotary: nn.Module
+    rotary: nn.Module | None
     rotary_local: nn.Module | None = None
     passes: torch.dtype = torch.float32
     epsilon: float = 1e-6
@@ -60,7 +61,9 @@ class Stock:
         model = _one_layer(stock)
         stock._attn_implementation = "sdpa" if _fused(model) else "eager"
         decoder, family = model.get_decoder(), find_family(config)
-        rotary = type(decoder.rotary_emb)(config=stock).to(device)
+        rotary = decoder.rotary_emb
+        if rotary is not None:
+            rotary = type(rotary)(config=stock).to(device)
         local: Any = getattr(decoder, "rotary_emb_local", None)
         if local is not None:
             local = type(local)(config=local.config).to(device)
@@ -77,8 +80,10 @@ class Stock:
         """The final norm, with a gamma of ones."""
         return self.norm_class(self.config.hidden_size, eps=self.epsilon).to(device)
 
-    def positions(self, example_BLD: Tensor, number: int = 0) -> tuple[Tensor, Tensor]:
+    def positions(self, example_BLD: Tensor, number: int = 0) -> tuple[Tensor, Tensor] | None:
         """Cosine and sine of a layer's rotary embedding for positions 0 .. L - 1."""
+        if self.rotary is None:
+            return None
         steps = torch.arange(example_BLD.shape[1], device=example_BLD.device)[None]
         kinds: Any = getattr(self.config, "layer_types", None)
         rotary, asked = self.rotary, {}
@@ -174,7 +179,7 @@ class Layer:
         self.family = family
         self.number = number
         self.module = stock.layer(number)
-        kind = stock.config.layer_types[number] if family.kinds else ""
+        kind = family.kind(stock.config.layer_types[number]) if family.kinds else ""
         self.sublayers = family.in_layer(kind)
         self._dtypes = dtypes or {}
         self._tensors: dict[str, Tensor] = {}

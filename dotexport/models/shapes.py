@@ -57,6 +57,11 @@ class Sizes:
         """Of one layer; where all are alike, none."""
         return self.kinds[layer] if self.kinds else ""
 
+    @property
+    def each_kind(self) -> list[str]:
+        """Once; where all are alike, none."""
+        return list(dict.fromkeys(self.kinds)) or [""]
+
     def of_layers(self, kept: Sequence[int]) -> Sizes:
         """The same once it is known which of the original's layers stay."""
         if not self.kinds or len(self.kinds) == self.num_layers:
@@ -230,7 +235,7 @@ def read_sizes(family: Family, config: Mapping[str, Any]) -> Sizes:
         )
     return Sizes(
         hidden_size=hidden,
-        intermediate_size=_size(named, "intermediate_size") if _has(family, "mlp") else 0,
+        intermediate_size=_size(named, family.mlp_key) if _has(family, "mlp") else 0,
         num_attention_heads=heads,
         num_key_value_heads=groups,
         head_dim=_size(named, "head_dim", default=family.head_dim or hidden // heads),
@@ -248,7 +253,8 @@ def _of_kinds(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """What layers are, and sizes of the family's own, as the class has what is not said."""
     stock = stock_config(config)
     fixed = ((space, prod(_size(stock, key) for key in keys)) for space, keys in family.spaces)
-    return {"kinds": _kinds(config, family, stock.layer_types), "fixed": tuple(fixed)}
+    said = [family.kind(kind) for kind in stock.layer_types]
+    return {"kinds": _kinds(config, family, said), "fixed": tuple(fixed)}
 
 
 def _kinds(config: Mapping[str, Any], family: Family, said: Sequence[str]) -> tuple[str, ...]:

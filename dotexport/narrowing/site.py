@@ -40,6 +40,16 @@ class Settled:
     gamma: Fit
 
 
+def new_rows(choice: Choice, linear: Linear, rows_NX: Tensor, *, gated: str | None) -> Tensor:
+    """Of a reader, by the space that each of the matrices fused in it writes into; these are as
+    wide as one another."""
+    spaces = list(linear.outs)
+    if linear.name == gated:
+        spaces[0] = "gate"
+    parts = rows_NX.chunk(len(spaces))
+    return torch.cat([choice.rows(*part) for part in zip(spaces, parts, strict=True)])
+
+
 @dataclass
 class Site:
     """A sublayer of teacher and student, and the streams that enter both.
@@ -355,8 +365,7 @@ class Site:
 
     def _apply(self, choice: Choice, rows: dict[str, Tensor]) -> None:
         for linear, name in self._reader_rows():
-            space = "gate" if linear.name == self.gated else linear.out
-            self.student.assign(name, choice.rows(space, rows[name]))
+            self.student.assign(name, new_rows(choice, linear, rows[name], gated=self.gated))
 
     # Healing ----------------------------------------------------------------------------------
 

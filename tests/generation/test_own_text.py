@@ -32,6 +32,7 @@ FAMILIES: list[dict[str, Any]] = [
     {"model_type": "qwen3"},
     {"model_type": "qwen3_5_text"},
     {"model_type": "lfm2", "intermediate_size": 132},
+    {"model_type": "granitemoehybrid", "attention_multiplier": 0.1},
     {"model_type": "gemma2", "tie_word_embeddings": True, "sliding_window": 16},
     {"model_type": "gemma3_text", "tie_word_embeddings": True, "sliding_window": 16},
     {"model_type": "olmo2", "hidden_size": 64, "num_attention_heads": 4, "head_dim": None},

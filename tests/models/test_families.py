@@ -116,6 +116,31 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
         },
         "GraniteForCausalLM",
     ),
+    "granite4": (
+        {
+            "model_type": "granitemoehybrid",
+            "layer_types": ["attention"] * 3,
+            "position_embedding_type": "rope",
+            "intermediate_size": 512,  # of experts, of which there are none
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 5.0,
+            "tie_word_embeddings": True,
+        },
+        "GraniteForCausalLM",
+    ),
+    "granite4-hybrid": (
+        {
+            "model_type": "granitemoehybrid",
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 5.0,
+            "attention_bias": True,
+        },
+        "GraniteMoeHybridForCausalLM",
+    ),
     "phi3": (SQUARE | {"model_type": "phi3", "tie_word_embeddings": True}, "MistralForCausalLM"),
     "phi3-window": (
         SQUARE | {"model_type": "phi3", "sliding_window": WINDOW},
@@ -362,8 +387,8 @@ def test_fewer_layers_are_those_of_the_original_that_stay(
     original = load(source.folder)
     original.model.layers = torch.nn.ModuleList(original.model.layers[layer] for layer in kept)
     for place, layer in enumerate(original.model.layers):
-        mixers = ("self_attn", "linear_attn", "conv")
-        next(getattr(layer, one) for one in mixers if hasattr(layer, one)).layer_idx = place
+        mixers = ("self_attn", "linear_attn", "conv", "mamba")
+        next(filter(None, (getattr(layer, one, None) for one in mixers))).layer_idx = place
     original.config.num_hidden_layers = len(kept)
     if getattr(original.config, "layer_types", None):
         original.config.layer_types = [original.config.layer_types[layer] for layer in kept]
@@ -379,7 +404,7 @@ def test_a_narrowed_model_is_stock_loads_and_generates(
     name: str, tiny: Tiny, tmp_path: Path
 ) -> None:
     experts = {"num_experts": 3} if "num_experts_per_tok" in MODELS[name][0] else {}
-    hidden = 48 if name.startswith("lfm2") else 40  # which stays there
+    hidden = 48 if name.startswith(("lfm2", "granite4-")) else 40  # which stays there
     options = ShrinkOptions(
         text=text_beside(tmp_path),
         sizes=SizeOptions(
@@ -468,7 +493,7 @@ def test_what_has_no_table_is_refused_with_the_list_of_what_has() -> None:
     [
         ("gpt_oss", "GptOssForCausalLM"),
         ("olmoe", "OlmoeForCausalLM"),
-        ("granitemoehybrid", "GraniteMoeHybridForCausalLM"),
+        ("granitemoe", "GraniteMoeForCausalLM"),
         ("qwen3_next", "Qwen3NextForCausalLM"),
         ("olmo3", "Olmo3ForCausalLM"),
     ],

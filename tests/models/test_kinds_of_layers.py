@@ -224,17 +224,21 @@ def test_a_group_keeps_its_queries_with_their_gates() -> None:
     assert torch.equal(kept.rows("gated_query", rows_MX), rows_MX[16:])
 
 
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "granitemoehybrid"])
 def test_copies_of_neurons_and_of_groups_with_their_gates_leave_without_a_trace(
-    hybrid: Tiny, tmp_path: Path
+    kind: str, tiny_model: Tiny, tmp_path: Path
 ) -> None:
+    """Where gate and up are one matrix, too."""
+
     def with_copies(tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
-            if "gate_proj" in name or "up_proj" in name:
-                tensor[64:] = tensor[:24]
+            if any(part in name for part in ("gate_proj", "up_proj", "input_linear")):
+                for part in tensor.split(88):
+                    part[64:] = part[:24]
             elif any(part in name for part in ("self_attn.q_proj", "k_proj", "v_proj")):
                 tensor[len(tensor) // 2 :] = tensor[: len(tensor) // 2]
 
-    folder = rewritten(hybrid(), tmp_path / "model", with_copies)
+    folder = rewritten(tiny_model(model_type=kind), tmp_path / "model", with_copies)
     sizes = SizeOptions(intermediate_size=64, num_key_value_heads=1)
     before, after = logits(folder), narrowed(folder, tmp_path / "out", sizes)
     # Weights move onto the copies by solves in float64, damped by 1e-9; sums are float32.

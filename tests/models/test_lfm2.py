@@ -13,25 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from dotexport.app.opening import open_source
 from dotexport.axes.plan import SizeOptions, read_model
-from dotexport.errors import CheckpointError, SizeError, UnsupportedModelError
-from dotexport.models import config_words
-from dotexport.models.config_words import check_class, settled
+from dotexport.errors import CheckpointError, SizeError
+from dotexport.models.config_words import settled
 from dotexport.models.rope import stock_config
 from dotexport.sizes.budget import plan
 from dotexport.targets.vllm_tokens import Vllm
 
 Tiny = Callable[..., Path]
 LATER = pytest.mark.skipif(transformers.__version__.startswith("4."), reason="refused there")
-
-
-def test_a_release_whose_class_keeps_a_cache_of_its_own_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    said = {"model_type": "lfm2", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 90}
-    config = said | {"architectures": ["Lfm2ForCausalLM"], "layer_types": ["conv"] * 2}
-    monkeypatch.setattr(config_words, "version", {"transformers": "4.57.6"}.get)
-    with pytest.raises(UnsupportedModelError, match=r"transformers 5 and later, not with 4\.57\.6"):
-        check_class(config)
 
 
 @LATER

@@ -21,8 +21,12 @@ from transformers import AutoModelForCausalLM
 from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.app.shrinking import shrink
 from dotexport.axes.plan import SizeOptions
-from dotexport.errors import CheckpointError
+from dotexport.errors import CheckpointError, UnsupportedModelError
 from dotexport.exports.target import find_target
+from dotexport.models import config_words
+from dotexport.models.config_words import check_class
+from dotexport.models.families import TABLES
+from dotexport.models.family import Family
 from dotexport.models.rope import in_all_words, stock_config
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import token_windows
@@ -217,3 +221,13 @@ def test_what_the_other_release_narrows_generates_the_same_tokens_here(
     )
     folder = tmp_path / "out/hf"
     assert said_by(sys.executable, folder) == said_by(other, folder)
+
+
+@pytest.mark.parametrize("family", [f for f in TABLES if f.release > 4], ids=lambda f: f.model_type)
+def test_a_release_whose_class_keeps_a_cache_of_its_own_is_refused(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"model_type": family.model_type, "architectures": [family.architecture]}
+    monkeypatch.setattr(config_words, "version", {"transformers": "4.57.6"}.get)
+    with pytest.raises(UnsupportedModelError, match=r"transformers 5 and later, not with 4\.57\.6"):
+        check_class(config)

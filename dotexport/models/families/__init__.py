@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from dotexport.errors import CheckpointError, UnsupportedModelError
@@ -10,6 +10,7 @@ from dotexport.models.families.ernie4_5 import ERNIE4_5
 from dotexport.models.families.gemma2 import GEMMA2
 from dotexport.models.families.gemma3 import GEMMA3
 from dotexport.models.families.granite import GRANITE
+from dotexport.models.families.granite_hybrid import GRANITE_HYBRID
 from dotexport.models.families.hunyuan import HUNYUAN
 from dotexport.models.families.lfm2 import LFM2
 from dotexport.models.families.llama import LLAMA
@@ -24,7 +25,7 @@ from dotexport.models.families.qwen3_5 import QWEN3_5
 from dotexport.models.families.qwen3_moe import QWEN3_MOE
 from dotexport.models.families.seed_oss import SEED_OSS
 from dotexport.models.families.smollm3 import SMOLLM3
-from dotexport.models.family import Family
+from dotexport.models.family import Family, Linear
 from dotexport.models.shapes import EXPERTS, Sizes
 
 TABLES = (
@@ -34,6 +35,7 @@ TABLES = (
     MINISTRAL3,
     SMOLLM3,
     GRANITE,
+    GRANITE_HYBRID,
     QWEN2,
     QWEN3,
     QWEN3_5,
@@ -115,29 +117,46 @@ def find_carrier(family: Family, sizes: Sizes) -> Family:
         if (
             whole_heads
             and windows
-            and (carrier is family or _has_place_for_biases(family, carrier, sizes))
+            and (carrier is family or _has_place_for(family, carrier, sizes))
         ):
             return carrier
     return family
 
 
-def _has_place_for_biases(family: Family, carrier: Family, sizes: Sizes) -> bool:
-    apart = iter(carrier.linears)
-    return all(
-        next(apart).bias is not None or not sizes.has_bias(linear)
-        for linear in family.linears
-        for _ in linear.outs
+def _has_place_for(family: Family, carrier: Family, sizes: Sizes) -> bool:
+    """Whether the carrier has layers that are made of the same spaces, one after another, and
+    their biases."""
+    theirs = _outs(carrier.linears)
+    return all(_outs(family.linears_in(kind)) == theirs for kind in sizes.each_kind) and all(
+        theirs.bias is not None or not sizes.has_bias(linear)
+        for linear, theirs, _ in apart(family, carrier, sizes, sizes.each_kind)
     )
+
+
+def _outs(linears: Iterable[Linear]) -> list[str]:
+    return [space for linear in linears for space in linear.outs]
+
+
+def apart(
+    family: Family, carrier: Family, sizes: Sizes, kinds: Iterable[str]
+) -> Iterator[tuple[Linear, Linear, tuple[int, int]]]:
+    """Linears of a layer of each of these kinds, and which of their rows are which linear of the
+    carrier: the class itself has them as they are, another has one for each space."""
+    for kind in kinds:
+        theirs = iter(carrier.linears_in(kind))
+        for linear in family.linears_in(kind):
+            parts = sizes.rows(linear)
+            start = 0
+            for rows in [sum(parts)] if carrier is family else parts:
+                yield linear, next(theirs), (start, start + rows)
+                start += rows
 
 
 def carried_biases(family: Family, carrier: Family, sizes: Sizes) -> frozenset[str]:
     """The carrier's flags for biases: those that are on, and those of linears that have one."""
     on: set[str | None] = set(sizes.biases)
-    apart = iter(carrier.linears)
-    for linear in family.linears:
-        flags = {next(apart).bias for _ in linear.outs}
-        if sizes.has_bias(linear):
-            on |= flags
+    pairs = apart(family, carrier, sizes, sizes.each_kind)
+    on |= {theirs.bias for linear, theirs, _ in pairs if sizes.has_bias(linear)}
     return frozenset(flag for flag in carrier.bias_flags if flag in on)
 
 

@@ -7,10 +7,18 @@ its reader and its writer turn one into the other. So the channels stay, and wit
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
+from dotexport.errors import CheckpointError
 from dotexport.models.families.llama import LLAMA
 from dotexport.models.family import InnerNorm, Linear, Sublayer, Untouched
+from dotexport.models.rope import stock_config
+
+# Words that replace others, and by which the class rounds the width of its MLP.
+REPLACING = {"block_ff_dim": "intermediate_size", "tie_embedding": "tie_word_embeddings"}
+ROUNDED = "block_auto_adjust_ff_dim"
 
 SHORT_CONVOLUTION = Sublayer(
     module="conv",
@@ -43,6 +51,35 @@ MLP = Sublayer(
     writer=Linear("feed_forward.w2", out="residual", in_="mlp"),
 )
 
+
+def as_built(config: Mapping[str, Any]) -> dict[str, Any]:
+    """With the width of the MLP that Lfm2MLP makes of what is said, and no word to round it by.
+
+    Raises:
+        CheckpointError: a width that is rounded to multiples of nothing.
+    """
+    try:
+        stock = stock_config(config)
+    except Exception:  # check_class says what is wrong with it
+        return dict(config)
+    width = stock.intermediate_size
+    if stock.block_auto_adjust_ff_dim:
+        width = int(2 * width / 3)
+        if (factor := stock.block_ffn_dim_multiplier) is not None:
+            if (multiple := stock.block_multiple_of) < 1:
+                raise CheckpointError(
+                    f"config.json gives block_multiple_of = {multiple}, to whose multiples the "
+                    "width of the MLP is rounded; expected 1 or more"
+                )
+            width = -(-int(factor * width) // multiple) * multiple
+    built = {
+        "intermediate_size": width,
+        "tie_word_embeddings": stock.tie_word_embeddings,
+        ROUNDED: False,
+    }
+    return {key: value for key, value in config.items() if key not in REPLACING} | built
+
+
 LFM2 = replace(
     LLAMA,
     model_type="lfm2",
@@ -62,5 +99,6 @@ LFM2 = replace(
     rope_theta=1_000_000.0,
     release=5,
     epsilon_key="norm_eps",
+    as_built=as_built,
     refused=(("conv_bias", "has convolutions with biases"),),
 )
