@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dotexport.merging.gram import Gram
 from dotexport.merging.heads import Groups
 from dotexport.merging.neurons import Neurons
 from dotexport.merging.refit import Fit, Moments, compensate, fit
@@ -214,10 +215,11 @@ class Merger:
 
 def leaning(moments: Moments, prior_OI: Tensor, ridge: float) -> Moments:
     """The sums whose plain least squares are those of a ridge toward the prior."""
-    lam = ridge * float(moments.inputs_II.diagonal().mean())
-    eye_II = torch.eye(len(moments.inputs_II)).to(moments.inputs_II)
+    lam = ridge * float(moments.inputs.full().diagonal().mean())
+    inputs_II = moments.inputs.full()
+    inputs_II.diagonal().add_(lam)
     return replace(
         moments,
-        inputs_II=moments.inputs_II + lam * eye_II,
+        inputs=Gram.of(inputs_II),
         cross_OI=moments.cross_OI + lam * prior_OI,
     )

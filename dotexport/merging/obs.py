@@ -21,6 +21,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from dotexport.merging.positive import inverse
+from dotexport.merging.refit import Moments, Ridge
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -112,8 +115,24 @@ def greedy(problems: Sequence[Problem], count: int, *, block: int | None = None)
     groups, `block` of them leave per step, chosen one by one among the cheapest few, which makes
     the downdate of all the others one product of matrices.
     """
-    states = [_State.of(problem) for problem in problems]
-    block = block or max(1, len(problems[0].groups_NS) // 128)
+    return _removal([_State.of(problem) for problem in problems], count, block)
+
+
+def greedy_inputs(
+    moments: Moments, writer_OI: Tensor, groups_NS: Tensor, count: int, *, damping: float
+) -> Removal:
+    """The same for one writer: its best weights and its inverse come of one factor.
+
+    Where the damping leaves the Hessian singular, it is as much as a fit would need.
+    """
+    solve = Ridge(moments, writer_OI.double())
+    factor_II = solve.factor(damping)
+    weight_OI = solve.weights(factor_II)
+    return _removal([_State(weight_OI, inverse(factor_II), groups_NS)], count, None)
+
+
+def _removal(states: Sequence[_State], count: int, block: int | None) -> Removal:
+    block = block or max(1, len(states[0].groups_NS) // 128)
     order_C, cost_C = _greedy(states, count, block)
     return Removal(tuple(order_C.tolist()), tuple(accumulate(cost_C.tolist())))
 

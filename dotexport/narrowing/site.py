@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn.functional import linear as apply_linear
 from torch.nn.functional import pad
 
-from dotexport.merging.ot.coupling import Coupling
-from dotexport.merging.refit import Fit, Moments, compensate, fit, gain_solver, gram
+from dotexport.merging.gram import gram
+from dotexport.merging.ot.coupling import Coupling, Summary
+from dotexport.merging.refit import Fit, Moments, compensate, fit, gain_solver
 from dotexport.merging.units import Choice, Units
 from dotexport.models.family import Linear, Sublayer
 from dotexport.models.layers import Layer
@@ -174,12 +175,12 @@ class Site:
             return self._fit(train, held, analytic_KI), analytic_KI, {}
         choice, coupling, candidates = self._choose(train + held, analytic_KI[:, :width])
         kept = choice.kept if self._bias is None else pad(choice.kept, (0, 1), value=width)
-        # Weights to fall back on; a choice by magnitude knows nothing of the neurons that leave.
-        by_magnitude = self.method == "select"
-        prior_KI = self.streams.processes.agreed(
-            lambda: analytic_KI[:, kept] if by_magnitude else compensate(train, analytic_KI, kept)
-        )
-        fitted = self._fit(train.of(kept), held.of(kept), prior_KI)
+        prior = partial(self._fall_back, train, analytic_KI, kept)
+        prior_KI = self.streams.processes.agreed(prior)
+        del prior
+        train, held = train.of(kept), held.of(kept)
+        fitted = self._fit(train, held, prior_KI)
+        del train, held  # those of a merge need their room
         rows = {name: self.student.tensor(name) for _, name in self._reader_rows()}
         self._shorten_inner_norms(choice)
         self._apply(choice, rows)
@@ -188,9 +189,14 @@ class Site:
         report = {"kept": self._count(choice), "moved_mass": choice.moved}
         return fitted, prior_KI, report | (coupling.as_dict() if coupling else {})
 
+    def _fall_back(self, train: Moments, analytic_KI: Tensor, kept: Tensor) -> Tensor:
+        """Weights of the kept ones; a choice by magnitude knows nothing of those that leave."""
+        by_magnitude = self.method == "select"
+        return analytic_KI[:, kept] if by_magnitude else compensate(train, analytic_KI, kept)
+
     def _choose(
         self, moments: Moments, writer_KN: Tensor
-    ) -> tuple[Choice, Coupling | None, Iterable[Choice]]:
+    ) -> tuple[Choice, Coupling | Summary | None, Iterable[Choice]]:
         """The units that stay, and merges of the others into them from strict to loose."""
         if self._bias is not None:
             moments = moments.given_last()
