@@ -74,6 +74,7 @@ class Site:
             seen = self.sublayer.norm or f"{self.sublayer.module}, as it is"
             yield {"site": seen, **self._refit_readers().as_dict()}
         self.streams.advance_original(lambda x: self.teacher.after(self.sublayer, x))
+        self.teacher.forget(self.sublayer)
         self.pass_over()
         yield from self._narrow_writers()
         if self.options.local and self.options.refit and self._worth_healing:

@@ -120,9 +120,10 @@ def test_full_width_in_a_rotation_leaves_readers_and_writers_what_they_were(
     sublayer: Sublayer, options: NarrowOptions
 ) -> None:
     made = site(sublayer, orthonormal(D), options)
+    before = made.teacher.tensors()  # which it lets go of
     narrowed(made)
     for linear in (*sublayer.readers, sublayer.writer):
-        weight = made.teacher.tensor(f"{linear.name}.weight").double()
+        weight = before[f"{linear.name}.weight"].double()
         rotated = weight @ made.E_DK if linear in sublayer.readers else made.E_DK.T @ weight
         found = made.student.tensor(f"{linear.name}.weight").double()
         # Streams are in float32, whose rounding a fit of nothing but itself may follow.
@@ -195,6 +196,7 @@ def test_refits_are_least_squares_over_the_tokens_themselves(
     each token in units of the original's stream behind it. Held-out windows are not among them."""
     made = site(sublayer, orthonormal(16), BARE, drift=0.1, width=width)
     x_NLD, r_NLK = made.streams.original_NLD.clone(), made.streams.narrowed_NLK.clone()
+    before = made.teacher.tensors()  # which it lets go of
     narrowed(made)
     fitted = [n for n in range(len(x_NLD)) if n not in made.streams.held_out]
     assert len(fitted) < len(x_NLD)
@@ -204,7 +206,7 @@ def test_refits_are_least_squares_over_the_tokens_themselves(
     map_KD = torch.linalg.lstsq(seen_TK, saw_TD).solution
     for linear in sublayer.readers:
         name = f"{linear.name}.weight"
-        wanted_RK = made.teacher.tensor(name).double() @ map_KD.T
+        wanted_RK = before[name].double() @ map_KD.T
         gap_JRK = made.student.tensor(name)[:, None] - wanted_RK
         # Rows that stay are each one of the wanted ones. Weights are kept in float32.
         assert gap_JRK.abs().amax(2).amin(1).max() < 1e-5
