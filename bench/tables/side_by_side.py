@@ -8,6 +8,7 @@ Shapes: N windows, L tokens per window, T tokens, D hidden_size, I inputs of a w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -215,11 +216,11 @@ class Merger:
 
 def leaning(moments: Moments, prior_OI: Tensor, ridge: float) -> Moments:
     """The sums whose plain least squares are those of a ridge toward the prior."""
-    lam = ridge * float(moments.inputs.full().diagonal().mean())
-    inputs_II = moments.inputs.full()
-    inputs_II.diagonal().add_(lam)
+    lam = ridge * float(moments.inputs.diagonal().mean())
+    extra = Gram.zeros(moments.inputs.width)
+    extra.add(math.sqrt(lam) * torch.eye(extra.width, dtype=torch.float64))
     return replace(
         moments,
-        inputs=Gram.of(inputs_II),
+        inputs=moments.inputs + extra,
         cross_OI=moments.cross_OI + lam * prior_OI,
     )

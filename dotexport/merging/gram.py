@@ -30,16 +30,24 @@ class Gram:
 
     @classmethod
     def zeros(cls, width: int, device: torch.device | str = "cpu") -> Gram:
+        """In one piece of memory, which is given back as a whole."""
         shapes = [(panel.stop, panel.stop - panel.start) for panel in _panels(width)]
-        zeros = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes)
-        return cls(width, (tuple(zeros),))
+        sizes = [rows * columns for rows, columns in shapes]
+        parts = torch.zeros(sum(sizes), dtype=torch.float64, device=device).split(sizes)
+        views = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+        return cls(width, (tuple(views),))
 
     @classmethod
-    def of(cls, matrix_II: Tensor) -> Gram:
-        """A symmetric matrix."""
-        width = len(matrix_II)
-        panels = (matrix_II[panel, : panel.stop].clone().T for panel in _panels(width))
-        return cls(width, (tuple(panels),))
+    def of(cls, width: int, device: torch.device, panels: Iterable[Tensor]) -> Gram:
+        """Of panels that are made one after another."""
+        made = cls.zeros(width, device)
+        for own_AP, panel_AP in zip(made.stored, panels, strict=True):
+            own_AP.copy_(panel_AP)
+        return made
+
+    @property
+    def device(self) -> torch.device:
+        return self.terms[0][0].device
 
     @property
     def panels(self) -> Iterator[tuple[slice, Tensor]]:
@@ -97,17 +105,17 @@ class Gram:
     def among(self, kept: Tensor) -> Gram:
         """The same sum for these features."""
         panels = (self.rows(kept[panel])[:, kept[: panel.stop]].T for panel in _panels(len(kept)))
-        return Gram(len(kept), (tuple(panels),))
+        return Gram.of(len(kept), self.device, panels)
 
     def given_last(self) -> Gram:
         """What is left of the others when the last feature has explained what it can of them."""
         last_I, energy = self.last[:-1], self.last[-1].clamp_min(1e-30)
-        left = [
+        left = (
             sum_AP[: panel.stop, : panel.stop - panel.start]
             - torch.outer(last_I[: panel.stop], last_I[panel]) / energy
             for panel, (_, sum_AP) in zip(_panels(len(last_I)), self.panels, strict=False)
-        ]
-        return Gram(len(last_I), (tuple(left),))
+        )
+        return Gram.of(len(last_I), self.device, left)
 
     def form(self, left_OI: Tensor, right_OI: Tensor) -> Tensor:
         """tr(L G R^T), where L^T R is symmetric."""

@@ -34,7 +34,7 @@ from dotexport.merging.transport_options import TransportOptions
 
 # Smallest |cosine| at which a removed neuron may move into a kept one, strictest first.
 MERGE_LEVELS = (0.9, 0.7, 0.5)
-ROWS = 512  # of a plan at once
+ROWS = 128  # of a plan at once
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def greedy_inputs(
 
     Where the damping leaves the Hessian singular, it is as much as a fit would need.
     """
-    solve = Ridge(moments, writer_OI.double())
+    solve = Ridge(moments, writer_OI)
     factor_II = solve.factor(damping)
     weight_OI = solve.weights(factor_II)
     return _removal([_State(weight_OI, inverse(factor_II), groups_NS)], count, None)

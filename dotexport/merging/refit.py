@@ -115,6 +115,7 @@ class Moments:
 
     def loss(self, weights_OI: Tensor) -> float:
         """Mean over tokens of |t - W z|^2 in the metric, from the sums alone."""
+        weights_OI = weights_OI.double()
         weighed_OI = self.weigh(weights_OI)
         explained = 2 * (weighed_OI * self.cross_OI).sum()
         spent = self.inputs.form(weighed_OI, weights_OI)
@@ -169,7 +170,7 @@ class Ridge:
     residual_IO: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        said_OI = self.prior_OI @ self.moments.inputs.full()
+        said_OI = self.prior_OI.double() @ self.moments.inputs.full()
         self.residual_IO = said_OI.neg_().add_(self.moments.cross_OI).T
 
     def factor(self, ridge: float) -> Tensor:
@@ -295,5 +296,5 @@ def compensate(
     C is the Gram matrix of all inputs; no target is involved, only the weights themselves. Where
     C_SS is singular, a trace of a ridge toward W_S decides.
     """
-    all_to_kept = replace(moments, cross_OI=weights_OI @ moments.inputs.full()).of(kept)
+    all_to_kept = replace(moments, cross_OI=weights_OI.double() @ moments.inputs.full()).of(kept)
     return ridge_solve(all_to_kept, weights_OI[:, kept], damping)

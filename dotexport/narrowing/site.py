@@ -149,10 +149,10 @@ class Site:
 
     def _analytic_writer(self) -> Tensor:
         """E^T W, and E^T b as the last column where there is a bias."""
-        weight_KN = self.student.tensor(f"{self.sublayer.writer.name}.weight").double()
+        weight_KN = self.student.tensor(f"{self.sublayer.writer.name}.weight")
         if self._bias is not None:
             weight_KN = torch.column_stack([weight_KN, self._bias])
-        return self._behind.folded(weight_KN) if self._behind else weight_KN
+        return self._behind.folded(weight_KN.double()) if self._behind else weight_KN
 
     def _unfolded(self, weights_KI: Tensor) -> Tensor:
         return self._behind.unfolded(weights_KI) if self._behind else weights_KI
