@@ -24,6 +24,8 @@ from torch import Tensor
 from dotexport.merging.positive import inverse
 from dotexport.merging.refit import Moments, Ridge
 
+GATHERED = 1024  # columns of weights that are copied at once
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -77,10 +79,11 @@ class _State:
     def scores(self, alive: Tensor) -> Tensor:
         """tr(W_S (G_SS)^-1 W_S^T) of the groups that are alive."""
         groups_AS = self.groups_NS[alive]
-        weight_ASO = self.weight_OI.T[groups_AS]
         if groups_AS.shape[1] == 1:
-            diagonal_A = self.inverse_II.diagonal()[groups_AS[:, 0]]
-            return weight_ASO[:, 0].square().sum(1) / diagonal_A
+            columns_A = groups_AS[:, 0]
+            blocks = [self.weight_OI.T[some].square().sum(1) for some in columns_A.split(GATHERED)]
+            return torch.cat(blocks) / self.inverse_II.diagonal()[columns_A]
+        weight_ASO = self.weight_OI.T[groups_AS]
         inverse_ASS = self.inverse_II[groups_AS[:, :, None], groups_AS[:, None, :]]
         # One by one: with several threads MKL fails on a batch of matrices this large.
         solved_ASO = torch.stack(list(map(torch.linalg.solve, inverse_ASS, weight_ASO)))
@@ -127,7 +130,7 @@ def greedy_inputs(
     """
     solve = Ridge(moments, writer_OI)
     factor_II = solve.factor(damping)
-    weight_OI = solve.weights(factor_II)
+    weight_OI = solve.weights(factor_II, last=True)
     return _removal([_State(weight_OI, inverse(factor_II), groups_NS)], count, None)
 
 

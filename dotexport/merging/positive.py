@@ -21,10 +21,10 @@ def factored(matrix_II: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def solved(factor_II: Tensor, right_IX: Tensor) -> Tensor:
-    """M^-1 R."""
-    solved_IX: Tensor = torch.linalg.solve_triangular(factor_II, right_IX, upper=False)
-    torch.linalg.solve_triangular(factor_II.mT, solved_IX, upper=True, out=solved_IX)
-    return solved_IX
+    """M^-1 R in the place of R, column by column."""
+    torch.linalg.solve_triangular(factor_II, right_IX, upper=False, out=right_IX)
+    torch.linalg.solve_triangular(factor_II.mT, right_IX, upper=True, out=right_IX)
+    return right_IX
 
 
 def inverse(factor_II: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ Solver = Callable[["Moments", Tensor], Solve]
 
 # In units of the mean diagonal of the inputs' Gram matrix.
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+ROWS = 512  # of a prior in float64 at once
 
 
 @dataclass
@@ -170,7 +171,10 @@ class Ridge:
     residual_IO: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        said_OI = self.prior_OI.double() @ self.moments.inputs.full()
+        inputs_II = self.moments.inputs.full()
+        said_OI = inputs_II.new_empty(self.prior_OI.shape)
+        for own, prior in zip(said_OI.split(ROWS), self.prior_OI.split(ROWS), strict=True):
+            torch.matmul(prior.double(), inputs_II, out=own)
         self.residual_IO = said_OI.neg_().add_(self.moments.cross_OI).T
 
     def factor(self, ridge: float) -> Tensor:
@@ -186,8 +190,10 @@ class Ridge:
             del damped_II, factor_II
             ridge = max(10 * ridge, 1e-12)
 
-    def weights(self, factor_II: Tensor) -> Tensor:
-        return solved(factor_II, self.residual_IO).T.add_(self.prior_OI)
+    def weights(self, factor_II: Tensor, *, last: bool = False) -> Tensor:
+        """Args: last: nothing is asked again, and the residual gives its place."""
+        right_IO = self.residual_IO if last else self.residual_IO.clone()
+        return solved(factor_II, right_IO).T.add_(self.prior_OI)
 
 
 def ridge_solver(moments: Moments, prior_OI: Tensor) -> Solve:
