@@ -220,15 +220,15 @@ MUTATIONS = (
     # merging ------------------------------------------------------------------------------------
     mutation(
         "merging/refit.py",
-        "moments.cross_OI - prior_OI @ moments.inputs_II",
-        "moments.cross_OI - prior_OI @ damped_II",
+        "said_OI.neg_().add_(self.moments.cross_OI).T",
+        "said_OI.neg_().add_(self.moments.cross_OI - self.prior_OI).T",
         "The ridge of a refit draws toward zero and not toward the analytic weights.",
         "merging/test_refit.py",
     ),
     mutation(
         "merging/refit.py",
-        "held_out.loss(solve(train, prior_OI, strength))",
-        "held_out.loss(solve(train + held_out, prior_OI, strength))",
+        "Fit.unchanged(prior_OI, held_out), solver(train, prior_OI)",
+        "Fit.unchanged(prior_OI, held_out), solver(train + held_out, prior_OI)",
         "Ridges are judged on windows that they were fitted on.",
         "merging/test_refit.py",
     ),
@@ -248,8 +248,8 @@ MUTATIONS = (
     ),
     mutation(
         "merging/neurons.py",
-        "gate_KN = torch.from_numpy(share_NK.T.copy())",
-        "gate_KN = torch.from_numpy((share_NK * coupling.sign_NK).T.copy())",
+        "self.share_M * self.sign_M if signed else self.share_M",
+        "self.share_M * self.sign_M",
         "Gate rows take the signs that only up rows may have.",
         "merging/test_neurons.py",
     ),

@@ -8,12 +8,14 @@ Shapes: N windows, L tokens per window, T tokens, D hidden_size, I inputs of a w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from dotexport.merging.gram import Gram
 from dotexport.merging.heads import Groups
 from dotexport.merging.neurons import Neurons
 from dotexport.merging.refit import Fit, Moments, compensate, fit
@@ -214,10 +216,11 @@ class Merger:
 
 def leaning(moments: Moments, prior_OI: Tensor, ridge: float) -> Moments:
     """The sums whose plain least squares are those of a ridge toward the prior."""
-    lam = ridge * float(moments.inputs_II.diagonal().mean())
-    eye_II = torch.eye(len(moments.inputs_II)).to(moments.inputs_II)
+    lam = ridge * float(moments.inputs.diagonal().mean())
+    extra = Gram.zeros(moments.inputs.width)
+    extra.add(math.sqrt(lam) * torch.eye(extra.width, dtype=torch.float64))
     return replace(
         moments,
-        inputs_II=moments.inputs_II + lam * eye_II,
+        inputs=moments.inputs + extra,
         cross_OI=moments.cross_OI + lam * prior_OI,
     )

@@ -21,8 +21,8 @@ from dotexport.diffusion.calibration import Calibration
 from dotexport.diffusion.moments import Moments
 from dotexport.diffusion.sampling import replaced
 from dotexport.diffusion.tables import Site, linear
-from dotexport.merging.neurons import MERGE_LEVELS, barycentres
-from dotexport.merging.ot.cost import same_sign_distance
+from dotexport.merging.neurons import MERGE_LEVELS, Alike, barycentres
+from dotexport.merging.ot.cost import cosine, same_sign_distance
 from dotexport.merging.ot.coupling import couple
 from dotexport.merging.transport_options import TransportOptions
 
@@ -104,13 +104,14 @@ def _trials(
     layer, seen = linear(model, writer), moments[writer]
     columns_N = layer.weight.detach().double().norm(dim=0)
     mass_N = columns_N * seen.hessian(centred=False).diagonal().clamp_min(0).sqrt()
-    cost = same_sign_distance(seen.inputs_II.numpy(), kept.numpy())
-    coupling = couple(cost, mass_N.numpy(), TransportOptions())
+    gram_NN, kept_K = seen.inputs_II.numpy(), kept.numpy()
+    coupling = couple(same_sign_distance(gram_NN, kept_K), mass_N.numpy(), TransportOptions())
+    alike = Alike.of(kept, coupling.mass_N, [(cosine(gram_NN, kept_K), coupling)])
     made: list[tuple[float | None, Rows]] = [(None, {})]
     for level in MERGE_LEVELS:
-        merge = barycentres(seen.inputs_II, coupling, kept, least_cosine=level)
-        if merge.moved > 0 and merge.gate_KN is not None:
-            made.append((level, _rows(model, site, merge.gate_KN)))
+        merge = barycentres(alike, least_cosine=level)
+        if merge.moved > 0 and (share_KN := merge.mix("gate")) is not None:
+            made.append((level, _rows(model, site, share_KN.to_dense())))
     shape = (len(kept), layer.out_features)
     return [
         Trial(level, rows, Moments.zeros(*shape), Moments.zeros(*shape)) for level, rows in made

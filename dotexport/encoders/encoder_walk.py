@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from dotexport.encoders.encoder_folder import Encoder, layers_of
 from dotexport.encoders.kinds import of_layers
 from dotexport.encoders.sentences import Batch
-from dotexport.merging.neurons import MERGE_LEVELS, Merge, barycentres, choose, importance
-from dotexport.merging.ot.cost import activation_distance, same_sign_distance
+from dotexport.merging.neurons import Alike, Merge, choose, importance, loosened
+from dotexport.merging.ot.cost import activation_distance, cosine, same_sign_distance
 from dotexport.merging.ot.coupling import couple
 from dotexport.merging.refit import Fit, Moments, fit
 from dotexport.merging.transport_options import TransportOptions
@@ -214,7 +214,7 @@ class _Site:
             target_TD = (wanted_TD - before_TD) * weight_T1
             for number, merge in enumerate(merges):
                 z_TI = seen[writer][0][mask_NL]
-                if merge is not None and merge.gate_KN is not None:
+                if merge is not None and merge.shares is not None:
                     z_TI = self._merged(merge, seen[kind.reader][0][mask_NL])
                 if linear.bias is not None:
                     z_TI = torch.cat([z_TI, torch.ones_like(z_TI[:, :1])], dim=1)
@@ -255,17 +255,11 @@ def _merges(train: Moments, writer_DN: Tensor, kept: Tensor, *, turns: bool) -> 
     Args:
         turns: a neuron may stand for another one upside down.
     """
-    gram_NN = train.inputs_II
-    distance = activation_distance if turns else same_sign_distance
-    cost = distance(gram_NN.numpy(), kept.numpy())
+    gram_NN, kept_K = train.inputs.full().numpy(), kept.numpy()
+    cost = (activation_distance if turns else same_sign_distance)(gram_NN, kept_K)
     coupling = couple(cost, importance(train, writer_DN).numpy(), TransportOptions())
-    made, moved = [], 0.0
-    for level in MERGE_LEVELS:
-        merge = barycentres(gram_NN, coupling, kept, least_cosine=level)
-        if merge.moved > moved:
-            made.append(merge)
-        moved = merge.moved
-    return made
+    alike = Alike.of(kept, coupling.mass_N, [(cosine(gram_NN, kept_K), coupling)])
+    return list(loosened(alike))
 
 
 def _all(writer: nn.Linear) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from dotexport.axes.plan import read_model
 from dotexport.errors import UnsupportedModelError, UsageError
 from dotexport.exports.target import Target
-from dotexport.merging.refit import gram
+from dotexport.merging.gram import gram
 from dotexport.merging.rounding import MOST_ERROR, Grid, Rounded, moved, nearest, solve
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.layers import Layer, Stock, layer_tensors

@@ -24,7 +24,7 @@ from dotexport.merging import obs
 from dotexport.merging.neurons import MERGE_LEVELS
 from dotexport.merging.ot.cost import Cost
 from dotexport.merging.ot.coupling import Coupling, couple
-from dotexport.merging.refit import Moments, ridge_solve
+from dotexport.merging.refit import Moments
 from dotexport.merging.transport_options import TransportOptions
 
 DAMPING = 1e-9  # in units of the mean diagonal
@@ -137,9 +137,7 @@ def choose_groups(
 
 def _by_magnitude(moments: Moments, writer_ON: Tensor, groups: Groups, count: int) -> Tensor:
     """Baseline: the groups that contribute most, each looked at alone."""
-    energy_G = torch.tensor(
-        [_contribution(moments, writer_ON, columns) for columns in _each(groups)]
-    )
+    energy_G = torch.tensor(_contributions(moments, writer_ON, _each(groups)))
     return torch.argsort(energy_G, descending=True, stable=True)[:count].sort().values
 
 
@@ -149,19 +147,19 @@ def _by_obs(moments: Moments, writer_ON: Tensor, groups: Groups, count: int) -> 
     G is the inverse of the damped Gram matrix and S the features of one group, so a score is
     the exact increase of the reconstruction loss when that group leaves and all else is refitted.
     """
-    problem = obs.Problem(
-        ridge_solve(moments, writer_ON.double(), DAMPING),
-        obs.damped(moments.inputs_II / max(moments.count, 1), DAMPING),
-        torch.stack(_each(groups)).to(writer_ON.device),
-    )
-    removal = obs.greedy([problem], groups.count - count)
+    columns_GS, leaving = torch.stack(_each(groups)).to(writer_ON.device), groups.count - count
+    removal = obs.greedy_inputs(moments, writer_ON, columns_GS, leaving, damping=DAMPING)
     return removal.kept(groups.count, count).to(writer_ON.device)
 
 
-def _contribution(moments: Moments, writer_ON: Tensor, columns: Tensor) -> float:
-    """Energy of what these features add to the stream: tr(W_S C_SS W_S^T)."""
-    w_OS = writer_ON[:, columns].double()
-    return float(((w_OS @ moments.inputs_II[columns][:, columns]) * w_OS).sum())
+def _contributions(moments: Moments, writer_ON: Tensor, each: list[Tensor]) -> list[float]:
+    """Energy of what each of these features add to the stream: tr(W_S C_SS W_S^T)."""
+    inputs_NN = moments.inputs.full()
+    found = []
+    for columns in each:
+        w_OS = writer_ON[:, columns].double()
+        found.append(float(((w_OS @ inputs_NN[columns][:, columns]) * w_OS).sum()))
+    return found
 
 
 # Query heads of removed groups ------------------------------------------------------------------
@@ -207,20 +205,20 @@ def _transport(
     cost_HJ = np.sqrt(_unexplained(moments, groups)[:, groups.heads(kept).cpu().numpy()])
     largest = cost_HJ.max(initial=0.0)
     signs_HJ = np.ones_like(cost_HJ)
-    energy_H = [_contribution(moments, writer_ON, columns) for columns in _each_head(groups)]
+    energy_H = _contributions(moments, writer_ON, _each_head(groups))
     scaled_HJ = cost_HJ / largest if largest > 0 else cost_HJ
     return couple(Cost(scaled_HJ, signs_HJ), np.sqrt(np.maximum(energy_H, 0.0)), options)
 
 
 def _unexplained(moments: Moments, groups: Groups) -> np.ndarray:
     """(H, H): share of head h's energy that least squares from head j leaves over; 0 on itself."""
-    columns = _each_head(groups)
-    grams = [moments.inputs_II[c][:, c] for c in columns]
+    columns, inputs_NN = _each_head(groups), moments.inputs.full()
+    grams = [inputs_NN[c][:, c] for c in columns]
     left_HH = torch.zeros(len(columns), len(columns), dtype=torch.float64)
     for j, (source, gram_FF) in enumerate(zip(columns, grams, strict=True)):
         damped_FF = gram_FF + gram_FF.diagonal().mean().clamp_min(1e-30) * DAMPING * _eye(gram_FF)
         for h, target in enumerate(columns):
-            cross_FF = moments.inputs_II[target][:, source]
+            cross_FF = inputs_NN[target][:, source]
             explained = (torch.linalg.solve(damped_FF, cross_FF.T).T * cross_FF).sum()
             left_HH[h, j] = 1 - explained / grams[h].trace().clamp_min(1e-30)
     left_HH.fill_diagonal_(0.0)

@@ -4,27 +4,37 @@ Targets are chosen by Optimal Brain Surgeon on the writer (down_proj); the remov
 transported onto them, and their gate and up rows become barycentres. A merge is kept only if
 the reconstruction of held-out windows improves.
 
-Shapes: N neurons before, K neurons after, O outputs of the writer, T tokens.
+Shapes: N neurons before, K neurons after, B of the N, O outputs of the writer, T tokens, M pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dotexport.merging import obs
-from dotexport.merging.ot.cost import activation_distance, cosine
-from dotexport.merging.ot.coupling import Coupling, couple
-from dotexport.merging.refit import Moments, ridge_solve
+from dotexport.merging.ot.cost import (
+    Array,
+    Indices,
+    activation_distance,
+    cosine,
+    cosines,
+    distance,
+    largest_distance,
+    norms,
+)
+from dotexport.merging.ot.coupling import Coupling, Summary, couple, semi_relaxed, shares
+from dotexport.merging.refit import Moments
 from dotexport.merging.transport_options import TransportOptions
 
 # Smallest |cosine| at which a removed neuron may move into a kept one, strictest first.
 MERGE_LEVELS = (0.9, 0.7, 0.5)
+ROWS = 128  # of a plan at once
 
 
 @dataclass(frozen=True)
@@ -33,23 +43,43 @@ class Merge:
 
     Attributes:
         kept: indices of the targets, ascending.
-        gate_KN, up_KN: rows of the new readers as weighted sums of the old ones; None: the kept
-            rows as they are.
+        shares: what the new rows of the readers are made of; None: the kept rows as they are.
         moved: share of the removed neurons' importance that a target takes over.
     """
 
     kept: Tensor
-    gate_KN: Tensor | None = None
-    up_KN: Tensor | None = None
+    shares: Shares | None = None
     moved: float = 0.0
 
+    def mix(self, space: str) -> Tensor | None:
+        """New rows of a reader as weighted sums of the old ones, (K, N): `gate` behind the
+        nonlinearity takes no signs, the rest does."""
+        return None if self.shares is None else self.shares.matrix(signed=space != "gate")
+
     def rows(self, space: str, rows_NX: Tensor) -> Tensor:
-        """New rows of a reader: `gate` behind the nonlinearity takes no signs, the rest does."""
-        mix_KN = self.gate_KN if space == "gate" else self.up_KN
+        """New rows of a reader that writes into `space`."""
+        mix_KN = self.mix(space)
         return rows_NX[self.kept] if mix_KN is None else mix_KN @ rows_NX.double()
 
     def stays(self, space: str) -> Tensor:
         return self.kept
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What K neurons are made of: M pairs of a target and one of N sources."""
+
+    shape: tuple[int, int]
+    pair_2M: Tensor
+    share_M: Tensor
+    sign_M: Tensor
+
+    def matrix(self, *, signed: bool) -> Tensor:
+        """(K, N), sparse: nearly all neurons have nothing to do with each other."""
+        weight_M = self.share_M * self.sign_M if signed else self.share_M
+        return torch.sparse_coo_tensor(
+            self.pair_2M, weight_M, self.shape, check_invariants=False
+        ).coalesce()
 
 
 @dataclass(frozen=True)
@@ -73,7 +103,7 @@ class Neurons:
         kept: Tensor,
         options: TransportOptions,
         keys_NN: Tensor | None,
-    ) -> tuple[Coupling, Iterator[Merge]]:
+    ) -> tuple[Summary, Iterator[Merge]]:
         return merges(moments, writer_ON, kept, options)
 
 
@@ -85,7 +115,7 @@ def choose(method: str, moments: Moments, writer_ON: Tensor, width: int) -> Tens
 
 def importance(moments: Moments, writer_ON: Tensor) -> Tensor:
     """rms activation x norm of the outgoing weights, per neuron."""
-    rms_N = (moments.inputs_II.diagonal() / max(moments.count, 1)).clamp_min(0).sqrt()
+    rms_N = (moments.inputs.diagonal() / max(moments.count, 1)).clamp_min(0).sqrt()
     importance_N: Tensor = rms_N * writer_ON.double().norm(dim=0)
     return importance_N
 
@@ -105,64 +135,125 @@ def choose_by_obs(
     score is the exact increase of the reconstruction loss when one neuron leaves and all others
     are refitted.
     """
-    size = len(moments.inputs_II)
-    problem = obs.Problem(
-        ridge_solve(moments, writer_ON.double(), damping),
-        obs.damped(moments.inputs_II / max(moments.count, 1), damping),
-        torch.arange(size, device=writer_ON.device)[:, None],
-    )
-    kept: Tensor = obs.greedy([problem], size - width).kept(size, width)
-    return kept.to(writer_ON.device)
+    each_N1 = torch.arange(moments.inputs.width, device=writer_ON.device)[:, None]
+    removal = obs.greedy_inputs(moments, writer_ON, each_N1, len(each_N1) - width, damping=damping)
+    return removal.kept(len(each_N1), width).to(writer_ON.device)
 
 
 def merges(
     moments: Moments, writer_ON: Tensor, kept: Tensor, options: TransportOptions
-) -> tuple[Coupling, Iterator[Merge]]:
+) -> tuple[Summary, Iterator[Merge]]:
     """The transport of all neurons onto the kept ones, and merges from strict to loose."""
-    coupling = transport(moments, writer_ON, kept, options)
+    alike = transport(moments, writer_ON, kept, options)
+    return alike.summary, loosened(alike)
 
-    def loosened() -> Iterator[Merge]:
-        moved = 0.0
-        for level in MERGE_LEVELS:
-            merge = barycentres(moments.inputs_II, coupling, kept, least_cosine=level)
-            if merge.moved > moved:
-                yield merge
-            moved = merge.moved
 
-    return coupling, loosened()
+def loosened(alike: Alike) -> Iterator[Merge]:
+    """Merges from strict to loose, each of which moves more than the one before."""
+    moved = 0.0
+    for level in MERGE_LEVELS:
+        merge = barycentres(alike, least_cosine=level)
+        if merge.moved > moved:
+            yield merge
+        moved = merge.moved
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Where a plan moves removed neurons onto kept ones that resemble them: M pairs.
+
+    The plan as a whole has an entry for every pair of neurons, which for a wide MLP are more than
+    memory holds.
+
+    Attributes:
+        source_M, target_M: a neuron, and which of the kept ones; each kept one is its own target.
+        mass_M: what is moved.
+        cosine_M: between their activations, without its sign.
+        sign_M: with which the one stands for the other.
+    """
+
+    kept: Tensor
+    mass_N: Array
+    summary: Summary
+    source_M: Indices
+    target_M: Indices
+    mass_M: Array
+    cosine_M: Array
+    sign_M: Array
+
+    @classmethod
+    def of(cls, kept: Tensor, mass_N: Array, blocks: Iterable[tuple[Array, Coupling]]) -> Alike:
+        """Args: blocks: cosines and plan of some rows after others."""
+        kept_K, target_N = kept.cpu().numpy(), np.full(len(mass_N), -1)
+        target_N[kept_K] = np.arange(len(kept_K))
+        found = []
+
+        def seen() -> Iterator[Coupling]:
+            first = 0
+            for cosine_BK, plan in blocks:
+                found.append(_pairs(np.abs(cosine_BK), plan, target_N, first))
+                first += len(cosine_BK)
+                yield plan
+
+        summary = Summary.of(seen())
+        return cls(kept, mass_N, summary, *map(np.concatenate, zip(*found, strict=True)))
+
+
+def _pairs(alike_BK: Array, plan: Coupling, target_N: Indices, first: int) -> tuple[Any, ...]:
+    """Pairs among rows from `first` on; a target gives nothing away."""
+    target_B = target_N[first : first + len(alike_BK)]
+    own_B = np.flatnonzero(target_B >= 0)
+    listed_BK = alike_BK >= MERGE_LEVELS[-1]
+    listed_BK[own_B] = False
+    listed_BK[own_B, target_B[own_B]] = True
+    source_M, target_M = listed_BK.nonzero()
+    own_M = target_B[source_M] >= 0
+    mass_M = np.where(
+        own_M, np.maximum(plan.mass_N[source_M], 1e-300), plan.plan_NK[source_M, target_M]
+    )
+    cosine_M = np.where(own_M, 1.0, alike_BK[source_M, target_M])
+    return source_M + first, target_M, mass_M, cosine_M, plan.sign_NK[source_M, target_M]
 
 
 def transport(
     moments: Moments, writer_ON: Tensor, kept: Tensor, options: TransportOptions
-) -> Coupling:
+) -> Alike:
     """Move all neurons onto the kept ones; up rows may flip their sign, gate rows may not.
 
     The sign is that of the neurons' activations, silu(g.x) (u.x), which is odd in u alone.
     """
-    cost = activation_distance(moments.inputs_II.cpu().numpy(), kept.cpu().numpy())
-    return couple(cost, importance(moments, writer_ON).cpu().numpy(), options)
+    mass_N, kept_K = importance(moments, writer_ON).cpu().numpy(), kept.cpu().numpy()
+    if options.plan == "balanced":  # no row is free of the others
+        gram_NN = moments.inputs.full().cpu().numpy()
+        coupling = couple(activation_distance(gram_NN, kept_K), mass_N, options)
+        return Alike.of(kept, coupling.mass_N, [(cosine(gram_NN, kept_K), coupling)])
+    mass_N = shares(mass_N)
+    norm_N = norms(moments.inputs.diagonal().cpu().numpy())
+
+    def blocks() -> Iterator[tuple[Indices, Array]]:
+        for some in torch.arange(len(mass_N), device=kept.device).split(ROWS):
+            gram_BK, rows = moments.inputs.rows(some)[:, kept].cpu().numpy(), some.cpu().numpy()
+            yield rows, cosines(gram_BK, norm_N[rows], norm_N[kept_K])
+
+    largest = max(largest_distance(cosine_BK) for _, cosine_BK in blocks())
+
+    def plans() -> Iterator[tuple[Array, Coupling]]:
+        for rows, cosine_BK in blocks():
+            cost = distance(cosine_BK, largest)
+            yield cosine_BK, semi_relaxed(cost, mass_N[rows], epsilon=options.epsilon)
+
+    return Alike.of(kept, mass_N, plans())
 
 
-def barycentres(
-    inputs_NN: Tensor, coupling: Coupling, kept: Tensor, *, least_cosine: float
-) -> Merge:
-    """New reader rows: kept neurons plus those removed ones that resemble their target enough.
-
-    Two neurons resemble each other by the cosine of their activations; `inputs_NN` is their Gram
-    matrix.
-    """
-    kept_K = kept.cpu().numpy()
-    alike_NK = np.abs(cosine(inputs_NN.cpu().numpy(), kept_K)) >= least_cosine
-    own_NK = np.zeros_like(alike_NK)
-    own_NK[kept_K, np.arange(len(kept_K))] = True
-    alike_NK[kept_K] = False  # a target gives nothing away
-    plan_NK = np.where(alike_NK | own_NK, coupling.plan_NK, 0.0)
-    plan_NK[own_NK] = np.maximum(coupling.mass_N[kept_K], 1e-300)
-    share_NK = plan_NK / plan_NK.sum(0, keepdims=True)
-    removed_N = np.ones(len(inputs_NN), dtype=bool)
-    removed_N[kept_K] = False
-    mass = coupling.mass_N[removed_N].sum()
-    moved = float(plan_NK[removed_N].sum() / mass) if mass > 0 else 0.0
-    gate_KN = torch.from_numpy(share_NK.T.copy()).to(inputs_NN.device)
-    up_KN = torch.from_numpy((share_NK * coupling.sign_NK).T.copy()).to(gate_KN.device)
-    return Merge(kept, gate_KN, up_KN, moved)
+def barycentres(alike: Alike, *, least_cosine: float) -> Merge:
+    """New reader rows: kept neurons plus those removed ones that resemble their target enough."""
+    some = alike.cosine_M >= least_cosine
+    source_M, target_M, mass_M = alike.source_M[some], alike.target_M[some], alike.mass_M[some]
+    kept_K = alike.kept.cpu().numpy()
+    total_K = np.bincount(target_M, mass_M, minlength=len(kept_K))
+    removed = np.delete(alike.mass_N, kept_K).sum()
+    moved = mass_M[kept_K[target_M] != source_M].sum()
+    parts = (np.stack([target_M, source_M]), mass_M / total_K[target_M], alike.sign_M[some])
+    tensors = (torch.from_numpy(part).to(alike.kept.device) for part in parts)
+    made = Shares((len(kept_K), len(alike.mass_N)), *tensors)
+    return Merge(alike.kept, made, float(moved / removed) if removed > 0 else 0.0)

@@ -21,6 +21,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from dotexport.merging.positive import inverse
+from dotexport.merging.refit import Moments, Ridge
+
+GATHERED = 1024  # columns of weights that are copied at once
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -74,10 +79,11 @@ class _State:
     def scores(self, alive: Tensor) -> Tensor:
         """tr(W_S (G_SS)^-1 W_S^T) of the groups that are alive."""
         groups_AS = self.groups_NS[alive]
-        weight_ASO = self.weight_OI.T[groups_AS]
         if groups_AS.shape[1] == 1:
-            diagonal_A = self.inverse_II.diagonal()[groups_AS[:, 0]]
-            return weight_ASO[:, 0].square().sum(1) / diagonal_A
+            columns_A = groups_AS[:, 0]
+            blocks = [self.weight_OI.T[some].square().sum(1) for some in columns_A.split(GATHERED)]
+            return torch.cat(blocks) / self.inverse_II.diagonal()[columns_A]
+        weight_ASO = self.weight_OI.T[groups_AS]
         inverse_ASS = self.inverse_II[groups_AS[:, :, None], groups_AS[:, None, :]]
         # One by one: with several threads MKL fails on a batch of matrices this large.
         solved_ASO = torch.stack(list(map(torch.linalg.solve, inverse_ASS, weight_ASO)))
@@ -112,8 +118,24 @@ def greedy(problems: Sequence[Problem], count: int, *, block: int | None = None)
     groups, `block` of them leave per step, chosen one by one among the cheapest few, which makes
     the downdate of all the others one product of matrices.
     """
-    states = [_State.of(problem) for problem in problems]
-    block = block or max(1, len(problems[0].groups_NS) // 128)
+    return _removal([_State.of(problem) for problem in problems], count, block)
+
+
+def greedy_inputs(
+    moments: Moments, writer_OI: Tensor, groups_NS: Tensor, count: int, *, damping: float
+) -> Removal:
+    """The same for one writer: its best weights and its inverse come of one factor.
+
+    Where the damping leaves the Hessian singular, it is as much as a fit would need.
+    """
+    solve = Ridge(moments, writer_OI)
+    factor_II = solve.factor(damping)
+    weight_OI = solve.weights(factor_II, last=True)
+    return _removal([_State(weight_OI, inverse(factor_II), groups_NS)], count, None)
+
+
+def _removal(states: Sequence[_State], count: int, block: int | None) -> Removal:
+    block = block or max(1, len(states[0].groups_NS) // 128)
     order_C, cost_C = _greedy(states, count, block)
     return Removal(tuple(order_C.tolist()), tuple(accumulate(cost_C.tolist())))
 

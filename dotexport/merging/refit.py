@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from dotexport.merging.gram import Gram
+from dotexport.merging.positive import factored, solved
 from dotexport.processes.processes import Processes
 
 Solve = Callable[[float], Tensor]
@@ -26,8 +28,7 @@ Solver = Callable[["Moments", Tensor], Solve]
 
 # In units of the mean diagonal of the inputs' Gram matrix.
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-
-PANEL = 384  # columns of a Gram matrix that are multiplied at once
+ROWS = 512  # of a prior in float64 at once
 
 
 @dataclass
@@ -35,14 +36,14 @@ class Moments:
     """Second moments of inputs z and targets t, summed over tokens.
 
     Attributes:
-        inputs_II: sum of z z^T.
+        inputs: sum of z z^T.
         cross_OI: sum of t z^T.
         metric_OO: how errors in t are weighed, e^T metric e; None is the identity.
         targets: sum of t^T metric t.
         count: number of tokens, by what they count for.
     """
 
-    inputs_II: Tensor
+    inputs: Gram
     cross_OI: Tensor
     metric_OO: Tensor | None = None
     targets: float = 0.0
@@ -57,13 +58,12 @@ class Moments:
         metric_OO: Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> Moments:
-        inputs_II = torch.zeros(num_in, num_in, dtype=torch.float64, device=device)
         cross_OI = torch.zeros(num_out, num_in, dtype=torch.float64, device=device)
-        return cls(inputs_II, cross_OI, metric_OO)
+        return cls(Gram.zeros(num_in, device), cross_OI, metric_OO)
 
     def add(self, inputs_TI: Tensor, targets_TO: Tensor) -> None:
         """Take up a batch of tokens."""
-        self.inputs_II += gram(inputs_TI)
+        self.inputs.add(inputs_TI)
         self.cross_OI += targets_TO.T @ inputs_TI
         metric_OO = None if self.metric_OO is None else self.metric_OO.to(targets_TO.dtype)
         felt_TO = targets_TO if metric_OO is None else targets_TO @ metric_OO
@@ -75,34 +75,29 @@ class Moments:
     def sum_over(self, processes: Processes) -> None:
         """Take up what the others have."""
         parts = [torch.as_tensor(part, dtype=torch.float64) for part in (self.targets, self.count)]
-        numbers_P = torch.stack([part.to(self.inputs_II.device) for part in parts])
-        processes.sum(self.inputs_II, self.cross_OI, numbers_P)
+        numbers_P = torch.stack([part.to(self.cross_OI.device) for part in parts])
+        processes.sum(*self.inputs.stored, self.cross_OI, numbers_P)
         self.targets, self.count = float(numbers_P[0]), int(numbers_P[1])
 
     def __add__(self, other: Moments) -> Moments:
         return replace(
             self,
-            inputs_II=self.inputs_II + other.inputs_II,
+            inputs=self.inputs + other.inputs,
             cross_OI=self.cross_OI + other.cross_OI,
             targets=self.targets + other.targets,
             count=self.count + other.count,
         )
 
-    def times(self, share: float) -> Moments:
-        """The sums as if every token counted for so many."""
-        return replace(
-            self,
-            inputs_II=self.inputs_II * share,
-            cross_OI=self.cross_OI * share,
-            targets=self.targets * share,
-            count=self.count * share,
-        )
+    def take(self, other: Moments, share: float) -> None:
+        """Take up another's sums, as if every token counted for so many."""
+        self.inputs.take(other.inputs, share)
+        self.cross_OI.add_(other.cross_OI, alpha=share)
+        self.targets += other.targets * share
+        self.count += other.count * share
 
     def of(self, kept: Tensor) -> Moments:
         """The same sums for a subset of the inputs."""
-        return replace(
-            self, inputs_II=self.inputs_II[kept][:, kept], cross_OI=self.cross_OI[:, kept]
-        )
+        return replace(self, inputs=self.inputs.among(kept), cross_OI=self.cross_OI[:, kept])
 
     def given_last(self) -> Moments:
         """The sums after the last input has explained what it can of the others and the targets.
@@ -110,20 +105,21 @@ class Moments:
         With a last input of ones these are covariances: neurons are then chosen as if every writer
         had a bias, which it has.
         """
-        last_I, answer_O = self.inputs_II[-1, :-1], self.cross_OI[:, -1]
-        energy = self.inputs_II[-1, -1].clamp_min(1e-30)
+        row_I, answer_O = self.inputs.last, self.cross_OI[:, -1]
+        energy = row_I[-1].clamp_min(1e-30)
         return replace(
             self,
-            inputs_II=self.inputs_II[:-1, :-1] - torch.outer(last_I, last_I) / energy,
-            cross_OI=self.cross_OI[:, :-1] - torch.outer(answer_O, last_I) / energy,
+            inputs=self.inputs.given_last(),
+            cross_OI=self.cross_OI[:, :-1] - torch.outer(answer_O, row_I[:-1]) / energy,
             targets=self.targets - float((self.weigh(answer_O[:, None])[:, 0] @ answer_O) / energy),
         )
 
     def loss(self, weights_OI: Tensor) -> float:
         """Mean over tokens of |t - W z|^2 in the metric, from the sums alone."""
+        weights_OI = weights_OI.double()
         weighed_OI = self.weigh(weights_OI)
         explained = 2 * (weighed_OI * self.cross_OI).sum()
-        spent = ((weighed_OI @ self.inputs_II) * weights_OI).sum()
+        spent = self.inputs.form(weighed_OI, weights_OI)
         return max(float(self.targets - explained + spent) / max(self.count, 1), 0.0)
 
     @property
@@ -134,18 +130,6 @@ class Moments:
     def weigh(self, errors_OX: Tensor) -> Tensor:
         """The metric times these errors."""
         return errors_OX if self.metric_OO is None else self.metric_OO @ errors_OX
-
-
-def gram(features_TI: Tensor) -> Tensor:
-    """z^T z, (I, I), in the dtype of z; symmetric, so that half of the products are enough."""
-    width = features_TI.shape[1]
-    gram_II = features_TI.new_empty(width, width)
-    for start in range(0, width, PANEL):
-        panel = slice(start, min(start + PANEL, width))
-        above_AP = features_TI[:, : panel.stop].T @ features_TI[:, panel]
-        gram_II[: panel.stop, panel] = above_AP
-        gram_II[panel, : panel.stop] = above_AP.T
-    return gram_II
 
 
 @dataclass(frozen=True)
@@ -175,24 +159,47 @@ class Fit:
         return {"error": self.error, "analytic_error": self.analytic_error, "ridge": ridge}
 
 
-def ridge_solver(moments: Moments, prior_OI: Tensor) -> Solve:
+@dataclass
+class Ridge:
     """argmin_W  E|t - W z|^2 + lam |W - prior|^2, with lam = ridge x mean diagonal of E z z^T.
 
     The ridge pulls toward the analytic weights, never toward zero.
     """
-    residual_IO = (moments.cross_OI - prior_OI @ moments.inputs_II).T
-    mean = float(moments.inputs_II.diagonal().mean())
 
-    def solve(ridge: float) -> Tensor:
-        damped_II = moments.inputs_II.clone()
-        damped_II.diagonal().add_(max(ridge * mean, 1e-30))
-        factor_II, failed = torch.linalg.cholesky_ex(damped_II)
-        if failed:  # singular beyond what this ridge lifts: the next stronger one
-            return solve(max(10 * ridge, 1e-12))
-        solved_OI: Tensor = prior_OI + torch.cholesky_solve(residual_IO, factor_II).T
-        return solved_OI
+    moments: Moments
+    prior_OI: Tensor
+    residual_IO: Tensor = field(init=False)
 
-    return solve
+    def __post_init__(self) -> None:
+        inputs_II = self.moments.inputs.full()
+        said_OI = inputs_II.new_empty(self.prior_OI.shape)
+        for own, prior in zip(said_OI.split(ROWS), self.prior_OI.split(ROWS), strict=True):
+            torch.matmul(prior.double(), inputs_II, out=own)
+        self.residual_IO = said_OI.neg_().add_(self.moments.cross_OI).T
+
+    def factor(self, ridge: float) -> Tensor:
+        """Cholesky factor of E z z^T + lam; where that is singular, with the next stronger ridge
+        that lifts it."""
+        while True:
+            damped_II = self.moments.inputs.full()
+            mean = float(self.moments.inputs.diagonal().mean())
+            damped_II.diagonal().add_(max(ridge * mean, 1e-30))
+            factor_II, failed = factored(damped_II)
+            if not failed:
+                return factor_II
+            del damped_II, factor_II
+            ridge = max(10 * ridge, 1e-12)
+
+    def weights(self, factor_II: Tensor, *, last: bool = False) -> Tensor:
+        """Args: last: nothing is asked again, and the residual gives its place."""
+        right_IO = self.residual_IO if last else self.residual_IO.clone()
+        return solved(factor_II, right_IO).T.add_(self.prior_OI)
+
+
+def ridge_solver(moments: Moments, prior_OI: Tensor) -> Solve:
+    """`Ridge` as a function of its strength."""
+    problem = Ridge(moments, prior_OI)
+    return lambda ridge: problem.weights(problem.factor(ridge))
 
 
 def ridge_solve(moments: Moments, prior_OI: Tensor, ridge: float) -> Tensor:
@@ -208,7 +215,7 @@ def gain_solver(moments: Moments, prior_OI: Tensor, *, map_OI: Tensor) -> Solve:
     """
     weighed_OI = moments.weigh(map_OI)
     prior_I = (map_OI * prior_OI).sum(0) / map_OI.square().sum(0)
-    normal_II = (map_OI.T @ weighed_OI) * moments.inputs_II
+    normal_II = (map_OI.T @ weighed_OI) * moments.inputs.full()
     mean = float(normal_II.diagonal().mean())
     residual_I = (weighed_OI * moments.cross_OI).sum(0) - normal_II @ prior_I
 
@@ -295,5 +302,5 @@ def compensate(
     C is the Gram matrix of all inputs; no target is involved, only the weights themselves. Where
     C_SS is singular, a trace of a ridge toward W_S decides.
     """
-    all_to_kept = replace(moments, cross_OI=weights_OI @ moments.inputs_II).of(kept)
+    all_to_kept = replace(moments, cross_OI=weights_OI.double() @ moments.inputs.full()).of(kept)
     return ridge_solve(all_to_kept, weights_OI[:, kept], damping)

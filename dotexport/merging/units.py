@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from dotexport.merging.ot.coupling import Coupling
+from dotexport.merging.ot.coupling import Coupling, Summary
 from dotexport.merging.refit import Moments
 from dotexport.merging.transport_options import TransportOptions
 
@@ -64,7 +64,7 @@ class Units(Protocol):
         kept: Tensor,
         options: TransportOptions,
         keys_NN: Tensor | None,
-    ) -> tuple[Coupling, Iterable[Any]]:
+    ) -> tuple[Coupling | Summary, Iterable[Any]]:
         """The transport of all units onto the kept ones, and choices from strict to loose.
 
         Args:

@@ -209,6 +209,13 @@ class Layer:
         module = self.module.get_submodule(name.rpartition(".")[0])
         return None if isinstance(module, nn.Identity) else module
 
+    def forget(self, sublayer: Sublayer) -> None:
+        """Let go of the matrices of a sublayer that nothing passes through any more."""
+        for linear in (*sublayer.readers, sublayer.writer):
+            if linear != sublayer.router:  # of which rows are counted
+                for name in self.names(linear):
+                    self.assign(f"{name}.weight", torch.empty(0))
+
     def leaves(self, names: list[str]) -> list[Tensor]:
         """These parameters as leaves of a graph: an optimiser may move them in place."""
         for name in names:

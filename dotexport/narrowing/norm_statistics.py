@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dotexport.merging.gram import gram
 from dotexport.merging.ot.cost import Array
-from dotexport.merging.refit import gram
 from dotexport.models.family import Sublayer
 from dotexport.models.layers import Layer
 from dotexport.narrowing.original import Original, embed, metric

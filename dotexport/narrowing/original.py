@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dotexport.merging.refit import gram
+from dotexport.merging.gram import gram
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.family import Family
 from dotexport.models.layers import Layer, Stock, layer_tensors

@@ -359,7 +359,7 @@ class Narrowing:
             gamma_K = self._shared_head_gamma()
             narrow_VK = self._table_VK
         tensors[norm] = gamma_K - float(family.unit_offset)
-        self._judge(head_VD, narrow_VK.float() * gamma_K.float())
+        self._judge(head_VD, narrow_VK * gamma_K.float())
         costs = [astuple(cost) for cost in self.costs]
         self._keep(HEAD, tensors, sites=self.records[records:], costs=costs)
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn.functional import linear as apply_linear
 from torch.nn.functional import pad
 
-from dotexport.merging.ot.coupling import Coupling
-from dotexport.merging.refit import Fit, Moments, compensate, fit, gain_solver, gram
+from dotexport.merging.gram import gram
+from dotexport.merging.ot.coupling import Coupling, Summary
+from dotexport.merging.refit import Fit, Moments, compensate, fit, gain_solver
 from dotexport.merging.units import Choice, Units
 from dotexport.models.family import Linear, Sublayer
 from dotexport.models.layers import Layer
@@ -83,6 +84,7 @@ class Site:
             seen = self.sublayer.norm or f"{self.sublayer.module}, as it is"
             yield {"site": seen, **self._refit_readers().as_dict()}
         self.streams.advance_original(lambda x: self.teacher.after(self.sublayer, x))
+        self.teacher.forget(self.sublayer)
         self.pass_over()
         yield from self._narrow_writers()
         if self.options.local and self.options.refit and self._worth_healing:
@@ -157,10 +159,10 @@ class Site:
 
     def _analytic_writer(self) -> Tensor:
         """E^T W, and E^T b as the last column where there is a bias."""
-        weight_KN = self.student.tensor(f"{self.sublayer.writer.name}.weight").double()
+        weight_KN = self.student.tensor(f"{self.sublayer.writer.name}.weight")
         if self._bias is not None:
             weight_KN = torch.column_stack([weight_KN, self._bias])
-        return self._behind.folded(weight_KN) if self._behind else weight_KN
+        return self._behind.folded(weight_KN.double()) if self._behind else weight_KN
 
     def _unfolded(self, weights_KI: Tensor) -> Tensor:
         return self._behind.unfolded(weights_KI) if self._behind else weights_KI
@@ -184,12 +186,12 @@ class Site:
             return self._fit(train, held, analytic_KI), analytic_KI, {}
         choice, coupling, candidates = self._choose(train + held, analytic_KI[:, :width])
         kept = choice.kept if self._bias is None else pad(choice.kept, (0, 1), value=width)
-        # Weights to fall back on; a choice by magnitude knows nothing of the neurons that leave.
-        by_magnitude = self.method == "select"
-        prior_KI = self.streams.processes.agreed(
-            lambda: analytic_KI[:, kept] if by_magnitude else compensate(train, analytic_KI, kept)
-        )
-        fitted = self._fit(train.of(kept), held.of(kept), prior_KI)
+        prior = partial(self._fall_back, train, analytic_KI, kept)
+        prior_KI = self.streams.processes.agreed(prior)
+        del prior
+        train, held = train.of(kept), held.of(kept)
+        fitted = self._fit(train, held, prior_KI)
+        del train, held  # those of a merge need their room
         rows = {name: self.student.tensor(name) for _, name in self._reader_rows()}
         self._shorten_inner_norms(choice)
         self._apply(choice, rows)
@@ -198,9 +200,14 @@ class Site:
         report = {"kept": self._count(choice), "moved_mass": choice.moved}
         return fitted, prior_KI, report | (coupling.as_dict() if coupling else {})
 
+    def _fall_back(self, train: Moments, analytic_KI: Tensor, kept: Tensor) -> Tensor:
+        """Weights of the kept ones; a choice by magnitude knows nothing of those that leave."""
+        by_magnitude = self.method == "select"
+        return analytic_KI[:, kept] if by_magnitude else compensate(train, analytic_KI, kept)
+
     def _choose(
         self, moments: Moments, writer_KN: Tensor
-    ) -> tuple[Choice, Coupling | None, Iterable[Choice]]:
+    ) -> tuple[Choice, Coupling | Summary | None, Iterable[Choice]]:
         """The units that stay, and merges of the others into them from strict to loose."""
         if self._bias is not None:
             moments = moments.given_last()

@@ -194,12 +194,12 @@ class Streams:
             sums[kind].add(z_TI, t_TO)
         sums = self._summed(sums, metric_OO)
         for moments in sums.values():
-            check_finite(moments.inputs_II.diagonal().sum() + moments.targets)
+            check_finite(moments.inputs.diagonal().sum() + moments.targets)
         # A single window is both: nothing can be held out of it.
         held = sums.get(HELD_OUT, sums[FITTED])
         if (other := sums.get(OTHER)) and HELD_OUT in sums:
             kinds = self.of_its_kind, self.held_out & self.other
-            held = held + other.times(len(kinds[0]) / len(kinds[1]))
+            held.take(other, len(kinds[0]) / len(kinds[1]))
         return sums[FITTED], held
 
     def _summed(self, sums: dict[str, Moments], metric_OO: Tensor | None) -> dict[str, Moments]:

@@ -21,7 +21,7 @@ import torch
 
 from dotexport.axes.plan import Plan
 from dotexport.healing.heal_options import HealOptions, Schedule
-from dotexport.merging.refit import PANEL
+from dotexport.merging.gram import PANEL
 from dotexport.models.family import Family, Sublayer
 from dotexport.models.shapes import Sizes
 from dotexport.narrowing.basis import LEARNING_STEPS

@@ -28,6 +28,7 @@ from dotexport.models.family import Family
 from dotexport.models.memory import fits
 from dotexport.models.shapes import Sizes, cached_numbers, num_parameters, shapes
 from dotexport.narrowing.prepare import WIDE, multiplies_bfloat16, pick_device, usual_passes
+from dotexport.narrowing.streams import TOKENS_PER_BATCH
 from dotexport.sizes.allocation import CHECKED, rehearsals
 from dotexport.sizes.budget import (
     bytes_per_parameter,
@@ -53,8 +54,10 @@ FINER = 0.9  # sizes off the best grid must be expected to cost this much less
 WINDOW = 2048  # tokens, or the model's context
 CACHE_BYTES = 4  # of a number in the KV cache, where a target does not say
 LOADED = 700_000_000  # an interpreter with torch and transformers, before any model
-# (I, I) matrices of float64 at once: moments twice, their sum, factors, inverses and products.
-SOLVED = 10
+# At once while neurons are chosen: matrices (I, I) of float64, two halves and one that is factored,
+# and arrays as large as the writer, (I, K): cross moments of three sums, a residual, a solution.
+SOLVED, WRITERS = 2, 5
+ACTIVATIONS = 5  # arrays of a batch of tokens and all neurons at once, in float32
 TRAINING_FREE = "as they are without healing"
 
 
@@ -430,8 +433,9 @@ def shrink_memory(
 ) -> int:
     """Estimated peak of narrowing, with calibration text of shrink's defaults.
 
-    Both streams over the text and one layer of each model in float32, beside it either a table in
-    both widths (the original's twice) or the sums and solves of the widest refit in float64.
+    Both streams over the text, and either a table in both widths in float32 (the original's twice),
+    or a layer, whose original is let go of as its stream passes, with the widest refit: sums in
+    float64, half of each matrix (merging/gram.py), and a batch of activations or what is solved.
     Streams beyond a quarter of the free memory lie on disk instead (narrowing/streams.py). Before
     that the original is there as a whole, where it fits, and says the second text. Of several
     processes each has its share of the streams; this is the first one's.
@@ -444,13 +448,15 @@ def shrink_memory(
     table = 4 * before.vocab_size * (2 * stream + narrower)
     inside = {"residual", *(linear.in_ for linear in decided.family.linears)}
     widest = max(before.spaces[space] for space in inside)
-    solves = 8 * SOLVED * widest**2
-    layer = 4 * (_layer(decided.family, before) + _layer(decided.carrier, after))
+    square, writer = 8 * widest**2, 8 * widest * narrower
+    passing = square + 2 * writer + 4 * ACTIVATIONS * min(tokens, TOKENS_PER_BATCH) * widest
+    solving = SOLVED * square + WRITERS * writer
+    layer = 4 * _layer(decided.family, before)
     device = pick_device("auto")
-    halves = stream >= WIDE and multiplies_bfloat16(device)
-    whole = decided.parameters_before * (2 if halves else 4)
+    short = stream >= WIDE and multiplies_bfloat16(device)
+    whole = decided.parameters_before * (2 if short else 4)
     sampling = whole if fits(whole, device) else 0
-    return LOADED + max(sampling, streams + layer + max(table, solves))
+    return LOADED + max(sampling, streams + max(table, layer + max(passing, solving)))
 
 
 def _passes(config: Mapping[str, Any], decided: Plan) -> torch.dtype:

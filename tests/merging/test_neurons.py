@@ -80,21 +80,20 @@ def test_of_two_copies_one_leaves_and_the_other_takes_over_all_of_it(sign: float
     kept = choose_by_obs(sums, WRITER_ON, 7)
     gone = (set(range(8)) - set(kept.tolist())).pop()
     assert gone in (1, 6)
-    merge = barycentres(
-        sums.inputs_II, transport(sums, WRITER_ON, kept, TransportOptions()), kept, least_cosine=0.9
-    )
+    merge = barycentres(transport(sums, WRITER_ON, kept, TransportOptions()), least_cosine=0.9)
     assert merge.moved > 0.5
-    assert merge.up_KN is not None
+    up_KN = merge.mix("mlp")
+    assert up_KN is not None
     # The new up row is a mean of the two with the right sign: for copies, the kept one itself.
-    up_TK = twin_TN @ merge.up_KN.T
+    up_TK = twin_TN @ up_KN.to_dense().T
     torch.testing.assert_close(up_TK, twin_TN[:, kept])
 
 
 def test_nothing_moves_where_no_neuron_resembles_another() -> None:
     apart_TN = torch.linalg.qr(torch.randn(300, 8, dtype=torch.float64)).Q
     sums, kept = moments(apart_TN), torch.arange(5)
-    coupling = transport(sums, WRITER_ON, kept, TransportOptions())
-    merge = barycentres(sums.inputs_II, coupling, kept, least_cosine=0.5)
+    alike = transport(sums, WRITER_ON, kept, TransportOptions())
+    merge = barycentres(alike, least_cosine=0.5)
     assert merge.moved == 0
     rows_NX = torch.randn(8, 3, dtype=torch.float64)
     for space in ("gate", "mlp"):
@@ -105,12 +104,13 @@ def test_gates_take_no_signs() -> None:
     twin_TN = NEURONS_TN.clone()
     twin_TN[:, 6] = -twin_TN[:, 1]
     sums, kept = moments(twin_TN), torch.arange(6)
-    coupling = transport(sums, WRITER_ON, kept, TransportOptions())
-    merge = barycentres(sums.inputs_II, coupling, kept, least_cosine=0.9)
-    assert merge.gate_KN is not None
-    assert merge.up_KN is not None
-    assert merge.gate_KN.min() >= 0
-    assert merge.up_KN[1, 6] < 0
+    alike = transport(sums, WRITER_ON, kept, TransportOptions())
+    merge = barycentres(alike, least_cosine=0.9)
+    gate_KN, up_KN = merge.mix("gate"), merge.mix("mlp")
+    assert gate_KN is not None
+    assert up_KN is not None
+    assert gate_KN.to_dense().min() >= 0
+    assert up_KN.to_dense()[1, 6] < 0
 
 
 def test_importance_is_rms_activation_times_outgoing_norm() -> None:

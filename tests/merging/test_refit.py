@@ -38,7 +38,7 @@ def moments(
 
 def test_moments_of_two_halves_add_up_to_those_of_the_whole() -> None:
     parts = moments(INPUTS_TI[:150], TARGETS_TO[:150]) + moments(INPUTS_TI[150:], TARGETS_TO[150:])
-    torch.testing.assert_close(parts.inputs_II, moments().inputs_II)
+    torch.testing.assert_close(parts.inputs.full(), moments().inputs.full())
     torch.testing.assert_close(parts.cross_OI, moments().cross_OI)
     assert parts.count == 400
 
@@ -63,7 +63,7 @@ def test_without_ridge_the_solution_is_that_of_least_squares() -> None:
 def test_the_ridge_pulls_toward_the_prior_and_not_toward_zero() -> None:
     """As extra tokens whose target is what the prior says: the textbook form of a ridge."""
     ridge = 0.5
-    lam = ridge * float(moments().inputs_II.diagonal().mean())
+    lam = ridge * float(moments().inputs.full().diagonal().mean())
     extra_II = math.sqrt(lam) * torch.eye(6, dtype=torch.float64)
     rows = torch.cat([INPUTS_TI, extra_II]), torch.cat([TARGETS_TO, extra_II @ PRIOR_OI.T])
     reference_OI = torch.linalg.lstsq(*rows).solution.T
@@ -114,7 +114,7 @@ def test_sums_given_a_last_input_of_ones_are_covariances() -> None:
     given = moments(ones_TI, shifted_TO).given_last()
     centred_TI, centred_TO = shifted_TI - shifted_TI.mean(0), shifted_TO - shifted_TO.mean(0)
     expected = moments(centred_TI, centred_TO)
-    torch.testing.assert_close(given.inputs_II, expected.inputs_II)
+    torch.testing.assert_close(given.inputs.full(), expected.inputs.full())
     torch.testing.assert_close(given.cross_OI, expected.cross_OI)
     assert given.targets == pytest.approx(expected.targets)
 

@@ -6,6 +6,7 @@ Shapes: N windows, L tokens per window, D width before, K after, T tokens.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -120,14 +121,41 @@ def test_full_width_in_a_rotation_leaves_readers_and_writers_what_they_were(
     sublayer: Sublayer, options: NarrowOptions
 ) -> None:
     made = site(sublayer, orthonormal(D), options)
+    before = made.teacher.tensors()  # which it lets go of
     narrowed(made)
     for linear in (*sublayer.readers, sublayer.writer):
-        weight = made.teacher.tensor(f"{linear.name}.weight").double()
+        weight = before[f"{linear.name}.weight"].double()
         rotated = weight @ made.E_DK if linear in sublayer.readers else made.E_DK.T @ weight
         found = made.student.tensor(f"{linear.name}.weight").double()
         # Streams are in float32, whose rounding a fit of nothing but itself may follow.
         torch.testing.assert_close(found, rotated, atol=1e-4, rtol=0)
     assert error(made) < 1e-10
+
+
+def held(kind: str) -> int:
+    """Bytes that this process has or had in memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(kind))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux says the peak")
+def test_a_wide_mlp_is_narrowed_in_the_room_of_two_matrices_of_its_width() -> None:
+    """Of float64: a half for what is fitted on, one for what judges, and one that is factored. What
+    grows with the width alone is less than half of one."""
+    wide = 2048
+    tensors = weights() | {
+        "mlp.gate_proj.weight": 0.3 * noise(wide, D, seed=1),
+        "mlp.up_proj.weight": 0.3 * noise(wide, D, seed=2),
+        "mlp.down_proj.weight": 0.3 * noise(D, wide, seed=3),
+    }
+    made = site(MLP, torch.eye(D).double(), BARE, tensors=tensors, width=1792)
+    made.units = Neurons(wide)
+    narrowed(site(MLP, orthonormal(D), BARE, width=12))  # what is imported on the way
+    ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: what is freed is given back
+    before = held("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    assert narrowed(made)[-1]["kept"] == 1792
+    assert 1.5 < (held("VmHWM") - before) / (8 * wide**2) < 2.5
 
 
 @pytest.mark.parametrize("refit", [True, False])
@@ -195,6 +223,7 @@ def test_refits_are_least_squares_over_the_tokens_themselves(
     each token in units of the original's stream behind it. Held-out windows are not among them."""
     made = site(sublayer, orthonormal(16), BARE, drift=0.1, width=width)
     x_NLD, r_NLK = made.streams.original_NLD.clone(), made.streams.narrowed_NLK.clone()
+    before = made.teacher.tensors()  # which it lets go of
     narrowed(made)
     fitted = [n for n in range(len(x_NLD)) if n not in made.streams.held_out]
     assert len(fitted) < len(x_NLD)
@@ -204,7 +233,7 @@ def test_refits_are_least_squares_over_the_tokens_themselves(
     map_KD = torch.linalg.lstsq(seen_TK, saw_TD).solution
     for linear in sublayer.readers:
         name = f"{linear.name}.weight"
-        wanted_RK = made.teacher.tensor(name).double() @ map_KD.T
+        wanted_RK = before[name].double() @ map_KD.T
         gap_JRK = made.student.tensor(name)[:, None] - wanted_RK
         # Rows that stay are each one of the wanted ones. Weights are kept in float32.
         assert gap_JRK.abs().amax(2).amin(1).max() < 1e-5

@@ -83,7 +83,7 @@ def test_moments_of_both_parts_are_sums_over_their_own_windows(metric: bool) -> 
         t_TD = walked.original_NLD[windows].flatten(0, 1).double()
         weighed_TD = t_TD if metric_DD is None else t_TD @ metric_DD
         # Products of a batch are float32: off by its rounding, of sums as large as a diagonal's.
-        torch.testing.assert_close(sums.inputs_II, z_TK.T @ z_TK, rtol=1e-6, atol=1e-3)
+        torch.testing.assert_close(sums.inputs.full(), z_TK.T @ z_TK, rtol=1e-6, atol=1e-3)
         torch.testing.assert_close(sums.cross_OI, t_TD.T @ z_TK, rtol=1e-6, atol=1e-3)
         assert sums.targets == pytest.approx(float((weighed_TD * t_TD).sum()), rel=1e-6)
         assert sums.count == len(windows) * L
@@ -104,7 +104,7 @@ def test_of_either_kind_a_share_is_held_out_and_both_judge_as_much() -> None:
         grams.append(z_TK.T @ z_TK)
     # Products of a batch are float32.
     wanted = grams[0] + grams[1] * 2
-    torch.testing.assert_close(held.inputs_II, wanted, rtol=1e-6, atol=1e-3)
+    torch.testing.assert_close(held.inputs.full(), wanted, rtol=1e-6, atol=1e-3)
 
 
 def test_other_text_too_short_to_hold_any_out_is_fitted_on() -> None:

@@ -28,11 +28,20 @@ def cosine(gram_NN: Array, kept_K: Indices) -> Array:
 
     `gram_NN` is the sum over tokens of a a^T. A neuron that never fires has cosine 0 with all.
     """
-    norm_N = np.sqrt(np.maximum(np.diag(gram_NN), 0.0))
-    scale_NK = norm_N[:, None] * norm_N[kept_K][None]
-    cosine_NK: Array = np.divide(
-        gram_NN[:, kept_K], scale_NK, out=np.zeros_like(scale_NK), where=scale_NK > 0
-    )
+    norm_N = norms(np.diag(gram_NN))
+    return cosines(gram_NN[:, kept_K], norm_N, norm_N[kept_K])
+
+
+def norms(diagonal_N: Array) -> Array:
+    """Length of each activation vector, from the diagonal of their Gram matrix."""
+    norm_N: Array = np.sqrt(np.maximum(diagonal_N, 0.0))
+    return norm_N
+
+
+def cosines(gram_NK: Array, norm_N: Array, norm_K: Array) -> Array:
+    """The same for some neurons, from their products with the kept ones."""
+    scale_NK = norm_N[:, None] * norm_K[None]
+    cosine_NK: Array = np.divide(gram_NK, scale_NK, out=np.zeros_like(scale_NK), where=scale_NK > 0)
     return np.clip(cosine_NK, -1.0, 1.0)
 
 
@@ -48,10 +57,19 @@ def activation_distance(gram_NN: Array, kept_K: Indices) -> Cost:
     [0.0, 0.0]
     """
     cosine_NK = cosine(gram_NN, kept_K)
+    return distance(cosine_NK, largest_distance(cosine_NK))
+
+
+def distance(cosine_NK: Array, largest: float) -> Cost:
+    """That of neurons with these cosines, in units of the largest of all."""
     sign_NK = np.where(cosine_NK < 0, -1.0, 1.0)
     distance_NK = np.sqrt(np.maximum(2.0 - 2.0 * sign_NK * cosine_NK, 0.0))
-    largest = distance_NK.max(initial=0.0)
     return Cost(distance_NK / largest if largest > 0 else distance_NK, sign_NK)
+
+
+def largest_distance(cosine_NK: Array) -> float:
+    """Between neurons with these cosines: that of the least alike."""
+    return float(np.sqrt(2.0 - 2.0 * np.abs(cosine_NK).min(initial=1.0)))
 
 
 def same_sign_distance(gram_NN: Array, kept_K: Indices) -> Cost:

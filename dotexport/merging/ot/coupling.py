@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,23 +42,51 @@ class Coupling:
     @property
     def sources_per_target(self) -> float:
         """Effective number of sources per target: exp of the mean entropy of the plan's columns."""
-        column_NK = self.plan_NK / np.maximum(self.plan_NK.sum(0, keepdims=True), 1e-300)
-        entropy_K = -(column_NK * np.log(np.maximum(column_NK, 1e-300))).sum(0)
-        return float(np.exp(entropy_K.mean()))
+        return Summary.of([self]).sources_per_target
 
     def as_dict(self) -> dict[str, float]:
         """What a report says about this site."""
-        return {
-            "transport_cost": self.cost,
-            "sources_per_target": self.sources_per_target,
-            "marginal_error": self.marginal_error,
-        }
+        return Summary.of([self]).as_dict()
 
     def merge_map(self) -> Array:
         """M_NK: column j holds the signed weights with which the sources make up target j."""
         total_K = np.maximum(self.plan_NK.sum(0, keepdims=True), 1e-300)
         merge_NK: Array = self.sign_NK * self.plan_NK / total_K
         return merge_NK
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a report says of a plan, all of whose rows have been seen once.
+
+    Attributes:
+        sources_per_target: exp of the mean entropy of the columns. That of p / c, where c is the
+            sum of a column, is log c - (sum of p log p) / c.
+    """
+
+    cost: float
+    sources_per_target: float
+    marginal_error: float
+
+    @classmethod
+    def of(cls, blocks: Iterable[Coupling]) -> Summary:
+        """Of a plan in blocks of rows."""
+        cost = error = total_K = logs_K = 0.0
+        for block in blocks:
+            plan_NK = block.plan_NK
+            cost, error = cost + block.cost, error + block.marginal_error
+            total_K = total_K + plan_NK.sum(0)
+            logs_K = logs_K + (plan_NK * np.log(np.maximum(plan_NK, 1e-300))).sum(0)
+        total_K = np.maximum(total_K, 1e-300)
+        entropy_K = np.log(total_K) - logs_K / total_K
+        return cls(cost, float(np.exp(entropy_K.mean())), error)
+
+    def as_dict(self) -> dict[str, float]:
+        return {
+            "transport_cost": self.cost,
+            "sources_per_target": self.sources_per_target,
+            "marginal_error": self.marginal_error,
+        }
 
 
 def couple(cost: Cost, mass_N: Array, options: TransportOptions) -> Coupling:
@@ -69,8 +98,18 @@ def couple(cost: Cost, mass_N: Array, options: TransportOptions) -> Coupling:
     """
     if options.plan == "balanced":
         return _balanced(cost, options)
-    mass_N = mass_N / mass_N.sum() if mass_N.sum() > 0 else np.full_like(mass_N, 1 / len(mass_N))
-    plan_NK = mass_N[:, None] * nearest_targets(cost.cost_NK, epsilon=options.epsilon)
+    return semi_relaxed(cost, shares(mass_N), epsilon=options.epsilon)
+
+
+def shares(mass_N: Array) -> Array:
+    """Mass scaled to sum 1; where there is none, all have as much."""
+    total = mass_N.sum()
+    return mass_N / total if total > 0 else np.full_like(mass_N, 1 / len(mass_N))
+
+
+def semi_relaxed(cost: Cost, mass_N: Array, *, epsilon: float) -> Coupling:
+    """The plan of some sources, whatever others do: only their own mass is fixed."""
+    plan_NK = mass_N[:, None] * nearest_targets(cost.cost_NK, epsilon=epsilon)
     return _coupling(plan_NK, cost, mass_N, None)
 
 
