@@ -62,27 +62,15 @@ OF_CLASS: dict[str, dict[str, Any]] = {
 
 # What each is there for: heads x head_dim unlike hidden; one KV head, tied, stored in bfloat16;
 # heads of 8; biases everywhere; heads x head_dim equal to hidden, which some take for granted; a
-# table that is most of the model. Tracing takes its time by layers: some have fewer than three.
+# table that is most of the model.
 LLAMAS: dict[str, dict[str, Any]] = {
     "wide-heads": {},
-    "tied-bf16": {
-        **(TWO := {"num_hidden_layers": 2}),
-        **(TIED := {"tie_word_embeddings": True}),
-        "num_key_value_heads": 1,
-        "dtype": torch.bfloat16,
-    },
-    "heads-of-8": {"head_dim": 8, **TWO},
-    "biased": {"attention_bias": True, "mlp_bias": True, **TWO},
+    "tied-bf16": {"num_key_value_heads": 1, "tie_word_embeddings": True, "dtype": torch.bfloat16},
+    "heads-of-8": {"head_dim": 8},
+    "biased": {"attention_bias": True, "mlp_bias": True},
     "square": {"head_dim": 12},
-    "many-rows": (
-        MANY := {
-            "vocab_size": 16384,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 1,
-        }
-    ),
-    "many-tied-rows": MANY | TIED,
+    "many-rows": (MANY := {"vocab_size": 16384, "hidden_size": 64, "intermediate_size": 96}),
+    "many-tied-rows": {**MANY, "tie_word_embeddings": True},
 }
 
 

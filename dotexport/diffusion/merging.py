@@ -111,7 +111,7 @@ def _trials(
     for level in MERGE_LEVELS:
         merge = barycentres(alike, least_cosine=level)
         if merge.moved > 0 and (share_KN := merge.mix("gate")) is not None:
-            made.append((level, _rows(model, site, share_KN.to_dense())))
+            made.append((level, _rows(model, site, share_KN)))
     shape = (len(kept), layer.out_features)
     return [
         Trial(level, rows, Moments.zeros(*shape), Moments.zeros(*shape)) for level, rows in made

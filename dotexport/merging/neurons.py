@@ -52,14 +52,18 @@ class Merge:
     moved: float = 0.0
 
     def mix(self, space: str) -> Tensor | None:
-        """New rows of a reader as weighted sums of the old ones, (K, N): `gate` behind the
-        nonlinearity takes no signs, the rest does."""
-        return None if self.shares is None else self.shares.matrix(signed=space != "gate")
+        """New rows of a reader as weighted sums of the old ones, (K, N)."""
+        if self.shares is None:
+            return None
+        each_NN = torch.eye(self.shares.shape[1], device=self.kept.device, dtype=torch.float64)
+        return self.rows(space, each_NN)
 
     def rows(self, space: str, rows_NX: Tensor) -> Tensor:
-        """New rows of a reader that writes into `space`."""
-        mix_KN = self.mix(space)
-        return rows_NX[self.kept] if mix_KN is None else mix_KN @ rows_NX.double()
+        """New rows of a reader that writes into `space`: `gate` behind the nonlinearity takes no
+        signs, the rest does."""
+        if self.shares is None:
+            return rows_NX[self.kept]
+        return self.shares.of(rows_NX, signed=space != "gate")
 
     def stays(self, space: str) -> Tensor:
         return self.kept
@@ -67,19 +71,42 @@ class Merge:
 
 @dataclass(frozen=True)
 class Shares:
-    """What K neurons are made of: M pairs of a target and one of N sources."""
+    """What K neurons are made of: M pairs of a target and one of N sources.
+
+    Attributes:
+        turns: indices of pairs: the first source of every target, then the second of those that
+            have one, and so on.
+    """
 
     shape: tuple[int, int]
     pair_2M: Tensor
     share_M: Tensor
     sign_M: Tensor
+    turns: tuple[Tensor, ...]
 
-    def matrix(self, *, signed: bool) -> Tensor:
-        """(K, N), sparse: nearly all neurons have nothing to do with each other."""
+    @classmethod
+    def between(
+        cls, targets: int, sources: int, pair_2M: Indices, share_M: Array, sign_M: Array, place: Any
+    ) -> Shares:
+        """Args: place: the device."""
+        order_M = np.argsort(pair_2M[0], kind="stable")
+        _, first, count = np.unique(pair_2M[0][order_M], return_index=True, return_counts=True)
+        turns = [order_M[first[count > turn] + turn] for turn in range(count.max(initial=0))]
+        pair, share, sign, *given = (
+            torch.from_numpy(part).to(place) for part in (pair_2M, share_M, sign_M, *turns)
+        )
+        return cls((targets, sources), pair, share, sign, tuple(given))
+
+    def of(self, rows_NX: Tensor, *, signed: bool) -> Tensor:
+        """Rows of the targets, (K, X) in float64, summed in one order wherever that is."""
         weight_M = self.share_M * self.sign_M if signed else self.share_M
-        return torch.sparse_coo_tensor(
-            self.pair_2M, weight_M, self.shape, check_invariants=False
-        ).coalesce()
+        shape = (self.shape[0], *rows_NX.shape[1:])
+        found_KX = torch.zeros(shape, dtype=torch.float64, device=rows_NX.device)
+        for some in self.turns:
+            target, source = self.pair_2M[:, some]
+            weight = weight_M[some].view(-1, *(1 for _ in shape[1:]))
+            found_KX[target] += weight * rows_NX[source].double()
+        return found_KX
 
 
 @dataclass(frozen=True)
@@ -253,7 +280,12 @@ def barycentres(alike: Alike, *, least_cosine: float) -> Merge:
     total_K = np.bincount(target_M, mass_M, minlength=len(kept_K))
     removed = np.delete(alike.mass_N, kept_K).sum()
     moved = mass_M[kept_K[target_M] != source_M].sum()
-    parts = (np.stack([target_M, source_M]), mass_M / total_K[target_M], alike.sign_M[some])
-    tensors = (torch.from_numpy(part).to(alike.kept.device) for part in parts)
-    made = Shares((len(kept_K), len(alike.mass_N)), *tensors)
+    made = Shares.between(
+        len(kept_K),
+        len(alike.mass_N),
+        np.stack([target_M, source_M]),
+        mass_M / total_K[target_M],
+        alike.sign_M[some],
+        alike.kept.device,
+    )
     return Merge(alike.kept, made, float(moved / removed) if removed > 0 else 0.0)

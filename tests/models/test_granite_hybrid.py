@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,7 +15,7 @@ import transformers
 from dotexport.app.opening import open_source
 from dotexport.axes.plan import SizeOptions, read_model
 from dotexport.errors import SizeError, UnsupportedModelError
-from dotexport.merging.neurons import Merge
+from dotexport.merging.neurons import Merge, Shares
 from dotexport.models.config_words import settled
 from dotexport.models.families import find_carrier
 from dotexport.models.families.granite_hybrid import GRANITE_HYBRID, MLP
@@ -90,9 +91,9 @@ def test_rows_of_one_matrix_of_gate_and_up_are_those_of_two() -> None:
     """A merge may turn the sign of an up, and not that of a gate."""
     generator = torch.Generator().manual_seed(0)
     gate_NX, up_NX = torch.randn(2, 6, 3, generator=generator, dtype=torch.float64)
-    merge = Merge(
-        torch.tensor([0, 4]), torch.eye(6)[[0, 4]].double(), -torch.eye(6)[[1, 2]].double()
-    )
+    pair_2M, halves_M = np.array([[0, 1, 0], [0, 4, 1]]), np.array([0.5, 1.0, 0.5])
+    shares = Shares.between(2, 6, pair_2M, halves_M, np.array([1.0, 1.0, -1.0]), "cpu")
+    merge = Merge(torch.tensor([0, 4]), shares)
     [fused] = MLP.readers
     found = new_rows(merge, fused, torch.cat([gate_NX, up_NX]), gated=GRANITE_HYBRID.gated)
     one = Linear("up", out="mlp", in_="residual")
@@ -101,7 +102,9 @@ def test_rows_of_one_matrix_of_gate_and_up_are_those_of_two() -> None:
         new_rows(merge, one, up_NX, gated="gate"),
     ]
     assert torch.equal(found, torch.cat(expected))
-    assert torch.equal(expected[0], gate_NX[[0, 4]])
+    for found, rows_NX, sign in zip(expected, (gate_NX, up_NX), (1, -1), strict=True):
+        mean_X = (rows_NX[0] + sign * rows_NX[1]) / 2
+        assert torch.equal(found, torch.stack([mean_X, rows_NX[4]]))
 
 
 def test_vllm_takes_heads_for_as_wide_as_the_stream_allows(tiny_model: Tiny) -> None:

@@ -106,7 +106,7 @@ MODELS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
 }
 
 # Whose layers differ from each other; of others one says all, and tracing them is what takes long.
-TWO_KINDS = ("gemma2", "gemma3", "smollm3", "qwen3.5", "lfm2")
+TWO_KINDS = ("gemma2", "gemma3", "smollm3", "qwen3.5", "lfm2", "granite4", "granite4-hybrid")
 
 
 @pytest.mark.parametrize("name", MODELS)
