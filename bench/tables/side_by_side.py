@@ -217,8 +217,9 @@ class Merger:
 def leaning(moments: Moments, prior_OI: Tensor, ridge: float) -> Moments:
     """The sums whose plain least squares are those of a ridge toward the prior."""
     lam = ridge * float(moments.inputs.diagonal().mean())
-    extra = Gram.zeros(moments.inputs.width)
-    extra.add(math.sqrt(lam) * torch.eye(extra.width, dtype=torch.float64))
+    width, device = moments.inputs.width, moments.inputs.device
+    extra = Gram.zeros(width, device)
+    extra.add(math.sqrt(lam) * torch.eye(width, dtype=torch.float64, device=device))
     return replace(
         moments,
         inputs=moments.inputs + extra,

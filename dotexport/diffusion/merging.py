@@ -21,7 +21,7 @@ from dotexport.diffusion.calibration import Calibration
 from dotexport.diffusion.moments import Moments
 from dotexport.diffusion.sampling import replaced
 from dotexport.diffusion.tables import Site, linear
-from dotexport.merging.neurons import MERGE_LEVELS, Alike, barycentres
+from dotexport.merging.neurons import MERGE_LEVELS, Alike, Merge, barycentres
 from dotexport.merging.ot.cost import cosine, same_sign_distance
 from dotexport.merging.ot.coupling import couple
 from dotexport.merging.transport_options import TransportOptions
@@ -110,23 +110,23 @@ def _trials(
     made: list[tuple[float | None, Rows]] = [(None, {})]
     for level in MERGE_LEVELS:
         merge = barycentres(alike, least_cosine=level)
-        if merge.moved > 0 and (share_KN := merge.mix("gate")) is not None:
-            made.append((level, _rows(model, site, share_KN)))
+        if merge.moved > 0:
+            made.append((level, _rows(model, site, merge)))
     shape = (len(kept), layer.out_features)
     return [
         Trial(level, rows, Moments.zeros(*shape), Moments.zeros(*shape)) for level, rows in made
     ]
 
 
-def _rows(model: nn.Module, site: Site, share_KN: Tensor) -> Rows:
+def _rows(model: nn.Module, site: Site, merge: Merge) -> Rows:
     """Readers whose rows are barycentres, part after part."""
     made: Rows = {}
     for name in site.readers:
         layer = linear(model, name)
         parts = layer.out_features // site.units
         for key, value in layer.state_dict().items():
-            value_PNX = value.double().view(parts, site.units, -1)
-            merged_PKX = torch.einsum("kn,pnx->pkx", share_KN, value_PNX)
+            value_PNX = value.view(parts, site.units, -1)
+            merged_PKX = torch.stack([merge.rows("gate", rows_NX) for rows_NX in value_PNX])
             made[f"{name}.{key}"] = merged_PKX.reshape(-1, *value.shape[1:]).to(value.dtype)
     return made
 

@@ -51,13 +51,6 @@ class Merge:
     shares: Shares | None = None
     moved: float = 0.0
 
-    def mix(self, space: str) -> Tensor | None:
-        """New rows of a reader as weighted sums of the old ones, (K, N)."""
-        if self.shares is None:
-            return None
-        each_NN = torch.eye(self.shares.shape[1], device=self.kept.device, dtype=torch.float64)
-        return self.rows(space, each_NN)
-
     def rows(self, space: str, rows_NX: Tensor) -> Tensor:
         """New rows of a reader that writes into `space`: `gate` behind the nonlinearity takes no
         signs, the rest does."""

@@ -4,8 +4,7 @@ Of the sizes within the budget, the best that every rule accepts are taken: rule
 says of a config, rows that fill its quantisation groups, and an even split over devices. A rule
 binds if better sizes would be taken without it.
 
-Shapes: N windows, L tokens of a window, D width before, K after, V vocabulary, I inputs of the
-widest refit.
+Shapes: N windows, L tokens of a window, D width before, K after, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,10 +24,8 @@ from dotexport.errors import SizeError, UnsupportedModelError
 from dotexport.exports.target import Target, resolve_for_plan
 from dotexport.healing.heal_options import HealOptions
 from dotexport.models.family import Family
-from dotexport.models.memory import fits
-from dotexport.models.shapes import Sizes, cached_numbers, num_parameters, shapes
-from dotexport.narrowing.prepare import WIDE, multiplies_bfloat16, pick_device, usual_passes
-from dotexport.narrowing.streams import TOKENS_PER_BATCH
+from dotexport.models.shapes import Sizes, cached_numbers, shapes
+from dotexport.narrowing.prepare import pick_device, usual_passes
 from dotexport.sizes.allocation import CHECKED, rehearsals
 from dotexport.sizes.budget import (
     bytes_per_parameter,
@@ -48,16 +45,11 @@ from dotexport.sizes.frozen import frozen
 from dotexport.sizes.full_rows import advice
 from dotexport.sizes.plan_file import KEY, as_flags, fingerprint
 from dotexport.sizes.sharing import exchanged_bytes
+from dotexport.sizes.shrink_memory import shrink_memory, usual_window
 
 BUDGET = "the budget"
 FINER = 0.9  # sizes off the best grid must be expected to cost this much less
-WINDOW = 2048  # tokens, or the model's context
 CACHE_BYTES = 4  # of a number in the KV cache, where a target does not say
-LOADED = 700_000_000  # an interpreter with torch and transformers, before any model
-# At once while neurons are chosen: matrices (I, I) of float64, two halves and one that is factored,
-# and arrays as large as the writer, (I, K): cross moments of three sums, a residual, a solution.
-SOLVED, WRITERS = 2, 5
-ACTIVATIONS = 5  # arrays of a batch of tokens and all neurons at once, in float32
 TRAINING_FREE = "as they are without healing"
 
 
@@ -212,7 +204,7 @@ def calibrated(
         heal: distillation besides.
         processes: that share it (torchrun), each as fast as this one.
     """
-    window, decided = seqlen or _window(config), chosen.plan.on_kept_tokens
+    window, decided = seqlen or usual_window(config), chosen.plan.on_kept_tokens
     costs = chosen.costs
     trial = heal.trial(window) if heal else None
     if trial is not None and costs.allocation_seconds:
@@ -383,10 +375,10 @@ def _costs(
         },
         shrink_memory(config, decided.on_kept_tokens),
         shrink_seconds(
-            decided.on_kept_tokens, seqlen=_window(config), passes=_passes(config, decided)
+            decided.on_kept_tokens, seqlen=usual_window(config), passes=_passes(config, decided)
         ),
         allocation_seconds(
-            rehearsed, checked, seqlen=_window(config), passes=_passes(config, decided)
+            rehearsed, checked, seqlen=usual_window(config), passes=_passes(config, decided)
         ),
         sum(pair[1] for pair in artifacts.values()),
     )
@@ -423,55 +415,8 @@ def weight_bytes(family: Family, sizes: Sizes, bits: Sequence[float]) -> int:
     return round(total / 8)
 
 
-def shrink_memory(
-    config: Mapping[str, Any],
-    decided: Plan,
-    *,
-    samples: int = 128,
-    seqlen: int = WINDOW,
-    processes: int = 1,
-) -> int:
-    """Estimated peak of narrowing, with calibration text of shrink's defaults.
-
-    Both streams over the text, and either a table in both widths in float32 (the original's twice),
-    or a layer, whose original is let go of as its stream passes, with the widest refit: sums in
-    float64, half of each matrix (merging/gram.py), and a batch of activations or what is solved.
-    Streams beyond a quarter of the free memory lie on disk instead (narrowing/streams.py). Before
-    that the original is there as a whole, where it fits, and says the second text. Of several
-    processes each has its share of the streams; this is the first one's.
-    """
-    before, after = decided.before, decided.carried_after
-    tokens = math.ceil(samples / processes) * min(seqlen, _window(config))
-    stream, narrower = before.spaces["residual"], after.spaces["residual"]
-    # What experts still lack is a stream of its own while they are fitted one after another.
-    streams = 4 * tokens * (stream + narrower * (2 if before.mixture else 1))
-    table = 4 * before.vocab_size * (2 * stream + narrower)
-    inside = {"residual", *(linear.in_ for linear in decided.family.linears)}
-    widest = max(before.spaces[space] for space in inside)
-    square, writer = 8 * widest**2, 8 * widest * narrower
-    passing = square + 2 * writer + 4 * ACTIVATIONS * min(tokens, TOKENS_PER_BATCH) * widest
-    solving = SOLVED * square + WRITERS * writer
-    layer = 4 * _layer(decided.family, before)
-    device = pick_device("auto")
-    short = stream >= WIDE and multiplies_bfloat16(device)
-    whole = decided.parameters_before * (2 if short else 4)
-    sampling = whole if fits(whole, device) else 0
-    return LOADED + max(sampling, streams + max(table, layer + max(passing, solving)))
-
-
 def _passes(config: Mapping[str, Any], decided: Plan) -> torch.dtype:
     """What passes over the text multiply in, where config.json says how weights are stored."""
     name = str(config.get("dtype") or config.get("torch_dtype"))
     stored = torch.bfloat16 if name == "bfloat16" else torch.float32
     return usual_passes(decided.before.spaces["residual"], {stored}, pick_device("auto"))
-
-
-def _window(config: Mapping[str, Any]) -> int:
-    """Tokens of a window where nothing else is asked for."""
-    return min(WINDOW, int(config.get("max_position_embeddings") or WINDOW))
-
-
-def _layer(family: Family, sizes: Sizes) -> int:
-    """Parameters of one layer, of the largest where they differ."""
-    once = num_parameters(family, replace(sizes, num_layers=0))
-    return num_parameters(family, replace(sizes, num_layers=1)) - once

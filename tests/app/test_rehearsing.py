@@ -53,17 +53,17 @@ def test_steps_of_a_trial_are_steps_of_distillation(tmp_path: Path) -> None:
     """What was narrowed is nearer to the original behind them, on windows of both texts."""
     source = Checkpoint.open(MODEL_DIR)
     windows_NL = token_windows(MODEL_DIR, ASKED.text)
-    decided = plan(source.config, SizeOptions(intermediate_size=256))
+    decided = plan(source.config, SizeOptions(intermediate_size=96))  # far from it
     found = []
     rough = replace(ASKED, narrow=NarrowOptions(refit=False))
-    for rate in (1e-12, 3e-5):
+    for rate in (1e-12, 2e-4):
         trial = HealOptions(steps=6, batch=4, every=6, rate=rate, precision="fp32")
         both = windows_NL[:6], windows_NL[6:]
         measure = healed_rehearsals(
             source, both[0], rough, trial, torch.device("cpu"), tmp_path, both[1]
         )
         found.append(measure(decided))
-    assert 0 < found[1] < found[0]
+    assert 0 < found[1] < 0.99 * found[0]
     assert names(tmp_path) == []
 
 

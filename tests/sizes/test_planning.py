@@ -25,7 +25,8 @@ from dotexport.models.text_options import TextOptions
 from dotexport.sizes.budget import plan
 from dotexport.sizes.deployment import Deployment
 from dotexport.sizes.effort import shrink_seconds
-from dotexport.sizes.planning import BUDGET, choose, shrink_memory
+from dotexport.sizes.planning import BUDGET, choose
+from dotexport.sizes.shrink_memory import shrink_memory
 
 
 def config(
