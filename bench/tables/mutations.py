@@ -248,8 +248,8 @@ MUTATIONS = (
     ),
     mutation(
         "merging/neurons.py",
-        "self.share_M * self.sign_M if signed else self.share_M",
-        "self.share_M * self.sign_M",
+        "self.share_M if signed else self.share_M.abs()",
+        "self.share_M",
         "Gate rows take the signs that only up rows may have.",
         "merging/test_neurons.py",
     ),

@@ -67,38 +67,37 @@ class Shares:
     """What K neurons are made of: M pairs of a target and one of N sources.
 
     Attributes:
-        turns: indices of pairs: the first source of every target, then the second of those that
-            have one, and so on.
+        share_M: with the sign with which the source stands for the target.
+        turns: how many pairs each turn has: the first source of every target, then the second of
+            those that have one, and so on. Pairs lie in this order.
     """
 
     shape: tuple[int, int]
     pair_2M: Tensor
     share_M: Tensor
-    sign_M: Tensor
-    turns: tuple[Tensor, ...]
+    turns: tuple[int, ...]
 
     @classmethod
     def between(
-        cls, targets: int, sources: int, pair_2M: Indices, share_M: Array, sign_M: Array, place: Any
+        cls, targets: int, sources: int, pair_2M: Indices, share_M: Array, place: Any
     ) -> Shares:
         """Args: place: the device."""
-        order_M = np.argsort(pair_2M[0], kind="stable")
-        _, first, count = np.unique(pair_2M[0][order_M], return_index=True, return_counts=True)
-        turns = [order_M[first[count > turn] + turn] for turn in range(count.max(initial=0))]
-        pair, share, sign, *given = (
-            torch.from_numpy(part).to(place) for part in (pair_2M, share_M, sign_M, *turns)
-        )
-        return cls((targets, sources), pair, share, sign, tuple(given))
+        by_target_M = np.argsort(pair_2M[0], kind="stable")
+        count_K = np.bincount(pair_2M[0], minlength=targets)
+        turn_M = np.arange(len(by_target_M)) - np.repeat(count_K.cumsum() - count_K, count_K)
+        order_M = by_target_M[np.argsort(turn_M, kind="stable")]
+        pair, share = (torch.from_numpy(x[..., order_M]).to(place) for x in (pair_2M, share_M))
+        return cls((targets, sources), pair, share, tuple(np.bincount(turn_M).tolist()))
 
     def of(self, rows_NX: Tensor, *, signed: bool) -> Tensor:
         """Rows of the targets, (K, X) in float64, summed in one order wherever that is."""
-        weight_M = self.share_M * self.sign_M if signed else self.share_M
+        weight_M = self.share_M if signed else self.share_M.abs()
         shape = (self.shape[0], *rows_NX.shape[1:])
         found_KX = torch.zeros(shape, dtype=torch.float64, device=rows_NX.device)
-        for some in self.turns:
-            target, source = self.pair_2M[:, some]
-            weight = weight_M[some].view(-1, *(1 for _ in shape[1:]))
-            found_KX[target] += weight * rows_NX[source].double()
+        turns = zip(self.pair_2M.split(self.turns, 1), weight_M.split(self.turns), strict=True)
+        for (target, source), weight in turns:
+            share = weight.view(-1, *(1 for _ in shape[1:]))
+            found_KX[target] += share * rows_NX[source].double()
         return found_KX
 
 
@@ -277,8 +276,7 @@ def barycentres(alike: Alike, *, least_cosine: float) -> Merge:
         len(kept_K),
         len(alike.mass_N),
         np.stack([target_M, source_M]),
-        mass_M / total_K[target_M],
-        alike.sign_M[some],
+        mass_M / total_K[target_M] * alike.sign_M[some],
         alike.kept.device,
     )
     return Merge(alike.kept, made, float(moved / removed) if removed > 0 else 0.0)

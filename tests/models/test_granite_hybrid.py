@@ -91,8 +91,8 @@ def test_rows_of_one_matrix_of_gate_and_up_are_those_of_two() -> None:
     """A merge may turn the sign of an up, and not that of a gate."""
     generator = torch.Generator().manual_seed(0)
     gate_NX, up_NX = torch.randn(2, 6, 3, generator=generator, dtype=torch.float64)
-    pair_2M, halves_M = np.array([[0, 1, 0], [0, 4, 1]]), np.array([0.5, 1.0, 0.5])
-    shares = Shares.between(2, 6, pair_2M, halves_M, np.array([1.0, 1.0, -1.0]), "cpu")
+    pair_2M, halves_M = np.array([[0, 1, 0], [0, 4, 1]]), np.array([0.5, 1.0, -0.5])
+    shares = Shares.between(2, 6, pair_2M, halves_M, "cpu")
     merge = Merge(torch.tensor([0, 4]), shares)
     [fused] = MLP.readers
     found = new_rows(merge, fused, torch.cat([gate_NX, up_NX]), gated=GRANITE_HYBRID.gated)
