@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-import multiprocessing
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -169,8 +170,9 @@ def test_a_wide_mlp_is_narrowed_in_the_room_of_two_matrices_of_its_width() -> No
     """Of float64: a half for what is fitted on, one for what judges, and one that is factored. What
     grows with the width alone, activations of a batch above all, is less than one here (0.7). In a
     process of its own: one that has freed memory before would find room there."""
-    with multiprocessing.get_context("spawn").Pool(1) as alone:
-        assert 1.5 < alone.apply(room) < 3.1
+    alone = f"import runpy; print(runpy.run_path({__file__!r})['room']())"
+    said = subprocess.run([sys.executable, "-c", alone], check=True, stdout=subprocess.PIPE)
+    assert 1.5 < float(said.stdout) < 3.1
 
 
 @pytest.mark.parametrize("refit", [True, False])
