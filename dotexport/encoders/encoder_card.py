@@ -26,14 +26,22 @@ def rows(record: Mapping[str, Any]) -> Iterator[Row]:
     held = record.get("held_out", {})
     if held:
         yield "cosine of embeddings, held-out calibration text", "1", f"{held['cosine']:.4f}", ""
-    for word, value in record.get("quality", {}).items():
-        if isinstance(value, float):
-            yield word.replace("_", " "), "", f"{value:.4f}", ""
+    yield from _quality(record.get("quality", {}), "")
     for name, quality in record.get("artifact_quality", {}).items():
-        for word, value in quality.items():
-            if isinstance(value, float):
-                yield f"{word.replace('_', ' ')}, {name}", "", f"{value:.4f}", ""
+        yield from _quality(quality, f", {name}")
     yield from timed_rows(record)
+
+
+def _quality(quality: Mapping[str, Any], where: str) -> Iterator[Row]:
+    for word, value in quality.items():
+        if isinstance(value, float):
+            yield f"{word.replace('_', ' ')}{where}", "", f"{value:.4f}", ""
+    right = quality.get("labelled")
+    if right:
+        for word, after in right["narrowed"].items():
+            before = right["original"][word]
+            label = f"{word.replace('_', ' ')} of {right['rows']:,} labelled rows{where}"
+            yield label, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}"
 
 
 def _lines(record: Mapping[str, Any]) -> Iterator[str]:

@@ -5,7 +5,7 @@ Shapes: N sentences, D width of an embedding, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from dotexport.encoders.encoder_options import SentenceOptions
 from dotexport.encoders.encoder_verifying import graph_of, named
 from dotexport.encoders.encoder_walk import Progress
 from dotexport.encoders.kinds import outputs_of
+from dotexport.encoders.labelled import Said, Say, read_rows, scores
 from dotexport.encoders.sentences import (
     Batch,
-    batches,
     mean_cosine,
     pooled,
     pooling_of,
+    read_by_both,
     read_sentences,
 )
 from dotexport.errors import UsageError
@@ -35,10 +36,6 @@ from dotexport.storage.files import write_json
 NEIGHBOURS = 10
 HIDDEN = "last_hidden_state"
 
-Said = dict[str, Tensor]
-Say = Callable[[Batch], Said]
-"""What a model answers to a batch, by the name of the output."""
-
 
 def evaluate(
     narrowed: Path,
@@ -46,11 +43,13 @@ def evaluate(
     options: SentenceOptions,
     *,
     spec: str | None = None,
+    labelled: Path | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> dict[str, Any]:
     """Figures of a narrowed model beside the original on the same sentences.
 
     Args:
+        labelled: rows with answers, which both are asked (see `labelled.read_rows`).
         spec: an artifact of the narrowed one, which answers in its own runtime; None: torch does.
 
     Raises:
@@ -63,12 +62,13 @@ def evaluate(
             f"{narrowed} is a {type(ours.model).__name__} and {original} a "
             f"{type(theirs.model).__name__}; give the original of this output"
         )
+    rows = read_rows(labelled) if labelled else []
     said, wanted = _of_torch(ours), _of_torch(theirs)
     if spec is not None:
         said = _of_artifact(ours, narrowed, spec)
     pooling = pooling_of(theirs)
     sentences = read_sentences(options)
-    pairs = _read_by_both(ours, theirs, sentences, options)
+    pairs = read_by_both(ours, theirs, sentences, options)
     embeddings, answers = [], _Answers(ours, theirs)
     for number, (read, their_read) in enumerate(pairs):
         progress("evaluating", number, len(pairs))
@@ -78,9 +78,15 @@ def evaluate(
             embeddings.append([pooled(found[HIDDEN], one.mask, pooling) for found, one in both])
         answers.add(read, their_read, made, expected)
     progress("evaluating", len(pairs), len(pairs))
+    told: dict[str, Any] = {}
+    if rows:
+        sides = {"original": (theirs, wanted), "narrowed": (ours, said)}
+        right = {name: scores(*side, rows, options, progress) for name, side in sides.items()}
+        told["labelled"] = {"file": str(labelled), "rows": len(rows), **right}
     return {
         **_closeness(embeddings),
         **answers.as_dict(),
+        **told,
         "sentences": len(sentences),
         "pooling": pooling,
         "text": options.source,
@@ -140,14 +146,6 @@ def recall(ours_ND: Tensor, theirs_ND: Tensor, count: int = NEIGHBOURS) -> float
         near.append(alike_NN.fill_diagonal_(-2.0).topk(count).indices)
     shared_NKK = near[0][:, :, None] == near[1][:, None, :]
     return float(shared_NKK.any(-1).float().mean())
-
-
-def _read_by_both(
-    ours: Encoder, theirs: Encoder, sentences: list[str], options: SentenceOptions
-) -> list[tuple[Batch, Batch]]:
-    """The same sentences in the tokens of each, which may be fewer than the original's."""
-    read = (batches(one, sentences, options) for one in (ours, theirs))
-    return list(zip(*read, strict=True))
 
 
 class _Answers:
@@ -214,11 +212,12 @@ def evaluate_into(
     options: SentenceOptions,
     *,
     spec: str | None = None,
+    labelled: Path | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> dict[str, Any]:
     """Evaluate an output beside the original, and record it there."""
     listed = manifest.read(out)["artifacts"]  # refuses what is no output
-    record = evaluate(out, baseline, options, spec=spec, progress=progress)
+    record = evaluate(out, baseline, options, spec=spec, labelled=labelled, progress=progress)
     if spec is None:
         manifest.update(out, quality=record)
         write_json(out / "reports/quality.json", record)

@@ -25,7 +25,7 @@ from dotexport.encoders.encoder_folder import (
     save_encoder,
 )
 from dotexport.encoders.encoder_healing import heal
-from dotexport.encoders.encoder_options import SentenceOptions, ShrinkOptions
+from dotexport.encoders.encoder_options import ShrinkOptions
 from dotexport.encoders.encoder_sizes import (
     Sizes,
     before_of,
@@ -38,10 +38,10 @@ from dotexport.encoders.encoder_walk import Progress, Walked, walk
 from dotexport.encoders.kinds import STOCK
 from dotexport.encoders.sentences import (
     Batch,
-    batches,
     embed,
     mean_cosine,
     pooling_of,
+    read_by_both,
     read_sentences,
 )
 from dotexport.storage import manifest
@@ -76,19 +76,11 @@ class Judges:
     pooling: str
 
     @classmethod
-    def of(
-        cls,
-        original: Encoder,
-        encoder: Encoder,
-        sentences: list[str],
-        some: list[Batch],
-        options: SentenceOptions,
-    ) -> Judges:
-        """Args: some: the sentences as `encoder` reads them, which may have fewer tokens."""
-        theirs = some if encoder is original else batches(original, sentences, options)
+    def of(cls, original: Encoder, pairs: list[tuple[Batch, Batch]]) -> Judges:
+        held = [both for both in pairs if both[0].held]
         pooling = pooling_of(original)
-        wanted_ND = embed(original.base, [batch for batch in theirs if batch.held], pooling)
-        return cls([batch for batch in some if batch.held], wanted_ND, pooling)
+        wanted_ND = embed(original.base, [theirs for _, theirs in held], pooling)
+        return cls([ours for ours, _ in held], wanted_ND, pooling)
 
     def cosine(self, model: nn.Module) -> float:
         """Mean cosine of its embeddings to the original's."""
@@ -156,8 +148,9 @@ def _shrink(
             original, options.vocabulary, options.text.source, scratch, progress
         )
     wanted = candidates(encoder, options, total=num_parameters(original.model))
-    some = batches(encoder, sentences[: options.text.samples], options.text)
-    judges = Judges.of(original, encoder, sentences[: options.text.samples], some, options.text)
+    pairs = read_by_both(encoder, original, sentences[: options.text.samples], options.text)
+    some = [ours for ours, _ in pairs]
+    judges = Judges.of(original, pairs)
     if options.narrows:
         best, tried = _best(encoder, some, judges, wanted, options, progress)
     else:  # as it is, but for its tokens
@@ -166,13 +159,12 @@ def _shrink(
         best, tried = Tried(wanted[0], everything, walked, judges.cosine(encoder.model)), []
     model, healed = best.walked.model, best.cosine
     if options.heal:
-        behind = batches(encoder, sentences[options.text.samples :], options.text)
-        learned = [batch for batch in some if not batch.held] + behind
+        behind = read_by_both(encoder, original, sentences[options.text.samples :], options.text)
         model = heal(
-            encoder,
+            original,
             model,
-            learned,
-            judges.batches,
+            [both for both in pairs if not both[0].held] + behind,
+            judges.cosine,
             judges.pooling,
             options.heal,
             seed=options.seed,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -75,16 +75,30 @@ def batches(encoder: Encoder, sentences: Sequence[str], options: SentenceOptions
     tokenizer = AutoTokenizer.from_pretrained(encoder.home)
     most = min(options.seqlen, context_of(encoder))
     size = min(options.batch, max(1, len(sentences) // HELD_OUT))
-    takes = inspect.signature(encoder.base.forward).parameters
     made: list[Batch] = []
     for start in range(0, len(sentences), size):
         some = list(sentences[start : start + size])
         inputs = tokenizer(
             some, padding=True, truncation=True, max_length=most, return_tensors="pt"
         )
-        taken = {name: value for name, value in inputs.items() if name in takes}
-        made.append(Batch(taken, held=len(made) % HELD_OUT == HELD_OUT - 1))
+        made.append(Batch(taken(encoder, inputs), held=len(made) % HELD_OUT == HELD_OUT - 1))
     return made
+
+
+def taken(encoder: Encoder, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a tokenizer's answer the model takes."""
+    takes = inspect.signature(encoder.base.forward).parameters
+    return {name: value for name, value in inputs.items() if name in takes}
+
+
+def read_by_both(
+    ours: Encoder, theirs: Encoder, sentences: Sequence[str], options: SentenceOptions
+) -> list[tuple[Batch, Batch]]:
+    """The same sentences in the tokens of each, which may be fewer than the original's."""
+    read = batches(ours, sentences, options)
+    if ours is theirs:
+        return list(zip(read, read, strict=True))
+    return list(zip(read, batches(theirs, sentences, options), strict=True))
 
 
 def context_of(encoder: Encoder) -> int:

@@ -95,7 +95,9 @@ def make(folder: Path, name: str) -> Path:
     model.save_pretrained(folder)
     tokenizer = unigram() if name.startswith("deberta") else word_piece()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
     )
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

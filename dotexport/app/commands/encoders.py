@@ -121,19 +121,28 @@ def evaluate(
         str | None,
         typer.Option(help="An artifact of it instead, through its runtime: onnx-int8, onnx:int8."),
     ] = None,
+    labelled: Annotated[
+        Path | None,
+        typer.Option(
+            help="Rows with answers, a line of JSON each, for a model with a task head: one or two "
+            "texts by GLUE's names and a label, or SQuAD's context, question and answers."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Embeddings beside the original's: mean cosine, and recall@10 of the original's neighbours.
 
     Of models with a task head also how often both name the same class, and the divergence of class
-    probabilities.
+    probabilities; of `--labelled` rows what GLUE and SQuAD measure, of both models.
 
     Example: dotexport eval OUT --baseline ./all-MiniLM-L6-v2 --text held-out.txt
     """
     from dotexport.encoders.encoder_quality import evaluate_into
 
     with progress() as report:
-        record = evaluate_into(out, baseline, options, spec=target, progress=report)
+        record = evaluate_into(
+            out, baseline, options, spec=target, labelled=labelled, progress=report
+        )
     if as_json:
         show_json(record)
         return
