@@ -1,8 +1,10 @@
-"""Short distillation of a narrowed encoder: last hidden states and embeddings of the original.
+"""Short distillation of a narrowed encoder: last hidden states, embeddings and answers of the
+original.
 
-The loss is |h - h'|^2 over its own mean for the original, plus 1 - cos of the embeddings. Both
-read the same sentences, each in its own tokens: of a smaller vocabulary, hidden states are compared
-in sentences that both read alike, embeddings in all of them.
+The loss is |h - h'|^2 over its own mean for the original, plus ten times 1 - cos of the embeddings,
+plus KL(original || narrowed) of what a head for sequences, tokens or questions answers. Both read
+the same sentences, each in its own tokens: with fewer tokens, what is said of each token is
+compared in sentences that both read in as many.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from torch import Tensor, nn
 
 from dotexport.encoders.encoder_folder import Encoder
 from dotexport.encoders.encoder_walk import Progress
+from dotexport.encoders.kinds import outputs_of
+from dotexport.encoders.labelled import HIDDEN, Said
 from dotexport.encoders.sentences import Batch, pooled
 
 RATE, WARM_UP = 3e-4, 0.1
@@ -48,9 +52,8 @@ def heal(
         progress("distilling", step, steps)
         read, their_read = order.choice(lessons)
         with torch.no_grad():
-            wanted = original.base(**their_read.inputs).last_hidden_state
-        hidden = base(**read.inputs).last_hidden_state
-        loss = _loss(hidden, wanted, read.mask, their_read.mask, pooling)
+            wanted = _said(original.model, their_read)
+        loss = _loss(_said(student, read), wanted, (read.mask, their_read.mask), pooling)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(learning, 1.0)
@@ -73,16 +76,46 @@ def _rate(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def _loss(
-    hidden_NLD: Tensor, wanted_NMD: Tensor, mask_NL: Tensor, wanted_mask_NM: Tensor, pooling: str
-) -> Tensor:
-    """Args: wanted_NMD: of as many sentences, of M tokens each, which `wanted_mask_NM` has."""
+def _said(model: nn.Module, read: Batch) -> Said:
+    """The last hidden states, and the answers of a head that has few."""
+    base: nn.Module = model.base_model  # type: ignore[assignment]
+    said: Said = {}
+    hook = base.register_forward_hook(lambda _, args, made: said.update({HIDDEN: made[0]}))
+    try:
+        made = model(**read.inputs)
+    finally:
+        hook.remove()
+    name = type(model).__name__
+    known = () if name.endswith("ForMaskedLM") else outputs_of(name)
+    return {**said, **{one: made[one] for one in known if one != HIDDEN}}
+
+
+def _loss(made: Said, wanted: Said, masks: tuple[Tensor, Tensor], pooling: str) -> Tensor:
+    """Args: masks: (N, L) where ours reads tokens, and (N, M) where the original does."""
+    mask_NL, wanted_mask_NM = masks
+    hidden_NLD, wanted_NMD = made[HIDDEN], wanted[HIDDEN]
     ours_ND = pooled(hidden_NLD, mask_NL, pooling)
     theirs_ND = pooled(wanted_NMD, wanted_mask_NM, pooling)
-    turned = (1 - (ours_ND * theirs_ND).sum(-1)).mean()
-    alike_N1 = (mask_NL.sum(-1) == wanted_mask_NM.sum(-1))[:, None]
-    if not alike_N1.any():
-        return COSINE_WEIGHT * turned
-    gap = (hidden_NLD[mask_NL & alike_N1] - wanted_NMD[wanted_mask_NM & alike_N1]).square().mean()
-    energy = wanted_NMD[wanted_mask_NM].square().mean()
-    return gap / energy + COSINE_WEIGHT * turned
+    loss = COSINE_WEIGHT * (1 - (ours_ND * theirs_ND).sum(-1)).mean()
+    alike_N = mask_NL.sum(-1) == wanted_mask_NM.sum(-1)
+    ours, theirs = mask_NL & alike_N[:, None], wanted_mask_NM & alike_N[:, None]
+    if alike_N.any():
+        gap = (hidden_NLD[ours] - wanted_NMD[theirs]).square().mean()
+        loss = loss + gap / wanted_NMD[wanted_mask_NM].square().mean()
+    for name in [name for name in made if name != HIDDEN]:
+        said, expected = made[name], wanted[name]
+        if said.ndim == 3:  # classes of each token
+            said, expected = said[ours], expected[theirs]
+        elif name != "logits":  # where an answer starts or ends
+            length = min(said.shape[1], expected.shape[1])
+            said = said.masked_fill(~mask_NL, -1e9)[alike_N, :length]
+            expected = expected.masked_fill(~wanted_mask_NM, -1e9)[alike_N, :length]
+        if len(said):
+            loss = loss + _divergence(said, expected)
+    return loss
+
+
+def _divergence(said_NC: Tensor, wanted_NC: Tensor) -> Tensor:
+    """KL(wanted || said) of the classes that logits speak of, in nats, the mean."""
+    said, wanted = said_NC.log_softmax(-1), wanted_NC.log_softmax(-1)
+    return nn.functional.kl_div(said, wanted, log_target=True, reduction="batchmean")

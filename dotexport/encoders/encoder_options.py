@@ -15,9 +15,13 @@ COUNTS = ("all", "layers")
 
 @dataclass(frozen=True, kw_only=True)
 class SentenceOptions:
-    """Which sentences are read, one after another, from running text."""
+    """Which sentences are read, one after another, from running text; or which rows of a task."""
 
-    source: str = option(help=f"Text, cut into sentences. {SOURCES}", flag="text")
+    source: str = option(
+        help="Text, cut into sentences; or rows of a task as .jsonl, by GLUE's and SQuAD's names "
+        f"(sentence1 and sentence2, question and context, ...), read as pairs. {SOURCES}",
+        flag="text",
+    )
     samples: int = option(1024, help="Sentences, at most.")
     seqlen: int = option(128, help="Tokens of one, at most.")
     batch: int = option(32, help="Sentences at once.")

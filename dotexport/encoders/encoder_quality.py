@@ -18,7 +18,8 @@ from dotexport.encoders.encoder_options import SentenceOptions
 from dotexport.encoders.encoder_verifying import graph_of, named
 from dotexport.encoders.encoder_walk import Progress
 from dotexport.encoders.kinds import outputs_of
-from dotexport.encoders.labelled import Said, Say, read_rows, scores
+from dotexport.encoders.labelled import HIDDEN, Said, Say, scores
+from dotexport.encoders.rows import read_rows
 from dotexport.encoders.sentences import (
     Batch,
     mean_cosine,
@@ -34,7 +35,6 @@ from dotexport.storage import manifest
 from dotexport.storage.files import write_json
 
 NEIGHBOURS = 10
-HIDDEN = "last_hidden_state"
 
 
 def evaluate(
@@ -49,7 +49,7 @@ def evaluate(
     """Figures of a narrowed model beside the original on the same sentences.
 
     Args:
-        labelled: rows with answers, which both are asked (see `labelled.read_rows`).
+        labelled: rows with answers, which both are asked (see `rows.read_rows`).
         spec: an artifact of the narrowed one, which answers in its own runtime; None: torch does.
 
     Raises:

@@ -38,6 +38,7 @@ from dotexport.encoders.encoder_walk import Progress, Walked, walk
 from dotexport.encoders.kinds import STOCK
 from dotexport.encoders.sentences import (
     Batch,
+    Text,
     embed,
     mean_cosine,
     pooling_of,
@@ -228,7 +229,7 @@ def _describe(
     encoder: Encoder,
     options: ShrinkOptions,
     shrunk: Shrunk,
-    sentences: list[str],
+    sentences: list[Text],
     pooling: str,
     vocabulary: Mapping[str, Any],
 ) -> None:
@@ -248,7 +249,7 @@ def _describe(
             "source": options.text.source,
             "sentences": len(sentences),
             "pooling": pooling,
-            "sha256": hashlib.sha256("\n".join(sentences).encode()).hexdigest(),
+            "sha256": hashlib.sha256("\n".join(map("\t".join, sentences)).encode()).hexdigest(),
         },
         held_out=held,
         artifacts={STOCK: artifact(folder / STOCK, STOCK, "as-stored")},

@@ -6,14 +6,12 @@ Labels are numbers, or names that config.json's label2id knows.
 
 from __future__ import annotations
 
-import json
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,55 +21,23 @@ from torch import Tensor
 from dotexport.encoders.encoder_folder import Encoder
 from dotexport.encoders.encoder_options import SentenceOptions
 from dotexport.encoders.encoder_walk import Progress
+from dotexport.encoders.rows import Row, columns_of
 from dotexport.encoders.sentences import Batch, context_of, taken
 from dotexport.errors import CalibrationError, UsageError
 from dotexport.models.text_windows import read_tokenizer
 
+HIDDEN = "last_hidden_state"
 Said = dict[str, Tensor]
 Say = Callable[[Batch], Said]
 """What a model answers to a batch, by the name of the output."""
-Row = Mapping[str, Any]
 Scores = dict[str, float]
 
-TEXTS = (
-    *(("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis")),
-    *(("question1", "question2"), ("question", "sentence"), ("sentence",), ("text",)),
-)
-"""Columns that hold what is read, as GLUE's tasks name them; the first that a row has all of."""
 LONGEST_ANSWER = 30
 """Tokens, as BERT's own script for SQuAD has it."""
 LEAST = 32
 """Tokens: half for the question, an eighth that windows share, and those that mark both."""
 BEST = 20
 """So many likeliest starts and ends are paired."""
-
-
-def read_rows(file: Path) -> list[Row]:
-    """Rows of a file of JSON lines.
-
-    Raises:
-        CalibrationError: there is no such file, none in it, or a line that is no row.
-    """
-    try:
-        lines = file.expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(
-            f"{file} cannot be read ({error}); give a file of JSON lines"
-        ) from error
-    rows: list[Row] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise CalibrationError(f"{file}, line {number} is no JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise CalibrationError(f"{file}, line {number} is no object; expected columns by name")
-        rows.append(row)
-    if not rows:
-        raise CalibrationError(f"{file} holds no rows")
-    return rows
 
 
 def scores(
@@ -127,7 +93,7 @@ class _Asked:
 
     def classes(self, rows: Sequence[Row], progress: Progress) -> Scores:
         settings: Any = self.encoder.model.config
-        columns = _columns(rows)
+        columns = columns_of(rows)
         found = []
         for start in range(0, len(rows), self.batch):
             progress("asking", start, len(rows))
@@ -189,20 +155,6 @@ class _Span:
 
     score: float = float("-inf")
     text: str = ""
-
-
-def _columns(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Those that all rows have."""
-    for names in TEXTS:
-        if all(isinstance(rows[0].get(name), str) for name in names):
-            for number, row in enumerate(rows, 1):
-                if not all(isinstance(row.get(name), str) for name in names):
-                    raise CalibrationError(
-                        f"row {number} has no {' and '.join(names)}, which row 1 has"
-                    )
-            return names
-    known = ", or ".join(" and ".join(names) for names in TEXTS)
-    raise CalibrationError(f"row 1 has no text; expected {known}")
 
 
 def _number(row: Row, number: int) -> float:

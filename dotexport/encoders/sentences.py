@@ -1,4 +1,5 @@
-"""Sentences in, embeddings out: the folder's own pooling, or the mean of all tokens.
+"""Sentences in, embeddings out: the folder's own pooling, or the mean of all tokens. Rows of a task
+are read as its head is asked, two texts of one as a pair.
 
 Shapes: N sentences, L tokens of one, D width of the stream.
 """
@@ -11,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from dotexport.encoders.encoder_folder import Encoder
 from dotexport.encoders.encoder_options import SentenceOptions
+from dotexport.encoders.rows import columns_of, read_rows
 from dotexport.errors import CalibrationError, UnsupportedModelError
 from dotexport.models.documents import documents
 from dotexport.storage.reading import read_json
@@ -26,6 +29,10 @@ LEAST_WORDS = 5
 HELD_OUT = 4
 """One batch in so many judges, and is not fitted."""
 POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+
+
+Text = tuple[str, ...]
+"""What is read at once: a sentence, or two texts of a row."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +52,13 @@ class Batch:
         return self.inputs["attention_mask"].bool()
 
 
-def read_sentences(options: SentenceOptions, *, more: int = 0) -> list[str]:
-    """Sentences of a text, at most `samples` and `more` besides.
+def read_sentences(options: SentenceOptions, *, more: int = 0) -> list[Text]:
+    """Sentences of a text, or rows of a task, at most `samples` and `more` besides.
 
     Raises:
         CalibrationError: there are too few to fit and to judge.
     """
-    found = list(islice(_sentences(options.source), options.samples + more))
+    found = list(islice(_texts(options.source), options.samples + more))
     if len(found) < HELD_OUT * 4:
         raise CalibrationError(
             f"{options.source} holds {len(found)} sentences of {LEAST_WORDS} words and more; "
@@ -60,15 +67,22 @@ def read_sentences(options: SentenceOptions, *, more: int = 0) -> list[str]:
     return found
 
 
-def _sentences(source: str) -> Iterator[str]:
+def _texts(source: str) -> Iterator[Text]:
+    file = Path(source)
+    if file.suffix.lower() == ".jsonl" and file.is_file():
+        rows = read_rows(file)
+        columns = columns_of(rows)
+        if columns != ("text",):
+            yield from (tuple(row[name] for name in columns) for row in rows)
+            return
     for document in documents(source):
         for line in document.splitlines():
             for sentence in re.split(r"(?<=[.!?])\s+", line.strip()):
                 if len(sentence.split()) >= LEAST_WORDS:
-                    yield sentence
+                    yield (sentence,)
 
 
-def batches(encoder: Encoder, sentences: Sequence[str], options: SentenceOptions) -> list[Batch]:
+def batches(encoder: Encoder, sentences: Sequence[Text], options: SentenceOptions) -> list[Batch]:
     """Batches in the order of the sentences."""
     from transformers import AutoTokenizer
 
@@ -77,9 +91,9 @@ def batches(encoder: Encoder, sentences: Sequence[str], options: SentenceOptions
     size = min(options.batch, max(1, len(sentences) // HELD_OUT))
     made: list[Batch] = []
     for start in range(0, len(sentences), size):
-        some = list(sentences[start : start + size])
+        columns = map(list, zip(*sentences[start : start + size], strict=True))
         inputs = tokenizer(
-            some, padding=True, truncation=True, max_length=most, return_tensors="pt"
+            *columns, padding=True, truncation=True, max_length=most, return_tensors="pt"
         )
         made.append(Batch(taken(encoder, inputs), held=len(made) % HELD_OUT == HELD_OUT - 1))
     return made
@@ -92,7 +106,7 @@ def taken(encoder: Encoder, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_by_both(
-    ours: Encoder, theirs: Encoder, sentences: Sequence[str], options: SentenceOptions
+    ours: Encoder, theirs: Encoder, sentences: Sequence[Text], options: SentenceOptions
 ) -> list[tuple[Batch, Batch]]:
     """The same sentences in the tokens of each, which may be fewer than the original's."""
     read = batches(ours, sentences, options)

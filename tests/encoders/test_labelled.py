@@ -18,7 +18,7 @@ from dotexport.app.cli import app
 from dotexport.encoders.encoder_folder import open_encoder
 from dotexport.encoders.encoder_options import SentenceOptions
 from dotexport.encoders.labelled import answer_scores, class_scores, scores
-from dotexport.encoders.sentences import Batch
+from dotexport.encoders.sentences import Batch, batches, read_sentences
 
 Made = Callable[[Path, str], Path]
 WORDS = [f"w{n}" for n in range(60)]
@@ -111,6 +111,29 @@ def test_the_narrowed_model_is_right_where_it_says_what_the_original_does(
     assert "accuracy of 40 labelled rows" in (out / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("name", ["roberta", "distilbert", "xlm-roberta"])
+def test_a_model_learns_from_rows_what_it_is_asked(name: str, made: Made, tmp_path: Path) -> None:
+    """Pairs calibrate and distil as pairs; answers of a head come nearer to the original's."""
+    dice = random.Random(1)
+    said = [[" ".join(dice.choices(WORDS, k=6)) for _ in range(2)] for _ in range(200)]
+    rows = [{"question": one, "context": two, "answers": [two[:2]]} for one, two in said]
+    text = write(tmp_path / "rows.jsonl", rows)
+    held = write(tmp_path / "held.jsonl", rows[150:])
+    model, divergence = made(tmp_path / "model", name), {}
+    [first, *_] = batches(open_encoder(model), read_sentences(asked_of(text)), asked_of(text))
+    assert (first.inputs["input_ids"] == 2).sum(-1).tolist() == [2] * 32  # [SEP] behind each
+    for steps in (0, 40):
+        out = tmp_path / f"out{steps}"
+        run("shrink", model, "-o", out, "--layers", 2, "--heal", steps, "--calib", text,
+            "--samples", 128)  # fmt: skip
+        divergence[steps] = run("eval", out, "--baseline", model, "--text", held)["kl"]
+    assert divergence[40] < 0.95 * divergence[0]  # forty steps of weights that say nothing
+
+
+def asked_of(file: Path) -> SentenceOptions:
+    return SentenceOptions(source=str(file))
+
+
 def tokens(home: Path, row: dict[str, Any]) -> dict[str, torch.Tensor]:
     from transformers import AutoTokenizer
 
@@ -150,7 +173,7 @@ QUESTION = {"context": "w1 w2", "question": "w3", "answers": ["w1"]}
 def test_rows_that_cannot_be_asked_are_refused(
     name: str, lines: str, says: str, made: Made, tmp_path: Path
 ) -> None:
-    from dotexport.encoders.labelled import read_rows
+    from dotexport.encoders.rows import read_rows
     from dotexport.errors import CalibrationError, UsageError
 
     file = tmp_path / "rows.jsonl"
