@@ -15,6 +15,7 @@ TABLES = {
     "encoders": "encoder_ways",
     "faults": "faults",
     "fidelity": "fidelity",
+    "heads": "task_heads",
     "healing": "healing_steps",
     "matrix": "matrix",
     "mutations": "mutations",

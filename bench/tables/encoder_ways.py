@@ -168,7 +168,7 @@ def _measured(
         except SizeError as error:
             return row | {"sizes": str(error).partition(";")[0]}
         (whole, narrow) = shrunk.sizes["parameters"]
-        row |= {"sizes": _in_words(shrunk.sizes), "parameters": f"{narrow / whole:.3f}x"}
+        row |= {"sizes": in_words(shrunk.sizes), "parameters": f"{narrow / whole:.3f}x"}
         for text, options in judges.items():
             quality = evaluate(out, model, options)
             row |= {
@@ -178,6 +178,6 @@ def _measured(
     return row | {"seconds": round(shrunk.seconds, 1)}
 
 
-def _in_words(sizes: Mapping[str, list[int]]) -> str:
+def in_words(sizes: Mapping[str, list[int]]) -> str:
     cut = {word: after for word, (before, after) in sizes.items() if after != before}
     return ", ".join(f"{word} {cut[word]:,}" for word in cut if not word.startswith("parameters"))

@@ -84,13 +84,10 @@ def walk(
     for place, layer in enumerate(layers):
         progress("narrowing", place, len(layers))
         group = range(kept_layers[place], ends[place])
-        site = _Site(encoder, layer, group, ours, theirs)
+        site = _Site(encoder, layer, group, ours, _originals(encoder, group, theirs))
         sites.append({"layer": group[0], **site.narrow(width, method)})
         for stream in ours:
             stream.hidden = stream.through(layer, group[0])
-        for stream in theirs:
-            for number in group:
-                stream.hidden = stream.through(encoder.layers[number], number)
     setattr(model.config, encoder.kind.width, width)
     progress("narrowing", len(layers), len(layers))
     return Walked(model, sites)
@@ -135,47 +132,96 @@ def _hidden(made: Any) -> Tensor:
     return hidden
 
 
+Sums = tuple[Moments, Moments]
+"""Over tokens that are fitted, and over those that judge."""
+
+
+def _zeros(writer: nn.Linear, width: int | None = None) -> Sums:
+    """Args: width: inputs, where they are not the writer's own."""
+    inputs = (width or writer.in_features) + (writer.bias is not None)
+    train, held = (Moments.zeros(inputs, writer.out_features) for _ in range(2))
+    return train, held
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What an MLP reads of one batch, what a writer of its layer is to say then, and what both
+    count there."""
+
+    x_TD: Tensor
+    target_TD: Tensor
+    weight_T1: Tensor
+    held: bool
+
+    def add(self, sums: Sums, writer: nn.Linear, z_TI: Tensor) -> None:
+        """Args: z_TI: what the writer reads."""
+        if writer.bias is not None:
+            z_TI = torch.cat([z_TI, torch.ones_like(z_TI[:, :1])], dim=1)
+        sums[self.held].add(z_TI * self.weight_T1, self.target_TD)
+
+
+@dataclass(frozen=True)
+class _Original:
+    """What the original's norms read of one batch, (T, D): behind the attention of the first of a
+    group of layers, and behind the MLP of the last."""
+
+    attention_TD: Tensor
+    mlp_TD: Tensor
+
+
+def _originals(encoder: Encoder, group: range, theirs: Sequence[Stream]) -> list[_Original]:
+    """Of every batch; its stream is behind these layers then."""
+    kind, found = encoder.kind, []
+    for stream in theirs:
+        read = []
+        for number in group:
+            layer = encoder.layers[number]
+            with _seen(layer, {kind.attention_norm, kind.norm}) as seen:
+                stream.hidden = stream.through(layer, number)
+            read.append([_behind(seen, norm) for norm in (kind.attention_norm, kind.norm)])
+        found.append(_Original(read[0][0][stream.batch.mask], read[-1][1][stream.batch.mask]))
+    return found
+
+
 @dataclass
 class _Site:
-    """One layer of the narrowed model beside those of the original that it stands for, by their
-    numbers."""
+    """One layer of the narrowed model, and what those of the original that it stands for (by their
+    numbers) say."""
 
     encoder: Encoder
     layer: nn.Module
     group: range
     ours: list[Stream]
-    theirs: list[Stream]
+    theirs: list[_Original]
 
     def narrow(self, width: int, method: str) -> dict[str, Any]:
         kind = self.encoder.kind
         writer = _linear(self.layer, kind.writer)
         if method == "select":
-            seen = self._moments(kind.writer, kind.norm, self._reads(kind.norm), [None])
-            kept = choose("select", _given_bias(seen[0][0], writer), writer.weight.detach(), width)
+            seen, _ = self._sums(kind.writer, kind.norm, [x.mlp_TD for x in self.theirs])
+            kept = choose("select", _given_bias(seen[0], writer), writer.weight.detach(), width)
             self._put(Merge(kept), _with_bias(writer)[:, _and_bias(kept, writer)])
             return {"kept": len(kept)}
         attention = _linear(self.layer, kind.attention)
-        wanted = self._reads(kind.attention_norm, first=True)
-        trials = self._moments(kind.attention, kind.attention_norm, wanted, [None])
-        fitted = fit(*trials[0], _with_bias(attention))
+        sums, _ = self._sums(
+            kind.attention, kind.attention_norm, [x.attention_TD for x in self.theirs]
+        )
+        fitted = fit(*sums, _with_bias(attention))
         _put(attention, *_split(attention, fitted.weights_OI))
         return {"attention": fitted.as_dict(), "mlp": self._narrow_mlp(width, method)}
 
     def _narrow_mlp(self, width: int, method: str) -> dict[str, Any]:
         kind = self.encoder.kind
         writer = _linear(self.layer, kind.writer)
-        wanted = self._reads(kind.norm)
         prior_DI = _with_bias(writer).double()
-        whole = self._moments(kind.writer, kind.norm, wanted, [None])
-        train, held = whole[0]
+        (train, held), read = self._sums(kind.writer, kind.norm, [x.mlp_TD for x in self.theirs])
         kept = choose("obs", _given_bias(train, writer), writer.weight.detach(), width)
         merges = [Merge(kept)]
         if method == "dot" and width < writer.in_features:
             turns = "up" in kind.spaces  # what multiplies may change its sign
             merges += _merges(train.of(_all(writer)), writer.weight.detach(), kept, turns=turns)
         trials = [(train.of(_and_bias(kept, writer)), held.of(_and_bias(kept, writer)))]
-        if merges[1:]:
-            trials += self._moments(kind.writer, kind.norm, wanted, merges[1:])
+        trials += [self._sums_merged(merge, read) for merge in merges[1:]]
         prior_DK = prior_DI[:, _and_bias(kept, writer)]
         fits: list[Fit] = [fit(*trial, prior_DK) for trial in trials]
         best = min(range(len(fits)), key=lambda n: fits[n].error)
@@ -185,44 +231,32 @@ class _Site:
             self.layer.get_submodule(kind.norm).load_state_dict(theirs.state_dict())
         return {**fits[best].as_dict(), "moved": merges[best].moved}
 
-    def _reads(self, norm: str, *, first: bool = False) -> list[Tensor]:
-        """What the original's norm reads of every batch, (T, D); of the last layer it stands for,
-        or of the `first`."""
-        found = []
-        for stream in self.theirs:
-            here = replace(stream)
-            for number in self.group[:1] if first else self.group:
-                original = self.encoder.layers[number]
-                with _seen(original, {norm}) as seen:
-                    here.hidden = here.through(original, number)
-            found.append(_behind(seen, norm)[stream.batch.mask])
-        return found
-
-    def _moments(
-        self, writer: str, norm: str, wanted: list[Tensor], merges: Sequence[Merge | None]
-    ) -> list[tuple[Moments, Moments]]:
-        """Sums over tokens that are fitted and over those that judge, for what enters a writer and
-        a one for its bias; `merges`: as if the reader had these rows (None: its own)."""
+    def _sums(self, writer: str, norm: str, wanted: Sequence[Tensor]) -> tuple[Sums, list[_Read]]:
+        """For what enters a writer and a one for its bias; and what the MLP reads meanwhile."""
         kind, linear = self.encoder.kind, _linear(self.layer, writer)
-        sums: list[tuple[Moments, Moments]] = []
+        sums, read = _zeros(linear), []
         for stream, wanted_TD in zip(self.ours, wanted, strict=True):
             with _seen(self.layer, {writer, norm, kind.reader}) as seen:
                 stream.through(self.layer, self.group[0])
             mask_NL = stream.batch.mask
             before_TD = (_behind(seen, norm) - seen[writer][1])[mask_NL]
             weight_T1 = 1 / wanted_TD.std(-1, keepdim=True).clamp_min(1e-6)
-            target_TD = (wanted_TD - before_TD) * weight_T1
-            for number, merge in enumerate(merges):
-                z_TI = seen[writer][0][mask_NL]
-                if merge is not None and merge.shares is not None:
-                    z_TI = self._merged(merge, seen[kind.reader][0][mask_NL])
-                if linear.bias is not None:
-                    z_TI = torch.cat([z_TI, torch.ones_like(z_TI[:, :1])], dim=1)
-                z_TI = z_TI * weight_T1
-                if number == len(sums):
-                    zeros = [Moments.zeros(z_TI.shape[1], linear.out_features) for _ in range(2)]
-                    sums.append((zeros[0], zeros[1]))
-                sums[number][int(stream.batch.held)].add(z_TI, target_TD)
+            one = _Read(
+                seen[kind.reader][0][mask_NL],
+                (wanted_TD - before_TD) * weight_T1,
+                weight_T1,
+                held=stream.batch.held,
+            )
+            one.add(sums, linear, seen[writer][0][mask_NL])
+            read.append(one)
+        return sums, read
+
+    def _sums_merged(self, merge: Merge, read: Sequence[_Read]) -> Sums:
+        """The same as if the reader had these rows."""
+        writer = _linear(self.layer, self.encoder.kind.writer)
+        sums = _zeros(writer, len(merge.kept))
+        for one in read:
+            one.add(sums, writer, self._merged(merge, one.x_TD))
         return sums
 
     def _merged(self, merge: Merge, x_TD: Tensor) -> Tensor:

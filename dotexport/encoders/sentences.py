@@ -27,7 +27,7 @@ from dotexport.storage.reading import read_json
 
 LEAST_WORDS = 5
 HELD_OUT = 4
-"""One batch in so many judges, and is not fitted."""
+"""One sentence in so many judges, and is not fitted."""
 POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
 
@@ -83,19 +83,24 @@ def _texts(source: str) -> Iterator[Text]:
 
 
 def batches(encoder: Encoder, sentences: Sequence[Text], options: SentenceOptions) -> list[Batch]:
-    """Batches in the order of the sentences."""
+    """Batches of sentences of about one length, which need little padding; the same sentences
+    together whatever reads them."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(encoder.home)
     most = min(options.seqlen, context_of(encoder))
     size = min(options.batch, max(1, len(sentences) // HELD_OUT))
+    held = list(sentences[HELD_OUT - 1 :: HELD_OUT])
+    fitted = [text for n, text in enumerate(sentences, 1) if n % HELD_OUT]
     made: list[Batch] = []
-    for start in range(0, len(sentences), size):
-        columns = map(list, zip(*sentences[start : start + size], strict=True))
-        inputs = tokenizer(
-            *columns, padding=True, truncation=True, max_length=most, return_tensors="pt"
-        )
-        made.append(Batch(taken(encoder, inputs), held=len(made) % HELD_OUT == HELD_OUT - 1))
+    for some in (fitted, held):
+        ordered = sorted(some, key=lambda text: sum(map(len, text)))
+        for start in range(0, len(ordered), size):
+            columns = map(list, zip(*ordered[start : start + size], strict=True))
+            inputs = tokenizer(
+                *columns, padding=True, truncation=True, max_length=most, return_tensors="pt"
+            )
+            made.append(Batch(taken(encoder, inputs), held=some is held))
     return made
 
 
