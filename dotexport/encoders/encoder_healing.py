@@ -22,8 +22,9 @@ from dotexport.encoders.encoder_walk import Progress
 from dotexport.encoders.kinds import outputs_of
 from dotexport.encoders.labelled import HIDDEN, Said
 from dotexport.encoders.sentences import Batch, pooled
+from dotexport.healing.heal_options import rate_by_width
 
-RATE, WARM_UP = 3e-4, 0.1
+MOST_RATE, WARM_UP = 3e-4, 0.1
 COSINE_WEIGHT = 10.0
 
 Lesson = tuple[Batch, Batch]
@@ -44,8 +45,8 @@ def heal(
     """The distilled model; the one that went in where `judge` says more of that."""
     student = copy.deepcopy(model)
     base: nn.Module = student.base_model  # type: ignore[assignment]
-    learning = _learning(original, base)
-    optimizer = torch.optim.AdamW(learning, lr=RATE, weight_decay=0.0)
+    learning = list(base.get_submodule(original.kind.stack).parameters())
+    optimizer = torch.optim.AdamW(learning, lr=_peak_rate(model, lessons), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     order = random.Random(seed)
     for step in range(steps):
@@ -63,9 +64,11 @@ def heal(
     return student if judge(student) > judge(model) else model
 
 
-def _learning(original: Encoder, base: nn.Module) -> list[nn.Parameter]:
-    """Of the layers."""
-    return list(base.get_submodule(original.kind.stack).parameters())
+def _peak_rate(model: nn.Module, lessons: Sequence[Lesson]) -> float:
+    """By width, as of decoders, but no more than what the narrowest encoders take well."""
+    width = model.get_input_embeddings().embedding_dim  # type: ignore[operator]
+    tokens = sum(int(read.mask.sum()) for read, _ in lessons) / len(lessons)
+    return min(MOST_RATE, rate_by_width(width, tokens))
 
 
 def _rate(step: int, steps: int) -> float:

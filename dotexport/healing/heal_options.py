@@ -150,13 +150,18 @@ class HealOptions:
         )
 
     def peak_rate(self, hidden_size: int, step_tokens: int) -> float:
-        """The wider a model, the smaller the steps that it takes well; of more tokens larger ones,
-        by the square root, as Adam's steps grow with a batch (arXiv 2205.10330)."""
-        by_width = max(RATE_BY_AREA / hidden_size**2, LEAST_RATE)
-        return self.rate or by_width * math.sqrt(step_tokens / RATED_TOKENS)
+        """`rate`, or what the width asks for."""
+        return self.rate or rate_by_width(hidden_size, step_tokens)
 
     def chosen_precision(self, device: torch.device) -> str:
         return self.precision if self.precision != "auto" else native_precision(device)
+
+
+def rate_by_width(hidden_size: int, step_tokens: float) -> float:
+    """Adam's peak rate: the wider a model, the smaller the steps that it takes well; of more tokens
+    larger ones, by the square root, as Adam's steps grow with a batch (arXiv 2205.10330)."""
+    by_width = max(RATE_BY_AREA / hidden_size**2, LEAST_RATE)
+    return by_width * math.sqrt(step_tokens / RATED_TOKENS)
 
 
 @dataclass(frozen=True)

@@ -104,11 +104,16 @@ class Depths:
         """Let `count` layers leave, one after another."""
         before = decided.before.num_layers
         for number in range(len(self.left), count):
-            self.progress("choosing layers", number, count)
             kept = [layer for layer in range(before) if layer not in self.left]
             free = may_leave(kept, decided.before)
             ranked = sorted(free, key=lambda layer: self._costs.get(layer, 0.0))
-            measured = self._stack(decided).without(kept, ranked[:LOOKED_AT] if number else ranked)
+            looked_at = ranked[:LOOKED_AT] if number else ranked
+
+            def passed(place: int, number: int = number, layers: int = len(kept)) -> None:
+                """One unit is a layer; every step that is still to come passes as many."""
+                self.progress("choosing layers", number * layers + place, count * layers)
+
+            measured = self._stack(decided).without(kept, looked_at, passed)
             base = self.divergences[-1] if number else 0.0
             self._costs |= {layer: divergence - base for layer, divergence in measured.items()}
             best = min(measured, key=measured.__getitem__)
@@ -190,12 +195,22 @@ class Stack:
         return stream_NLD[len(self.fitted_NL) :]
 
     @torch.no_grad()
-    def without(self, kept: Sequence[int], candidates: Collection[int]) -> Mapping[int, float]:
-        """Held-out KL of the layers `kept` without each of these, nats per token, by context."""
+    def without(
+        self,
+        kept: Sequence[int],
+        candidates: Collection[int],
+        passed: Callable[[int], None] = lambda place: None,
+    ) -> Mapping[int, float]:
+        """Held-out KL of the layers `kept` without each of these, nats per token, by context.
+
+        Args:
+            passed: told how many of `kept` are behind.
+        """
         stream_NLD = self.streams[0]
         trials: dict[int, Tensor] = {}
         ends = [*kept, self.original.sizes.num_layers]
         for place, number in enumerate(kept):
+            passed(place)
             front = Front(self.original.layer(number), stream_NLD, len(self.fitted_NL))
             following = ends[place + 1 :]
             born = {}

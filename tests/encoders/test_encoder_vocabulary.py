@@ -78,13 +78,13 @@ def test_distillation_makes_up_for_words_that_are_spelled(
     """The teacher reads them whole; one that reads pieces too would have nothing to say here."""
     said = Path(text).read_text(encoding="utf-8").splitlines()
     mixed = tmp_path / "mixed.txt"
-    lines = [f"w{120 + n % 8} {line}" if n % 2 else line for n, line in enumerate(said)]
+    lines = [f"w120 w121 {line}" if n % 2 else line for n, line in enumerate(said)]
     mixed.write_text("\n".join(lines), encoding="utf-8")
-    asked = ("--vocab-for", text, "--calib", mixed, "--samples", 64, "--heal", 30)
+    asked = ("--vocab-for", text, "--calib", mixed, "--heal", 120)
     shrunk = run("shrink", made(tmp_path / "model", "bert"), "-o", tmp_path / "out", *asked)
     before, after = shrunk["cosine"]  # type: ignore[misc]
     assert before < 0.999
-    assert 1 - after < 0.95 * (1 - before)
+    assert 1 - after < 0.95 * (1 - before)  # of weights that say nothing
 
 
 def test_a_budget_counts_the_tokens_that_left(text: str, made: Made, tmp_path: Path) -> None:
