@@ -39,8 +39,8 @@ NEUTRAL = 0.5
 """Reviews rated between minus and plus this are neither bad nor good."""
 BLANKED = 0.2
 """Share of a question's other words that are left out, so that it is not its sentence once more."""
-WORDS = (30, 70)
-"""Of a paragraph that is asked about."""
+WORDS = 50
+"""Of a paragraph that is asked about, with the sentence in which it reaches them."""
 ANSWER = re.compile(r"(?<= )([A-Z]\w+(?: [A-Z]\w+)*|\d[\d,.]*\d|\d)(?=[ .!?])")
 """A name or a number."""
 
@@ -148,12 +148,17 @@ def _reviews(file: Path) -> Iterator[Row]:
 
 
 def _questions(source: str) -> Iterator[Row]:
-    """One of each paragraph: SQuAD's kind of rows without SQuAD."""
+    """One of each part of a paragraph: SQuAD's kind of rows without SQuAD."""
     dice = random.Random(0)
     for document in documents(source):
-        for paragraph in document.splitlines():
-            if WORDS[0] <= len(paragraph.split()) <= WORDS[1] and (row := _cloze(paragraph, dice)):
-                yield row
+        for line in document.splitlines():
+            part = ""
+            for sentence in re.findall(r"[^.!?]+[.!?]", line):
+                part += sentence
+                if len(part.split()) >= WORDS:
+                    if row := _cloze(part, dice):
+                        yield row
+                    part = ""
 
 
 def _cloze(paragraph: str, dice: random.Random) -> Row | None:

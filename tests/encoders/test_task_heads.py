@@ -31,7 +31,7 @@ def test_a_head_is_trained_narrowed_and_asked(
     text = tmp_path / "text.txt"
     paragraphs = []
     for number in range(40):
-        words = [f"w{dice.randrange(50)}" for _ in range(40)]
+        words = [f"w{dice.randrange(50)}" for _ in range(52)]
         words[20] = str(1000 + number)
         paragraphs.append(f"{' '.join(words)}.")
     text.write_text("\n".join(paragraphs), encoding="utf-8")
