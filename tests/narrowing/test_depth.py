@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,18 @@ def test_the_order_is_one_however_far_it_is_asked_for(tiny_model: Tiny) -> None:
     assert len(found.left) == 3
     assert found.settled(planned(model, 5)).kept_layers == five
     assert len(found.left) == 3
+
+
+def test_a_search_says_how_many_layers_it_has_passed(tiny_model: Tiny) -> None:
+    model, said = tiny_model(**SIX), []
+    found = replace(depths(model), progress=lambda *told: said.append(told))
+    found.settled(planned(model, 3))
+    assert {stage for stage, _, _ in said} == {"choosing layers"}
+    shares = [done / total for _, done, total in said]
+    assert shares == sorted(shares)
+    assert len(set(shares)) >= 6 + 5 + 4  # every layer of every step
+    assert shares[0] == 0
+    assert shares[-1] < 1
 
 
 def test_nothing_is_searched_where_every_layer_stays(tiny_model: Tiny) -> None:
