@@ -15,7 +15,7 @@ from typing import Any
 from dotexport.errors import UsageError
 
 from .intervals import STATISTICS, Estimate, alone, interleaved, unpaired
-from .sides import OTHER, QUALITY, RATES, Report, Side, differences
+from .sides import BASELINE, LABELLED, ON_ROWS, OTHER, QUALITY, RATES, Report, Side, differences
 
 NORMAL = 1.96  # standard errors of a 95 % interval
 DRIFT = 0.05  # between the baselines of two reports, from which on it is worth a word
@@ -60,8 +60,8 @@ class Compared:
     def value(self, figure: str) -> Estimate:
         """The model's own figure, in the unit that its name says."""
         if figure in QUALITY:
-            return Estimate(self.report.quality[figure])
-        side, value = self.report.candidate, self.report.candidate.figures[figure]
+            return Estimate(self.own(figure))
+        side, value = self.report.candidate, self.own(figure)
         sampled = side.sampled(figure)
         if sampled is None:
             return Estimate(value)
@@ -92,19 +92,30 @@ class Compared:
         )
         return found.inverted() if figure in RATES else found
 
+    def own(self, figure: str) -> float:
+        """The model's own figure as its report has it."""
+        of = self.report.quality if figure in QUALITY else self.report.candidate.figures
+        return float(of[figure])
+
+    def others(self, figure: str) -> float | None:
+        """The figure of what it is held against, in the same unit; None: it has none."""
+        if figure not in QUALITY:
+            return self.other.figures.get(figure)
+        if self.reference is not None:
+            return self.reference.quality.get(figure)
+        if figure.startswith(LABELLED):
+            return self.report.quality.get(BASELINE + figure)
+        name = figure.removeprefix(OTHER)
+        if name == "perplexity":
+            return self.report.quality.get(figure.removesuffix(name) + BASELINE + name)
+        return 0.0 if name == "kl" else 1.0  # of the original beside itself
+
     def _quality_ratio(self, figure: str) -> Estimate:
         ours = self.report.quality
-        if self.reference is not None:
-            theirs = self.reference.quality.get(figure)
-            return Estimate(_over(figure, ours[figure], theirs))
-        name = figure.removeprefix(OTHER)
-        text = figure.removesuffix(name)
-        if name != "perplexity":
-            original = {"kl": 0.0, "top1_agreement": 1.0}[name]
-            return Estimate(_over(figure, ours[figure], original))
-        ratio = _over(figure, ours[figure], ours.get(f"{text}baseline_perplexity"))
+        ratio = _over(figure, ours[figure], self.others(figure))
+        text = figure.removesuffix("perplexity")
         error = ours.get(f"{text}log_ratio_error")
-        if error is None:
+        if self.reference is not None or text == figure or error is None:
             return Estimate(ratio)
         # As many windows as the error was estimated from; see quality.Quality.
         factor = math.exp(NORMAL * error)
@@ -173,7 +184,8 @@ def _drift(ours: Side, theirs: Side) -> str | None:
     same = ("num_parameters", "artifact_bytes")
     if any(ours.figures.get(name) != theirs.figures.get(name) for name in same):
         return None
-    name = next((n for n in ("median_tpot_ms", "median_step_ms") if n in ours.figures), None)
+    timed = (f"median_{metric}_ms" for metric in ("tpot", "step", "call"))
+    name = next((name for name in timed if name in ours.figures), None)
     if name is None or not theirs.figures.get(name):
         return None
     ratio = ours.figures[name] / theirs.figures[name]
@@ -204,12 +216,12 @@ def headline(compared: Compared) -> dict[str, Estimate]:
     """Ratios of what is usually asked for first."""
     asked = (
         *(name for name in RATES if not name.endswith("throughput")),
-        *(f"p50_{metric}_ms" for metric in ("ttft", "tpot", "e2el", "step", "whole")),
+        *(f"p50_{metric}_ms" for metric in ("ttft", "tpot", "e2el", "step", "whole", "call")),
         *(f"p90_{metric}_ms" for metric in ("ttft", "tpot")),
         "peak_rss_bytes",
         "artifact_bytes",
-        "perplexity",
-        "other_perplexity",
+        *("perplexity", "other_perplexity", "cosine", "recall_at_10"),
+        *(LABELLED + name for name in ON_ROWS),
     )
     found = {}
     for name in asked:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,14 @@ from .sweep import swept
 
 OTHER = "other_"  # before the name of a figure on the second text of an evaluation
 ON_TEXT = ("perplexity", "kl", "top1_agreement")
-QUALITY = (*ON_TEXT, *(OTHER + name for name in ON_TEXT))
+EMBEDDED = ("cosine", "recall_at_10", "agreement")
+BASELINE = "baseline_"  # before the original's
+LABELLED = "labelled_"  # before the name of a figure on rows with answers
+ON_ROWS = ("accuracy", "f1", "matthews", "pearson", "spearman", "exact_match")
+QUALITY = (
+    *(*ON_TEXT, *(OTHER + name for name in ON_TEXT)),
+    *(*EMBEDDED, *(LABELLED + name for name in ON_ROWS)),
+)
 
 # Each rate is some number of tokens or requests over a time, which carries its uncertainty.
 RATES = {
@@ -39,6 +46,7 @@ RATES = {
     "request_throughput": "mean_e2el_ms",
     "output_throughput": "mean_e2el_ms",
     "total_token_throughput": "mean_e2el_ms",
+    "sentences_per_second": "p50_call_ms",
 }
 # How long and how carefully was measured, which changes no figure's meaning.
 EFFORT = {"rounds", "min_iterations", "min_seconds", "min_warmups", "max_warmup_seconds", "seed"}
@@ -152,6 +160,8 @@ def _read(file: Path, stored: dict[str, Any], quality: Mapping[str, Any]) -> Rep
         return of_result(BenchResult.from_dict(stored, str(file)), file, quality, stored)
     if "schema" not in stored and {"step", "whole", "bytes"} <= stored.keys():
         return _of_pipelines(file, stored)
+    if "schema" not in stored and {"call", "seqlen", "bytes"} <= stored.keys():
+        return _of_encoders(file, stored, quality)
     if {"kl", "perplexity"} <= stored.keys():
         raise UsageError(f"{file} is the JSON of an evaluation; give it with --quality")
     raise UsageError(
@@ -224,20 +234,27 @@ def _is_number(value: Any) -> bool:
 
 
 def _conditions(result: BenchResult) -> dict[str, Any]:
-    machine, asked = result.environment, result.workload.as_dict()
-    libraries = machine.get("libraries", {})
-    family = next((name for name in LIBRARIES if result.target.startswith(name)), None)
-    named = LIBRARIES.get(family or "", [name for name in libraries if name != "dotexport"])
+    asked = result.workload.as_dict()
     return {
         "target": result.target,
         "precision": result.precision,
         **({"options": options_in_words(result.runtime)} if result.runtime else {}),
+        **_of_machine(result.environment, result.target),
+        "providers": list(result.candidate.providers),
+        **{name: value for name, value in asked.items() if name not in EFFORT},
+    }
+
+
+def _of_machine(machine: Mapping[str, Any], target: str) -> dict[str, Any]:
+    """The device, and the libraries that the runtime stands on."""
+    libraries = machine.get("libraries", {})
+    family = next((name for name in LIBRARIES if target.startswith(name)), None)
+    named = LIBRARIES.get(family or "", [name for name in libraries if name != "dotexport"])
+    return {
         **{name: machine[name] for name in HARDWARE if machine.get(name)},
         "cores": machine.get("cores", {}).get("usable"),
         **_limited(machine),
-        "providers": list(result.candidate.providers),
         "runtime": {name: libraries[name] for name in named if name in libraries},
-        **{name: value for name, value in asked.items() if name not in EFFORT},
     }
 
 
@@ -249,11 +266,30 @@ def _limited(machine: Mapping[str, Any]) -> dict[str, Any]:
 
 def _of_pipelines(file: Path, stored: Mapping[str, Any]) -> Report:
     """The bench of a diffusion pipeline; it does not say on which device it was taken."""
+    baseline, candidate = _timed_sides(stored, "step", "whole")
+    asked = {name: stored[name] for name in ("target", "threads", "batch", "steps")}
+    unknown = {"cpu": f"not recorded in {file}"}  # so that it equals that of no other file
+    label = f"{stored['target']}, batch {stored['batch']}"
+    return Report(file, label, asked | unknown, candidate, baseline)
+
+
+def _of_encoders(file: Path, stored: Mapping[str, Any], quality: Mapping[str, Any]) -> Report:
+    """The bench of a text encoder: one call on a batch of sentences."""
+    sides = []
+    for number, side in enumerate(_timed_sides(stored, "call")):
+        rate = {"sentences_per_second": float(stored["sentences_per_second"][number])}
+        sides.append(replace(side, figures={**side.figures, **rate}))
+    asked = {name: stored[name] for name in ("target", "threads", "batch", "seqlen")}
+    label = f"{stored['target']}, {stored['batch']} x {stored['seqlen']} tokens"
+    conditions = asked | _of_machine(stored["environment"], stored["target"])
+    return Report(file, label, conditions, sides[1], sides[0], quality=quality)
+
+
+def _timed_sides(stored: Mapping[str, Any], *metrics: str) -> tuple[Side, Side]:
+    """Baseline and candidate of a bench that timed calls in turns."""
     sides = []
     for number, name in enumerate(("baseline", "candidate")):
-        times = {
-            metric: np.array(stored[metric]["samples_ms"][number]) for metric in ("step", "whole")
-        }
+        times = {metric: np.array(stored[metric]["samples_ms"][number]) for metric in metrics}
         figures = {
             f"{statistic}_{metric}_ms": float(compute(times_GS))
             for metric, times_GS in times.items()
@@ -261,17 +297,17 @@ def _of_pipelines(file: Path, stored: Mapping[str, Any]) -> Report:
         }
         figures["artifact_bytes"] = float(stored["bytes"][number])
         sides.append(Side(name, "", times, figures))
-    asked = {name: stored[name] for name in ("target", "threads", "batch", "steps")}
-    unknown = {"cpu": f"not recorded in {file}"}  # so that it equals that of no other file
-    label = f"{stored['target']}, batch {stored['batch']}"
-    return Report(file, label, asked | unknown, sides[1], sides[0])
+    return sides[0], sides[1]
 
 
 def quality_of(file: Path, given: Path | None) -> Mapping[str, Any]:
     """The evaluation that was given, or that of the output which holds a report; {} is none."""
     found = _evaluation(file, given)
-    other = found.get("other") or {}
-    return {**found, **{OTHER + name: value for name, value in other.items()}}
+    parts = {OTHER: found.get("other") or {}}
+    right = found.get("labelled") or {}
+    for before, side in ((LABELLED, "narrowed"), (BASELINE + LABELLED, "original")):
+        parts[before] = right.get(side) or {}
+    return {**found, **{part + name: x for part in parts for name, x in parts[part].items()}}
 
 
 def _evaluation(file: Path, given: Path | None) -> Mapping[str, Any]:
@@ -288,9 +324,10 @@ def _evaluation(file: Path, given: Path | None) -> Mapping[str, Any]:
     found = read_json(given, advice="evaluate again with `dotexport eval --json`", finite=True)
     found = found.get("quality", found)
     expected = "expected the JSON of `dotexport eval`"
-    if not isinstance(found, Mapping) or "perplexity" not in found:
+    known = {"perplexity", *EMBEDDED}  # of decoders; of encoders, which have either
+    if not isinstance(found, Mapping) or not known & found.keys():
         raise UsageError(f"{given} has no perplexity; {expected}")
-    figures = {name: found[name] for name in ON_TEXT if found.get(name) is not None}
+    figures = {name: found[name] for name in QUALITY if found.get(name) is not None}
     validated(dict[str, float], figures, str(given), error=UsageError, advice=expected)
     return found
 

@@ -109,18 +109,9 @@ def _figures(compared: Compared) -> Table:
     for column in ("", "this", "that", "ratio", "95 % interval"):
         table.add_column(column, justify="left" if not column else "right")
     for name, found in headline(compared).items():
-        values = _values(compared, name)
+        values = (compared.own(name), compared.others(name) or 0.0)
         table.add_row(name, *(f"{v:,.4g}" for v in values), f"{found.value:.3f}x", _bounds(found))
     return table
-
-
-def _values(compared: Compared, name: str) -> tuple[float, float]:
-    ours = {**compared.report.candidate.figures, **compared.report.quality}
-    if name.endswith("perplexity"):
-        earlier, baseline = compared.reference, name.replace("perplexity", "baseline_perplexity")
-        before = earlier.quality[name] if earlier else ours[baseline]
-        return ours[name], before
-    return ours[name], compared.other.figures[name]
 
 
 def _bounds(found: Estimate) -> str:

@@ -261,6 +261,11 @@ def test_bench_times_both_models_in_turns(
     words = f"{target}, 2 x 9 tokens, 1 threads"
     said = json.loads((exported / "dotexport.json").read_text(encoding="utf-8"))
     assert said["bench"][words]["ratio"] == times["ratio"]
+    report = exported / f"reports/bench-{target.replace(':', '-')}-2x9.json"
+    compared = CliRunner().invoke(app, ["compare", str(report), "--json"])
+    assert compared.exit_code == 0, compared.output
+    [line] = json.loads(compared.stdout)["comparisons"]
+    assert line["ratios"]["p50_call_ms"]["value"] == pytest.approx(times["ratio"])
     with pytest.raises(UsageError, match="more than the 40 tokens"):
         run("bench", exported, *asked, "--seqlen", 41)
 

@@ -207,6 +207,32 @@ def test_the_bench_of_a_pipeline_is_compared_and_its_device_is_not_known(
     assert "not recorded" in capsys.readouterr().err
 
 
+def test_the_bench_of_an_encoder_is_held_to_speed_embeddings_and_answers(
+    call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timed = {"samples_ms": [[[10.0, 10.2]] * 9, [[8.0, 8.1]] * 9]}
+    stored = {"target": "onnx:int8", "threads": 1, "batch": 2, "seqlen": 9, "bytes": [200, 100]}
+    stored |= {"call": timed, "sentences_per_second": [198.0, 248.0], "environment": {"cpu": "a"}}
+    file, other, quality = (tmp_path / name for name in ("a.json", "b.json", "q.json"))
+    file.write_text(json.dumps(stored), encoding="utf-8")
+    other.write_text(json.dumps(stored | {"environment": {"cpu": "b"}}), encoding="utf-8")
+    right = {"original": {"accuracy": 0.8}, "narrowed": {"accuracy": 0.78}}
+    judged = {"cosine": 0.96, "recall_at_10": 0.8, "labelled": {"rows": 50, **right}}
+    quality.write_text(json.dumps(judged), encoding="utf-8")
+    gate = tmp_path / "g.yaml"
+    kept = ["call_p50: '<=0.85x'", "sentences_per_second: ['>=1.2x', '>=240']", "cosine: '>=0.95'"]
+    kept += ["labelled_accuracy: ['>=0.97x', '>=0.75']", "artifact_bytes: '<=0.5x'"]
+    gate.write_text("\n".join(kept), encoding="utf-8")
+    assert call("compare", file, "--gate", gate, "--quality", quality) == 0
+    for missed in ("recall_at_10: '>=0.85'", "labelled_accuracy: '>=0.98x'", "cosine: '>=0.97x'"):
+        gate.write_text(missed, encoding="utf-8")
+        assert call("compare", file, "--gate", gate, "--quality", quality) == 4, missed
+    gate.write_text("labelled_f1: '>=0.5'", encoding="utf-8")
+    assert call("compare", file, "--gate", gate, "--quality", quality) == 2
+    assert call("compare", file, other) == 2
+    assert "cpu: a against b" in " ".join(capsys.readouterr().err.split())
+
+
 # What pipelines are told --------------------------------------------------------------------------
 
 
