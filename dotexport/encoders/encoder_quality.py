@@ -62,10 +62,15 @@ def evaluate(
             f"{narrowed} is a {type(ours.model).__name__} and {original} a "
             f"{type(theirs.model).__name__}; give the original of this output"
         )
-    rows = read_rows(labelled) if labelled else []
     said, wanted = _of_torch(ours), _of_torch(theirs)
     if spec is not None:
         said = _of_artifact(ours, narrowed, spec)
+    told: dict[str, Any] = {}
+    if labelled:
+        rows = read_rows(labelled)
+        sides = {"narrowed": (ours, said), "original": (theirs, wanted)}
+        right = {name: scores(*side, rows, options, progress) for name, side in sides.items()}
+        told["labelled"] = {"file": str(labelled), "rows": len(rows), **right}
     pooling = pooling_of(theirs)
     sentences = read_sentences(options)
     pairs = read_by_both(ours, theirs, sentences, options)
@@ -78,11 +83,6 @@ def evaluate(
             embeddings.append([pooled(found[HIDDEN], one.mask, pooling) for found, one in both])
         answers.add(read, their_read, made, expected)
     progress("evaluating", len(pairs), len(pairs))
-    told: dict[str, Any] = {}
-    if rows:
-        sides = {"original": (theirs, wanted), "narrowed": (ours, said)}
-        right = {name: scores(*side, rows, options, progress) for name, side in sides.items()}
-        told["labelled"] = {"file": str(labelled), "rows": len(rows), **right}
     return {
         **_closeness(embeddings),
         **answers.as_dict(),
