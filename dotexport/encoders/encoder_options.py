@@ -33,19 +33,15 @@ class SentenceOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShrinkOptions:
-    """Sizes, methods and text.
+class SizeOptions:
+    """How narrow.
 
     Attributes:
         params: budget, `0.7x` or a number.
         count: what the budget counts.
         width, depth: sizes that are given instead.
-        method: `dot` merges neurons that leave into kept ones, `obs` leaves that out, `select`
-            takes those that contribute most and repairs nothing: the baseline.
-        heal: steps of distillation.
     """
 
-    text: SentenceOptions = group(source={"key": "calib"})
     params: str | None = option(None, help="Budget: 0.7x of the parameters, or 15M.")
     count: str = option(
         "all",
@@ -58,22 +54,11 @@ class ShrinkOptions:
         flag="intermediate",
     )
     depth: int | None = option(None, help="Layers that stay.", flag="layers")
-    method: str = option(
-        "dot",
-        help="dot, obs (no merging), or select (largest neurons, no repair: a baseline).",
-        flag="mlp",
-    )
-    heal: int = option(0, help="Steps of distillation on hidden states and embeddings.")
-    seed: int = option(0, help="Same seed, same bytes.")
     vocabulary: VocabularyOptions = group(VocabularyOptions)
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UsageError(f"--mlp {self.method} is not known; expected {', '.join(METHODS)}")
         if self.count not in COUNTS:
             raise UsageError(f"--count {self.count} is not known; expected {', '.join(COUNTS)}")
-        if self.heal < 0:
-            raise UsageError(f"--heal must not be negative, not {self.heal}")
         sized = self.width is not None or self.depth is not None
         if (self.params is not None and sized) or not (self.narrows or self.vocabulary.asked):
             raise UsageError(
@@ -85,3 +70,30 @@ class ShrinkOptions:
     def narrows(self) -> bool:
         """Whether layers are changed: the vocabulary alone is cut exactly."""
         return (self.params, self.width, self.depth) != (None, None, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinkOptions(SizeOptions):
+    """How an encoder is narrowed.
+
+    Attributes:
+        method: `dot` merges neurons that leave into kept ones, `obs` leaves that out, `select`
+            takes those that contribute most and repairs nothing: the baseline.
+        heal: steps of distillation.
+    """
+
+    text: SentenceOptions = group(source={"key": "calib"})
+    method: str = option(
+        "dot",
+        help="dot, obs (no merging), or select (largest neurons, no repair: a baseline).",
+        flag="mlp",
+    )
+    heal: int = option(0, help="Steps of distillation on hidden states and embeddings.")
+    seed: int = option(0, help="Same seed, same bytes.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method not in METHODS:
+            raise UsageError(f"--mlp {self.method} is not known; expected {', '.join(METHODS)}")
+        if self.heal < 0:
+            raise UsageError(f"--heal must not be negative, not {self.heal}")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from dotexport.encoders.encoder_folder import Encoder, can_hold
-from dotexport.encoders.encoder_options import ShrinkOptions
+from dotexport.encoders.encoder_options import SizeOptions
 from dotexport.encoders.encoder_walk import Progress, cut
 from dotexport.encoders.sentences import Batch, embed, mean_cosine
 from dotexport.errors import SizeError, UsageError
@@ -55,7 +55,7 @@ def before_of(encoder: Encoder) -> Sizes:
     return Sizes(int(writer.in_features), len(encoder.layers))  # type: ignore[arg-type]
 
 
-def candidates(encoder: Encoder, options: ShrinkOptions, *, total: int) -> list[Sizes]:
+def candidates(encoder: Encoder, options: SizeOptions, *, total: int) -> list[Sizes]:
     """Sizes that were asked for, or all those at which the budget is used up.
 
     Args:
@@ -93,7 +93,7 @@ def candidates(encoder: Encoder, options: ShrinkOptions, *, total: int) -> list[
     return found
 
 
-def _budget(encoder: Encoder, options: ShrinkOptions, total: int) -> tuple[int, int]:
+def _budget(encoder: Encoder, options: SizeOptions, total: int) -> tuple[int, int]:
     """Parameters of the whole model at most, and how many lie outside of the layers."""
     assert options.params is not None
     layers = num_parameters(encoder.layers)

@@ -103,7 +103,30 @@ def test_recall_counts_shared_neighbours() -> None:
     assert recall(turned, turned.flip(0)) < 0.7
 
 
-@pytest.mark.parametrize("verb", ["plan", "frontier", "latency", "report"])
+def test_a_plan_lists_what_shrink_narrows(text: str, made: Made, tmp_path: Path) -> None:
+    model = made(tmp_path / "model", "distilbert")
+    asked = ("--params", "0.8x", "--vocab", 100, "--vocab-for", text)
+    planned = run("plan", model, *asked)
+    shrunk = run("shrink", model, "-o", tmp_path / "out", *asked, "--calib", text)
+    whole, narrow = shrunk["sizes"]["parameters"]  # type: ignore[index]
+    assert planned["original"]["parameters"] == whole  # type: ignore[index]
+    choices: list[dict[str, int]] = planned["choices"]  # type: ignore[assignment]
+    tried: list[dict[str, int]] = shrunk["tried"]  # type: ignore[assignment]
+    assert [(row["hidden_dim"], row["n_layers"]) for row in choices[: len(tried)]] == [
+        (row["width"], row["depth"]) for row in tried
+    ]
+    [taken] = [row for row in choices if row["parameters"] == narrow]
+    assert taken["vocab_size"] == 128  # a multiple of 64
+    assert all(row["ratio"] <= 0.8 and row["bytes"] == 4 * row["parameters"] for row in choices)
+    shown = CliRunner().invoke(app, ["plan", str(model), "--params", "0.8x"])
+    assert shown.exit_code == 0, shown.output
+    assert "neurons" in shown.output
+    assert f"{whole:,}" in shown.output
+    with pytest.raises(UsageError, match="--vocab-for TEXT"):
+        run("plan", model, "--vocab", 100)
+
+
+@pytest.mark.parametrize("verb", ["frontier", "latency", "report"])
 def test_other_verbs_name_the_kind(verb: str, sentence_transformer: Path) -> None:
     with pytest.raises(UsageError, match=f"is a text encoder, which {verb} does not take"):
         run(verb, sentence_transformer)

@@ -1,14 +1,14 @@
 """The verbs of the command line for text encoders: one function per verb, no logic.
 
-`dotexport shrink FOLDER`, `export`, `verify`, `eval` and `bench` come here when FOLDER is one of
-`encoders.kinds`, a folder of sentence-transformers, or an output that holds one.
+`dotexport shrink FOLDER`, `plan`, `export`, `verify`, `eval` and `bench` come here when FOLDER is
+one of `encoders.kinds`, a folder of sentence-transformers, or an output that holds one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +16,7 @@ from dotexport.app.flags import with_options
 from dotexport.app.progress import progress
 from dotexport.app.terminal import show_figures, show_json, show_written, stderr
 from dotexport.app.turn_options import TurnOptions
-from dotexport.encoders.encoder_options import SentenceOptions, ShrinkOptions
+from dotexport.encoders.encoder_options import SentenceOptions, ShrinkOptions, SizeOptions
 
 from .shared_options import Held, Home, Json, Only, Out, Overwrite
 
@@ -58,6 +58,25 @@ def shrink(
         show_json(shrunk.as_dict())
         return
     show(out, f"narrowed in {shrunk.seconds:.0f} s")
+
+
+@app.command()
+@with_options
+def plan(model: Folder, options: SizeOptions, as_json: Json = False) -> None:
+    """Sizes that meet a budget: each is what shrink would narrow to choose the closest.
+
+    Bytes are those of hf/ as the original is stored; int8 artifacts take about a byte a parameter.
+
+    Example: dotexport plan ./all-MiniLM-L6-v2 --params 0.7x
+    """
+    from dotexport.encoders.encoder_planning import plan as planned
+
+    with progress() as report:
+        record = planned(model, options, report)
+    if as_json:
+        show_json(record)
+        return
+    show_plan(record, str(model))
 
 
 @app.command()
@@ -189,6 +208,30 @@ def show(out: Path, title: str) -> None:
 
     rows = encoder_card.rows(manifest.read(out))
     show_figures(rows, "narrowed", title, f"model {out / 'hf'}")
+
+
+def show_plan(record: Mapping[str, Any], model: str) -> None:
+    """A line per choice, the original first."""
+    from rich.console import Console
+    from rich.table import Table
+
+    original, choices = record["original"], record["choices"]
+    names = [name for name in choices[0] if name not in ("ratio", "bytes")]
+    table = Table(title=model)
+    for column in ("", "neurons", "layers", "tokens", "parameters", "ratio", "MB"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for number, row in enumerate((original, *choices)):
+        ratio = row["parameters"] / original["parameters"]
+        figures = (f"{row[name]:,}" for name in names)
+        label = str(number) if number else "original"
+        table.add_row(label, *figures, f"{ratio:.3f}x", f"{row['bytes'] / 1e6:,.2f}")
+    Console().print(table)
+    stderr.print(
+        "next: dotexport shrink MODEL -o OUT with the same flags and --calib TEXT narrows each of "
+        "these and keeps the one whose embeddings are closest",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def show_parities(parities: Sequence[Parity]) -> None:
