@@ -265,7 +265,7 @@ def test_bench_times_both_models_in_turns(
     compared = CliRunner().invoke(app, ["compare", str(report), "--json"])
     assert compared.exit_code == 0, compared.output
     [line] = json.loads(compared.stdout)["comparisons"]
-    # Stored times are rounded to a ten-thousandth of a millisecond, of calls that take a few tenths.
+    # Stored times are rounded to 1e-4 ms, of calls that take a few tenths.
     assert line["ratios"]["p50_call_ms"]["value"] == pytest.approx(times["ratio"], rel=1e-2)
     with pytest.raises(UsageError, match="more than the 40 tokens"):
         run("bench", exported, *asked, "--seqlen", 41)
