@@ -7,7 +7,7 @@ import json
 import random
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -23,7 +23,6 @@ from dotexport.encoders.encoder_folder import open_encoder
 from dotexport.encoders.encoder_options import SentenceOptions
 from dotexport.encoders.encoder_quality import evaluate
 from dotexport.encoders.encoder_shrinking import shrink
-from dotexport.encoders.encoder_walk import Progress
 from dotexport.encoders.sentences import context_of
 from dotexport.errors import SizeError
 from dotexport.models.documents import documents
@@ -45,6 +44,7 @@ ANSWER = re.compile(r"(?<= )([A-Z]\w+(?: [A-Z]\w+)*|\d[\d,.]*\d|\d)(?=[ .!?])")
 """A name or a number."""
 
 Row = dict[str, Any]
+Steps = Callable[[int, int], None]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -84,7 +84,9 @@ def heads(
             folder = Path(scratch) / task
             files = _Files(folder, said[held:], said[:held])
             trained = folder / "model"
-            _train(model, trained, kind, said[held:], epochs, report)
+            _train(
+                model, trained, kind, said[held:], epochs, partial(report, f"training on {task}")
+            )
             asked = SentenceOptions(source=str(files.fit), samples=samples, seqlen=SEQLEN)
             subject = Subject(open_encoder(trained), asked, str(files.words), heal)
             for budget in params or ["0.7x"]:
@@ -181,9 +183,7 @@ def _cloze(paragraph: str, dice: random.Random) -> Row | None:
     }
 
 
-def _train(
-    model: Path, out: Path, kind: Any, rows: list[Row], epochs: int, report: Progress
-) -> None:
+def _train(model: Path, out: Path, kind: Any, rows: list[Row], epochs: int, report: Steps) -> None:
     """A head and all below it, with AdamW at a rate that falls to nothing."""
     original = open_encoder(model)
     torch.manual_seed(0)
@@ -197,13 +197,13 @@ def _train(
     dice = random.Random(0)
     network.train()
     for step in range(steps):
-        report("training", step, steps)
+        report(step, steps)
         loss = network(**_asked(tokenizer, dice.sample(rows, min(BATCH, len(rows))), most)).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    report("training", steps, steps)
+    report(steps, steps)
     network.eval().save_pretrained(out)
     tokenizer.save_pretrained(out)
 
