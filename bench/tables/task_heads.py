@@ -143,10 +143,17 @@ class _Files:
 
 
 def _reviews(file: Path) -> Iterator[Row]:
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        _, rating, text = line.split("\t", 2)
-        if abs(float(rating)) > NEUTRAL:
-            yield {"text": text, "label": int(float(rating) > 0)}
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            _, rated, text = line.split("\t", 2)
+            rating = float(rated)
+        except ValueError as error:
+            raise typer.BadParameter(
+                f"line {number} of {file} is not a number, a mean rating and a review between tabs"
+            ) from error
+        if abs(rating) > NEUTRAL:
+            yield {"text": text, "label": int(rating > 0)}
 
 
 def _questions(source: str) -> Iterator[Row]:
@@ -237,7 +244,7 @@ def _asked(tokenizer: Any, rows: list[Row], most: int) -> dict[str, Any]:
 def _measured(
     subject: Subject, trained: Path, files: _Files, budget: str, way: Mapping[str, Any]
 ) -> Row:
-    """Narrow, and ask; every row of a task has the same columns."""
+    """Narrow, and ask; why not, where this way cannot meet the budget."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
         try:

@@ -88,7 +88,9 @@ class ShrinkOptions(SizeOptions):
         help="dot, obs (no merging), or select (largest neurons, no repair: a baseline).",
         flag="mlp",
     )
-    heal: int = option(0, help="Steps of distillation on hidden states and embeddings.")
+    heal: int = option(
+        0, help="Steps of distillation on hidden states, embeddings and a head's answers."
+    )
     seed: int = option(0, help="Same seed, same bytes.")
 
     def __post_init__(self) -> None:

@@ -165,7 +165,9 @@ def _number(row: Row, number: int) -> float:
 
 
 def _label(row: Row, number: int, names: Mapping[str, int]) -> int:
-    label = names.get(str(row.get("label")), row.get("label"))
+    label = row.get("label")
+    if isinstance(label, str):  # a number is one, even where a class is called by another
+        label = names.get(label, label)
     if type(label) is not int or label not in names.values():
         known = ", ".join(f"{name} ({n})" for name, n in names.items())
         raise CalibrationError(

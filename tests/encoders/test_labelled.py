@@ -54,6 +54,17 @@ def test_articles_case_and_punctuation_of_answers_do_not_count() -> None:
     assert told["f1"] == pytest.approx(3 / 4)
 
 
+def test_a_number_is_a_label_where_a_class_is_called_by_another(made: Made, tmp_path: Path) -> None:
+    encoder = open_encoder(made(tmp_path / "model", "roberta"))
+    encoder.model.config.label2id = {"1": 0, "2": 1, "3": 2}  # type: ignore[union-attr]
+    rows = [{"text": "w1", "label": 1}, {"text": "w2", "label": "2"}]
+
+    def say(read: Batch) -> dict[str, torch.Tensor]:
+        return {"logits": torch.tensor([0.0, 1.0, 0.0]).expand(len(read.inputs["input_ids"]), 3)}
+
+    assert scores(encoder, say, rows, SentenceOptions(source="unread"))["accuracy"] == 1.0
+
+
 @pytest.mark.parametrize("name", ["distilbert", "modernbert-QuestionAnswering"])
 def test_an_answer_is_found_in_whichever_window_it_stands(
     name: str, made: Made, tmp_path: Path
