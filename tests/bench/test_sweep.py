@@ -14,10 +14,11 @@ import pytest
 from dotexport.app.benching import bench_name, workload_of
 from dotexport.app.cli import main
 from dotexport.app.steps import BenchStep
-from dotexport.bench import BenchResult, Sweep, Workload, bench, noise_check, sweep
+from dotexport.bench import BenchResult, Sweep, Workload, bench, noise_check, sweep, worker
 from dotexport.bench.presets import PRESETS, find_preset
 from dotexport.bench.sweep import parse_values, steps_of
 from dotexport.bench.table import SWEEP_COLUMNS, sweep_row
+from dotexport.bench.worker import Slowed
 from dotexport.errors import UsageError
 
 Plant = Callable[..., Path]
@@ -178,32 +179,32 @@ def test_an_option_that_a_target_lacks_is_refused(plant: Plant, small: Workload)
         bench(plant("a"), plant("b"), "planted", workload=small, runtime={"dtype": "bf16"})
 
 
-def test_a_planted_slowdown_is_of_computing(plant: Plant, small: Workload) -> None:
-    # The planted model sleeps, which takes no processor time: a share of nothing is nothing.
-    from dotexport.bench.worker import Slowed
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_planted_slowdown_is_of_computing(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of processor time that only goes on when somebody computes, or looks at it."""
+    spent_s = 0.0
+
+    def clock() -> float:
+        nonlocal spent_s
+        spent_s += 1e-3
+        return spent_s
 
     class Busy:
         providers = ("here",)
 
         def start(self, tokens_BL: Any, lengths_B: Any = None) -> Any:
-            return sum(range(200_000))
+            nonlocal spent_s
+            spent_s += 10
+            return "logits"
 
         step = start
 
-    from time import thread_time
-
-    def spent(session: Any) -> float:
-        started = thread_time()
-        for _ in range(20):
-            session.step(None)
-        return thread_time() - started
-
-    session: Any = Busy()
-    slow: Any = Slowed(session, 1.0)
-    spent(session)
-    ratio = spent(slow) / spent(session)
-    # Of the processor's time, twice as long; a neighbour on the same core moves it by far less.
-    assert 1.5 < ratio < 2.7
+    monkeypatch.setattr(worker, "thread_time", clock)
+    slow: Any = Slowed(Busy(), share)  # type: ignore[arg-type]
+    for ask in (slow.start, slow.step):
+        before_s = spent_s
+        assert ask(None) == "logits"
+        assert spent_s - before_s == pytest.approx(10 * (1 + share), abs=0.01)
     assert slow.providers == ("here",)
 
 

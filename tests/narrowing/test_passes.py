@@ -50,7 +50,7 @@ def test_a_pass_in_bfloat16_is_the_pass_in_float32_but_for_its_rounding() -> Non
     [
         ("tied-bf16", True, torch.bfloat16),
         ("tied-bf16", False, torch.float32),
-        ("heads-of-8", True, torch.float32),
+        ("biased", True, torch.float32),
     ],
 )
 def test_auto_takes_bfloat16_where_weights_are_stored_so_and_the_device_has_it(

@@ -30,7 +30,7 @@ from dotexport.narrowing.prepare import prepare
 from dotexport.sizes.budget import plan
 
 TinyLlama = Callable[[str], Path]
-MODELS = ["wide-heads", "tied-bf16", "heads-of-8", "biased"]
+MODELS = ["wide-heads", "tied-bf16", "biased"]
 TOKENS_BL = torch.randint(0, 90, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
@@ -158,10 +158,10 @@ def test_a_licence_is_read_from_the_front_matter_of_a_model_card(tmp_path: Path)
 def test_a_card_names_the_recipe_only_where_there_is_one(
     tiny_llama: TinyLlama, tmp_path: Path
 ) -> None:
-    narrow(tiny_llama("heads-of-8"), tmp_path / "without", intermediate_size=64)
+    narrow(tiny_llama("biased"), tmp_path / "without", intermediate_size=64)
     text = TextOptions(source=str(words(tmp_path)), samples=2, seqlen=64)
     options = ShrinkOptions(text=text, sizes=SizeOptions(intermediate_size=64))
-    shrink(tiny_llama("heads-of-8"), tmp_path / "with", options, recipe="model: it\n")
+    shrink(tiny_llama("biased"), tmp_path / "with", options, recipe="model: it\n")
     assert "recipe.yaml" not in (tmp_path / "without" / "README.md").read_text()
     assert "`recipe.yaml` replays it; `dotexport.json`" in (tmp_path / "with/README.md").read_text()
 
@@ -326,12 +326,12 @@ def stories(assets: Path) -> tuple[Path, Path]:
 @pytest.mark.parametrize(
     ("sizes", "methods", "floor"),
     [
-        ({"hidden_size": 48, "tied": False}, {"basis": "select"}, 15.5),
-        ({"hidden_size": 48, "tied": False}, {"basis": "dot"}, 14.7),
-        ({"hidden_size": 48, "tied": False}, {"basis": "pca"}, 11.5),
-        ({"hidden_size": 48, "tied": False}, {"basis": "learned"}, 11.4),
-        ({"intermediate_size": 128}, {"mlp": "dot"}, 6.5),
-        ({"intermediate_size": 96}, {"mlp": "dot"}, 11.0),
+        ({"hidden_size": 48, "tied": False}, {"basis": "select"}, 12.5),
+        ({"hidden_size": 48, "tied": False}, {"basis": "dot"}, 12.0),
+        ({"hidden_size": 48, "tied": False}, {"basis": "pca"}, 10.2),
+        ({"hidden_size": 48, "tied": False}, {"basis": "learned"}, 10.0),
+        ({"intermediate_size": 128}, {"mlp": "dot"}, 6.1),
+        ({"intermediate_size": 96}, {"mlp": "dot"}, 9.1),
     ],
     ids=["select", "dot", "pca", "learned", "mlp128", "mlp96"],
 )
@@ -342,10 +342,11 @@ def test_a_trained_llama_keeps_its_perplexity_floor(
     stories: tuple[Path, Path],
     tmp_path: Path,
 ) -> None:
+    """A tenth above what they were when this was written; 120 windows, since more change little."""
     model, text = stories
     options = ShrinkOptions(
         sizes=SizeOptions(**sizes),  # type: ignore[arg-type]
-        text=TextOptions(source=str(text), samples=400, seqlen=256, skip=100),
+        text=TextOptions(source=str(text), samples=120, seqlen=256, skip=100),
         narrow=NarrowOptions(**methods),
     )
     shrink(model, tmp_path / "out", options, device="cpu")

@@ -16,7 +16,7 @@ from dotexport.exports.target import Logits, Session, Target, Tokens, resolve
 from dotexport.exports.verifying import check
 from dotexport.models.checkpoint import Checkpoint
 
-MODELS = ["wide-heads", "tied-bf16", "heads-of-8", "biased"]
+MODELS = ["wide-heads", "tied-bf16", "biased"]
 
 
 def opened(exported: Callable[[str, str], Path], model: str, spec: str) -> tuple[Target, str, Path]:
