@@ -63,8 +63,8 @@ OF_CLASS: dict[str, dict[str, Any]] = {
 }
 
 # What each is there for: heads x head_dim unlike hidden; one KV head, tied, stored in bfloat16;
-# biases everywhere, and heads of 8; heads x head_dim equal to hidden, which some take for granted; a
-# table that is most of the model.
+# biases everywhere, and heads of 8; heads x head_dim equal to hidden, which some take for granted;
+# a table that is most of the model.
 LLAMAS: dict[str, dict[str, Any]] = {
     "wide-heads": {},
     "tied-bf16": {"num_key_value_heads": 1, "tie_word_embeddings": True, "dtype": torch.bfloat16},

@@ -114,12 +114,16 @@ def test_bfloat16_which_no_cpu_multiplies_here_is_no_precision() -> None:
         resolve("ort-cpu:bf16")
 
 
-def test_int4_rounds_every_matrix_product(exported: Any) -> None:
-    operators = [
-        node.op_type for node in load(exported("biased", "ort-cpu") / "ort-cpu-int4").graph.node
-    ]
+@pytest.mark.parametrize(
+    ("model", "of_layer"),
+    # q, k and v are one product where rotary is inside the attention; o, gate, up, down.
+    [("wide-heads", 5), ("biased", 7)],
+)
+def test_int4_rounds_every_matrix_product(model: str, of_layer: int, exported: Any) -> None:
+    graph = load(exported(model, "ort-cpu") / "ort-cpu-int4").graph
+    operators = [node.op_type for node in graph.node]
     assert "MatMul" not in operators
-    assert operators.count("MatMulNBits") == 3 * 5 + 1  # qkv, o, gate, up, down; the output head
+    assert operators.count("MatMulNBits") == 3 * of_layer + 1  # the output head
 
 
 def test_rotary_is_inside_the_attention_where_the_heads_allow(exported: Any) -> None:
