@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from dotexport.errors import DotexportError
 from dotexport.exports.target import QUANTISED_BLOCK
 
+from .onnx_blocks import packed
+
 if TYPE_CHECKING:
     from dotexport.merging.rounding import Rounded
     from dotexport.models.checkpoint import Checkpoint
@@ -42,7 +44,7 @@ def store(checkpoint: Checkpoint, file: Path, rounded: Mapping[str, Rounded]) ->
         if name not in rounded:
             continue
         outputs = constants[f"{stem}_Q4"].shape[0]
-        for suffix, rows in zip(("_Q4", "_scales"), _packed(rounded[name]), strict=True):
+        for suffix, rows in zip(("_Q4", "_scales"), packed(rounded[name]), strict=True):
             key = stem + suffix
             if key not in changed:
                 changed[key] = np.array(constants[key].numpy())
@@ -69,15 +71,6 @@ def _write(tensor: Any, array: Array, folder: Path) -> None:
     with (folder / where["location"]).open("r+b") as file:
         file.seek(int(where.get("offset", 0)))
         file.write(content)
-
-
-def _packed(rounded: Rounded) -> tuple[Array, Array]:
-    """Bytes (O, K S), two levels in each, the first in the low half, and scales (O, K)."""
-    level_OI = rounded.levels_OI.numpy()
-    filled = (0, -level_OI.shape[1] % QUANTISED_BLOCK)
-    level_OI = np.pad(level_OI, ((0, 0), filled)) + 8
-    pairs = level_OI.astype(np.uint8).reshape(len(level_OI), -1, 2)
-    return pairs[..., 0] | pairs[..., 1] << 4, rounded.stored_OGS[..., 0].numpy()
 
 
 def _quantised(

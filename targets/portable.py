@@ -4,6 +4,7 @@ Inputs input_ids, attention_mask, position_ids and past_key_values.N.key/value, 
 present.N.key/value, standard operators only. int8 rounds weights per output and
 activations per token (MatMulInteger), so that neither padding nor the rest of a batch changes what
 a token gets. Tables are rounded per token; of a tied one, tokens are columns of the head's matrix.
+int4 needs ONNX Runtime, in a browser or anywhere (onnx_blocks.py).
 
 Shapes: B sequences, L new tokens, P tokens in the cache, T = P + L, V vocabulary, D width.
 """
@@ -14,7 +15,7 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,12 +29,20 @@ from .growing import GrowingSession
 from .ort_session import open_graph
 
 if TYPE_CHECKING:
+    import torch
+
     from dotexport.exports.encoder_target import Arrays, EncoderGraph, EncoderSession
+    from dotexport.merging.rounding import Blocks, Rounded
     from dotexport.models.checkpoint import Checkpoint
 
 # Where transformers.js, Optimum and sentence-transformers look for a graph, and how they name it.
 BELOW = "onnx"
-GRAPHS = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_quantized.onnx"}
+GRAPHS = {
+    "fp32": "model.onnx",
+    "fp16": "model_fp16.onnx",
+    "int8": "model_quantized.onnx",
+    "int4": "model_q4.onnx",
+}
 FIXED_INPUTS = ("input_ids", "attention_mask", "position_ids")
 OPSET = 18
 ONE_FILE = 1 << 30  # weights above this many bytes lie beside the graph: protobuf ends at 2 GiB
@@ -44,9 +53,10 @@ class Portable:
 
     name = "onnx"
     summary = "portable ONNX graph with KV cache, in the layout of Optimum and transformers.js"
-    precisions = ("fp32", "int8")
-    exact_rounding = ()
-    weight_bits: ClassVar = {"fp32": (32, 32), "int8": (8, 8)}
+    precisions = ("fp32", "int8", "int4")
+    exact_rounding = ()  # int4 has the head and tables in 8 bits
+    # int4 has a float32 scale per 32 weights.
+    weight_bits: ClassVar = {"fp32": (32, 32), "int8": (8, 8), "int4": (5, 9)}
     encoder_precisions = ("fp32", "fp16", "int8")
 
     def missing(self) -> list[str]:
@@ -62,7 +72,13 @@ class Portable:
 
         return config_problems(config, precision)
 
-    def write(self, checkpoint: Checkpoint, folder: Path, precision: str) -> None:
+    def write(
+        self,
+        checkpoint: Checkpoint,
+        folder: Path,
+        precision: str,
+        rounded: Mapping[str, Rounded] | None = None,
+    ) -> None:
         model = _translate(checkpoint)
         _forget_origins(model)
         _turn_matrices(model.graph)
@@ -70,15 +86,38 @@ class Portable:
         if precision == "int8":
             _look_up_columns(model.graph)
             _round_tables(model.graph, _round_products(model.graph))
+        if precision == "int4":
+            from .onnx_blocks import round_in_blocks
+
+            round_in_blocks(model, checkpoint, rounded or {})
         for file in [checkpoint.folder / "config.json", *checkpoint.companions()]:
             shutil.copyfile(file, folder / file.name)
         _save(model, folder, precision)
 
-    def wrong_in_file(self, checkpoint: Checkpoint, folder: Path) -> list[str]:
-        """Epsilons that are not the checkpoint's."""
+    def grids(self, checkpoint: Checkpoint, precision: str) -> dict[str, Blocks]:
+        """The matrices of all layers in int4, by the checkpoint's names."""
+        from .onnx_blocks import grids
+
+        return grids(checkpoint) if precision == "int4" else {}
+
+    def values(self, checkpoint: Checkpoint, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+        """What the matrices of an int4 graph are, by the checkpoint's names."""
+        from .onnx_blocks import values
+
+        return values(checkpoint, ir.load(graph_of(folder)).graph)
+
+    def wrong_in_file(
+        self, checkpoint: Checkpoint, folder: Path, chosen: Collection[str] = ()
+    ) -> list[str]:
+        """Epsilons that are not the checkpoint's, and 4-bit matrices that are not its nearest."""
+        from .onnx_blocks import not_nearest
         from .onnx_numbers import wrong_epsilons
 
-        return wrong_epsilons(graph_of(folder), checkpoint.config)
+        file = graph_of(folder)
+        problems = wrong_epsilons(file, checkpoint.config)
+        if file.name == GRAPHS["int4"]:
+            problems += not_nearest(checkpoint, ir.load(file).graph, chosen)
+        return problems
 
     def open(self, folder: Path, *, threads: int | None = None) -> PortableSession:
         return PortableSession(folder, threads=threads)

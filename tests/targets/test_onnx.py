@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.app.shrinking import shrink
@@ -21,6 +22,7 @@ from dotexport.embedded import MODEL_DIR
 from dotexport.exports.reference import compute_reference
 from dotexport.exports.target import find_target
 from dotexport.exports.verifying import check
+from dotexport.merging.rounding import nearest
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.text_options import TextOptions
 from dotexport.narrowing.narrow_options import NarrowOptions
@@ -32,7 +34,11 @@ ort: Any = pytest.importorskip("onnxruntime")
 
 
 # Where transformers.js and Optimum look for the graph.
-FILES = {"fp32": "onnx/model.onnx", "int8": "onnx/model_quantized.onnx"}
+FILES = {
+    "fp32": "onnx/model.onnx",
+    "int8": "onnx/model_quantized.onnx",
+    "int4": "onnx/model_q4.onnx",
+}
 
 
 def load(folder: Path) -> Any:
@@ -82,6 +88,45 @@ def test_the_weights_take_what_their_precision_says_and_a_tied_table_is_stored_o
     assert wanted <= stored <= wanted + (1000 if precision == "fp32" else 0.1 * parameters + 3000)
 
 
+@pytest.mark.parametrize("model", ["wide-heads", "tied-bf16", "biased"])
+def test_int4_holds_every_matrix_in_blocks_and_a_tied_table_once(model: str, exported: Any) -> None:
+    out = exported(model, "onnx")
+    graph, source = load(out / "onnx-int4").graph, Checkpoint.open(out / "hf")
+    products = [node for node in graph.node if node.op_type.startswith("MatMul")]
+    kinds = [node.op_type for node in products]
+    assert kinds.count("MatMulNBits") == 3 * 7 + 1
+    assert kinds.count("MatMul") == 2 * 3  # attention multiplies activations with each other
+    sizes = {i.name: len(i.raw_data) for i in graph.initializer}
+    wanted = 0
+    for spec in source.specs.values():
+        if len(spec.shape) == 2:
+            rows, blocks = spec.shape[0], -(-spec.shape[1] // 32)
+            wanted += rows * blocks * (4 + (32 if rows == 90 else 16))
+    assert wanted <= sum(sizes.values()) <= wanted + 3 * 4 * 1000  # norms, biases, constants
+    target: Any = find_target("onnx")
+    found = dict(target.values(source, out / "onnx-int4"))
+    grids = target.grids(source, "int4")
+    assert len(grids) == 3 * 7
+    assert found.keys() >= grids.keys()
+    for name, grid in grids.items():
+        assert torch.equal(found[name], nearest(source.tensor(name), grid)[1])
+
+
+@pytest.mark.parametrize("model", ["wide-heads", "tied-bf16"])
+def test_int4_looks_tokens_up_within_half_a_step_of_each_block(model: str, exported: Any) -> None:
+    """Rows of 48 numbers end within their second block."""
+    folder = exported(model, "onnx")
+    table_VD = Checkpoint.open(folder / "hf").tensor("model.embed_tokens.weight").float().numpy()
+    graph = load(folder / "onnx-int4")
+    ends = {n.output[0] for n in graph.graph.node if n.op_type == "Slice"}
+    [first_norm] = [n for n in graph.graph.node if n.op_type == "Pow" and n.input[0] in ends][:1]
+    found_VD = looked_up(graph, first_norm.input[0])[0]
+    padded = np.pad(np.abs(table_VD), ((0, 0), (0, 16))).reshape(90, 2, 32).max(-1)
+    step_VD = np.repeat(padded / 128, 32, axis=1)[:, :48]
+    assert (np.abs(found_VD - table_VD) <= 1.01 * step_VD).all()  # 127 is the highest level
+    assert 0 < np.abs(found_VD - table_VD).mean() < 0.3 * step_VD.mean()
+
+
 def test_the_graph_does_not_tell_where_it_was_made(exported: Any) -> None:
     text = (exported("wide-heads", "onnx") / "onnx-fp32/onnx/model.onnx").read_bytes()
     assert b".py" not in text
@@ -101,12 +146,21 @@ def test_int8_looks_tokens_up_within_half_a_step_of_each(model: str, exported: A
     folder = exported(model, "onnx")
     graph = load(folder / "onnx-int8")
     table_VD = Checkpoint.open(folder / "hf").tensor("model.embed_tokens.weight").float().numpy()
-    [looked_up] = [
+    [value] = [
         node.output[0]
         for node in graph.graph.node
         if node.op_type == "Mul" and set(node.input) & lookups(graph.graph)
     ][:1]
-    graph.graph.output.append(onnx.helper.make_empty_tensor_value_info(looked_up))
+    found = looked_up(graph, value)
+    found_VD = found[:, 0].T if model == "tied-bf16" else found[0]
+    step_V1 = np.abs(table_VD).max(1, keepdims=True) / 127
+    assert (np.abs(found_VD - table_VD) <= 0.501 * step_V1).all()
+    assert np.abs(found_VD - table_VD).max() > 0
+
+
+def looked_up(graph: Any, value: str) -> Any:
+    """What a graph computes there when it reads every token once."""
+    graph.graph.output.append(onnx.helper.make_empty_tensor_value_info(value))
     session = ort.InferenceSession(graph.SerializeToString())
     tokens_1L = np.arange(90)[None]
     feed = {
@@ -116,11 +170,7 @@ def test_int8_looks_tokens_up_within_half_a_step_of_each(model: str, exported: A
         for port in session.get_inputs()
     }
     feed |= {"input_ids": tokens_1L, "position_ids": tokens_1L, "attention_mask": tokens_1L * 0 + 1}
-    found = session.run([looked_up], feed)[0]
-    found_VD = found[:, 0].T if model == "tied-bf16" else found[0]
-    step_V1 = np.abs(table_VD).max(1, keepdims=True) / 127
-    assert (np.abs(found_VD - table_VD) <= 0.501 * step_V1).all()
-    assert np.abs(found_VD - table_VD).max() > 0
+    return session.run([value], feed)[0]
 
 
 def test_int8_keeps_the_biases_of_products(

@@ -24,7 +24,7 @@ pytest.importorskip("onnxruntime_genai")
 gguf: Any = pytest.importorskip("gguf")
 onnx: Any = pytest.importorskip("onnx")
 
-SPECS = ["ort-cpu:int4", "gguf:int4", "gguf:int8"]
+SPECS = ["ort-cpu:int4", "gguf:int4", "gguf:int8", "onnx:int4"]
 NAMES = [spec.replace(":", "-") for spec in SPECS]
 # The one in the first layer whose rows fill blocks in every format.
 PROBED = "model.layers.0.self_attn.o_proj"
@@ -111,6 +111,16 @@ def _weights(folder: Path) -> tuple[Any, Callable[[], None]]:
         reader = gguf.GGUFReader(folder / "model.gguf", "r+")
         [tensor] = [t for t in reader.tensors if t.name == "blk.0.attn_output.weight"]
         return tensor.data, reader.data.flush
+    if (portable := folder / "onnx/model_q4.onnx").is_file():
+        model = onnx.load(portable)
+        [found] = [t for t in model.graph.initializer if t.name == f"{PROBED}.weight_levels"]
+        array = onnx.numpy_helper.to_array(found).copy()
+
+        def store() -> None:
+            found.CopyFrom(onnx.numpy_helper.from_array(array, found.name))
+            onnx.save(model, portable)
+
+        return array.reshape(len(array), -1), store
     model = onnx.load(folder / "model.onnx")
     [found] = [
         t

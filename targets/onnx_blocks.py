@@ -1,0 +1,254 @@
+"""Weights of an ONNX graph in blocks of 32 inputs with one scale each, as MatMulNBits of ONNX
+Runtime and its builds for browsers multiplies with: layers in 4 bits, the head and tables in 8.
+
+A tied table is stored once. Tokens are looked up in the bytes that the head multiplies with.
+
+Shapes: O, I outputs and inputs of a matrix, K blocks of inputs, S bytes of a block; V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from dotexport.exports.target import QUANTISED_BLOCK
+from dotexport.merging.rounding import FOUR_BITS, Blocks, Rounded, nearest
+
+if TYPE_CHECKING:
+    from dotexport.models.checkpoint import Checkpoint
+
+Array = NDArray[Any]
+DOMAIN = "com.microsoft"
+LAYERS, TABLES = 4, 8
+GRIDS = {
+    LAYERS: Blocks(QUANTISED_BLOCK, (-8, 7), shares=FOUR_BITS),
+    TABLES: Blocks(QUANTISED_BLOCK, (-128, 127)),
+}
+LEVELS, SCALES = "_levels", "_scales"
+TINY = 1e-6  # of the largest weight: products in float32
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A matrix in the graph.
+
+    Attributes:
+        level: bytes (O, K, S); scale: float32 (O, K).
+        inputs: I, which may end within the last block.
+    """
+
+    level: Any
+    scale: Any
+    bits: int
+    inputs: int
+
+
+def grids(checkpoint: Checkpoint) -> dict[str, Blocks]:
+    """The matrices of all layers, by the checkpoint's names."""
+    rows = checkpoint.config["vocab_size"]
+    specs = checkpoint.specs.items()
+    return {
+        name: GRIDS[LAYERS]
+        for name, spec in specs
+        if len(spec.shape) == 2 and spec.shape[0] != rows
+    }
+
+
+def round_in_blocks(model: Any, checkpoint: Checkpoint, rounded: Mapping[str, Rounded]) -> None:
+    """Products with stored matrices, and look-ups in stored tables, read blocks.
+
+    Args:
+        rounded: levels that were chosen; other matrices are rounded to nearest.
+    """
+    graph, names = model.graph, _names(checkpoint)
+    made = _Making(graph, names, rounded, checkpoint.config["vocab_size"])
+    for node in list(graph):
+        if node.op_type == "MatMul":
+            made.product(node)
+        elif node.op_type == "Gather":
+            made.look_up(node)
+    made.forget()
+    model.opset_imports[DOMAIN] = 1
+
+
+def values(checkpoint: Checkpoint, graph: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """What the matrices and tables of a written graph are, float32, by the checkpoint's names."""
+    constants = graph.initializers
+    for name, spec in checkpoint.specs.items():
+        if f"{name}{LEVELS}" not in constants:
+            continue
+        byte_OKS = constants[f"{name}{LEVELS}"].const_value.numpy()
+        bits = TABLES if byte_OKS.shape[-1] == QUANTISED_BLOCK else LAYERS
+        if bits == LAYERS:
+            byte_OKS = np.stack([byte_OKS & 15, byte_OKS >> 4], axis=-1)
+        level_OKW = byte_OKS.reshape(*byte_OKS.shape[:2], -1).astype(np.float32)
+        scale_OK = constants[f"{name}{SCALES}"].const_value.numpy()
+        value_OI = ((level_OKW - (1 << bits - 1)) * scale_OK[..., None]).reshape(len(scale_OK), -1)
+        yield name, torch.from_numpy(value_OI[:, : spec.shape[-1]].copy())
+
+
+def not_nearest(checkpoint: Checkpoint, graph: Any, chosen: Collection[str]) -> list[str]:
+    """Matrices of a written graph that are other than the checkpoint's, rounded to nearest.
+
+    Args:
+        chosen: names of those that were rounded for a text.
+    """
+    found = dict(values(checkpoint, graph))
+    missing = grids(checkpoint).keys() - found.keys()
+    problems = [f"{name} is not in the graph" for name in sorted(missing)]
+    for name, value_OI in found.items():
+        if name in chosen:
+            continue
+        weights_OI = checkpoint.tensor(name)
+        bits = TABLES if len(weights_OI) == checkpoint.config["vocab_size"] else LAYERS
+        gap_OI = (value_OI - nearest(weights_OI, GRIDS[bits])[1]).abs()
+        if not gap_OI.max() <= TINY * weights_OI.abs().max():
+            problems.append(f"{name} is not the checkpoint's rounded to the nearest level")
+    return problems
+
+
+def packed(rounded: Rounded, bits: int = LAYERS) -> tuple[Array, Array]:
+    """Bytes (O, K S), of 4 bits two in each and the first in the low half, and scales (O, K)."""
+    level_OI = rounded.levels_OI.numpy().astype(np.int16)
+    filled = (0, -level_OI.shape[1] % QUANTISED_BLOCK)
+    byte_OI = (np.pad(level_OI, ((0, 0), filled)) + (1 << bits - 1)).astype(np.uint8)
+    scale_OK = rounded.stored_OGS[..., 0].numpy()
+    if bits == TABLES:
+        return byte_OI, scale_OK
+    pairs = byte_OI.reshape(len(byte_OI), -1, 2)
+    return pairs[..., 0] | pairs[..., 1] << 4, scale_OK
+
+
+class _Making:
+    def __init__(
+        self, graph: Any, names: Mapping[str, str], rounded: Mapping[str, Rounded], rows: int
+    ) -> None:
+        self.graph, self.names, self.rounded, self.rows = graph, names, rounded, rows
+        self.stored: dict[str, Stored] = {}
+        """By the content of a matrix, so that a tied table is one."""
+        self.read: dict[str, Any] = {}
+
+    def product(self, node: Any) -> None:
+        x, matrix = node.inputs
+        turn = matrix.producer()
+        if turn is not None and turn.op_type == "Transpose":
+            weights_OI = _matrix(turn.inputs[0])
+            source = turn.inputs[0]
+        else:
+            weights_IO, source = _matrix(matrix), matrix
+            weights_OI = None if weights_IO is None else np.ascontiguousarray(weights_IO.T)
+        if weights_OI is None:
+            return
+        held = self._hold(source, weights_OI)
+        outputs = len(weights_OI)
+        attributes = {
+            "K": held.inputs,
+            "N": outputs,
+            "bits": held.bits,
+            "block_size": QUANTISED_BLOCK,
+            # Activations in int8 inside the product: several times as fast on a CPU.
+            "accuracy_level": 4,
+        }
+        made = ir.node("MatMulNBits", [x, held.level, held.scale], attributes, domain=DOMAIN)
+        self._replace(node, [made])
+
+    def look_up(self, node: Any) -> None:
+        table, tokens = node.inputs
+        rows_VD = _matrix(table)
+        if rows_VD is None or len(rows_VD) != self.rows:
+            return
+        held = self._hold(table, rows_VD)
+        width = len(held.scale.shape) and held.scale.shape[1] * QUANTISED_BLOCK
+        name = str(held.level.name).removesuffix(LEVELS)
+        zero = self._constant(f"{name}_zero", np.array(1 << held.bits - 1, np.float32))
+        apart = self._constant(f"{name}_apart", np.array([-1]))
+        whole = self._constant(f"{name}_whole", np.array([0, 0, width]))
+        level = ir.node("Gather", [held.level, tokens])
+        real = ir.node("Cast", level.outputs, {"to": ir.DataType.FLOAT})
+        around = ir.node("Sub", [real.outputs[0], zero])
+        scale = ir.node("Gather", [held.scale, tokens])
+        each = ir.node("Unsqueeze", [scale.outputs[0], apart])
+        row = ir.node("Mul", [around.outputs[0], each.outputs[0]])
+        flat = ir.node("Reshape", [row.outputs[0], whole])
+        steps = [level, real, around, scale, each, row, flat]
+        if width != held.inputs:
+            first = self._constant(f"{name}_first", np.array([0]))
+            end = self._constant(f"{name}_end", np.array([held.inputs]))
+            steps.append(ir.node("Slice", [flat.outputs[0], first, end, apart]))
+        self._replace(node, steps)
+
+    def forget(self) -> None:
+        """Matrices that nothing reads any more, and what turned them."""
+        for node in list(self.graph):
+            if node.op_type == "Transpose" and not node.outputs[0].uses():
+                self.graph.remove(node, safe=True)
+        for name in self.read:
+            if not self.graph.initializers[name].uses():
+                self.graph.initializers.pop(name)
+
+    def _hold(self, source: Any, weights_OI: Array) -> Stored:
+        self.read[str(source.name)] = source
+        key = _digest(weights_OI)
+        if key not in self.stored:
+            name = self.names.get(key, str(source.name))
+            bits = TABLES if len(weights_OI) == self.rows else LAYERS
+            chosen = self.rounded.get(name)
+            if chosen is None:
+                chosen = nearest(torch.tensor(weights_OI), GRIDS[bits])[0]
+            level_OB, scale_OK = packed(chosen, bits)
+            level_OKS = level_OB.reshape(*scale_OK.shape, -1)
+            self.stored[key] = Stored(
+                self._constant(f"{name}{LEVELS}", level_OKS),
+                self._constant(f"{name}{SCALES}", scale_OK.astype(np.float32)),
+                bits,
+                weights_OI.shape[1],
+            )
+        return self.stored[key]
+
+    def _replace(self, node: Any, steps: list[Any]) -> None:
+        self.graph.insert_before(node, steps)
+        before, after = node.outputs[0], steps[-1].outputs[0]
+        after.shape, after.dtype = before.shape, ir.DataType.FLOAT
+        ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
+        after.name = before.name
+        self.graph.remove(node, safe=True)
+
+    def _constant(self, name: str, array: Array) -> Any:
+        return constant(self.graph, name, array)
+
+
+def constant(graph: Any, name: str, array: Array) -> Any:
+    """A value that is stored in the graph."""
+    stored = ir.tensor(array, name=name)
+    value = ir.Value(name=name, const_value=stored, shape=ir.Shape(array.shape))
+    value.dtype = stored.dtype
+    graph.register_initializer(value)
+    return value
+
+
+def _matrix(value: Any) -> Array | None:
+    """What is stored there; None: nothing, or no matrix."""
+    if value is None or not value.is_initializer() or len(value.shape) != 2:
+        return None
+    array: Array = value.const_value.numpy()
+    return array if array.dtype == np.float32 else None
+
+
+def _names(checkpoint: Checkpoint) -> dict[str, str]:
+    """What a matrix holds -> its name: tracing forgets the names of those that it turns."""
+    found: dict[str, str] = {}
+    for name, spec in checkpoint.specs.items():
+        if len(spec.shape) == 2:
+            found.setdefault(_digest(checkpoint.tensor(name).float().numpy()), name)
+    return found
+
+
+def _digest(array: Array) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
