@@ -55,7 +55,7 @@ print(asked["mark"] + json.dumps(said), flush=True)
 # What then helps.
 WITHOUT_HEAD_DIM = {
     "GraniteMoeHybridForCausalLM": "keep all KV heads",
-    "Lfm2ForCausalLM": "keep all KV heads",
+    "Lfm2ForCausalLM": "keep all KV heads and hidden_size, or plan with --square",
     "Qwen2ForCausalLM": "plan with --square",
 }
 

@@ -34,7 +34,7 @@ class HiddenSize(Axis):
     def problem(self, family: Family, before: Sizes, after: Sizes) -> str | None:
         carrier = find_carrier(family, after)
         if carrier.width_stays and after.hidden_size != before.hidden_size:
-            return f"would narrow the channels of convolutions too ({family.architecture})"
+            return f"would narrow the channels of state spaces too ({family.architecture})"
         heads = after.num_attention_heads
         grain = 1 if after.hidden_size == before.hidden_size else FLOOR
         if not carrier.divides:
@@ -52,17 +52,15 @@ class HiddenSize(Axis):
     ) -> dict[str, Any]:
         changed: dict[str, Any] = {self.name: after.hidden_size}
         if after.hidden_size != before.hidden_size:
-            norm = exact_norm(
+            named = config.get("architectures") or ()
+            tables = [SUPPORTED[name] for name in named if name in SUPPORTED]
+            key = next((table.epsilon_key for table in tables), "rms_norm_eps")
+            changed[key] = exact_norm(
                 before.hidden_size,
                 after.hidden_size,
-                config.get("rms_norm_eps", 1e-6),
-                epsilon_stays=any(
-                    SUPPORTED[name].epsilon_stays
-                    for name in config.get("architectures") or ()
-                    if name in SUPPORTED
-                ),
-            )
-            changed["rms_norm_eps"] = norm.epsilon
+                config.get(key, 1e-6),
+                epsilon_stays=any(table.epsilon_stays for table in tables),
+            ).epsilon
         return changed
 
     def story(self, record: Mapping[str, Any]) -> str:

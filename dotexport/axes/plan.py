@@ -63,7 +63,7 @@ class Plan:
             return self.after
         biases = carried_biases(self.family, self.carrier, self.after)
         after = replace(self.after, biases=biases)
-        return after if self.carrier.kinds else replace(after, kinds=(), fixed=())
+        return after if self.carrier.kinds else replace(after, kinds=(), fixed=(), as_wide=())
 
     @property
     def architectures(self) -> list[str]:

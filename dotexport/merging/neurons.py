@@ -126,6 +126,14 @@ class Neurons:
         return merges(moments, writer_ON, kept, options)
 
 
+@dataclass(frozen=True)
+class Channels(Neurons):
+    """Those of a short convolution: what one gives is a product of three, and of more tokens than
+    one, so the kept ones stay as they are."""
+
+    tokenwise: ClassVar[bool] = False
+
+
 def choose(method: str, moments: Moments, writer_ON: Tensor, width: int) -> Tensor:
     """Indices of the neurons that stay, ascending: by magnitude for `select`, else by OBS."""
     chooser = choose_by_magnitude if method == "select" else choose_by_obs

@@ -11,7 +11,8 @@ Spaces, and the number of neurons in each (all from config.json):
     expert    moe_intermediate_size                between gate/up and down of one expert
     vocab     vocab_size
 
-A family may have spaces of its own, which no axis cuts (`Family.spaces`). Parameter counts, width
+A family may have spaces of its own (`Family.spaces`): one that is as wide as the stream is cut with
+it, others by no axis. Parameter counts, width
 checks, legal sizes and the narrowing itself follow from the table.
 """
 
@@ -78,7 +79,8 @@ class InnerNorm:
 
 @dataclass(frozen=True)
 class Untouched:
-    """A parameter inside a sublayer that every narrowing leaves as it is.
+    """A parameter inside a sublayer that no narrowing changes: its rows stay, or leave with what
+    the writer reads.
 
     Attributes:
         shape: of each of its axes the space, or the number where that is no size.
@@ -206,8 +208,8 @@ class Family:
 
     @property
     def width_stays(self) -> bool:
-        """Whether inner spaces are as wide as the stream, whose width is then not to be cut."""
-        return any("hidden_size" in keys for _, keys in self.spaces)
+        """Whether inner spaces are a multiple of the stream, whose width is then not to be cut."""
+        return any("hidden_size" in keys and len(keys) > 1 for _, keys in self.spaces)
 
     @property
     def rotates(self) -> bool:

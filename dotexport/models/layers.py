@@ -200,6 +200,8 @@ class Layer:
         if (module := self._owner(name)) is not None:
             attribute = name.rpartition(".")[2]
             setattr(module, attribute, nn.Parameter(stored, requires_grad=False))
+            if isinstance(module, nn.Conv1d):  # of each channel by itself
+                module.groups = len(stored)
 
     def _owner(self, name: str) -> nn.Module | None:
         """What in the module has this parameter; None: it stands outside."""

@@ -35,6 +35,7 @@ class Sizes:
         kinds: of each layer, where they differ; as many as layers, or those of the original while
             it is not known which of them stay.
         fixed: space of the family's own -> number of neurons.
+        as_wide: spaces of the family's own that are as wide as the stream.
     """
 
     hidden_size: int
@@ -52,6 +53,7 @@ class Sizes:
     moe_intermediate_size: int = 0
     kinds: tuple[str, ...] = ()
     fixed: tuple[tuple[str, int], ...] = ()
+    as_wide: tuple[str, ...] = ()
 
     def kind(self, layer: int) -> str:
         """Of one layer; where all are alike, none."""
@@ -114,6 +116,7 @@ class Sizes:
             "expert": self.moe_intermediate_size,
             "vocab": self.vocab_size,
             **dict(self.fixed),
+            **dict.fromkeys(self.as_wide, self.hidden_size),
         }
 
     def extent(self, axis: str | int) -> int:
@@ -252,9 +255,14 @@ def read_sizes(family: Family, config: Mapping[str, Any]) -> Sizes:
 def _of_kinds(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """What layers are, and sizes of the family's own, as the class has what is not said."""
     stock = stock_config(config)
-    fixed = ((space, prod(_size(stock, key) for key in keys)) for space, keys in family.spaces)
+    as_wide = tuple(space for space, keys in family.spaces if keys == ("hidden_size",))
+    fixed = tuple(
+        (space, prod(_size(stock, key) for key in keys))
+        for space, keys in family.spaces
+        if space not in as_wide
+    )
     said = [family.kind(kind) for kind in stock.layer_types]
-    return {"kinds": _kinds(config, family, said), "fixed": tuple(fixed)}
+    return {"kinds": _kinds(config, family, said), "fixed": fixed, "as_wide": as_wide}
 
 
 def _kinds(config: Mapping[str, Any], family: Family, said: Sequence[str]) -> tuple[str, ...]:

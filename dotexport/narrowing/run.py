@@ -23,6 +23,7 @@ from dotexport.axes import AXES
 from dotexport.axes.axis import InnerAxis
 from dotexport.axes.plan import Plan
 from dotexport.merging.heads import Groups
+from dotexport.merging.neurons import Channels
 from dotexport.merging.refit import Solver, fit, gain_solver, ridge_solver
 from dotexport.merging.units import Units
 from dotexport.models.checkpoint import TensorSpec
@@ -278,10 +279,15 @@ class Narrowing:
 
     def _units(self, space: str) -> tuple[Units, str]:
         """What can leave of a sublayer, by the space of its writer's inputs, and how it is chosen;
-        where no axis cuts that, it is one group that stays."""
+        where no axis cuts that, it is one group that stays, or channels as many as the stream has
+        axes."""
         inner = (axis for axis in AXES if isinstance(axis, InnerAxis) and axis.space == space)
         if axis := next(inner, None):
             return axis.units(self.before), axis.method(self.options)
+        if space in self.before.as_wide:
+            # Merged channels would be products of sums.
+            method = "select" if self.options.mlp == "select" else "obs"
+            return Channels(self.before.spaces[space]), method
         return Groups(1, 1, self.before.spaces[space]), self.options.heads
 
     def _pass_over(self, layers: Sequence[int]) -> None:

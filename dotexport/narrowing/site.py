@@ -193,6 +193,7 @@ class Site:
         fitted = self._fit(train, held, prior_KI)
         del train, held  # those of a merge need their room
         rows = {name: self.student.tensor(name) for _, name in self._reader_rows()}
+        self._shorten_untouched(choice)
         self._shorten_inner_norms(choice)
         self._apply(choice, rows)
         if self.options.refit:
@@ -318,6 +319,14 @@ class Site:
         assert self.sublayer.output_norm is not None
         self._assign_unfolded(settled.weights_KI)
         self.student.assign_gamma(self.sublayer.output_norm, settled.gamma.weights_OI.diagonal())
+
+    def _shorten_untouched(self, choice: Choice) -> None:
+        """What lies between readers and writer, for the inputs of the writer that stay."""
+        space = self.sublayer.writer.in_
+        for other in self.sublayer.untouched:
+            if other.shape[0] == space:
+                stay = self.student.tensor(other.name)[choice.stays(space)]
+                self.student.assign(other.name, stay)
 
     def _shorten_inner_norms(self, choice: Choice) -> None:
         """Norms over all queries or keys, for those that stay."""

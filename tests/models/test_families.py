@@ -404,7 +404,7 @@ def test_a_narrowed_model_is_stock_loads_and_generates(
     name: str, tiny: Tiny, tmp_path: Path
 ) -> None:
     experts = {"num_experts": 3} if "num_experts_per_tok" in MODELS[name][0] else {}
-    hidden = 48 if name.startswith(("lfm2", "granite4-")) else 40  # which stays there
+    hidden = 48 if name.startswith("granite4-") else 40  # which stays there
     options = ShrinkOptions(
         text=text_beside(tmp_path),
         sizes=SizeOptions(

@@ -71,12 +71,12 @@ def test_another_model_of_the_class_is_refused(words: dict[str, Any], reason: st
 
 def test_the_width_stays_where_a_layer_is_a_state_space(tiny_model: Tiny) -> None:
     config = open_source(tiny_model(model_type="granitemoehybrid")).config
-    with pytest.raises(SizeError, match=r"channels of convolutions.*nearest legal: 48"):
+    with pytest.raises(SizeError, match=r"channels of state spaces.*nearest legal: 48"):
         plan(config, SizeOptions(hidden_size=40))
     alone = settled(said(**ALL_ATTEND), of="here")
     carried = plan(alone, SizeOptions(hidden_size=40))
     assert carried.carrier.architecture == "GraniteForCausalLM"
-    with pytest.raises(SizeError, match="channels of convolutions"):
+    with pytest.raises(SizeError, match="channels of state spaces"):
         plan(alone, SizeOptions(hidden_size=40, keep_class=True))
 
 

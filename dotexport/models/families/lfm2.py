@@ -2,7 +2,8 @@
 heads.
 
 A convolution has as many channels as the stream has axes, and they are not the axes of the stream:
-its reader and its writer turn one into the other. So the channels stay, and with them hidden_size.
+its reader and its writer turn one into the other. So a narrower stream asks for as many fewer
+channels, which are chosen as neurons are.
 """
 
 from __future__ import annotations
