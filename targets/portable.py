@@ -1,10 +1,10 @@
 """A plain ONNX graph with its KV cache outside: for any ONNX runtime, Optimum and transformers.js.
 
 Inputs input_ids, attention_mask, position_ids and past_key_values.N.key/value, outputs logits and
-present.N.key/value, standard operators only. int8 rounds weights per output and
-activations per token (MatMulInteger), so that neither padding nor the rest of a batch changes what
-a token gets. Tables are rounded per token; of a tied one, tokens are columns of the head's matrix.
-int4 needs ONNX Runtime, in a browser or anywhere (onnx_blocks.py).
+present.N.key/value, standard operators only. fp16 has its cache in float16, too. int8 rounds
+weights per output and activations per token (MatMulInteger), so that neither padding nor the rest
+of a batch changes what a token gets. Tables are rounded per token; of a tied one, tokens are
+columns of the head's matrix. int4 needs ONNX Runtime, in a browser or anywhere (onnx_blocks.py).
 
 Shapes: B sequences, L new tokens, P tokens in the cache, T = P + L, V vocabulary, D width.
 """
@@ -53,10 +53,11 @@ class Portable:
 
     name = "onnx"
     summary = "portable ONNX graph with KV cache, in the layout of Optimum and transformers.js"
-    precisions = ("fp32", "int8", "int4")
+    precisions = ("fp32", "fp16", "int8", "int4")
     exact_rounding = ()  # int4 has the head and tables in 8 bits
     # int4 has a float32 scale per 32 weights.
-    weight_bits: ClassVar = {"fp32": (32, 32), "int8": (8, 8), "int4": (5, 9)}
+    weight_bits: ClassVar = {"fp32": (32, 32), "fp16": (16, 16), "int8": (8, 8), "int4": (5, 9)}
+    cache_bytes: ClassVar = {"fp32": 4, "fp16": 2, "int8": 4, "int4": 4}
     encoder_precisions = ("fp32", "fp16", "int8")
 
     def missing(self) -> list[str]:
@@ -79,7 +80,7 @@ class Portable:
         precision: str,
         rounded: Mapping[str, Rounded] | None = None,
     ) -> None:
-        model = _translate(checkpoint)
+        model = _translate(checkpoint, half=precision == "fp16")
         _forget_origins(model)
         _turn_matrices(model.graph)
         _share_tables(model.graph)
@@ -149,11 +150,11 @@ def graph_of(folder: Path) -> Path:
     return file
 
 
-def _translate(checkpoint: Checkpoint) -> Any:
+def _translate(checkpoint: Checkpoint, *, half: bool = False) -> Any:
     from .traced import trace
 
     past, present = _cache_names(checkpoint.config["num_hidden_layers"])
-    model = _written(trace(checkpoint), [*FIXED_INPUTS, *past], ["logits", *present])
+    model = _written(trace(checkpoint, half=half), [*FIXED_INPUTS, *past], ["logits", *present])
     _name_axes(model.graph)
     return model
 
@@ -386,11 +387,13 @@ class PortableSession(GrowingSession):
         self.session = open_graph(graph_of(folder), threads)
         self.past = [port for port in self.session.get_inputs() if port.name not in FIXED_INPUTS]
         self.outputs = [port.name for port in self.session.get_outputs()]
+        half = {port.type for port in self.past} == {"tensor(float16)"}
+        self.dtype = np.float16 if half else np.float32
         self.cache: list[Any] = []
 
     def forget(self, num_sequences: int) -> None:
         shapes = [(num_sequences, port.shape[1], 0, port.shape[3]) for port in self.past]
-        self.cache = [self.value(np.zeros(shape, dtype=np.float32)) for shape in shapes]
+        self.cache = [self.value(np.zeros(shape, dtype=self.dtype)) for shape in shapes]
 
     def run(self, tokens_BL: Tokens, position_BL: Tokens) -> Logits:
         values = map(self.value, (tokens_BL, self.mask_BT, position_BL))

@@ -51,7 +51,8 @@ class Decoder(torch.nn.Module):
             use_cache=True,
         )
         layers = output.past_key_values.layers
-        return output.logits, [(layer.keys, layer.values) for layer in layers]
+        logits = output.logits if output.logits.dtype == torch.float32 else output.logits.float()
+        return logits, [(layer.keys, layer.values) for layer in layers]
 
 
 def filled_cache(past: Layers) -> DynamicCache:
@@ -70,11 +71,18 @@ def filled_cache(past: Layers) -> DynamicCache:
     return cache
 
 
-def trace(checkpoint: Checkpoint) -> ExportedProgram:
-    """The graph of a stock checkpoint in float32: any batch, any length, any fill of the cache."""
+def trace(checkpoint: Checkpoint, *, half: bool = False) -> ExportedProgram:
+    """The graph of a stock checkpoint in float32: any batch, any length, any fill of the cache.
+
+    Args:
+        half: weights, cache and what is computed in float16; angles and logits stay float32.
+    """
     model: Any = HuggingFace().open(checkpoint.folder).model
     gather_experts(model)
-    inputs = _sample_inputs(model.config)
+    if half:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.half()
+    inputs = _sample_inputs(model.config, torch.float16 if half else torch.float32)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.export.export(
@@ -89,14 +97,14 @@ def gather_experts(model: Any) -> None:
         setattr(model.config, GATHERED, "batched_mm")
 
 
-def _sample_inputs(config: Any) -> dict[str, Any]:
+def _sample_inputs(config: Any, dtype: torch.dtype) -> dict[str, Any]:
     """No axis is 0 or 1, which would be taken for a constant; the mask is padded, or tracing could
     find it idle and leave it out."""
     B, L, P = 2, 3, 4
     heads = config.num_key_value_heads
     mask_BT = torch.ones(B, P + L, dtype=torch.long)
     mask_BT[0, 1] = 0
-    empty_BGPH = torch.zeros(B, heads, P, head_dim(config.to_dict()))
+    empty_BGPH = torch.zeros(B, heads, P, head_dim(config.to_dict()), dtype=dtype)
     return {
         "input_ids": torch.ones(B, L, dtype=torch.long),
         "attention_mask": mask_BT,

@@ -61,6 +61,7 @@ WAYS: dict[str, Mapping[str, Any]] = {
     "all, by the rule": {"allocate": "rule"},
     "all": {},
     "vocabulary alone": {"vocab": True, "alone": True},
+    "MLP and vocabulary": {"axes": "intermediate_size", "vocab": True},
     "all and vocabulary": {"vocab": True},
     **{name: {"rival": name} for name in RIVALS},
 }
@@ -70,6 +71,7 @@ HEALED = """ Healed: the same after {healed} steps of
 {batch} windows of forward KL alone{text}, at the default rate, the step with the least held-out
 KL."""
 BATCH = 4
+FEW_TOKENS = 16384
 TIMED = """ Prefill
 and decode: how many times as fast as the original in {timed}, prompts of {prompt_length} tokens,
 {generation_length} generated, {rounds} rounds of fresh processes in turns."""
@@ -124,7 +126,14 @@ def axes(
     second: Annotated[str, typer.Option(help="Half of what is calibrated on: a file.")],
     params: Params = None,
     only: Only = None,
-    vocab: Annotated[int, typer.Option(help="Tokens where the vocabulary shrinks.")] = 16384,
+    vocab: Annotated[
+        int | None,
+        typer.Option(help="Tokens where the vocabulary shrinks; without --vocab-for, 16384."),
+    ] = None,
+    vocab_for: Annotated[
+        str | None,
+        typer.Option(help="As shrink --vocab-for; without, tokens are counted in --calib."),
+    ] = None,
     samples: int = 48,
     seqlen: int = 512,
     windows: Annotated[int, typer.Option(help="Of each text, at its start.")] = 12,
@@ -156,6 +165,9 @@ def axes(
         text=TextOptions(source=calib, samples=samples, seqlen=seqlen),
         other=second,
         narrow=NarrowOptions(local=LocalOptions() if local else None, passes=passes),
+        vocabulary=VocabularyOptions(
+            vocab=FEW_TOKENS if vocab is None and vocab_for is None else vocab, vocab_for=vocab_for
+        ),
     )
     later: dict[str, Callable[[Path], Row]] = {}
     if healed:
@@ -168,7 +180,7 @@ def axes(
         for budget in params or ["0.79x"]:
             for way in only or WAYS:
                 kept = (models or Path(scratch)) / f"{budget} {way}"
-                narrow = partial(_measured, judge, asked, budget, WAYS[way], vocab, kept)
+                narrow = partial(_measured, judge, asked, budget, WAYS[way], kept)
                 row = dict(notes.row(budget, way, narrow))
                 for word, measure in later.items():
                     if not kept.is_dir():
@@ -231,22 +243,19 @@ def _original(notes: Notes, judge: Judge) -> Row:
     return found
 
 
-def _options(
-    asked: ShrinkOptions, budget: str, way: Mapping[str, Any], vocab: int
-) -> ShrinkOptions:
+def _options(asked: ShrinkOptions, budget: str, way: Mapping[str, Any]) -> ShrinkOptions:
     sizes = {key: value for key, value in way.items() if key in ("axes", "keep_class")}
-    tokens = vocab if way.get("vocab") else None
     return replace(
         asked,
         sizes=SizeOptions() if way.get("alone") else SizeOptions(params=budget, **sizes),
-        vocabulary=VocabularyOptions(vocab=tokens),
+        vocabulary=asked.vocabulary if way.get("vocab") else VocabularyOptions(),
         narrow=replace(asked.narrow, refit=way.get("refit", True)),
         allocate=way.get("allocate", "measured"),
     )
 
 
 def _measured(
-    judge: Judge, asked: ShrinkOptions, budget: str, way: Mapping[str, Any], vocab: int, kept: Path
+    judge: Judge, asked: ShrinkOptions, budget: str, way: Mapping[str, Any], kept: Path
 ) -> Row:
     """Narrow, and judge; the model goes to `kept`."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -254,7 +263,7 @@ def _measured(
         if "rival" in way:
             row, narrowed = _rival(judge.model, asked, budget, way["rival"], folder), folder
         else:
-            shrunk = shrink(judge.model, folder, _options(asked, budget, way, vocab))
+            shrunk = shrink(judge.model, folder, _options(asked, budget, way))
             narrowed = folder / "hf"
             row = {
                 "sizes": shrunk.plan.in_words(),

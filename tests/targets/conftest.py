@@ -81,13 +81,17 @@ def translated_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         programs = by_folder(traced.trace)
-        patch.setattr(traced, "trace", lambda c: programs(c.folder))
+        patch.setattr(traced, "trace", lambda c, **how: programs(c.folder, **how))
         with suppress(ImportError):
             from dotexport.targets import portable
 
             written = by_folder(portable._translate)
             from_proto, to_proto = portable.ir.serde.from_proto, portable.ir.serde.to_proto
-            patch.setattr(portable, "_translate", lambda c: from_proto(to_proto(written(c.folder))))
+            patch.setattr(
+                portable,
+                "_translate",
+                lambda c, **how: from_proto(to_proto(written(c.folder, **how))),
+            )
         with suppress(ImportError):
             from dotexport.targets import intel
 
@@ -96,8 +100,8 @@ def translated_once() -> Iterator[None]:
         yield
 
 
-def by_folder(translate: Callable[[Checkpoint], Any]) -> Callable[[Path], Any]:
-    return cache(lambda folder: translate(Checkpoint.open(folder)))
+def by_folder(translate: Callable[..., Any]) -> Callable[..., Any]:
+    return cache(lambda folder, **how: translate(Checkpoint.open(folder), **how))
 
 
 @pytest.fixture(scope="session")

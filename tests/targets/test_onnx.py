@@ -36,6 +36,7 @@ ort: Any = pytest.importorskip("onnxruntime")
 # Where transformers.js and Optimum look for the graph.
 FILES = {
     "fp32": "onnx/model.onnx",
+    "fp16": "onnx/model_fp16.onnx",
     "int8": "onnx/model_quantized.onnx",
     "int4": "onnx/model_q4.onnx",
 }
@@ -68,7 +69,7 @@ def test_names_and_axes_are_those_of_optimum(exported: Any) -> None:
     assert outputs["logits"] == ["batch_size", new, 90]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_any_runtime_has_the_operators(precision: str, exported: Any) -> None:
     model = load(exported("wide-heads", "onnx") / f"onnx-{precision}")
     assert [opset.domain for opset in model.opset_import] == [""]
@@ -76,7 +77,7 @@ def test_any_runtime_has_the_operators(precision: str, exported: Any) -> None:
     onnx.checker.check_model(model, full_check=True)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_the_weights_take_what_their_precision_says_and_a_tied_table_is_stored_once(
     precision: str, exported: Any
 ) -> None:
@@ -84,8 +85,8 @@ def test_the_weights_take_what_their_precision_says_and_a_tied_table_is_stored_o
     parameters = Checkpoint.open(folder / "hf").num_parameters
     stored = sum(len(i.raw_data) for i in load(folder / f"onnx-{precision}").graph.initializer)
     # int8 leaves norms in float32 and adds a float32 step per output and token.
-    wanted = parameters * 4 if precision == "fp32" else parameters
-    assert wanted <= stored <= wanted + (1000 if precision == "fp32" else 0.1 * parameters + 3000)
+    wanted = parameters * {"fp32": 4, "fp16": 2, "int8": 1}[precision]
+    assert wanted <= stored <= wanted + (0.1 * parameters + 3000 if precision == "int8" else 1000)
 
 
 @pytest.mark.parametrize("model", ["wide-heads", "tied-bf16", "biased"])

@@ -66,12 +66,12 @@ def test_a_narrowed_decoder_says_in_node_what_it_says_in_torch(
 ) -> None:
     """odd is a Granite whose heads do not divide its width."""
     out = narrowed(name)
-    export(out, ["onnx:fp32", "onnx:int8", "onnx:int4"], verify=False)
+    export(out, ["onnx:fp32", "onnx:fp16", "onnx:int8", "onnx:int4"], verify=False)
     decode = transformers.AutoTokenizer.from_pretrained(out / "hf").decode
     for prompt, said in zip(PROMPTS, in_node(GENERATE, out / "onnx-fp32", PROMPTS), strict=True):
         assert said["tokens"] == greedy(out / "hf", prompt)
         assert said["text"] == decode(said["tokens"])
     # Rounded, a token nearly as likely as torch's may win: the same graph says which.
-    for artifact in (out / "onnx-int8", out / "onnx-int4"):
+    for artifact in (out / f"onnx-{precision}" for precision in ("fp16", "int8", "int4")):
         for prompt, said in zip(PROMPTS, in_node(GENERATE, artifact, PROMPTS), strict=True):
             assert said["tokens"] == greedy_of(artifact, prompt)
