@@ -138,19 +138,16 @@ class _Making:
     def product(self, node: Any) -> None:
         x, matrix = node.inputs
         turn = matrix.producer()
-        if turn is not None and turn.op_type == "Transpose":
-            weights_OI = _matrix(turn.inputs[0])
-            source = turn.inputs[0]
-        else:
-            weights_IO, source = _matrix(matrix), matrix
-            weights_OI = None if weights_IO is None else np.ascontiguousarray(weights_IO.T)
-        if weights_OI is None:
+        turned = turn is not None and turn.op_type == "Transpose"
+        source = turn.inputs[0] if turned else matrix
+        stored = _matrix(source)
+        if stored is None:
             return
+        weights_OI = stored if turned else np.ascontiguousarray(stored.T)
         held = self._hold(source, weights_OI)
-        outputs = len(weights_OI)
         attributes = {
             "K": held.inputs,
-            "N": outputs,
+            "N": len(weights_OI),
             "bits": held.bits,
             "block_size": QUANTISED_BLOCK,
             # Activations in int8 inside the product: several times as fast on a CPU.
@@ -165,8 +162,8 @@ class _Making:
         if rows_VD is None or len(rows_VD) != self.rows:
             return
         held = self._hold(table, rows_VD)
-        width = len(held.scale.shape) and held.scale.shape[1] * QUANTISED_BLOCK
-        name = str(held.level.name).removesuffix(LEVELS)
+        width = held.scale.shape[1] * QUANTISED_BLOCK
+        name = node.outputs[0].name
         zero = self._constant(f"{name}_zero", np.array(1 << held.bits - 1, np.float32))
         apart = self._constant(f"{name}_apart", np.array([-1]))
         whole = self._constant(f"{name}_whole", np.array([0, 0, width]))

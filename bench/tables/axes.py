@@ -142,7 +142,9 @@ def axes(
     passages: Annotated[int, typer.Option(help="How many of them.")] = 200,
     passes: Annotated[str, typer.Option(help="As shrink --passes.")] = "auto",
     local: Annotated[bool, typer.Option("--local", help="Heal locally, as shrink does.")] = False,
-    models: Annotated[Path | None, typer.Option(help="Keeps what was narrowed.")] = None,
+    models: Annotated[
+        Path | None, typer.Option(help="Keeps what was narrowed, and what was healed.")
+    ] = None,
     healed: Annotated[int, typer.Option(help="Steps of distillation to judge behind, too.")] = 0,
     heal_text: Annotated[
         str | None, typer.Option(help="As shrink --heal-text; without, that of calibration.")
@@ -295,11 +297,11 @@ def _healed(
     started = time.perf_counter()
     found = heal(student, source, torch.eye(1), split, options, device=device)
     seconds = time.perf_counter() - started
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "healed"
-        shutil.copytree(narrowed, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
-        save_file(found.tensors, folder / "model.safetensors", {"format": "pt"})
-        row = judge.of(folder)
+    folder = narrowed.with_name(f"{narrowed.name}, healed {steps}")
+    others = shutil.ignore_patterns("*.safetensors*")
+    shutil.copytree(narrowed, folder, ignore=others, dirs_exist_ok=True)
+    save_file(found.tensors, folder / "model.safetensors", {"format": "pt"})
+    row = judge.of(folder)
     words = {f"{name}, healed": row[name] for name in row if not name.endswith("ratio")}
     return words | {"healing seconds": seconds}
 
