@@ -58,23 +58,28 @@ def read_sentences(options: SentenceOptions, *, more: int = 0) -> list[Text]:
     Raises:
         CalibrationError: there are too few to fit and to judge.
     """
-    found = list(islice(_texts(options.source), options.samples + more))
+    rows = _rows(options.source)
+    found = list(islice(rows or _sentences(options.source), options.samples + more))
     if len(found) < HELD_OUT * 4:
+        what = "rows of a task" if rows else f"sentences of {LEAST_WORDS} words and more"
         raise CalibrationError(
-            f"{options.source} holds {len(found)} sentences of {LEAST_WORDS} words and more; "
-            f"expected {HELD_OUT * 4} at least: give more text"
+            f"{options.source} holds {len(found)} {what}; expected {HELD_OUT * 4} at least: give "
+            "more of them"
         )
     return found
 
 
-def _texts(source: str) -> Iterator[Text]:
+def _rows(source: str) -> list[Text]:
+    """Of a file of a task; none of any other."""
     file = Path(source)
-    if file.suffix.lower() == ".jsonl" and file.is_file():
-        rows = read_rows(file)
-        columns = columns_of(rows)
-        if columns != ("text",):
-            yield from (tuple(row[name] for name in columns) for row in rows)
-            return
+    if file.suffix.lower() != ".jsonl" or not file.is_file():
+        return []
+    rows = read_rows(file)
+    columns = columns_of(rows)
+    return [] if columns == ("text",) else [tuple(row[name] for name in columns) for row in rows]
+
+
+def _sentences(source: str) -> Iterator[Text]:
     for document in documents(source):
         for line in document.splitlines():
             for sentence in re.split(r"(?<=[.!?])\s+", line.strip()):

@@ -19,6 +19,7 @@ from dotexport.encoders.encoder_folder import open_encoder
 from dotexport.encoders.encoder_options import SentenceOptions
 from dotexport.encoders.labelled import answer_scores, class_scores, scores
 from dotexport.encoders.sentences import Batch, batches, read_sentences
+from dotexport.errors import CalibrationError, UsageError
 
 Made = Callable[[Path, str], Path]
 WORDS = [f"w{n}" for n in range(60)]
@@ -185,7 +186,6 @@ def test_rows_that_cannot_be_asked_are_refused(
     name: str, lines: str, says: str, made: Made, tmp_path: Path
 ) -> None:
     from dotexport.encoders.rows import read_rows
-    from dotexport.errors import CalibrationError, UsageError
 
     file = tmp_path / "rows.jsonl"
     file.write_text(lines, encoding="utf-8")
@@ -196,3 +196,18 @@ def test_rows_that_cannot_be_asked_are_refused(
 
     with pytest.raises((CalibrationError, UsageError), match=says):
         scores(encoder, say, read_rows(file), SentenceOptions(source="unread"))
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"question": "w1", "context": "w2"}', "holds 2 rows of a task; expected"),
+        ('{"text": "w1 w2 w3 w4 w5 w6"}', "holds 2 sentences of"),
+    ],
+)
+def test_what_is_too_little_is_said_of_what_a_file_holds(
+    line: str, says: str, tmp_path: Path
+) -> None:
+    (file := tmp_path / "few.jsonl").write_text(f"{line}\n{line}\n", encoding="utf-8")
+    with pytest.raises(CalibrationError, match=says):
+        read_sentences(SentenceOptions(source=str(file)))
