@@ -25,7 +25,9 @@ import onnxscript  # noqa: F401  torch.onnx writes with it, and says so only whe
 
 from dotexport.exports.target import Logits, Tokens
 
+from . import onnx_blocks
 from .growing import GrowingSession
+from .onnx_blocks import constant
 from .ort_session import open_graph
 
 if TYPE_CHECKING:
@@ -88,36 +90,29 @@ class Portable:
             _look_up_columns(model.graph)
             _round_tables(model.graph, _round_products(model.graph))
         if precision == "int4":
-            from .onnx_blocks import round_in_blocks
-
-            round_in_blocks(model, checkpoint, rounded or {})
+            onnx_blocks.round_in_blocks(model, checkpoint, rounded or {})
         for file in [checkpoint.folder / "config.json", *checkpoint.companions()]:
             shutil.copyfile(file, folder / file.name)
         _save(model, folder, precision)
 
     def grids(self, checkpoint: Checkpoint, precision: str) -> dict[str, Blocks]:
         """The matrices of all layers in int4, by the checkpoint's names."""
-        from .onnx_blocks import grids
-
-        return grids(checkpoint) if precision == "int4" else {}
+        return onnx_blocks.grids(checkpoint) if precision == "int4" else {}
 
     def values(self, checkpoint: Checkpoint, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         """What the matrices of an int4 graph are, by the checkpoint's names."""
-        from .onnx_blocks import values
-
-        return values(checkpoint, ir.load(graph_of(folder)).graph)
+        return onnx_blocks.values(checkpoint, ir.load(graph_of(folder)).graph)
 
     def wrong_in_file(
         self, checkpoint: Checkpoint, folder: Path, chosen: Collection[str] = ()
     ) -> list[str]:
         """Epsilons that are not the checkpoint's, and 4-bit matrices that are not its nearest."""
-        from .onnx_blocks import not_nearest
         from .onnx_numbers import wrong_epsilons
 
         file = graph_of(folder)
         problems = wrong_epsilons(file, checkpoint.config)
         if file.name == GRAPHS["int4"]:
-            problems += not_nearest(checkpoint, ir.load(file).graph, chosen)
+            problems += onnx_blocks.not_nearest(checkpoint, ir.load(file).graph, chosen)
         return problems
 
     def open(self, folder: Path, *, threads: int | None = None) -> PortableSession:
@@ -204,7 +199,7 @@ def _turn_matrices(graph: Any) -> None:
         name, order = matrix.name, node.attributes["perm"].as_ints()
         array = np.ascontiguousarray(matrix.const_value.numpy().transpose(order))
         graph.initializers.pop(name)
-        ir.convenience.replace_all_uses_with(turned, _constant(graph, name, array))
+        ir.convenience.replace_all_uses_with(turned, constant(graph, name, array))
         graph.remove(node, safe=True)
 
 
@@ -262,7 +257,7 @@ def _look_up_columns(graph: Any) -> None:
         if not turns or not table.is_initializer():
             continue
         table_DV = np.ascontiguousarray(table.const_value.numpy().T)
-        matrix = _constant(graph, f"{table.name}_turned", table_DV)
+        matrix = constant(graph, f"{table.name}_turned", table_DV)
         columns = ir.node("Gather", [matrix, tokens], {"axis": 1})
         rows = ir.node("Transpose", columns.outputs, {"perm": [1, 2, 0]})
         graph.insert_before(node, [columns, rows])
@@ -284,7 +279,7 @@ def _round_tables(graph: Any, rounded: Mapping[Any, tuple[Any, Any]]) -> None:
         real = ir.node("Cast", found.outputs, {"to": ir.DataType.FLOAT})
         made = [found, real, step := ir.node("Gather", [step_V, tokens])]
         if table not in rounded:  # rows (B, L, D), else columns (D, B, L)
-            last = _constant(graph, f"{table.name}_last", np.array([-1]))
+            last = constant(graph, f"{table.name}_last", np.array([-1]))
             made.append(step := ir.node("Unsqueeze", [step.outputs[0], last]))
         made.append(product := ir.node("Mul", [real.outputs[0], step.outputs[0]]))
         graph.insert_before(node, made)
@@ -336,9 +331,9 @@ def _is_biased(product: Any) -> bool:
 
 def _round_tokens(graph: Any, before: Any, x: Any) -> tuple[Any, Any]:
     """Each token's features to -127 ... 127, and the step between two of these."""
-    last = _constant(graph, f"{x.name}_last", np.array([-1]))
-    least = _constant(graph, f"{x.name}_least", np.array(1e-30, dtype=np.float32))
-    share = _constant(graph, f"{x.name}_share", np.array(1 / 127, dtype=np.float32))
+    last = constant(graph, f"{x.name}_last", np.array([-1]))
+    least = constant(graph, f"{x.name}_least", np.array(1e-30, dtype=np.float32))
+    share = constant(graph, f"{x.name}_share", np.array(1 / 127, dtype=np.float32))
     size = ir.node("Abs", [x])
     largest = ir.node("ReduceMax", [size.outputs[0], last], {"keepdims": 1})
     some = ir.node("Max", [largest.outputs[0], least])
@@ -362,17 +357,9 @@ def _round_outputs(graph: Any, matrix: Any, *, inputs: int = 0) -> tuple[Any, An
     levels = np.rint(weights / step).astype(np.int8)
     graph.initializers.pop(matrix.name)
     return (
-        _constant(graph, f"{matrix.name}_level", levels),
-        _constant(graph, f"{matrix.name}_step", step.squeeze(inputs)),
+        constant(graph, f"{matrix.name}_level", levels),
+        constant(graph, f"{matrix.name}_step", step.squeeze(inputs)),
     )
-
-
-def _constant(graph: Any, name: str, array: Any) -> Any:
-    stored = ir.tensor(array, name=name)
-    value = ir.Value(name=name, const_value=stored, shape=ir.Shape(array.shape))
-    value.dtype = stored.dtype
-    graph.register_initializer(value)
-    return value
 
 
 class PortableSession(GrowingSession):
