@@ -72,7 +72,8 @@ def decided_once(decided: Plan, workspace: Workspace) -> Plan:
     """What was decided first: sizes within a budget of time differ from one timing to the next."""
     if kept := workspace.load(PLAN):
         after = kept[0]["after"]
-        same = {"kinds": decided.after.kinds, "fixed": decided.after.fixed}  # JSON has no tuples
+        # JSON has no tuples, and what they say is no size that was decided.
+        same = {k: value for k, value in vars(decided.after).items() if isinstance(value, tuple)}
         sizes = Sizes(**after | same | {"biases": frozenset(after["biases"])})
         return replace(decided, after=sizes)
     workspace.save(PLAN, _words(decided))
