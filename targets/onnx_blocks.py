@@ -62,7 +62,7 @@ def grids(checkpoint: Checkpoint) -> dict[str, Blocks]:
 
 
 def round_in_blocks(model: Any, checkpoint: Checkpoint, rounded: Mapping[str, Rounded]) -> None:
-    """Products with stored matrices, and look-ups in stored tables, read blocks.
+    """Let products with stored matrices, and look-ups in stored tables, read blocks.
 
     Args:
         rounded: levels that were chosen; other matrices are rounded to nearest.
@@ -164,9 +164,9 @@ class _Making:
         held = self._hold(table, rows_VD)
         width = held.scale.shape[1] * QUANTISED_BLOCK
         name = node.outputs[0].name
-        zero = self._constant(f"{name}_zero", np.array(1 << held.bits - 1, np.float32))
-        apart = self._constant(f"{name}_apart", np.array([-1]))
-        whole = self._constant(f"{name}_whole", np.array([0, 0, width]))
+        zero = constant(self.graph, f"{name}_zero", np.array(1 << held.bits - 1, np.float32))
+        apart = constant(self.graph, f"{name}_apart", np.array([-1]))
+        whole = constant(self.graph, f"{name}_whole", np.array([0, 0, width]))
         level = ir.node("Gather", [held.level, tokens])
         real = ir.node("Cast", level.outputs, {"to": ir.DataType.FLOAT})
         around = ir.node("Sub", [real.outputs[0], zero])
@@ -176,8 +176,8 @@ class _Making:
         flat = ir.node("Reshape", [row.outputs[0], whole])
         steps = [level, real, around, scale, each, row, flat]
         if width != held.inputs:
-            first = self._constant(f"{name}_first", np.array([0]))
-            end = self._constant(f"{name}_end", np.array([held.inputs]))
+            first = constant(self.graph, f"{name}_first", np.array([0]))
+            end = constant(self.graph, f"{name}_end", np.array([held.inputs]))
             steps.append(ir.node("Slice", [flat.outputs[0], first, end, apart]))
         self._replace(node, steps)
 
@@ -202,8 +202,8 @@ class _Making:
             level_OB, scale_OK = packed(chosen, bits)
             level_OKS = level_OB.reshape(*scale_OK.shape, -1)
             self.stored[key] = Stored(
-                self._constant(f"{name}{LEVELS}", level_OKS),
-                self._constant(f"{name}{SCALES}", scale_OK.astype(np.float32)),
+                constant(self.graph, f"{name}{LEVELS}", level_OKS),
+                constant(self.graph, f"{name}{SCALES}", scale_OK.astype(np.float32)),
                 bits,
                 weights_OI.shape[1],
             )
@@ -216,9 +216,6 @@ class _Making:
         ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
         after.name = before.name
         self.graph.remove(node, safe=True)
-
-    def _constant(self, name: str, array: Array) -> Any:
-        return constant(self.graph, name, array)
 
 
 def constant(graph: Any, name: str, array: Array) -> Any:

@@ -114,7 +114,7 @@ def test_int4_holds_every_matrix_in_blocks_and_a_tied_table_once(model: str, exp
 
 
 @pytest.mark.parametrize("model", ["wide-heads", "tied-bf16"])
-def test_int4_looks_tokens_up_within_half_a_step_of_each_block(model: str, exported: Any) -> None:
+def test_int4_looks_tokens_up_within_a_step_of_each_block(model: str, exported: Any) -> None:
     """Rows of 48 numbers end within their second block."""
     folder = exported(model, "onnx")
     table_VD = Checkpoint.open(folder / "hf").tensor("model.embed_tokens.weight").float().numpy()
@@ -124,7 +124,8 @@ def test_int4_looks_tokens_up_within_half_a_step_of_each_block(model: str, expor
     found_VD = looked_up(graph, first_norm.input[0])[0]
     padded = np.pad(np.abs(table_VD), ((0, 0), (0, 16))).reshape(90, 2, 32).max(-1)
     step_VD = np.repeat(padded / 128, 32, axis=1)[:, :48]
-    assert (np.abs(found_VD - table_VD) <= 1.01 * step_VD).all()  # 127 is the highest level
+    # A whole step where the opposite of the largest asks for level 128; else half of one.
+    assert (np.abs(found_VD - table_VD) <= 1.01 * step_VD).all()
     assert 0 < np.abs(found_VD - table_VD).mean() < 0.3 * step_VD.mean()
 
 
