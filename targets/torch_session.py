@@ -38,8 +38,13 @@ class TorchSession:
     @property
     def providers(self) -> tuple[str, ...]:
         """Where the weights really lie, and as what."""
-        disk = ", weights on disk" if self.model.device.type == "meta" else ""
+        disk = ", weights on disk" if self.on_disk else ""
         return (f"torch on {_device_name(self.device)}, {self.number}{disk}",)
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether every answer reads the weights from their files."""
+        return bool(self.model.device.type == "meta")
 
     @property
     def number(self) -> str:

@@ -5,6 +5,8 @@ The artifact reads every prompt alone (`prefill`), appends torch's greedy tokens
 against torch's own logits, and, because rounding hides small faults, against the artifact itself:
 its cache and its padding must not change what it says. One long prompt is asked at few positions
 (`far`): past sliding windows and the half of a rotary table, at the end of a context within reach.
+Where every answer reads the whole model from disk, one prompt alone stands for all of them, and
+what padding changes is seen against torch only.
 
 Shapes: P positions, V vocabulary.
 """
@@ -21,11 +23,13 @@ from numpy.typing import NDArray
 
 from dotexport.exports import noise
 from dotexport.exports.noise import kl_divergence, log_softmax
-from dotexport.exports.reference import NUM_STEPS, PRECISIONS, LongText, Reference
-from dotexport.exports.target import Logits, Session
+from dotexport.exports.reference import PRECISIONS, LongText, Reference
+from dotexport.exports.target import Logits, Session, Tokens
 
 Float = NDArray[np.float64]
 Said = dict[str, list[Logits]]
+Covered = dict[str, list[tuple[int, slice]]]
+"""Phase -> which sequences it covers, and which of their positions."""
 
 LEAST_FLOAT = 4e-6  # of the largest logit: 32 units in the last place of float32
 LEAST_HALF = 1e-3
@@ -140,11 +144,14 @@ def measure(
         limits: None: those that follow from this reference.
     """
     limits = limits or limits_of(precision, reference, exact_rounding=exact_rounding)
-    said = _everything_said(session, reference)
-    phases = {name: _phase(name, said, reference, limits) for name in _expected(reference)}
+    few = getattr(session, "on_disk", False)
+    said = _whole_batch(session, reference) if few else _whole(session, reference)
+    covered = _covered(reference, 1 if few else len(reference.sequences))
+    said |= _said_alone(session, reference, covered["prefill"]) | _said_padded(session, reference)
+    phases = {n: _phase(said, n, reference, rows, limits) for n, rows in covered.items()}
     ratio = _perplexity_ratio(said["whole"], reference)
     if reference.long is not None:
-        phases["far"] = _far(session, reference.long, limits)
+        phases["far"] = _far(session, reference.long, reference.num_steps, limits)
     return Parity(
         artifact=artifact,
         target=target,
@@ -209,22 +216,47 @@ def _rounding_noise(reference: Reference) -> float:
     return _relative(twice.astype(np.float64), once.astype(np.float64))
 
 
-def _everything_said(session: Session, reference: Reference) -> Said:
-    """Phase -> the artifact's logits_PV of each sequence."""
-    said: Said = {"whole": [], "prefill": [], "decode": []}
-    for tokens_L, length in zip(reference.sequences, reference.prompt_lengths, strict=True):
-        said["whole"].append(session.start(tokens_L[None])[0])
-        said["prefill"].append(session.start(tokens_L[None, :length])[0])
-        said["decode"].append(np.stack([session.step(t[None])[0] for t in tokens_L[length:]]))
-    lengths = reference.prompt_lengths
-    batch_BL = np.zeros((len(lengths), max(lengths)), dtype=np.int64)
-    for row, tokens_L, length in zip(batch_BL, reference.sequences, lengths, strict=True):
-        row[:length] = tokens_L[:length]
-    prefill_BLV = session.start(batch_BL, list(lengths))
-    decode_NBV = [session.step(tokens_B) for tokens_B in _columns(reference)]
-    said["padded_prefill"] = [row[:n] for row, n in zip(prefill_BLV, lengths, strict=True)]
-    said["padded_decode"] = list(np.stack(decode_NBV, axis=1))
+def _whole(session: Session, reference: Reference) -> Said:
+    """The artifact's logits_PV of each sequence, from one pass over it."""
+    return {"whole": [session.start(tokens_L[None])[0] for tokens_L in reference.sequences]}
+
+
+def _whole_batch(session: Session, reference: Reference) -> Said:
+    """The same from one pass over all."""
+    whole_BLV, lengths = _start_padded(session, reference.sequences)
+    return {"whole": [row[:n] for row, n in zip(whole_BLV, lengths, strict=True)]}
+
+
+def _said_alone(
+    session: Session, reference: Reference, prompts: Sequence[tuple[int, slice]]
+) -> Said:
+    """Of these prompts, one after another, and of the steps behind each."""
+    said: Said = {"prefill": [], "decode": []}
+    for number, prompt in prompts:
+        tokens_L = reference.sequences[number]
+        said["prefill"].append(session.start(tokens_L[None, prompt])[0])
+        rest = tokens_L[prompt.stop :]
+        said["decode"].append(np.stack([session.step(token[None])[0] for token in rest]))
     return said
+
+
+def _said_padded(session: Session, reference: Reference) -> Said:
+    """Of all prompts side by side, and of the steps behind them."""
+    pairs = zip(reference.sequences, reference.prompt_lengths, strict=True)
+    prefill_BLV, lengths = _start_padded(session, [tokens_L[:n] for tokens_L, n in pairs])
+    decode_NBV = [session.step(tokens_B) for tokens_B in _columns(reference)]
+    return {
+        "padded_prefill": [row[:n] for row, n in zip(prefill_BLV, lengths, strict=True)],
+        "padded_decode": list(np.stack(decode_NBV, axis=1)),
+    }
+
+
+def _start_padded(session: Session, prompts: Sequence[Tokens]) -> tuple[Logits, list[int]]:
+    lengths = [len(tokens_L) for tokens_L in prompts]
+    batch_BL = np.zeros((len(prompts), max(lengths)), dtype=np.int64)
+    for row, tokens_L in zip(batch_BL, prompts, strict=True):
+        row[: len(tokens_L)] = tokens_L
+    return session.start(batch_BL, lengths), lengths
 
 
 def _columns(reference: Reference) -> Iterator[NDArray[np.int64]]:
@@ -233,18 +265,25 @@ def _columns(reference: Reference) -> Iterator[NDArray[np.int64]]:
         yield np.array([tokens_L[length + step] for tokens_L, length in pairs])
 
 
-def _expected(reference: Reference) -> dict[str, list[slice]]:
-    """Phase -> which positions of each sequence it covers."""
-    prompts = [slice(0, length) for length in reference.prompt_lengths]
-    rest = [slice(length, None) for length in reference.prompt_lengths]
-    return {"prefill": prompts, "decode": rest, "padded_prefill": prompts, "padded_decode": rest}
+def _covered(reference: Reference, num_alone: int) -> Covered:
+    """All sequences side by side, and the first few of them alone."""
+    lengths = reference.prompt_lengths
+    prompts = [(number, slice(0, length)) for number, length in enumerate(lengths)]
+    rest = [(number, slice(length, None)) for number, length in enumerate(lengths)]
+    alone = {"prefill": prompts[:num_alone], "decode": rest[:num_alone]}
+    return alone | {"padded_prefill": prompts, "padded_decode": rest}
 
 
-def _phase(name: str, said: Said, reference: Reference, limits: Limits) -> Phase:
-    slices = _expected(reference)[name]
+def _phase(
+    said: Said,
+    name: str,
+    reference: Reference,
+    rows: Sequence[tuple[int, slice]],
+    limits: Limits,
+) -> Phase:
     mine_PV = np.concatenate(said[name]).astype(np.float64)
-    torch_PV = _rows(reference.logits, slices)
-    plain_PV = _rows(said["whole"], slices)
+    torch_PV = _rows(reference.logits, rows)
+    plain_PV = _rows(said["whole"], rows)
     rounded = limits.rounding is not None
     difference_PV = np.abs(mine_PV - torch_PV)
     return Phase(
@@ -254,14 +293,14 @@ def _phase(name: str, said: Said, reference: Reference, limits: Limits) -> Phase
         kl=kl_divergence(torch_PV, mine_PV),
         nonfinite=int((~np.isfinite(mine_PV)).sum()),
         consistency=_relative(mine_PV, plain_PV),
-        rounding=_relative(mine_PV, _rows(reference.rounded_twice, slices)) if rounded else None,
+        rounding=_relative(mine_PV, _rows(reference.rounded_twice, rows)) if rounded else None,
         num_positions=len(mine_PV),
     )
 
 
-def _far(session: Session, long: LongText, limits: Limits) -> Phase:
+def _far(session: Session, long: LongText, num_steps: int, limits: Limits) -> Phase:
     """One long prompt, its last tokens through the cache, at few positions."""
-    read = len(long.tokens) - NUM_STEPS
+    read = len(long.tokens) - num_steps
     start_LV = session.start(long.tokens[None, :read])[0]
     kept = [start_LV[at] for at in long.positions if at < read]
     del start_LV
@@ -281,9 +320,9 @@ def _far(session: Session, long: LongText, limits: Limits) -> Phase:
     )
 
 
-def _rows(logits: Sequence[Logits], slices: Sequence[slice]) -> Float:
-    rows = [one[where] for one, where in zip(logits, slices, strict=True)]
-    joined: Float = np.concatenate(rows).astype(np.float64)
+def _rows(logits: Sequence[Logits], rows: Sequence[tuple[int, slice]]) -> Float:
+    found = [logits[number][positions] for number, positions in rows]
+    joined: Float = np.concatenate(found).astype(np.float64)
     return joined
 
 

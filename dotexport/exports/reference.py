@@ -1,9 +1,10 @@
 """What torch computes: the yardstick that every artifact of a model is held against.
 
-The model is built from config.json and filled through our own reader, in float32, part by part
-where it does not fit as a whole (models/loading.py), and every sequence is computed alone, in one
-pass and without a cache: nothing here shares code with a runtime's loading, padding or caching, so
-their faults cannot cancel out.
+The model is built from config.json and filled through our own reader, in float32, and every
+sequence is computed alone, in one pass and without a cache: nothing here shares code with a
+runtime's loading, padding or caching, so their faults cannot cancel out. Where the model does not
+fit as a whole, each pass reads all of its files (models/loading.py): it is asked less then, and the
+sequences share passes, filled up behind their ends, which nothing before can see.
 
 Shapes: B sequences, L tokens of one, V vocabulary; O, I outputs and inputs of a matrix product.
 """
@@ -30,6 +31,9 @@ from dotexport.models.loading import Loaded
 TEXT_LENGTHS = (24, 17, 9)
 RANDOM_LENGTHS = (40, 6, 1)
 NUM_STEPS = 8
+# Of a model that is read again for every token that is sampled.
+STREAMED_TEXT_LENGTHS = (10, 7, 5)
+STREAMED_STEPS = 3
 # The long sequence is as long as the context, or as a pass of so many multiplications allows; at
 # least this many tokens, or past the sliding window where that is not much longer. Its logits and
 # the scores of one layer are held once.
@@ -46,7 +50,8 @@ class LongText:
 
     Attributes:
         tokens: of the sequence.
-        positions: that are judged, ascending; the last STEPS of all are decoded one by one.
+        positions: that are judged, ascending; the last of all, `Reference.num_steps` of them, are
+            decoded one by one.
         context: that config.json states; what lies behind the sequence is not asked.
         logits, rounded, rounded_twice: as of `Reference`, at these positions.
     """
@@ -108,13 +113,13 @@ def compute_reference(
     """
     loaded = Loaded(checkpoint)
     config = loaded.model.config
-    steps, texts, randoms = _lengths(config)
+    steps, texts, randoms = _lengths(config, whole=loaded.whole)
     prompts = [
         *_sampled_prompts(loaded, texts, seed=0),
         *_random_prompts(config.vocab_size, randoms, seed=0),
     ]
     sequences = _continued_greedily(loaded, prompts, steps)
-    tokens, positions = _long_text(config, sequences, _reach(loaded.model))
+    tokens, positions = _long_text(config, sequences, steps, _reach(loaded.model))
     with _watched(loaded.model) as magnitudes:
         logits = _logits_alone(loaded, sequences)
         far = _at(loaded, tokens, positions)
@@ -170,11 +175,12 @@ def held_to(
 
 
 def _long_text(
-    config: Any, sequences: Sequence[Tokens], reach: int
+    config: Any, sequences: Sequence[Tokens], steps: int, reach: int
 ) -> tuple[Tokens, tuple[int, ...]]:
     """All sequences one after another, again and again, and the positions to judge.
 
     Args:
+        steps: how many of them are decoded one by one.
         reach: tokens that a pass can have (`_reach`).
     """
     context = getattr(config, "max_position_embeddings", None) or LONGEST
@@ -185,7 +191,7 @@ def _long_text(
     tokens = np.resize(joined, length)
     if length <= max(map(len, sequences)):
         return tokens, ()
-    last = set(range(length - NUM_STEPS, length))
+    last = set(range(length - steps, length))
     edges = (edge + step for edge in (window, context // 2) for step in (-1, 0, 1))
     near = {at for at in edges if 0 < at < length}
     spaced = {round(at) for at in np.linspace(NUM_STEPS, length - 1, NUM_POSITIONS)}
@@ -212,12 +218,13 @@ def _at(loaded: Loaded, tokens: Tokens, positions: Sequence[int]) -> Logits | No
     return _logits_alone(loaded, [tokens])[0][list(positions)]
 
 
-def _lengths(config: Any) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+def _lengths(config: Any, *, whole: bool) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     """Steps and prompt lengths that fit the context of the model."""
     context = getattr(config, "max_position_embeddings", None) or 1 << 20
-    steps = min(NUM_STEPS, context // 2)
+    steps = min(NUM_STEPS if whole else STREAMED_STEPS, context // 2)
     room = context - steps
-    texts = tuple(min(length, room) for length in TEXT_LENGTHS)
+    wanted = TEXT_LENGTHS if whole else STREAMED_TEXT_LENGTHS
+    texts = tuple(min(length, room) for length in wanted)
     return steps, texts, tuple(min(length, room) for length in RANDOM_LENGTHS)
 
 
@@ -276,10 +283,16 @@ def _watched(model: Any) -> Iterator[list[float]]:
             handle.remove()
 
 
-def _logits_alone(loaded: Loaded, sequences: Iterable[Tokens]) -> tuple[Logits, ...]:
-    return tuple(
-        loaded.logits(torch.from_numpy(tokens)[None])[0].float().numpy() for tokens in sequences
-    )
+def _logits_alone(loaded: Loaded, sequences: Sequence[Tokens]) -> tuple[Logits, ...]:
+    """Of each sequence, from a pass of its own; of a streamed model, from one for all."""
+    if loaded.whole:
+        passes = [loaded.logits(torch.from_numpy(tokens)[None])[0] for tokens in sequences]
+    else:
+        longest = max(map(len, sequences))
+        filled_BL = np.stack([np.resize(tokens, longest) for tokens in sequences])
+        passes = list(loaded.logits(torch.from_numpy(filled_BL)))
+    each = zip(passes, sequences, strict=True)
+    return tuple(logits_LV[: len(tokens)].float().numpy() for logits_LV, tokens in each)
 
 
 Far = tuple[tuple[Logits, ...], Logits | None]

@@ -31,7 +31,10 @@ QUANTISED_BLOCK = 32
 
 
 class Session(Protocol):
-    """One artifact, loaded in its own runtime, with its KV cache."""
+    """One artifact, loaded in its own runtime, with its KV cache.
+
+    One that reads the whole model from disk for every answer has `on_disk`, True: it is asked less.
+    """
 
     def start(self, tokens_BL: Tokens, lengths_B: Sequence[int] | None = None) -> Logits:
         """Prefill: empty the cache, read the prompts, return logits_BLV.

@@ -319,7 +319,7 @@ def test_the_reference_measures_its_own_rounding_and_is_left_as_it_was(
 def test_the_long_sequence_ends_with_the_context_and_goes_past_the_window() -> None:
     def far(reach: int = 0, **config: int | None) -> tuple[int, tuple[int, ...]]:
         asked = SimpleNamespace(**{"vocab_size": 90, "sliding_window": None} | config)
-        tokens, positions = _long_text(asked, TORCH.sequences, reach)
+        tokens, positions = _long_text(asked, TORCH.sequences, TORCH.num_steps, reach)
         return len(tokens), positions
 
     assert far(max_position_embeddings=512)[0] == 512
