@@ -90,9 +90,8 @@ def bench_encoder(
 def _subject(folder: Path, target: str, batch: int, seqlen: int, threads: int) -> Iterator[Subject]:
     encoder = open_encoder(folder)
     manifest.require_unchanged(encoder.root)
-    if seqlen > (most := context_of(encoder)):
-        raise UsageError(f"--seqlen {seqlen} is more than the {most} tokens that {folder} reads")
-    inputs = _inputs(encoder, batch, seqlen)
+    check_length(encoder, seqlen)
+    inputs = full_rows(encoder, batch, seqlen)
     if target == TORCH:
 
         def call() -> object:
@@ -109,7 +108,15 @@ def _subject(folder: Path, target: str, batch: int, seqlen: int, threads: int) -
         yield Subject(lambda: session(arrays), folder_bytes(artifact))
 
 
-def _inputs(encoder: Encoder, batch: int, seqlen: int) -> dict[str, torch.Tensor]:
+def check_length(encoder: Encoder, seqlen: int) -> None:
+    """Refuse rows that are longer than what an encoder reads."""
+    if seqlen > (most := context_of(encoder)):
+        raise UsageError(
+            f"--seqlen {seqlen} is more than the {most} tokens that {encoder.root} reads"
+        )
+
+
+def full_rows(encoder: Encoder, batch: int, seqlen: int) -> dict[str, torch.Tensor]:
     """Full rows of any tokens: time does not depend on which."""
     dice = torch.Generator().manual_seed(0)
     tokens_BL = torch.randint(encoder.num_tokens, (batch, seqlen), generator=dice)

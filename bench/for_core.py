@@ -17,6 +17,7 @@ HOMES = {
     "check_options": "measure",
     "find_preset": "presets",
     "frontier": "frontier",
+    "frontier_encoder": "encoder_frontier",
     "frontier_as_dict": "report.frontier_words",
     "gate_table": "verdicts",
     "judge": "verdicts",

@@ -97,7 +97,7 @@ def frontier(
     runtime: Mapping[str, Any] | None = None,
     rounded_for: ReadText | None = None,
     progress: Progress = lambda stage, done, total: None,
-) -> Frontier:
+) -> Frontier[Point]:
     """Measure every model in every precision.
 
     Args:
@@ -122,7 +122,7 @@ def frontier(
     models = _models(original, narrowed, rivals)
     read = [_read(models[0], text) for text in texts]
     workload, notes = _timed(target, workload, runtime, texts)
-    with _home(out) as home:
+    with home_of_figures(out) as home:
         read_by = {one.name: rounded_for(one.checkpoint) for one in models} if rounded_for else {}
         made, skipped = _exported(models, target, precisions, home, read_by, progress)
         if read_by:
@@ -159,11 +159,8 @@ def _asked(specs: Sequence[str]) -> tuple[Target, list[str]]:
 def _models(original: Path, narrowed: Sequence[Path], rivals: Sequence[Path]) -> list[_Model]:
     others = [*narrowed, *rivals]
     folders = [original, *(f / STOCK if (f / STOCK).is_dir() else f for f in others)]
-    names = [ORIGINAL, *(folder.resolve().name for folder in others)]
-    if len(set(names)) < len(names):
-        raise UsageError(f"models need names of their own, not {', '.join(names)}; rename folders")
     found = []
-    for number, (name, folder) in enumerate(zip(names, folders, strict=True)):
+    for number, (name, folder) in enumerate(zip(names_of(others), folders, strict=True)):
         checkpoint, rival = Checkpoint.open(folder), number > len(narrowed)
         if not rival and not have_one_vocabulary(folder, original):
             raise UsageError(
@@ -173,6 +170,14 @@ def _models(original: Path, narrowed: Sequence[Path], rivals: Sequence[Path]) ->
         sha256 = describe_source(checkpoint)["sha256"]
         found.append(_Model(name=name, checkpoint=checkpoint, sha256=sha256, rival=rival))
     return found
+
+
+def names_of(others: Sequence[Path]) -> list[str]:
+    """What the original and these are called: by their folders."""
+    names = [ORIGINAL, *(folder.resolve().name for folder in others)]
+    if len(set(names)) < len(names):
+        raise UsageError(f"models need names of their own, not {', '.join(names)}; rename folders")
+    return names
 
 
 def _read(original: _Model, options: TextOptions) -> _Text:
@@ -207,7 +212,7 @@ def _timed(
 
 
 @contextmanager
-def _home(out: Path | None) -> Iterator[Path]:
+def home_of_figures(out: Path | None) -> Iterator[Path]:
     """The folder that keeps artifacts and figures, for this run alone or for the next as well."""
     if out is None:
         with tempfile.TemporaryDirectory(prefix="dotexport-frontier-") as scratch:
@@ -244,7 +249,7 @@ def _exported(
         known = [SCHEMA, dict(model.sha256), target.name, precision]
         text = read_by.get(model.name)
         grids = grids_of(target, model.checkpoint, precision) if text else {}
-        key = _digest([*known, text.told] if text and grids else known)
+        key = digest([*known, text.told] if text and grids else known)
         folder = home / ARTIFACTS / f"{label}-{key}"
         if not folder.is_dir():
             chosen: dict[str, Any] = {}
@@ -259,7 +264,7 @@ def _exported(
     return made, skipped
 
 
-def _digest(values: Any) -> str:
+def digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:DIGITS]
 
 
@@ -275,11 +280,11 @@ def _judge(
     progress: Progress,
 ) -> None:
     """Of each artifact, unless it is known; the original in torch is loaded where one is not."""
-    read = [[t.source, _digest(t.windows_NL.tolist())] for t in texts]
+    read = [[t.source, digest(t.windows_NL.tolist())] for t in texts]
     reference: Any = None
     for number, one in enumerate(made):
         progress(f"predicting: {one.model.name} in {one.precision}", number, len(made))
-        key = _digest([one.folder.name, dict(original.sha256), read])
+        key = digest([one.folder.name, dict(original.sha256), read])
         one.store = one.store.with_name(f"{one.store.name}-{key}.json")
         if one.store.is_file():
             one.point = _stored(one.store)

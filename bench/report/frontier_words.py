@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure as Canvas
@@ -16,20 +16,19 @@ from rich.text import Text
 
 from dotexport.storage.files import write_json, write_text
 
-from ..frontier_points import ORIGINAL, REPORT, SCHEMA, Frontier, Point
+from ..frontier_points import ORIGINAL, REPORT, SCHEMA, Artifact, Frontier, Point
 from .plots import BASELINE, MARKERS, MUTED, Plot, axes, colours, log_scale, significant
 
-RATES = {"prefill": "prefill_tok_s", "decode": "decode_tok_s"}
-FLOOR = 1e-6  # nats: what is closer is drawn here, on a logarithmic axis
+FLOOR = 1e-6  # what is closer is drawn here, on a logarithmic axis
 
 
-def verdict(found: Frontier) -> list[str]:
+def verdict(found: Frontier[Any]) -> list[str]:
     """For bytes alone; beside rivals; then for each rate that was timed."""
-    rates = (s for name in RATES for s in _on_rate(found, name))
+    rates = (s for name in found.points[0].rates for s in _on_rate(found, name))
     return [*_on_bytes(found), *_on_rivals(found), *rates]
 
 
-def _on_bytes(found: Frontier) -> Iterator[str]:
+def _on_bytes(found: Frontier[Any]) -> Iterator[str]:
     originals, others = _parted(found.points)
     smallest = min(point.num_bytes for point in originals)
     best = [point for point in others if point in found.best]
@@ -50,32 +49,29 @@ def _on_bytes(found: Frontier) -> Iterator[str]:
             yield f"Smaller than anything of the original: {_told(point)}."
 
 
-def _as_good(originals: Sequence[Point], point: Point) -> list[Point]:
+def _as_good(originals: Sequence[Artifact], point: Artifact) -> list[Artifact]:
     """Those that are no larger and no further on the mean of all texts: the frontier asks each text
     alone, and a hair on one of them is no reason to narrow."""
-    return [p for p in originals if p.num_bytes <= point.num_bytes and _kl(p) <= _kl(point)]
+    return [p for p in originals if p.num_bytes <= point.num_bytes and p.distance <= point.distance]
 
 
-def _kl(point: Point) -> float:
-    return fmean(text.kl or 0.0 for text in point.texts)
-
-
-def _beside(originals: Sequence[Point], others: Sequence[Point]) -> str:
+def _beside(originals: Sequence[Artifact], others: Sequence[Artifact]) -> str:
     """The closest narrowed artifact that one of the original is as good as, and the smallest that
     is."""
-    for point in sorted(others, key=_first_kl):
+    for point in sorted(others, key=_first):
         if better := _as_good(originals, point):
             smallest = min(better, key=lambda p: p.num_bytes)
             return f"; beside {_told(point)} stands {_told(smallest)}"
     return ""
 
 
-def _on_rivals(found: Frontier) -> Iterator[str]:
+def _on_rivals(found: Frontier[Any]) -> Iterator[str]:
     """Of each rival: whether it is as small and reads as well as what was narrowed, or not."""
-    ours = [point for point in found.points if not point.rival]
+    points = [point for point in found.points if isinstance(point, Point)]
+    ours = [point for point in points if not point.rival]
     narrowed = [point for point in ours if point.model != ORIGINAL]
-    for name in dict.fromkeys(point.model for point in found.points if point.rival):
-        theirs = [point for point in found.points if point.model == name]
+    for name in dict.fromkeys(point.model for point in points if point.rival):
+        theirs = [point for point in points if point.model == name]
         left = [p for p in narrowed if not any(q.reads_better(p) for q in theirs)]
         stand = [p for p in theirs if not any(q.reads_better(p) for q in ours)]
         if narrowed and not left:
@@ -107,19 +103,19 @@ def _in_bits(point: Point) -> str:
     return f"{point.name} ({point.num_bytes / 1e6:,.2f} MB, {bits} bits per byte)"
 
 
-def _on_rate(found: Frontier, name: str) -> Iterator[str]:
-    key = RATES[name]
-    timed = [point for point in found.points if getattr(point, key)]
+def _on_rate(found: Frontier[Any], name: str) -> Iterator[str]:
+    timed = [point for point in found.points if point.rates[name]]
     originals, others = _parted(timed)
     if not originals or not others:
         return
     first, second = (
-        max(points, key=lambda p: median(getattr(p, key))) for points in (others, originals)
+        max(points, key=lambda p: median(p.rates[name])) for points in (others, originals)
     )
-    ours, theirs = getattr(first, key), getattr(second, key)
+    ours, theirs = first.rates[name], second.rates[name]
     ratio = median(ours) / median(theirs)
-    rates = f"{first.name} {median(ours):,.1f} tokens/s, {second.name} {median(theirs):,.1f}"
-    closeness = f"KL {_first_kl(first):.4f} and {_first_kl(second):.4f}"
+    rates = f"{first.name} {median(ours):,.1f} {first.unit}, {second.name} {median(theirs):,.1f}"
+    measure = first.texts[0].measure
+    closeness = f"{measure} {_said(first.texts[0])} and {_said(second.texts[0])}"
     if min(ours) > max(theirs):
         yield f"For {name}, narrow: {ratio:.2f}x in every round ({rates}; {closeness})."
     elif max(ours) < min(theirs):
@@ -128,23 +124,28 @@ def _on_rate(found: Frontier, name: str) -> Iterator[str]:
         yield f"For {name}, no gain that shows in every round: {ratio:.2f}x ({rates})."
 
 
-def _parted(points: Sequence[Point]) -> tuple[list[Point], list[Point]]:
+def _parted(points: Sequence[Artifact]) -> tuple[list[Artifact], list[Artifact]]:
     return (
         [p for p in points if p.model == ORIGINAL],
         [p for p in points if p.model != ORIGINAL and not p.rival],
     )
 
 
-def _first_kl(point: Point) -> float:
-    return point.texts[0].kl or 0.0
+def _first(point: Artifact) -> float:
+    """Distance on the first text."""
+    return point.texts[0].distance or 0.0
 
 
-def _told(point: Point) -> str:
-    kls = " and ".join(f"{text.kl:.4f}" for text in point.texts)
-    return f"{point.name} ({point.num_bytes / 1e6:,.2f} MB, KL {kls})"
+def _said(text: Any) -> str:
+    return f"{text.figures[text.measure]:.4f}"
 
 
-def frontier_as_dict(found: Frontier) -> dict[str, Any]:
+def _told(point: Artifact) -> str:
+    figures = " and ".join(map(_said, point.texts))
+    return f"{point.name} ({point.num_bytes / 1e6:,.2f} MB, {point.texts[0].measure} {figures})"
+
+
+def frontier_as_dict(found: Frontier[Any]) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "target": found.target,
@@ -156,63 +157,71 @@ def frontier_as_dict(found: Frontier) -> dict[str, Any]:
     }
 
 
-def render_frontier(found: Frontier) -> Group:
-    """The table, the smallest first (prefill and decode in tokens/s), and the verdict under it."""
-    names = " / ".join(Path(text.source).name for text in found.points[0].texts)
-    table = Table(title=f"{found.target} at equal bytes; KL and bits per byte on {names}")
-    timed = any(point.prefill_tok_s for point in found.points)
-    speed = (*RATES, "memory, MB") if timed else ()
-    for column in ("model", "precision", "MB", "KL", "bits/byte", *speed, "best"):
+def render_frontier(found: Frontier[Any]) -> Group:
+    """The table, the smallest first, and the verdict under it."""
+    first = found.points[0]
+    names = " / ".join(Path(text.source).name for text in first.texts)
+    figures = [name for name in first.texts[0].figures if name != "perplexity"]
+    title = f"{found.target} at equal bytes; {' and '.join(figures)} on {names}"
+    rates = [name for name in first.rates if any(point.rates[name] for point in found.points)]
+    if rates:
+        title += f"; {' and '.join(rates)} in {first.unit}"
+    table = Table(title=title)
+    memory = ["memory, MB"] if any(point.peak_rss_bytes for point in found.points) else []
+    for column in ("model", "precision", "MB", *figures, *rates, *memory, "best"):
         table.add_column(column, justify="left" if column in ("model", "precision") else "right")
     for point in sorted(found.points, key=lambda p: p.num_bytes):
-        rates = [getattr(point, key) for key in RATES.values()]
-        memory = f"{(point.peak_rss_bytes or 0) / 1e6:,.0f}"
-        measured = [*(f"{median(rate):,.0f}" for rate in rates), memory] if timed else []
         table.add_row(
             point.model,
             point.precision,
             f"{point.num_bytes / 1e6:,.2f}",
-            " / ".join("-" if text.kl is None else f"{text.kl:.2g}" for text in point.texts),
-            " / ".join(f"{text.bits_per_byte:.3f}" for text in point.texts),
-            *measured,
+            *(" / ".join(_shown(text.figures[name]) for text in point.texts) for name in figures),
+            *(f"{median(point.rates[name]):,.0f}" for name in rates),
+            *(f"{(point.peak_rss_bytes or 0) / 1e6:,.0f}" for _ in memory),
             "*" if point in found.best else "",
         )
     lines = [*verdict(found), *found.notes, *(f"left out: {why}" for why in found.skipped)]
     return Group(table, *(Text(line) for line in lines))
 
 
-def _columns(found: Frontier) -> list[str]:
-    texts = [f", {Path(text.source).name}" for text in found.points[0].texts]
-    quality = [f"{what}{text}" for text in texts for what in ("KL", "perplexity", "bits/byte")]
-    rates = [f"{name}, tokens/s" for name in RATES]
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}" if value < 0.1 else f"{value:.3f}"
+
+
+def _columns(found: Frontier[Any]) -> list[str]:
+    first = found.points[0]
+    quality = [
+        f"{figure}, {Path(text.source).name}" for text in first.texts for figure in text.figures
+    ]
+    rates = [f"{name}, {first.unit}" for name in first.rates]
     return ["model", "precision", "MB", *quality, *rates, "peak memory, MB", "nothing beats it"]
 
 
-def _rows(found: Frontier) -> Iterator[tuple[Any, ...]]:
+def _rows(found: Frontier[Any]) -> Iterator[tuple[Any, ...]]:
     for point in sorted(found.points, key=lambda p: p.num_bytes):
         quality = [
             None if value is None else significant(value)
             for text in point.texts
-            for value in (text.kl, text.perplexity, text.bits_per_byte)
+            for value in text.figures.values()
         ]
-        rates = [getattr(point, key) for key in RATES.values()]
         yield (
             point.model,
             point.precision,
             significant(point.num_bytes / 1e6),
             *quality,
-            *(significant(median(rate)) if rate else None for rate in rates),
+            *(significant(median(rate)) if rate else None for rate in point.rates.values()),
             significant(point.peak_rss_bytes / 1e6) if point.peak_rss_bytes else None,
             "yes" if point in found.best else "no",
         )
 
 
-def plot(found: Frontier) -> Plot:
-    """Divergence against bytes; the line joins what nothing beats."""
+def plot(found: Frontier[Any]) -> Plot:
+    """Distance from the original against bytes; the line joins what nothing beats."""
     return Plot(
         name="frontier",
         title="At equal bytes",
-        alt="Divergence against bytes: " + "; ".join(map(_told, _drawn(found))),
+        alt=f"{found.points[0].texts[0].drawn} against bytes: "
+        + "; ".join(map(_told, _drawn(found))),
         columns=tuple(_columns(found)),
         rows=tuple(_rows(found)),
         draw=lambda canvas: _draw(canvas, found),
@@ -220,17 +229,17 @@ def plot(found: Frontier) -> Plot:
     )
 
 
-def _drawn(found: Frontier) -> list[Point]:
+def _drawn(found: Frontier[Any]) -> list[Artifact]:
     """Rivals have no divergence."""
     return [point for point in found.points if not point.rival]
 
 
-def _draw(canvas: Canvas, found: Frontier) -> None:
+def _draw(canvas: Canvas, found: Frontier[Any]) -> None:
     points = _drawn(found)
     models = list(dict.fromkeys(point.model for point in points))
     colour_of = {ORIGINAL: BASELINE, **dict(zip(models[1:], colours(), strict=False))}
-    text = Path(found.points[0].texts[0].source).name
-    with axes(canvas, x="artifact, MB", y=f"KL, nats, {text}") as panel:
+    text = found.points[0].texts[0]
+    with axes(canvas, x="artifact, MB", y=f"{text.drawn}, {Path(text.source).name}") as panel:
         for number, model in enumerate(models):
             mine = [point for point in points if point.model == model]
             panel.scatter(
@@ -253,11 +262,11 @@ def _draw(canvas: Canvas, found: Frontier) -> None:
         panel.margins(0.12)
 
 
-def _places(points: Sequence[Point]) -> tuple[list[float], list[float]]:
-    return [p.num_bytes / 1e6 for p in points], [max(_first_kl(p), FLOOR) for p in points]
+def _places(points: Sequence[Artifact]) -> tuple[list[float], list[float]]:
+    return [p.num_bytes / 1e6 for p in points], [max(_first(p), FLOOR) for p in points]
 
 
-def write_frontier(found: Frontier, out: Path) -> list[Path]:
+def write_frontier(found: Frontier[Any], out: Path) -> list[Path]:
     """frontier.json, .png and .csv."""
     shown = plot(found)
     write_json(out / REPORT, frontier_as_dict(found))

@@ -1,4 +1,4 @@
-"""How two models are timed in turns: what can be asked for."""
+"""How models are timed in turns: what can be asked for."""
 
 from __future__ import annotations
 
@@ -24,5 +24,24 @@ class TurnOptions:
 
     def __post_init__(self) -> None:
         for name, least in (("threads", 1), ("groups", 2), ("seconds", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundOptions:
+    """How many models are timed: all have their turn in every round.
+
+    Attributes:
+        seconds: for each model, over all rounds, at least.
+    """
+
+    timed: bool = option(True, help="Measure speed, too.", words=("--times/--no-times",))
+    threads: int = option(1, help="CPU threads.")
+    rounds: int = option(3, help="Turns of each artifact.")
+    seconds: float = option(3.0, help="Seconds for each artifact, at least.")
+
+    def __post_init__(self) -> None:
+        for name, least in (("threads", 1), ("rounds", 1), ("seconds", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name} must be at least {least}, not {getattr(self, name)}")

@@ -29,7 +29,7 @@ from dotexport.encoders.sentences import (
     read_sentences,
 )
 from dotexport.errors import UsageError
-from dotexport.exports.encoder_target import resolve_encoder
+from dotexport.exports.encoder_target import EncoderTarget, resolve_encoder
 from dotexport.models.text_windows import read_tokenizer
 from dotexport.storage import manifest
 from dotexport.storage.files import write_json
@@ -71,6 +71,23 @@ def evaluate(
         sides = {"narrowed": (ours, said), "original": (theirs, wanted)}
         right = {name: scores(*side, rows, options, progress) for name, side in sides.items()}
         told["labelled"] = {"file": str(labelled), "rows": len(rows), **right}
+    return compare(ours, theirs, said, options, progress) | told
+
+
+def compare(
+    ours: Encoder,
+    theirs: Encoder,
+    said: Say,
+    options: SentenceOptions,
+    progress: Progress = lambda stage, done, total: None,
+) -> dict[str, Any]:
+    """What is said of sentences in the tokens of `ours`, beside what the original says in torch.
+
+    Raises:
+        CalibrationError: too few sentences.
+        UnsupportedModelError: a pooling that is not known here.
+    """
+    wanted = _of_torch(theirs)
     pooling = pooling_of(theirs)
     sentences = read_sentences(options)
     pairs = read_by_both(ours, theirs, sentences, options)
@@ -86,7 +103,6 @@ def evaluate(
     return {
         **_closeness(embeddings),
         **answers.as_dict(),
-        **told,
         "sentences": len(sentences),
         "pooling": pooling,
         "text": options.source,
@@ -113,7 +129,12 @@ def _of_artifact(encoder: Encoder, out: Path, spec: str) -> Say:
     name = named(spec, listed, out)
     target, _ = resolve_encoder(f"{listed[name]['target']}:{listed[name]['precision']}")
     manifest.require_unchanged(out / name)
-    session = target.open_encoder(out / name / encoder.home.relative_to(encoder.root))
+    return said_by(encoder, target, out / name / encoder.home.relative_to(encoder.root))
+
+
+def said_by(encoder: Encoder, target: EncoderTarget, folder: Path) -> Say:
+    """What an artifact answers in its own runtime; `folder` is where its config.json lies."""
+    session = target.open_encoder(folder)
     inputs, outputs = graph_of(encoder).inputs, outputs_of(type(encoder.model).__name__)
 
     def say(read: Batch) -> Said:

@@ -126,7 +126,7 @@ def test_a_plan_lists_what_shrink_narrows(text: str, made: Made, tmp_path: Path)
         run("plan", model, "--vocab", 100)
 
 
-@pytest.mark.parametrize("verb", ["frontier", "latency", "report"])
+@pytest.mark.parametrize("verb", ["latency", "report"])
 def test_other_verbs_name_the_kind(verb: str, sentence_transformer: Path) -> None:
     with pytest.raises(UsageError, match=f"is a text encoder, which {verb} does not take"):
         run(verb, sentence_transformer)

@@ -7,6 +7,7 @@ one of `encoders.kinds`, a folder of sentence-transformers, or an output that ho
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,7 @@ import typer
 from dotexport.app.flags import with_options
 from dotexport.app.progress import progress
 from dotexport.app.terminal import show_figures, show_json, show_written, stderr
-from dotexport.app.turn_options import TurnOptions
+from dotexport.app.turn_options import RoundOptions, TurnOptions
 from dotexport.encoders.encoder_options import SentenceOptions, ShrinkOptions, SizeOptions
 
 from .shared_options import Held, Home, Json, Only, Out, Overwrite
@@ -199,6 +200,62 @@ def bench(
         show_json(record)
         return
     show(candidate, "speed")
+
+
+@app.command()
+@with_options
+def frontier(
+    model: Folder,
+    options: SentenceOptions,
+    times: RoundOptions,
+    narrowed: Annotated[
+        list[Path] | None, typer.Argument(help="Outputs of dotexport shrink for this original.")
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME for all precisions of one target, or NAME:PRECISION (onnx)."),
+    ] = None,
+    other: Annotated[
+        str | None, typer.Option(help="A second text, of another kind; as --text.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Folder for artifacts, table and plot; run again, it goes on."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Original and narrowed encoders in every precision of a target, at equal bytes.
+
+    Bytes, cosine and recall@10 on held-out sentences, and sentences per second (of --batch rows of
+    --seqlen tokens) of each artifact; which of them nothing beats in bytes and cosine; and the
+    verdict in words. With a task head: agreement and divergence of its answers.
+
+    Example: dotexport frontier ./all-MiniLM-L6-v2 OUT --text a.txt --other b.txt -o frontier
+    """
+    from rich.console import Console
+
+    from dotexport.app.door import benches
+
+    texts = [options, *([replace(options, source=other)] if other else [])]
+    with progress() as report:
+        found = benches().frontier_encoder(
+            model,
+            narrowed or [],
+            target or ["onnx"],
+            texts,
+            rounds=times if times.timed else None,
+            out=out,
+            progress=report,
+        )
+        if out is not None:
+            benches().write_frontier(found, out)
+    Console(stderr=as_json).print(benches().render_frontier(found))
+    if as_json:
+        show_json(benches().frontier_as_dict(found))
+    if out is not None:
+        stderr.print(f"frontier {out}", soft_wrap=True, highlight=False)
 
 
 def show(out: Path, title: str) -> None:
