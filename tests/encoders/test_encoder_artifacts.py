@@ -21,18 +21,12 @@ from dotexport.errors import CheckpointError, ParityError, UsageError
 from dotexport.exports.encoder_target import EncoderGraph
 from dotexport.exports.target import find_target
 
+from .command import run
+
 for runtime in ("onnxscript", "openvino", "executorch"):
     pytest.importorskip(runtime)
 
 Made = Callable[[Path, str], Path]
-
-
-def run(*args: object) -> Any:
-    result = CliRunner().invoke(app, [*map(str, args), "--json"])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,9 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from dotexport.app.cli import app
 from dotexport.bench import encoder_frontier
 from dotexport.bench.frontier_points import EncoderPoint, Frontier, OnSentences
 from dotexport.bench.report.frontier_words import plot, verdict
@@ -19,18 +16,12 @@ from dotexport.encoders.encoder_options import SentenceOptions
 from dotexport.encoders.encoder_quality import evaluate
 from dotexport.errors import CheckpointError, UsageError
 
+from .command import run
+
 pytest.importorskip("onnxscript")
 
 Made = Callable[[Path, str], Path]
 FAST = ("--rounds", 2, "--seconds", 0, "--batch", 4, "--seqlen", 16)
-
-
-def run(*args: object) -> Any:
-    result = CliRunner().invoke(app, [*map(str, args), "--json"])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")

@@ -20,16 +20,9 @@ from dotexport.encoders.encoder_walk import walk
 from dotexport.encoders.sentences import Batch
 from dotexport.errors import CheckpointError, SizeError, UsageError
 
+from .command import run
+
 Made = Callable[[Path, str], Path]
-
-
-def run(*args: object) -> dict[str, object]:
-    result = CliRunner().invoke(app, [*map(str, args), "--json"])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    found: dict[str, object] = json.loads(result.stdout.splitlines()[-1])
-    return found
 
 
 @pytest.mark.parametrize(

@@ -16,16 +16,11 @@ from dotexport.encoders.encoder_options import SentenceOptions
 from dotexport.encoders.sentences import batches
 from dotexport.errors import UsageError
 
+from .command import run
+
 Made = Callable[[Path, str], Path]
 MODELS = ["bert", "roberta", "xlm-roberta", "distilbert", "masked"]
 MODELS += ["modernbert-MaskedLM", "deberta-masked"]
-
-
-def run(*args: object) -> dict[str, object]:
-    result = CliRunner().invoke(app, [*map(str, args), "--json"])
-    assert result.exit_code == 0, result.output
-    found: dict[str, object] = json.loads(result.stdout.splitlines()[-1])
-    return found
 
 
 @pytest.mark.parametrize("name", MODELS)

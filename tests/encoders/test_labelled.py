@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 from sklearn import metrics
-from typer.testing import CliRunner
 
-from dotexport.app.cli import app
 from dotexport.encoders.encoder_folder import open_encoder
 from dotexport.encoders.encoder_options import SentenceOptions
 from dotexport.encoders.labelled import answer_scores, class_scores, scores
 from dotexport.encoders.sentences import Batch, batches, read_sentences
 from dotexport.errors import CalibrationError, UsageError
+
+from .command import run
 
 Made = Callable[[Path, str], Path]
 WORDS = [f"w{n}" for n in range(60)]
@@ -153,15 +153,6 @@ def tokens(home: Path, row: dict[str, Any]) -> dict[str, torch.Tensor]:
         row["sentence1"], row["sentence2"], return_tensors="pt"
     )
     return {name: read[name] for name in ("input_ids", "attention_mask")}
-
-
-def run(*args: object) -> dict[str, Any]:
-    result = CliRunner().invoke(app, [*map(str, args), "--json"])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return found
 
 
 QUESTION = {"context": "w1 w2", "question": "w3", "answers": ["w1"]}
