@@ -5,6 +5,7 @@ Spaces, and the number of neurons in each (all from config.json):
     residual  hidden_size                          what every norm reads and every writer adds to
     mlp       intermediate_size                    between gate/up and down
     query     num_attention_heads * head_dim       between q and o
+    heads     num_attention_heads                  what there is one of for each query head
     gated_query  twice as many as query            a query and the gate of its head, head by head
     kv        num_key_value_heads * head_dim       k and v
     experts   num_experts                          rows of a router
@@ -24,12 +25,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dotexport.errors import UsageError
+from dotexport.models.stacks import Stack
 
 ALWAYS = "always"
 """In the place of a flag: a bias that the class has without asking config.json."""
 
 EACH = "{}"
 """In the name of a Linear: the number of an expert. There is one for each of them."""
+
+HEADS = "heads"
+"""The space of a number for each query head, which leaves with its features in `query`."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,9 @@ class Family:
         mlp_key: what config.json calls the width of the MLP; where that is not intermediate_size,
             both are written.
         experts_key: what config.json calls the number of experts, where the class is a mixture.
+        stacks: tensors in which its files keep experts together; empty: they keep them apart.
+        clamped: alpha and limit of the gate of an expert that is clamped (models/gating.py), where
+            config.json does not say. None: the nonlinearity that config.json names.
         as_built: config.json -> the same in words that say what the class makes of it, where this
             class alone makes something else of words that others have too; raises what refuses it.
     """
@@ -184,6 +192,8 @@ class Family:
     scaled_embedding: bool = False
     refused: tuple[tuple[str, str], ...] = ()
     experts_key: str | None = None
+    stacks: tuple[Stack, ...] = ()
+    clamped: tuple[float, float] | None = None
     kinds: tuple[tuple[str, tuple[str, ...]], ...] = ()
     spaces: tuple[tuple[str, tuple[str, ...]], ...] = ()
     epsilon_stays: bool = False
