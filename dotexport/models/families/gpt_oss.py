@@ -1,0 +1,74 @@
+"""gpt-oss: layers that attend to a window and to everything by turns, and experts with biases.
+
+Each query head has a sink, a score that stands beside those of the keys and takes its share of the
+attention; it leaves with its head. Experts are kept together in files, gates and ups row by row in
+turns. A softmax over the chosen experts is what a softmax over all of them gives where the gates of
+a token are made to sum to 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from dotexport.models.families.llama import LLAMA, sublayers
+from dotexport.models.families.qwen3_moe import mixture
+from dotexport.models.family import ALWAYS, HEADS, Untouched
+from dotexport.models.rope import stock_config
+from dotexport.models.stacks import Stack
+
+# Words whose defaults are this class's own.
+OWN = ("attention_bias", "layer_types", "sliding_window", "swiglu_alpha", "swiglu_limit")
+
+ATTENTION, _ = sublayers(readers="attention_bias", writer="attention_bias")
+EXPERT = "mlp.experts.{}"
+
+
+def as_built(config: Mapping[str, Any]) -> dict[str, Any]:
+    """With what the class takes for granted and other readers do not."""
+    try:
+        stock = stock_config(config)
+    except Exception:  # check_class says what is wrong with it
+        return dict(config)
+    own = {key: getattr(stock, key) for key in OWN if hasattr(stock, key)}
+    return {**config, **{key: value for key, value in own.items() if config.get(key) is None}}
+
+
+def _stacks(part: str, *, transposed: bool) -> tuple[Stack, Stack]:
+    """Of the weights, or of the biases, of all experts."""
+    end = "" if part == "weight" else f"_{part}"
+    gate, up, down = (f"{EXPERT}.{name}_proj.{part}" for name in ("gate", "up", "down"))
+    return (
+        Stack(f"mlp.experts.gate_up_proj{end}", (gate, up), True, transposed),
+        Stack(f"mlp.experts.down_proj{end}", (down,), transposed=transposed),
+    )
+
+
+GPT_OSS = replace(
+    LLAMA,
+    model_type="gpt_oss",
+    architecture="GptOssForCausalLM",
+    sublayers=(
+        replace(ATTENTION, untouched=(Untouched("self_attn.sinks", (HEADS,)),)),
+        mixture(
+            "mlp",
+            router="router",
+            gate="gate_proj",
+            up="up_proj",
+            down="down_proj",
+            neurons="mlp",
+            bias=ALWAYS,
+        ),
+    ),
+    gated=f"{EXPERT}.gate_proj",
+    divides=False,
+    windows=True,
+    carriers=(),
+    head_dim=64,
+    num_key_value_heads=8,
+    experts_key="num_local_experts",
+    stacks=(*_stacks("weight", transposed=True), *_stacks("bias", transposed=False)),
+    clamped=(1.702, 7.0),
+    as_built=as_built,
+)
