@@ -46,6 +46,7 @@ OBEYED = (
     "mlp_bias",
     "no_rope_layer_interval",
     "no_rope_layers",
+    "norm_topk_prob",
     "query_pre_attn_scalar",
     "residual_multiplier",
     "sliding_window",

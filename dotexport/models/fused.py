@@ -105,10 +105,10 @@ def in_memory(checkpoint: Checkpoint, parameters: Collection[str]) -> Checkpoint
     return Fused(checkpoint.folder, checkpoint.config, checkpoint.files, checkpoint, moved, stacks)
 
 
-def in_files(
+def as_read(
     checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters of a class under the names that this checkpoint has for them."""
+    """Parameters of a class by the names under which this checkpoint reads them."""
     view = in_memory(checkpoint, tensors)
     if not isinstance(view, Fused):
         yield from tensors.items()

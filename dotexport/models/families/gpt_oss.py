@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from dotexport.errors import CheckpointError
 from dotexport.models.families.llama import LLAMA, sublayers
 from dotexport.models.families.qwen3_moe import mixture
 from dotexport.models.family import ALWAYS, HEADS, Untouched
@@ -20,18 +21,32 @@ from dotexport.models.stacks import Stack
 
 # Words whose defaults are this class's own.
 OWN = ("attention_bias", "layer_types", "sliding_window", "swiglu_alpha", "swiglu_limit")
+PART = "partial_rotary_factor"
 
 ATTENTION, _ = sublayers(readers="attention_bias", writer="attention_bias")
 EXPERT = "mlp.experts.{}"
 
 
 def as_built(config: Mapping[str, Any]) -> dict[str, Any]:
-    """With what the class takes for granted and other readers do not."""
+    """With what the class takes for granted and other readers do not.
+
+    Raises:
+        CheckpointError: heads that are rotated in part, on which the class fails.
+    """
     try:
         stock = stock_config(config)
     except Exception:  # check_class says what is wrong with it
         return dict(config)
-    own = {key: getattr(stock, key) for key in OWN if hasattr(stock, key)}
+    full = stock.to_dict()
+    own = {key: full[key] for key in OWN if key in full}
+    scaled = full.get("rope_scaling") or {"rope_type": "default"}  # before transformers 5
+    rope = full.get("rope_parameters") or {"rope_theta": full.get("rope_theta"), **scaled}
+    if (part := rope.get(PART, full.get(PART))) not in (None, 1.0):
+        raise CheckpointError(
+            f"config.json gives {PART} = {part}, and this class rotates whole heads; take the "
+            "config.json that belongs to these weights"
+        )
+    own |= {} if config.get("rope_scaling") else {"rope_parameters": rope}
     return {**config, **{key: value for key, value in own.items() if config.get(key) is None}}
 
 
