@@ -140,7 +140,8 @@ class Family:
         kinds: an entry of `layer_types` -> modules of the sublayers that such a layer has; empty:
             all layers have all.
         epsilon_stays: whether a norm lies inside a sublayer, behind no reader that could be scaled
-            for another epsilon: then the narrower stream is scaled (models/exact_norm.py).
+            for another epsilon, or runtimes pass over what config.json says of it: then the
+            narrower stream is scaled (models/exact_norm.py).
         release: of transformers, the first whose class keeps a cache as others do.
         epsilon_key: what config.json calls the epsilon of every norm.
         left_out: how names of tensors and of words in config.json begin that the class passes over:

@@ -24,7 +24,7 @@ from dotexport.merging.ot.coupling import Coupling, Summary
 from dotexport.merging.refit import Fit, Moments, compensate, fit, gain_solver
 from dotexport.merging.units import Choice, Units
 from dotexport.models.family import HEADS, Linear, Sublayer
-from dotexport.models.layers import Layer
+from dotexport.models.layers import PARTS, Layer
 from dotexport.narrowing import local
 from dotexport.narrowing.narrow_options import LocalOptions, NarrowOptions
 from dotexport.narrowing.output_norm import Behind, FewerFeatures, size
@@ -401,9 +401,9 @@ class Site:
 
     def _heal(self, options: LocalOptions) -> local.Healed:
         names = [name for _, name in self._reader_rows()]
-        parts = ("weight", "bias")[: 1 + (self._bias is not None)]
         writers = self.student.names(self.sublayer.writer)
-        names += [f"{writer}.{part}" for writer in writers for part in parts]
+        own = [f"{writer}.{part}" for writer in writers for part in PARTS]
+        names += [name for name in own if name in self.student.tensors()]
         names += [f"{norm}.weight" for norm in self._healed_norms]
         leaves = self.student.leaves(names)
         healed = local.heal(

@@ -537,6 +537,8 @@ def _words(kind: str) -> Any:
         "num_experts": word([4, 3, ...]),
         "num_local_experts": word([4, 3]),
         "num_experts_per_tok": word([1, 5]),
+        "swiglu_alpha": word([1.0]),
+        "swiglu_limit": word([0.5]),
         "norm_topk_prob": word([True, False, None]),
         "mlp_only_layers": word([[], None, [1]]),
         "decoder_sparse_step": word([1, 2]),

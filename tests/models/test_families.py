@@ -478,6 +478,7 @@ def test_a_narrowed_model_is_stock_loads_and_generates(
         "olmo2",
         "qwen3-moe",
         "qwen3.5",
+        "gpt-oss",
     ],
 )
 def test_a_narrowed_family_learns_from_its_original(

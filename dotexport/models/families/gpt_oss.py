@@ -85,5 +85,6 @@ GPT_OSS = replace(
     experts_key="num_local_experts",
     stacks=(*_stacks("weight", transposed=True), *_stacks("bias", transposed=False)),
     clamped=(1.702, 7.0),
+    epsilon_stays=True,  # runtimes have 1e-5 in their code for this class
     as_built=as_built,
 )
