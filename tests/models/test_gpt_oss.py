@@ -52,12 +52,14 @@ BARE, REFIT = NarrowOptions(local=None, refit=False), NarrowOptions(local=None)
 BOTH = pytest.mark.parametrize("options", [BARE, REFIT], ids=["bare", "refit"])
 
 
-def narrowed(model: Path, out: Path, options: NarrowOptions, **sizes: int) -> Narrowing:
-    """At full width, in the axes that there are, so that nothing but what is named is narrower."""
+def narrowed(
+    model: Path, out: Path, options: NarrowOptions, basis_DK: Any = None, **sizes: int
+) -> Narrowing:
+    """In the axes that there are, so that nothing but what is named is narrower."""
     (out / "hf").mkdir(parents=True)
     source = open_source(model)
     run = prepare(source, plan(source.config, SizeOptions(**sizes)), out, WINDOWS_NL, options)
-    run.run(Basis(np.eye(D), "none", 1.0))
+    run.run(Basis(np.eye(D) if basis_DK is None else basis_DK, "none", 1.0))
     run.writer.finish()
     return run
 
@@ -105,6 +107,35 @@ def test_sinks_leave_with_the_heads_that_they_belong_to(
     # What a refit finds is as exact as its ridge is small.
     tolerance = (1e-4, 1e-3)[options is REFIT]
     assert (before - after).abs().max() < tolerance * before.abs().max()
+
+
+# The stream -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_directions_that_say_nothing_leave_without_a_trace_and_epsilon_stays(
+    tied: bool, tiny_model: Tiny, tmp_path: Path
+) -> None:
+    """Eight directions that are no axes; with an epsilon that shows a factor of it."""
+    random = torch.Generator().manual_seed(0)
+    basis_DK = torch.linalg.qr(torch.randn(D, 40, generator=random))[0]
+    project_DD = basis_DK @ basis_DK.T
+
+    def silence(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith(("embed_tokens.weight", "down_proj", "down_proj_bias", "o_proj.bias")):
+                tensors[name] = tensor @ project_DD
+            if name.endswith("o_proj.weight"):
+                tensors[name] = project_DD @ tensor
+        if tied:  # else the head of the narrower model would have to be another table
+            tensors["model.norm.weight"][:] = 1.0
+
+    words = {"rms_norm_eps": 0.01, "tie_word_embeddings": tied}
+    model = changed(tiny_model(**OSS | words), tmp_path / "model", silence)
+    narrowed(model, tmp_path / "out", BARE, basis_DK.double().numpy(), hidden_size=40)
+    assert read_config(tmp_path / "out/hf")["rms_norm_eps"] == 0.01
+    before, after = logits(model), logits(tmp_path / "out/hf")
+    assert (before - after).abs().max() < 1e-4 * before.abs().max()
 
 
 # Experts ----------------------------------------------------------------------------------------
