@@ -42,7 +42,8 @@ class Linear:
     """A torch.nn.Linear: weight (out, in).
 
     Attributes:
-        name: as in the files; with EACH in it, of one expert.
+        name: as in the files; with EACH in it, of one expert, even where files keep all of them
+            in one tensor (`Family.stacks`).
         out: the space of its rows; of several matrices fused into one, their spaces in that order
             (`query+kv+kv`).
         bias: the config flag that gives it one, or ALWAYS.
@@ -85,7 +86,7 @@ class InnerNorm:
 @dataclass(frozen=True)
 class Untouched:
     """A parameter inside a sublayer that no narrowing changes: its rows stay, or leave with what
-    the writer reads.
+    the writer reads, or with the query heads whose they are.
 
     Attributes:
         shape: of each of its axes the space, or the number where that is no size.

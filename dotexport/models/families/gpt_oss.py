@@ -25,6 +25,21 @@ PART = "partial_rotary_factor"
 
 ATTENTION, _ = sublayers(readers="attention_bias", writer="attention_bias")
 EXPERT = "mlp.experts.{}"
+STACKS = (
+    Stack(
+        "mlp.experts.gate_up_proj",
+        (f"{EXPERT}.gate_proj.weight", f"{EXPERT}.up_proj.weight"),
+        interleaved=True,
+        transposed=True,
+    ),
+    Stack(
+        "mlp.experts.gate_up_proj_bias",
+        (f"{EXPERT}.gate_proj.bias", f"{EXPERT}.up_proj.bias"),
+        interleaved=True,
+    ),
+    Stack("mlp.experts.down_proj", (f"{EXPERT}.down_proj.weight",), transposed=True),
+    Stack("mlp.experts.down_proj_bias", (f"{EXPERT}.down_proj.bias",)),
+)
 
 
 def as_built(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,16 +65,6 @@ def as_built(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, **{key: value for key, value in own.items() if config.get(key) is None}}
 
 
-def _stacks(part: str, *, transposed: bool) -> tuple[Stack, Stack]:
-    """Of the weights, or of the biases, of all experts."""
-    end = "" if part == "weight" else f"_{part}"
-    gate, up, down = (f"{EXPERT}.{name}_proj.{part}" for name in ("gate", "up", "down"))
-    return (
-        Stack(f"mlp.experts.gate_up_proj{end}", (gate, up), True, transposed),
-        Stack(f"mlp.experts.down_proj{end}", (down,), transposed=transposed),
-    )
-
-
 GPT_OSS = replace(
     LLAMA,
     model_type="gpt_oss",
@@ -83,7 +88,7 @@ GPT_OSS = replace(
     head_dim=64,
     num_key_value_heads=8,
     experts_key="num_local_experts",
-    stacks=(*_stacks("weight", transposed=True), *_stacks("bias", transposed=False)),
+    stacks=STACKS,
     clamped=(1.702, 7.0),
     epsilon_stays=True,  # runtimes have 1e-5 in their code for this class
     as_built=as_built,
