@@ -12,7 +12,7 @@ import torch
 from dotexport import embedded
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
 from dotexport.models.families import find_family
-from dotexport.models.shapes import read_sizes, shapes
+from dotexport.models.shapes import read_sizes, shapes, slots
 from dotexport.storage.files import write_json
 
 SCALE = 0.04  # of matrices; large enough for finite, distinct logits
@@ -63,7 +63,8 @@ def write_stand_in(
         shutil.copyfile(file, folder / file.name)
     family = find_family(config)
     sizes = read_sizes(family, config)
-    specs = {name: TensorSpec(shape, dtype) for name, shape in shapes(family, sizes)}
+    places = slots(family, sizes)
+    specs = {n: TensorSpec(shape, dtype, places.get(n)) for n, shape in shapes(family, sizes)}
     writer = CheckpointWriter(folder, specs)
     generator = torch.Generator().manual_seed(seed)
     for name, spec in specs.items():

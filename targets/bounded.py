@@ -97,11 +97,15 @@ def attend(
     mask: torch.Tensor,
     scaling: float,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention in which the queries of one KV head are rows of one matrix.
 
     Products of three dimensions, because XNNPACK multiplies those, and none repeats the cache.
+
+    Args:
+        s_aux: sinks, a score of each query head that takes its share and gives nothing, (N,).
     """
     _, N, L, H = query_1NLH.shape
     G = key_GHT.shape[0]
@@ -109,7 +113,13 @@ def attend(
     score = torch.bmm(query, key_GHT)
     if softcap is not None:
         score = softcap * torch.tanh(score / softcap)
-    mixed = torch.bmm((score + mask.flatten(0, 1)).softmax(-1), value_GTH)
+    score = score + mask.flatten(0, 1)
+    if s_aux is not None:
+        sink = s_aux.view(G, N // G, 1, 1).expand(-1, -1, L, 1).reshape(G, N // G * L, 1)
+        share = torch.cat([score, sink], -1).softmax(-1)[..., :-1]
+    else:
+        share = score.softmax(-1)
+    mixed = torch.bmm(share, value_GTH)
     return mixed.view(G, N // G, L, H).permute(2, 0, 1, 3).reshape(1, L, N, H), None
 
 

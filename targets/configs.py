@@ -15,6 +15,7 @@ from dotexport.models.rope import stock_config
 WINDOWS = {
     "gemma2": 4096,
     "gemma3_text": 4096,
+    "gpt_oss": 128,
     "ministral": 4096,
     "ministral3": None,
     "mistral": 4096,

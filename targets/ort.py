@@ -38,6 +38,12 @@ if TYPE_CHECKING:
 LEAST_SCALE_ERROR = 1e-4  # relative
 TABLED_ROPE = {"default", "llama3"}  # one table for the whole context
 SILENTLY_WRONG_ROPE = {"linear", "dynamic", "yarn"}  # found by verify
+# Classes that the builder knows, and what it makes something else of.
+MISREAD = {
+    "GptOssForCausalLM": "the model builder takes experts from MXFP4 files, and every second layer "
+    "for one with a window, whatever config.json says",
+    "SmolLM3ForCausalLM": "layers that do not rotate are not written by the model builder",
+}
 
 # Runs the builder with some of its answers changed that it has no option for.
 CHANGED_BUILDER = """
@@ -268,11 +274,8 @@ def _config_problems(config: Any) -> list[str]:
             f"architecture {architecture} is unknown to the installed model builder; "
             "export it with another target"
         )
-    if architecture == "SmolLM3ForCausalLM":
-        problems.append(
-            "layers that do not rotate are not written by the model builder; export it with "
-            "another target"
-        )
+    if architecture in MISREAD:
+        problems.append(f"{architecture}: {MISREAD[architecture]}; export it with another target")
     if others := states_of(config):
         problems.append(
             f"layers of {', '.join(others)} keep a state that this target's session does "

@@ -58,6 +58,13 @@ WITHOUT_HEAD_DIM = {
     "Lfm2ForCausalLM": "keep all KV heads and hidden_size, or plan with --square",
     "Qwen2ForCausalLM": "plan with --square",
 }
+GPT_OSS = {
+    "attention_bias": True,
+    "rms_norm_eps": 1e-5,
+    "rope_type": "yarn",
+    "swiglu_alpha": 1.702,
+    "swiglu_limit": 7.0,
+}
 
 
 class Vllm:
@@ -83,7 +90,24 @@ class Vllm:
                 f"llama_4_scaling_beta is not read by vLLM's {architecture}, whose queries stay as "
                 f"they are beyond {original} tokens; lower max_position_embeddings to {original}"
             )
+        if architecture == "GptOssForCausalLM":
+            problems += _gpt_oss_problems(config)
         return problems
+
+
+def _gpt_oss_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """What vLLM has in its code for gpt-oss, whatever config.json says."""
+    kinds = list(config.get("layer_types") or ())
+    turns = ["sliding_attention", "full_attention"] * len(kinds)
+    if kinds != turns[: len(kinds)]:
+        yield (
+            "layer_types do not take turns from a window on, and vLLM's GptOssForCausalLM gives a "
+            "window to every second layer; keep all layers, or drop them in pairs of neighbours"
+        )
+    said = {**rope_words(config), **config}
+    for key, always in GPT_OSS.items():
+        if said.get(key, always) != always:
+            yield f"vLLM's GptOssForCausalLM takes {key} for {always}, not for {said[key]}"
 
 
 def verify_vllm(out: Path, python: Path) -> Parity:

@@ -16,7 +16,7 @@ from dotexport.healing.distil import heal, take_part
 from dotexport.healing.heal_options import HealOptions
 from dotexport.healing.healing_text import HealingText
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter
-from dotexport.models.fused import in_files
+from dotexport.models.fused import as_read
 from dotexport.narrowing.closed_form import ClosedForm
 from dotexport.processes.processes import ALONE, Processes
 from dotexport.storage.workspace import Workspace
@@ -60,7 +60,7 @@ def heal_into(
         processes=processes,
     )
     writer = new_writer()
-    for name, tensor in in_files(student, healed.tensors):
+    for name, tensor in as_read(student, healed.tensors):
         writer.write(name, tensor)
     writer.finish()
     return healed.report | {"options": asdict(options)}

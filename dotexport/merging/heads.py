@@ -26,6 +26,7 @@ from dotexport.merging.ot.cost import Cost
 from dotexport.merging.ot.coupling import Coupling, couple
 from dotexport.merging.refit import Moments
 from dotexport.merging.transport_options import TransportOptions
+from dotexport.models.family import HEADS
 
 DAMPING = 1e-9  # in units of the mean diagonal
 
@@ -95,7 +96,9 @@ class HeadMerge:
     moved: float = 0.0
 
     def stays(self, space: str) -> Tensor:
-        """Features of `space` that stay."""
+        """Features of `space` that stay; of `heads`, the query heads."""
+        if space == HEADS:
+            return self.kept[:: self.head_dim] // self.head_dim
         return self.key_K if space == "kv" else self.kept
 
     def rows(self, space: str, rows_NX: Tensor) -> Tensor:

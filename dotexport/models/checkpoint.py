@@ -14,10 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dotexport.errors import CheckpointError
-from dotexport.models.config_words import say_once, settled, stored_names
+from dotexport.models.config_words import say_once, settled, stored_names, stored_slots
+from dotexport.models.stacks import Slot
 from dotexport.models.weight_files import (
     INDEX,
     WEIGHTS,
@@ -52,10 +54,15 @@ COMPANIONS = (
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and dtype of one tensor."""
+    """Shape and dtype of one tensor.
+
+    Attributes:
+        slot: where it lies in a tensor that files keep of all experts; None: it is one of its own.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    slot: Slot | None = None
 
     @property
     def num_elements(self) -> int:
@@ -64,6 +71,12 @@ class TensorSpec:
     @property
     def num_bytes(self) -> int:
         return self.num_elements * self.dtype.itemsize
+
+    def in_file(self, name: str) -> tuple[str, TensorSpec]:
+        """What a file has of it."""
+        if self.slot is None:
+            return name, self
+        return self.slot.whole, TensorSpec(self.slot.whole_shape(self.shape), self.dtype)
 
 
 @dataclass(frozen=True)
@@ -75,12 +88,14 @@ class Checkpoint:
         config: config.json as transformers reads it (models/config_words.py).
         files: tensor name -> file that holds it.
         stored: tensor name -> name in that file, where it may be another.
+        slots: tensor of an expert -> where it lies in what that file has of all experts.
     """
 
     folder: Path
     config: Mapping[str, Any]
     files: Mapping[str, Path]
     stored: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    slots: Mapping[str, Slot] = field(default_factory=dict, kw_only=True)
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -92,20 +107,30 @@ class Checkpoint:
         """
         config, files = read_config(folder), tensor_files(folder)
         stored = stored_names(config, files)
-        return cls(folder, config, {n: files[name] for n, name in stored.items()}, stored=stored)
+        slots = {n: slot for n, slot in stored_slots(config).items() if slot.whole in stored}
+        wholes = {slot.whole for slot in slots.values()}
+        stored |= {name: stored[slot.whole] for name, slot in slots.items()}
+        stored = {name: found for name, found in stored.items() if name not in wholes}
+        places = {name: files[found] for name, found in stored.items()}
+        return cls(folder, config, places, stored=stored, slots=slots)
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
         """Shape and dtype of every tensor, from the headers alone."""
         specs: dict[str, TensorSpec] = {}
-        names = {self.stored.get(name, name): name for name in self.files}
+        names: dict[str, list[str]] = {}
+        for name in self.files:
+            names.setdefault(self.stored.get(name, name), []).append(name)
         for file in sorted(set(self.files.values())):
             with opened(file) as weights:
                 for stored in weights.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
-                    if (name := names.get(stored)) is None:
+                    if stored not in names:
                         continue
                     piece = weights.get_slice(stored)
-                    specs[name] = TensorSpec(tuple(piece.get_shape()), _dtype(piece, name, file))
+                    shape, dtype = tuple(piece.get_shape()), _dtype(piece, stored, file)
+                    for name in names[stored]:
+                        slot = self.slots.get(name)
+                        specs[name] = TensorSpec(slot.shape(shape) if slot else shape, dtype, slot)
         return specs
 
     @property
@@ -128,8 +153,14 @@ class Checkpoint:
                 f"{self.folder} has no tensor {name!r}, which its config.json calls for; "
                 "is the download complete?"
             )
+        stored, slot = self.stored.get(name, name), self.slots.get(name)
         with opened(self.files[name]) as weights:
-            tensor: torch.Tensor = weights.get_tensor(self.stored.get(name, name))
+            tensor: torch.Tensor
+            if slot is None:
+                tensor = weights.get_tensor(stored)
+            else:
+                [expert] = weights.get_slice(stored)[slot.expert : slot.expert + 1]
+                tensor = slot.of(expert).contiguous()
         if not all_finite(tensor):
             raise CheckpointError(
                 f"{name} in {self.files[name]} holds NaN or infinite values; "
@@ -226,10 +257,11 @@ class CheckpointWriter:
         self.specs = dict(specs)
         self._places: dict[str, tuple[Path, int]] = {}
         self._missing = set(self.specs)
-        shards = list(_shards(self.specs, max_shard_bytes))
+        self._stored = dict(spec.in_file(name) for name, spec in self.specs.items())
+        shards = list(_shards(self._stored, max_shard_bytes))
         for number, names in enumerate(shards, start=1):
             file = folder / _shard_name(number, len(shards))
-            self._places |= _write_header(file, {name: self.specs[name] for name in names})
+            self._places |= _write_header(file, {name: self._stored[name] for name in names})
         if len(shards) > 1:
             self._write_index()
 
@@ -242,17 +274,27 @@ class CheckpointWriter:
         spec = self.specs[name]
         if tuple(tensor.shape) != spec.shape:
             raise ValueError(f"{name}: got {tuple(tensor.shape)}, announced {spec.shape}")
-        file, offset = self._places[name]
         values = tensor.detach().to("cpu", spec.dtype).contiguous()
         if not all_finite(values):
             raise CheckpointError(
                 f"{name} would hold NaN or infinite values in {spec.dtype}; "
                 "convert the model to bfloat16 or float32 first"
             )
-        with file.open("r+b") as stream:
-            stream.seek(offset)
-            stream.write(values.reshape(-1).view(torch.uint8).numpy().data)
+        if spec.slot:
+            spec.slot.of(self._expert(spec.slot)).copy_(values)
+        else:
+            file, offset = self._places[name]
+            with file.open("r+b") as stream:
+                stream.seek(offset)
+                stream.write(values.reshape(-1).view(torch.uint8).numpy().data)
         self._missing.discard(name)
+
+    def _expert(self, slot: Slot) -> torch.Tensor:
+        """What a file has of one expert, mapped from there: rows of its parts may take turns."""
+        (file, offset), whole = self._places[slot.whole], self._stored[slot.whole]
+        size = whole.num_bytes // slot.experts
+        mapped = np.memmap(file, np.uint8, "r+", offset + slot.expert * size, (size,))
+        return torch.from_numpy(mapped).view(whole.dtype).view(whole.shape[1:])
 
     def finish(self) -> None:
         """Check that every announced tensor was written, and flush to disk."""
@@ -264,7 +306,7 @@ class CheckpointWriter:
 
     def _write_index(self) -> None:
         weight_map = {name: file.name for name, (file, _) in self._places.items()}
-        total = sum(spec.num_bytes for spec in self.specs.values())
+        total = sum(spec.num_bytes for spec in self._stored.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

@@ -17,6 +17,8 @@ from dotexport.errors import CheckpointError, UnsupportedModelError
 from dotexport.models.families import SUPPORTED
 from dotexport.models.family import Family
 from dotexport.models.rope import in_all_words, stock_config
+from dotexport.models.shapes import read_sizes, slots
+from dotexport.models.stacks import Slot
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +46,12 @@ OBEYED = (
     "mlp_bias",
     "no_rope_layer_interval",
     "no_rope_layers",
+    "norm_topk_prob",
     "query_pre_attn_scalar",
     "residual_multiplier",
     "sliding_window",
+    "swiglu_alpha",
+    "swiglu_limit",
     "use_bias",
     "use_sliding_window",
 )
@@ -133,6 +138,18 @@ def stored_names(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, s
             "of transformers does"
         )
     return {_in_class(name, family): name for name in known}
+
+
+def stored_slots(config: Mapping[str, Any]) -> dict[str, Slot]:
+    """Tensor of an expert -> where it lies in what files have of all experts.
+
+    Raises:
+        CheckpointError: config.json does not say how many there are.
+    """
+    family = _family(config)
+    if family is None or not family.stacks:
+        return {}
+    return slots(family, read_sizes(family, config))
 
 
 def _in_class(name: str, family: Family) -> str:

@@ -5,6 +5,7 @@ Spaces, and the number of neurons in each (all from config.json):
     residual  hidden_size                          what every norm reads and every writer adds to
     mlp       intermediate_size                    between gate/up and down
     query     num_attention_heads * head_dim       between q and o
+    heads     num_attention_heads                  what there is one of for each query head
     gated_query  twice as many as query            a query and the gate of its head, head by head
     kv        num_key_value_heads * head_dim       k and v
     experts   num_experts                          rows of a router
@@ -24,6 +25,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dotexport.errors import UsageError
+from dotexport.models.stacks import Stack
 
 ALWAYS = "always"
 """In the place of a flag: a bias that the class has without asking config.json."""
@@ -31,13 +33,17 @@ ALWAYS = "always"
 EACH = "{}"
 """In the name of a Linear: the number of an expert. There is one for each of them."""
 
+HEADS = "heads"
+"""The space of a number for each query head, which leaves with its features in `query`."""
+
 
 @dataclass(frozen=True)
 class Linear:
     """A torch.nn.Linear: weight (out, in).
 
     Attributes:
-        name: as in the files; with EACH in it, of one expert.
+        name: as in the files; with EACH in it, of one expert, even where files keep all of them
+            in one tensor (`Family.stacks`).
         out: the space of its rows; of several matrices fused into one, their spaces in that order
             (`query+kv+kv`).
         bias: the config flag that gives it one, or ALWAYS.
@@ -80,7 +86,7 @@ class InnerNorm:
 @dataclass(frozen=True)
 class Untouched:
     """A parameter inside a sublayer that no narrowing changes: its rows stay, or leave with what
-    the writer reads.
+    the writer reads, or with the query heads whose they are.
 
     Attributes:
         shape: of each of its axes the space, or the number where that is no size.
@@ -135,7 +141,8 @@ class Family:
         kinds: an entry of `layer_types` -> modules of the sublayers that such a layer has; empty:
             all layers have all.
         epsilon_stays: whether a norm lies inside a sublayer, behind no reader that could be scaled
-            for another epsilon: then the narrower stream is scaled (models/exact_norm.py).
+            for another epsilon, or runtimes pass over what config.json says of it: then the
+            narrower stream is scaled (models/exact_norm.py).
         release: of transformers, the first whose class keeps a cache as others do.
         epsilon_key: what config.json calls the epsilon of every norm.
         left_out: how names of tensors and of words in config.json begin that the class passes over:
@@ -161,6 +168,9 @@ class Family:
         mlp_key: what config.json calls the width of the MLP; where that is not intermediate_size,
             both are written.
         experts_key: what config.json calls the number of experts, where the class is a mixture.
+        stacks: tensors in which its files keep experts together; empty: they keep them apart.
+        clamped: alpha and limit of the gate of an expert that is clamped (models/gating.py), where
+            config.json does not say. None: the nonlinearity that config.json names.
         as_built: config.json -> the same in words that say what the class makes of it, where this
             class alone makes something else of words that others have too; raises what refuses it.
     """
@@ -184,6 +194,8 @@ class Family:
     scaled_embedding: bool = False
     refused: tuple[tuple[str, str], ...] = ()
     experts_key: str | None = None
+    stacks: tuple[Stack, ...] = ()
+    clamped: tuple[float, float] | None = None
     kinds: tuple[tuple[str, tuple[str, ...]], ...] = ()
     spaces: tuple[tuple[str, tuple[str, ...]], ...] = ()
     epsilon_stays: bool = False

@@ -1,11 +1,12 @@
-"""A mixture in files and in memory: files keep experts apart, transformers 5 keeps them in one
+"""A mixture in files and in memory: most files keep experts apart, transformers 5 keeps them in one
 tensor of gates and ups, (E, 2I, D), and one of downs, (E, D, I), and its router under one name.
+Where files keep them together, the class has them as they do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -15,11 +16,23 @@ from dotexport.models.checkpoint import Checkpoint, TensorSpec
 from dotexport.models.families import find_family
 from dotexport.models.family import Family
 from dotexport.models.shapes import read_sizes
-
-Names = list[list[str]]
-"""Tensors of a file: those of an expert one below another, the experts behind one another."""
+from dotexport.models.stacks import Stack
 
 MODULE = "mlp"
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """A fused tensor, and those of a checkpoint that it is made of: parts of each expert."""
+
+    stack: Stack
+    names: list[list[str]]
+
+    def apart(self, whole: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Views of its parts, by their names."""
+        for parts, expert in zip(self.names, whole, strict=True):
+            for place, name in enumerate(parts):
+                yield name, self.stack.part(place, expert)
 
 
 @dataclass(frozen=True)
@@ -29,33 +42,35 @@ class Fused(Checkpoint):
     Attributes:
         original: what is on disk.
         moved: router in memory -> in the file.
-        stacks: fused tensor -> those that it is made of.
+        stacks: fused tensor -> what it is made of.
     """
 
     original: Checkpoint
     moved: Mapping[str, str]
-    stacks: Mapping[str, Names]
+    stacks: Mapping[str, Stacked]
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
         stored = self.original.specs
-        taken = {n for names in self.stacks.values() for expert in names for n in expert}
+        taken = {n for made in self.stacks.values() for parts in made.names for n in parts}
         specs = {name: spec for name, spec in stored.items() if name not in taken}
         for name, source in self.moved.items():
             specs[name] = specs.pop(source)
-        return specs | {name: _stacked(stored, names) for name, names in self.stacks.items()}
+        return specs | {name: _spec(stored, made) for name, made in self.stacks.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
-        if names := self.stacks.get(name):
-            read = self.original.tensor
-            return torch.stack([torch.cat([read(n) for n in expert]) for expert in names])
+        if made := self.stacks.get(name):
+            spec = self.specs[name]
+            whole = torch.empty(spec.shape, dtype=spec.dtype)
+            for part, room in made.apart(whole):
+                room.copy_(self.original.tensor(part))
+            return whole
         return self.original.tensor(self.moved.get(name, name))
 
 
-def _stacked(stored: Mapping[str, TensorSpec], names: Names) -> TensorSpec:
-    first = stored[names[0][0]]
-    rows, columns = first.shape
-    return replace(first, shape=(len(names), rows * len(names[0]), columns))
+def _spec(stored: Mapping[str, TensorSpec], made: Stacked) -> TensorSpec:
+    first = stored[made.names[0][0]]
+    return TensorSpec(made.stack.shape(len(made.names), first.shape), first.dtype)
 
 
 def in_memory(checkpoint: Checkpoint, parameters: Collection[str]) -> Checkpoint:
@@ -72,51 +87,50 @@ def in_memory(checkpoint: Checkpoint, parameters: Collection[str]) -> Checkpoint
         return checkpoint
     sizes = read_sizes(family, checkpoint.config)
     moved: dict[str, str] = {}
-    stacks: dict[str, Names] = {}
+    stacks: dict[str, Stacked] = {}
     for layer in range(sizes.num_layers):
-        for name, names in _fused(family, layer, sizes.num_experts):
-            if name not in parameters:
-                continue
-            if name.endswith(".weight"):
-                moved[name] = names[0][0]
-            else:
-                stacks[name] = names
+        for stack in family.stacks or _of_release_5(family):
+            name = family.layer_name(layer, stack.name)
+            names = [
+                [family.layer_name(layer, part.format(n)) for part in stack.parts]
+                for n in range(sizes.num_experts)
+            ]
+            if name in parameters:
+                stacks[name] = Stacked(stack, names)
+        name, source = (family.layer_name(layer, one) for one in _router(family))
+        if name in parameters:
+            moved[name] = source
     if not stacks:
         return checkpoint
     return Fused(checkpoint.folder, checkpoint.config, checkpoint.files, checkpoint, moved, stacks)
 
 
-def in_files(
+def as_read(
     checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters of a class as the files of this checkpoint have them."""
+    """Parameters of a class by the names under which this checkpoint reads them."""
     view = in_memory(checkpoint, tensors)
     if not isinstance(view, Fused):
         yield from tensors.items()
         return
     for name, tensor in tensors.items():
-        if name not in view.stacks:
+        if name in view.stacks:
+            yield from view.stacks[name].apart(tensor)
+        else:
             yield view.moved.get(name, name), tensor
-            continue
-        for expert, stacked in zip(view.stacks[name], tensor, strict=True):
-            yield from zip(expert, stacked.chunk(len(expert)), strict=True)
 
 
-def _fused(family: Family, layer: int, num_experts: int) -> Iterator[tuple[str, Names]]:
-    """Tensors of a layer's mixture in memory, and those that they are in a file."""
+def _of_release_5(family: Family) -> tuple[Stack, Stack]:
+    """What transformers 5 makes of experts that files keep apart."""
     [mixture] = [sublayer for sublayer in family.sublayers if sublayer.router]
-    assert mixture.router is not None
     inner = [linear for linear in mixture.readers if linear.each]
-    for name, linears in (
-        ("gate.weight", [mixture.router]),
-        ("experts.gate_up_proj", inner),
-        ("experts.down_proj", [mixture.writer]),
-    ):
-        copies = num_experts if linears[0].each else 1
-        yield (
-            family.layer_name(layer, f"{MODULE}.{name}"),
-            [
-                [family.layer_name(layer, f"{one.name.format(n)}.weight") for one in linears]
-                for n in range(copies)
-            ],
-        )
+    return (
+        Stack(f"{MODULE}.experts.gate_up_proj", tuple(f"{one.name}.weight" for one in inner)),
+        Stack(f"{MODULE}.experts.down_proj", (f"{mixture.writer.name}.weight",)),
+    )
+
+
+def _router(family: Family) -> tuple[str, str]:
+    """Its weight below a layer as transformers 5 has it where experts are fused, and in files."""
+    [router] = [sublayer.router for sublayer in family.sublayers if sublayer.router]
+    return f"{MODULE}.gate.weight", f"{router.name}.weight"

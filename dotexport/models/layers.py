@@ -20,8 +20,12 @@ from torch.nn.functional import linear as apply_linear
 from dotexport.errors import CheckpointError
 from dotexport.models.families import find_family
 from dotexport.models.family import Family, Linear, Sublayer
+from dotexport.models.gating import gating_of
 from dotexport.models.rope import stock_config
 from dotexport.models.routing import Routing
+
+PARTS = ("weight", "bias")
+"""Of a linear."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +103,6 @@ class Stock:
         normalised = getattr(self.config, "norm_topk_prob", True)
         per_token: int = self.config.num_experts_per_tok
         return Routing.of(logits_TE, per_token, normalised=normalised)
-
-    @property
-    def activation(self) -> Callable[[Tensor], Tensor]:
-        """The nonlinearity of an expert."""
-        from transformers.activations import ACT2FN
-
-        found: Callable[[Tensor], Tensor] = ACT2FN[self.config.hidden_act]
-        return found
 
     def mask(self, number: int, length: int) -> Tensor | None:
         """What positions of a text see, (1, 1, L, L), where a layer attends to a window.
@@ -280,11 +276,7 @@ class Layer:
 
     def write(self, sublayer: Sublayer, inside_BLI: Tensor) -> Tensor:
         """What the writer gives."""
-        name = sublayer.writer.name
-        bias = self._tensors.get(f"{name}.bias")
-        with self._passing(inside_BLI):
-            written_BLD = apply_linear(inside_BLI, self._tensors[f"{name}.weight"], bias)
-        return written_BLD.float()
+        return self._through(sublayer.writer.name, inside_BLI).float()
 
     def after(self, sublayer: Sublayer, stream_BLD: Tensor) -> Tensor:
         """The stream behind this sublayer."""
@@ -322,6 +314,12 @@ class Layer:
         """Of a linear, or of those of all experts that the layer has."""
         return linear.names(self.num_experts) if linear.each else [linear.name]
 
+    def _through(self, name: str, inputs_TX: Tensor) -> Tensor:
+        """What the linear of this name gives, with its bias where it has one."""
+        weight, bias = self._tensors[f"{name}.weight"], self._tensors.get(f"{name}.bias")
+        with self._passing(inputs_TX):
+            return apply_linear(inputs_TX, weight, bias)
+
     @property
     def num_experts(self) -> int:
         """As many as routers have rows."""
@@ -331,30 +329,21 @@ class Layer:
     def route(self, sublayer: Sublayer, normed_TD: Tensor) -> Routing:
         """Where tokens go that the readers of a mixture see."""
         assert sublayer.router is not None
-        with self._passing(normed_TD):
-            weight_ED = self._tensors[f"{sublayer.router.name}.weight"]
-            logits_TE = apply_linear(normed_TD, weight_ED)
-        return self.stock.routing(logits_TE)
+        return self.stock.routing(self._through(sublayer.router.name, normed_TD))
 
     def inside_expert(self, sublayer: Sublayer, expert: int, normed_TD: Tensor) -> Tensor:
         """What the writer of one expert sees, (T, I), of the tokens that go to it."""
-        with self._passing(normed_TD):
-            read = {
-                linear.name == self.family.gated: apply_linear(
-                    normed_TD, self._tensors[f"{linear.name.format(expert)}.weight"]
-                )
-                for linear in sublayer.readers
-                if linear.each
-            }
-            inside_TI: Tensor = self.stock.activation(read[True]) * read[False]
+        read = {
+            linear.name == self.family.gated: self._through(linear.name.format(expert), normed_TD)
+            for linear in sublayer.readers
+            if linear.each
+        }
+        inside_TI = gating_of(self.family, self.stock.config)(read[True], read[False])
         return inside_TI.float()
 
     def write_expert(self, sublayer: Sublayer, expert: int, inside_TI: Tensor) -> Tensor:
         """What the writer of one expert gives, (T, D)."""
-        weight_DI = self._tensors[f"{sublayer.writer.name.format(expert)}.weight"]
-        with self._passing(inside_TI):
-            written_TD = apply_linear(inside_TI, weight_DI)
-        return written_TD.float()
+        return self._through(sublayer.writer.name.format(expert), inside_TI).float()
 
     def _mixed(self, sublayer: Sublayer, normed_BLD: Tensor) -> Tensor:
         """What all experts add together."""
@@ -375,10 +364,14 @@ class Layer:
         for linear in (*sublayer.readers, sublayer.writer):
             if not linear.each:
                 continue
-            held = [self._tensors.pop(f"{name}.weight") for name in self.names(linear)]
-            for number, expert in enumerate(kept.tolist()):
-                self.assign(f"{linear.name.format(number)}.weight", held[expert])
-        self.assign(f"{router.name}.weight", self._tensors[f"{router.name}.weight"][kept])
+            for part in PARTS:
+                held = [self._tensors.pop(f"{name}.{part}", None) for name in self.names(linear)]
+                for number, expert in enumerate(kept.tolist()):
+                    if (tensor := held[expert]) is not None:
+                        self.assign(f"{linear.name.format(number)}.{part}", tensor)
+        for part in PARTS:
+            if (rows := self._tensors.get(name := f"{router.name}.{part}")) is not None:
+                self.assign(name, rows[kept])
 
 
 def layer_tensors(

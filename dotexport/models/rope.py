@@ -42,8 +42,9 @@ def in_all_words(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = top | _one_type(scaling or parameters)
     if ORIGINAL in config and rope_type(rope) in STRETCHED:
         rope[ORIGINAL] = config[ORIGINAL]
-    # Old words alone are read by both.
-    newer = {"rope_parameters": rope} if parameters else {}
+    # Old words alone are read by both, but where a class has a scaled one of its own (gpt-oss), and
+    # they say the plain one by saying nothing.
+    newer = {"rope_parameters": rope} if parameters or rope_type(rope) == "default" else {}
     return {**config, **newer, **_older(rope)}
 
 

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from dotexport.errors import CheckpointError
-from dotexport.models.family import ALWAYS, Family, Linear, Sublayer
+from dotexport.models.family import ALWAYS, HEADS, Family, Linear, Sublayer
 from dotexport.models.rope import stock_config
+from dotexport.models.stacks import Slot
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Keys of config.json that say how many experts there are; some classes have one of theirs."""
@@ -110,6 +111,7 @@ class Sizes:
             "residual": self.hidden_size,
             "mlp": self.intermediate_size,
             "query": self.num_attention_heads * self.head_dim,
+            HEADS: self.num_attention_heads,
             "gated_query": 2 * self.num_attention_heads * self.head_dim,
             "kv": self.num_key_value_heads * self.head_dim,
             "experts": self.num_experts,
@@ -151,6 +153,19 @@ def shapes(family: Family, sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]
     yield f"{family.final_norm}.weight", (sizes.hidden_size,)
     if not sizes.tied:
         yield f"{family.head.name}.weight", (sizes.vocab_size, sizes.hidden_size)
+
+
+def slots(family: Family, sizes: Sizes) -> dict[str, Slot]:
+    """Tensor of an expert -> where it lies in files that keep experts together."""
+    return {
+        family.layer_name(layer, part.format(expert)): Slot(
+            family.layer_name(layer, stack.name), stack, sizes.num_experts, expert, place
+        )
+        for layer in range(sizes.num_layers)
+        for stack in family.stacks
+        for expert in range(sizes.num_experts)
+        for place, part in enumerate(stack.parts)
+    }
 
 
 def num_parameters(family: Family, sizes: Sizes) -> int:

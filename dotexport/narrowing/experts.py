@@ -13,7 +13,8 @@ descent, Gauss-Seidel): a step that is not made where it costs held-out windows 
 step makes their sum worse.
 
 Shapes: N windows, L tokens per window, T tokens of a batch that go to one expert, E experts, D
-width of the stream before, K after, I neurons of an expert.
+width of the stream before, K after, I neurons of an expert, and one more where a writer with a
+bias sees a last input of ones.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dotexport.merging.refit import compensate
 from dotexport.models.family import Sublayer
-from dotexport.models.layers import Layer
+from dotexport.models.layers import PARTS, Layer
 from dotexport.models.routing import Routing
 from dotexport.narrowing.site import Site
 from dotexport.narrowing.streams import Rows, Streams, inverse_rms
@@ -144,55 +146,82 @@ class _Expert:
 
     @property
     def _writer(self) -> str:
-        return f"{self.site.sublayer.writer.name.format(self.number)}.weight"
+        return self.site.sublayer.writer.name.format(self.number)
+
+    @property
+    def _bias(self) -> Tensor | None:
+        return self.site.student.tensors().get(f"{self._writer}.bias")
+
+    def _weights(self) -> Tensor:
+        """Of its writer, with a bias as the last column."""
+        weight_KI = self.site.student.tensor(f"{self._writer}.weight").double()
+        bias_K = self._bias
+        return weight_KI if bias_K is None else torch.column_stack([weight_KI, bias_K.double()])
+
+    def _assign(self, weights_KI: Tensor) -> None:
+        if self._bias is not None:
+            self.site.student.assign(f"{self._writer}.bias", weights_KI[:, -1])
+            weights_KI = weights_KI[:, :-1]
+        self.site.student.assign(f"{self._writer}.weight", weights_KI)
 
     def give(self, stream_NLK: Tensor, sign: int) -> None:
         """Add what it gives to a stream, or take it away."""
         site = self.site
         for rows in site.streams.batches():
-            tokens_T, inside_TI = self._inside(rows)
-            given_TK = sign * site.student.write_expert(site.sublayer, self.number, inside_TI)
+            tokens_T, inside_TI, gates_T1 = self._inside(rows)
+            given_TK = site.student.write_expert(site.sublayer, self.number, inside_TI)
             flat_TK = stream_NLK[rows].flatten(0, 1)  # of the same memory
-            flat_TK.index_add_(0, tokens_T.to(flat_TK.device), given_TK.to(flat_TK))
+            given_TK = (given_TK * (sign * gates_T1)).to(flat_TK)
+            flat_TK.index_add_(0, tokens_T.to(flat_TK.device), given_TK)
 
     def narrow(self, wanted_NLK: Tensor) -> None:
         """Choose neurons, and fit the writer to what is wanted of it."""
-        site, student = self.site, self.site.student
-        writer_KI = student.tensor(self._writer).double()
+        site = self.site
+        writer_KI, has_bias = self._weights(), self._bias is not None
+        width = writer_KI.shape[1] - has_bias
         train, held = site.streams.moments(partial(self._asked, wanted_NLK))
-        if site.width == writer_KI.shape[1]:
-            student.assign(self._writer, site._fit(train, held, writer_KI).weights_OI)
+        if site.width == width:
+            self._assign(site._fit(train, held, writer_KI).weights_OI)
             return
         # Without a token, neurons are all alike.
         method = site.method if train.count + held.count else "select"
-        processes, units, width = site.streams.processes, site.units, site.width
-        kept = processes.agreed(lambda: units.choose(method, train + held, writer_KI, width))
+        moments = (train + held).given_last() if has_bias else train + held
+        chosen = partial(site.units.choose, method, moments, writer_KI[:, :width], site.width)
+        neurons = site.streams.processes.agreed(chosen)
+        kept = pad(neurons, (0, 1), value=width) if has_bias else neurons
         by_magnitude = method == "select"
-        prior_KI = processes.agreed(
+        prior_KI = site.streams.processes.agreed(
             lambda: writer_KI[:, kept] if by_magnitude else compensate(train, writer_KI, kept)
         )
-        for linear in site.sublayer.readers:
-            if linear.each:
-                name = f"{linear.name.format(self.number)}.weight"
-                student.assign(name, student.tensor(name)[kept])
-        fitted = site._fit(train.of(kept), held.of(kept), prior_KI)
-        student.assign(self._writer, fitted.weights_OI)
+        self._keep_rows(neurons)
+        self._assign(site._fit(train.of(kept), held.of(kept), prior_KI).weights_OI)
+
+    def _keep_rows(self, neurons: Tensor) -> None:
+        """Of the readers."""
+        tensors = self.site.student.tensors()
+        for linear in self.site.sublayer.readers:
+            for part in PARTS:
+                name = f"{linear.name.format(self.number)}.{part}"
+                if linear.each and name in tensors:
+                    self.site.student.assign(name, tensors[name][neurons])
 
     def _asked(self, wanted_NLK: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """What its writer sees and what is wanted of it, each token by its size."""
-        tokens_T, inside_TI = self._inside(rows)
+        """What its writer sees, by its gate, and what is wanted of it, each token by its size."""
+        tokens_T, inside_TI, gates_T1 = self._inside(rows)
+        if self._bias is not None:
+            inside_TI = pad(inside_TI, (0, 1), value=1.0)
         weight_T1 = inverse_rms(self._at(self.site.streams.original_NLD, rows, tokens_T))
         wanted_TK = self._at(wanted_NLK, rows, tokens_T)
-        return (inside_TI * weight_T1)[None], (wanted_TK * weight_T1)[None]
+        return (inside_TI * gates_T1 * weight_T1)[None], (wanted_TK * weight_T1)[None]
 
-    def _inside(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Its tokens among those of some windows, and its neurons there times its gate, (T, I)."""
+    def _inside(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Its tokens among those of some windows, its neurons there, (T, I), and its gates."""
         site = self.site
         tokens_T, gates_T1 = self.routings[rows.start].to(self.number)
         stream_TK = self._at(site.streams.narrowed_NLK, rows, tokens_T)
         normed_TK = site.student.normalise(site.sublayer, stream_TK)
         inside_TI = site.student.inside_expert(site.sublayer, self.number, normed_TK)
-        return tokens_T, inside_TI * gates_T1
+        return tokens_T, inside_TI, gates_T1
 
     def _at(self, stream_NLX: Tensor, rows: Rows, tokens_T: Tensor) -> Tensor:
         """These tokens of some windows, on the device."""

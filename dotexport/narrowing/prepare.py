@@ -15,7 +15,7 @@ from dotexport.axes.plan import Plan
 from dotexport.errors import RuntimeMissingError, UsageError
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
 from dotexport.models.layers import Stock
-from dotexport.models.shapes import shapes
+from dotexport.models.shapes import shapes, slots
 from dotexport.narrowing.basis import check_basis
 from dotexport.narrowing.context import context_weights
 from dotexport.narrowing.narrow_options import AUTO, NarrowOptions
@@ -288,7 +288,8 @@ def tensor_specs(source: Checkpoint, decided: Plan) -> dict[str, TensorSpec]:
             return name
         return family.layer_name(numbers[prefix], name.removeprefix(prefix))
 
+    places = slots(family, decided.after)
     return {
-        name: TensorSpec(shape, stored.get(of(name), table).dtype)
+        name: TensorSpec(shape, stored.get(of(name), table).dtype, places.get(name))
         for name, shape in shapes(family, decided.after)
     }

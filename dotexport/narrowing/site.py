@@ -23,8 +23,8 @@ from dotexport.merging.gram import gram
 from dotexport.merging.ot.coupling import Coupling, Summary
 from dotexport.merging.refit import Fit, Moments, compensate, fit, gain_solver
 from dotexport.merging.units import Choice, Units
-from dotexport.models.family import Linear, Sublayer
-from dotexport.models.layers import Layer
+from dotexport.models.family import HEADS, Linear, Sublayer
+from dotexport.models.layers import PARTS, Layer
 from dotexport.narrowing import local
 from dotexport.narrowing.narrow_options import LocalOptions, NarrowOptions
 from dotexport.narrowing.output_norm import Behind, FewerFeatures, size
@@ -127,8 +127,8 @@ class Site:
 
     @property
     def _readers_have_biases(self) -> bool:
-        held = self.student.tensors()
-        return all(f"{linear.name}.bias" in held for linear in self.sublayer.readers)
+        names = (one for linear in self.sublayer.readers for one in self.student.names(linear))
+        return all(f"{name}.bias" in self.student.tensors() for name in names)
 
     # Neurons and writer -----------------------------------------------------------------------
 
@@ -321,12 +321,15 @@ class Site:
         self.student.assign_gamma(self.sublayer.output_norm, settled.gamma.weights_OI.diagonal())
 
     def _shorten_untouched(self, choice: Choice) -> None:
-        """What lies between readers and writer, for the inputs of the writer that stay."""
-        space = self.sublayer.writer.in_
-        for other in self.sublayer.untouched:
-            if other.shape[0] == space:
-                stay = self.student.tensor(other.name)[choice.stays(space)]
-                self.student.assign(other.name, stay)
+        """What lies between readers and writer, for the inputs of the writer that stay, or for
+        their heads."""
+        inside = self.sublayer.writer.in_
+        spaces = (inside, HEADS) if inside == "query" else (inside,)
+        for space in spaces:
+            for other in self.sublayer.untouched:
+                if other.shape[0] == space:
+                    stay = self.student.tensor(other.name)[choice.stays(space)]
+                    self.student.assign(other.name, stay)
 
     def _shorten_inner_norms(self, choice: Choice) -> None:
         """Norms over all queries or keys, for those that stay."""
@@ -398,9 +401,9 @@ class Site:
 
     def _heal(self, options: LocalOptions) -> local.Healed:
         names = [name for _, name in self._reader_rows()]
-        parts = ("weight", "bias")[: 1 + (self._bias is not None)]
         writers = self.student.names(self.sublayer.writer)
-        names += [f"{writer}.{part}" for writer in writers for part in parts]
+        own = [f"{writer}.{part}" for writer in writers for part in PARTS]
+        names += [name for name in own if name in self.student.tensors()]
         names += [f"{norm}.weight" for norm in self._healed_norms]
         leaves = self.student.leaves(names)
         healed = local.heal(

@@ -269,4 +269,6 @@ def _runtime_of(config: Mapping[str, Any]) -> str:
     """A target that takes the class: not every one is written by onnxruntime-genai's builder."""
     family = find_family(config)
     unbuilt = family.experts_key or family.architecture == "SmolLM3ForCausalLM"
+    if family.architecture == "GptOssForCausalLM":  # windows, which ONNX graphs here have not
+        return "executorch"
     return "onnx" if unbuilt else "ort-cpu:int4"

@@ -33,7 +33,7 @@ from dotexport.exports.target import find_target
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter, read_config
 from dotexport.models.config_words import say_once
 from dotexport.models.families import SUPPORTED
-from dotexport.models.fused import in_files
+from dotexport.models.fused import as_read
 from dotexport.models.layers import Stock
 from dotexport.models.loading import capped_attention
 from dotexport.models.shapes import read_sizes
@@ -104,9 +104,9 @@ def made(folder: Path, kind: str, *, head: str = "none", **words: Any) -> Path:
     if "lm_head.weight" not in tensors and head != "none":
         table = tensors["model.embed_tokens.weight"]
         tensors["lm_head.weight"] = table.clone() if head == "equal" else table.flip(0).clone()
-    stored = tensors
-    if SUPPORTED[architecture].experts_key:
-        stored = dict(in_files(Checkpoint(folder, read_config(folder), {}), tensors))
+    stored, family = tensors, SUPPORTED[architecture]
+    if family.experts_key and not family.stacks:
+        stored = dict(as_read(Checkpoint(folder, read_config(folder), {}), tensors))
     parts = {name: tensor.contiguous() for name, tensor in stored.items()}
     save_file(parts, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
@@ -537,6 +537,8 @@ def _words(kind: str) -> Any:
         "num_experts": word([4, 3, ...]),
         "num_local_experts": word([4, 3]),
         "num_experts_per_tok": word([1, 5]),
+        "swiglu_alpha": word([1.0]),
+        "swiglu_limit": word([0.5]),
         "norm_topk_prob": word([True, False, None]),
         "mlp_only_layers": word([[], None, [1]]),
         "decoder_sparse_step": word([1, 2]),

@@ -249,6 +249,28 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
         },
         "MixtralForCausalLM",
     ),
+    "gpt-oss": (
+        {
+            "model_type": "gpt_oss",
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": WINDOW,
+            "rope_parameters": YARN,
+        },
+        "GptOssForCausalLM",
+    ),
+    "gpt-oss-tied": (
+        {
+            "model_type": "gpt_oss",
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": WINDOW,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+        },
+        "GptOssForCausalLM",
+    ),
 }
 if transformers.__version__.startswith("4."):
     MODELS["olmo2"] = ({"model_type": "olmo2"}, "Olmo2ForCausalLM")  # its class takes no YaRN there
@@ -456,6 +478,7 @@ def test_a_narrowed_model_is_stock_loads_and_generates(
         "olmo2",
         "qwen3-moe",
         "qwen3.5",
+        "gpt-oss",
     ],
 )
 def test_a_narrowed_family_learns_from_its_original(
@@ -491,7 +514,6 @@ def test_what_has_no_table_is_refused_with_the_list_of_what_has() -> None:
 @pytest.mark.parametrize(
     ("kind", "class_"),
     [
-        ("gpt_oss", "GptOssForCausalLM"),
         ("olmoe", "OlmoeForCausalLM"),
         ("granitemoe", "GraniteMoeForCausalLM"),
         ("qwen3_next", "Qwen3NextForCausalLM"),

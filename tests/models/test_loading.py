@@ -63,6 +63,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 24,
         "norm_topk_prob": True,
     },
+    "gpt-oss": {
+        "model_type": "gpt_oss",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        **WINDOW,
+    },
 }
 TOKENS_BL = torch.randint(90, (2, 24), generator=torch.Generator().manual_seed(0))
 

@@ -24,6 +24,7 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 128,
 }
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 GEMMA = {"hidden_size": 80, "sliding_window": 512, "tie_word_embeddings": True}
 KINDS = ["sliding_attention", "full_attention"]
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -102,11 +103,30 @@ MODELS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         ["gguf"],
         ["gguf"],
     ),
+    "gpt-oss": (
+        {"model_type": "gpt_oss", "sliding_window": 16, **EXPERTS},
+        ALL,
+        ["executorch"],
+    ),
+    "gpt-oss-short": (
+        {"model_type": "gpt_oss", "sliding_window": 512, "rope_parameters": PLAIN, **EXPERTS},
+        ["onnx", "openvino", "ort-cpu"],
+        ["onnx", "openvino"],
+    ),
     "mixtral": ({"model_type": "mixtral", **EXPERTS}, ["onnx", "gguf", "onnx:int8"], ["onnx"]),
 }
 
 # Whose layers differ from each other; of others one says all, and tracing them is what takes long.
-TWO_KINDS = ("gemma2", "gemma3", "smollm3", "qwen3.5", "lfm2", "granite4", "granite4-hybrid")
+TWO_KINDS = (
+    "gemma2",
+    "gemma3",
+    "smollm3",
+    "gpt-oss",
+    "qwen3.5",
+    "lfm2",
+    "granite4",
+    "granite4-hybrid",
+)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -9,6 +9,7 @@ from dotexport.errors import CheckpointError, UnsupportedModelError
 from dotexport.models.families.ernie4_5 import ERNIE4_5
 from dotexport.models.families.gemma2 import GEMMA2
 from dotexport.models.families.gemma3 import GEMMA3
+from dotexport.models.families.gpt_oss import GPT_OSS
 from dotexport.models.families.granite import GRANITE
 from dotexport.models.families.granite_hybrid import GRANITE_HYBRID
 from dotexport.models.families.hunyuan import HUNYUAN
@@ -49,6 +50,7 @@ TABLES = (
     HUNYUAN,
     QWEN3_MOE,
     MIXTRAL,
+    GPT_OSS,
 )
 SUPPORTED: dict[str, Family] = {family.architecture: family for family in TABLES}
 """Architecture -> family table."""
@@ -160,14 +162,24 @@ def carried_biases(family: Family, carrier: Family, sizes: Sizes) -> frozenset[s
     return frozenset(flag for flag in carrier.bias_flags if flag in on)
 
 
+FLOAT_WEIGHTS = {
+    "mxfp4": "save it in bfloat16 first: AutoModelForCausalLM.from_pretrained(MODEL, "
+    "dtype='bfloat16', quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(FOLDER)"
+}
+"""How the float model is had of what is published quantised alone."""
+
+
 def check_quantised(config: Mapping[str, Any]) -> None:
     """Refuse weights that are already quantised.
 
     Raises:
         UnsupportedModelError: config.json has a quantization_config.
     """
-    if config.get("quantization_config") is not None:
+    if (said := config.get("quantization_config")) is not None:
+        method = said.get("quant_method") if isinstance(said, Mapping) else None
+        float_weights = FLOAT_WEIGHTS.get(str(method))
         raise UnsupportedModelError(
             "the model is already quantised (config.json has quantization_config); "
             "narrow the float model first, quantise what comes out"
+            + (f". Of {method} weights, {float_weights}" if float_weights else "")
         )

@@ -8,19 +8,28 @@ from dotexport.models.families.qwen3 import QWEN3
 from dotexport.models.family import Linear, Sublayer
 
 
-def mixture(module: str, *, gate: str, up: str, down: str, neurons: str) -> Sublayer:
+def mixture(
+    module: str,
+    *,
+    router: str = "gate",
+    gate: str,
+    up: str,
+    down: str,
+    neurons: str,
+    bias: str | None = None,
+) -> Sublayer:
     """A router, and the three matrices of each expert by their names below it; `neurons` is the
-    space between them."""
+    space between them, `bias` the flag of config.json that gives all of them a bias."""
     expert = f"{module}.experts.{{}}"
     return Sublayer(
         module=module,
         norm="post_attention_layernorm",
         readers=(
-            Linear(f"{module}.gate", out="experts", in_="residual"),
-            Linear(f"{expert}.{gate}", out=neurons, in_="residual"),
-            Linear(f"{expert}.{up}", out=neurons, in_="residual"),
+            Linear(f"{module}.{router}", out="experts", in_="residual", bias=bias),
+            Linear(f"{expert}.{gate}", out=neurons, in_="residual", bias=bias),
+            Linear(f"{expert}.{up}", out=neurons, in_="residual", bias=bias),
         ),
-        writer=Linear(f"{expert}.{down}", out="residual", in_=neurons),
+        writer=Linear(f"{expert}.{down}", out="residual", in_=neurons, bias=bias),
     )
 
 
