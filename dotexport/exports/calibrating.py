@@ -24,11 +24,12 @@ from dotexport.errors import UnsupportedModelError, UsageError
 from dotexport.exports.target import Target
 from dotexport.merging.gram import gram
 from dotexport.merging.rounding import MOST_ERROR, Grid, Rounded, moved, nearest, solve
+from dotexport.models.beside import Beside
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.layers import Layer, Stock, layer_tensors
-from dotexport.narrowing.original import Original, embed
+from dotexport.narrowing.original import Original
 from dotexport.narrowing.prepare import usual_passes
-from dotexport.narrowing.streams import Streams, check_finite
+from dotexport.narrowing.streams import Rows, Streams, check_finite
 
 Progress = Callable[[str, int, int], None]
 Grids = Mapping[str, Grid]
@@ -144,7 +145,7 @@ def _inputs(
     stock = Stock.of(checkpoint.config, device, passes)
     model = Original(checkpoint, family, sizes, stock, device)
     streams = Streams.allocate(text.windows_NL, sizes.hidden_size, 0, seed=0, device=device)
-    embed(model.embedding(), streams, streams.original_NLD)
+    model.enter(model.embedding(), streams)
     for number in range(sizes.num_layers):
         progress(STAGE, number, sizes.num_layers + 1)
         tensors = layer_tensors(family, number, model.read, checkpoint.specs)
@@ -154,7 +155,7 @@ def _inputs(
             readers = [f"{prefix}{linear.name}.weight" for linear in sublayer.readers]
             yield readers, _gram(streams, partial(layer.normalise, sublayer))
             inside = partial(layer.inside, sublayer)
-            yield [f"{prefix}{sublayer.writer.name}.weight"], _gram(streams, inside)
+            yield [f"{prefix}{sublayer.writer.name}.weight"], _gram(streams, inside, beside=True)
             streams.advance_original(partial(layer.after, sublayer))
     progress(STAGE, sizes.num_layers, sizes.num_layers + 1)
     norm, gamma_D = stock.norm(device), model.gamma()
@@ -163,11 +164,19 @@ def _inputs(
     yield [f"{head}.weight"], gram_DD
 
 
-def _gram(streams: Streams, read: Callable[[Tensor], Tensor]) -> Tensor:
-    """Sum of z z^T over all tokens, float64."""
+def _gram(streams: Streams, read: Callable[..., Tensor], *, beside: bool = False) -> Tensor:
+    """Sum of z z^T over all tokens, float64.
+
+    Args:
+        beside: whether what is read depends on what lies beside the stream.
+    """
+
+    def given(rows: Rows) -> list[Beside]:
+        return [streams.beside_original.of(rows, streams.device)] if beside else []
+
     total_II: Tensor | None = None
     for rows in streams.batches():
-        found_II = gram(read(streams.original(rows)).flatten(0, 1)).double()
+        found_II = gram(read(streams.original(rows), *given(rows)).flatten(0, 1)).double()
         total_II = found_II if total_II is None else total_II + found_II
     assert total_II is not None
     check_finite(total_II.diagonal().sum())

@@ -16,6 +16,7 @@ from dotexport.healing.distil import heal, take_part
 from dotexport.healing.heal_options import HealOptions
 from dotexport.healing.healing_text import HealingText
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter
+from dotexport.models.families import is_buffer
 from dotexport.models.fused import in_files
 from dotexport.narrowing.closed_form import ClosedForm
 from dotexport.processes.processes import ALONE, Processes
@@ -59,8 +60,9 @@ def heal_into(
         saved=kept,
         processes=processes,
     )
+    buffers = {name: student.tensor(name) for name in student.specs if is_buffer(name)}
     writer = new_writer()
-    for name, tensor in in_files(student, healed.tensors):
+    for name, tensor in (*buffers.items(), *in_files(student, healed.tensors)):
         writer.write(name, tensor)
     writer.finish()
     return healed.report | {"options": asdict(options)}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 
 from dotexport.errors import CheckpointError
+from dotexport.models.beside import Beside
 from dotexport.models.families import find_family
 from dotexport.models.family import Family, Linear, Sublayer
 from dotexport.models.rope import stock_config
@@ -136,6 +137,8 @@ def _one_layer(stock: Any) -> Any:
 
     single = copy.deepcopy(stock)
     single.num_hidden_layers = 1
+    if hasattr(single, "num_kv_shared_layers"):  # of whom there is none that makes them
+        single.num_kv_shared_layers = 0
     if getattr(single, "layer_types", None):
         single.layer_types = single.layer_types[:1]
     try:
@@ -179,8 +182,8 @@ class Layer:
         self.family = family
         self.number = number
         self.module = stock.layer(number)
-        kind = family.kind(stock.config.layer_types[number]) if family.kinds else ""
-        self.sublayers = family.in_layer(kind)
+        kinds = family.kinds_in(stock.config)
+        self.sublayers = family.in_layer(kinds[number] if kinds else "")
         self._dtypes = dtypes or {}
         self._tensors: dict[str, Tensor] = {}
         for sublayer in self.sublayers:
@@ -247,21 +250,35 @@ class Layer:
         normed: Tensor = self.module.get_submodule(sublayer.norm)(stream_BLD)
         return normed
 
-    def inside(self, sublayer: Sublayer, stream_BLD: Tensor) -> Tensor:
-        """What the writer of this sublayer sees: attention outputs, or neurons."""
+    def inside(
+        self, sublayer: Sublayer, stream_BLD: Tensor, beside: Beside | None = None
+    ) -> Tensor:
+        """What the writer of this sublayer sees: attention outputs, or neurons.
+
+        Args:
+            beside: what some classes give their layers besides the stream.
+        """
         normed_BLD = self.normalise(sublayer, stream_BLD)
         module = self.module.get_submodule(sublayer.module)
         if sublayer.module != "self_attn":
             with self._passing(normed_BLD):
                 neurons_BLI: Tensor = module(normed_BLD)
-            return neurons_BLI.float()
+            if not sublayer.given:
+                return neurons_BLI.float()
+            assert beside is not None
+            activation = self.module.get_submodule("act_fn")
+            gated_BLI: Tensor = activation(neurons_BLI.float()) * beside.input(self.number)
+            return gated_BLI
         mask = self.stock.mask(self.number, normed_BLD.shape[1])
         positions = self.stock.positions(normed_BLD, self.number)
-        asked = {}
+        asked: dict[str, Any] = {}
         if "position_ids" in inspect.signature(module.forward).parameters:
             asked["position_ids"] = torch.arange(normed_BLD.shape[1], device=normed_BLD.device)[
                 None
             ]
+        known = {} if beside is None else dict(beside.keys)
+        if "shared_kv_states" in inspect.signature(module.forward).parameters:
+            asked["shared_kv_states"] = known
         with self._passing(normed_BLD):
             heads_BLI: Tensor = module(
                 hidden_states=normed_BLD,
@@ -269,6 +286,9 @@ class Layer:
                 attention_mask=None if mask is None else mask.to(normed_BLD.device),
                 **asked,
             )[0]
+        if beside is not None and getattr(self.stock.config, "num_kv_shared_layers", None):
+            old = beside.keys
+            beside.made = {kind: made for kind, made in known.items() if made is not old.get(kind)}
         return heads_BLI.float()
 
     def _passing(self, example: Tensor) -> AbstractContextManager[Any]:
@@ -286,19 +306,23 @@ class Layer:
             written_BLD = apply_linear(inside_BLI, self._tensors[f"{name}.weight"], bias)
         return written_BLD.float()
 
-    def after(self, sublayer: Sublayer, stream_BLD: Tensor) -> Tensor:
+    def factor(self, sublayer: Sublayer) -> Tensor | float:
+        """What the stream behind this sublayer is multiplied with."""
+        return self._tensors[sublayer.scaled_by] if sublayer.scaled_by else 1.0
+
+    def after(self, sublayer: Sublayer, stream_BLD: Tensor, beside: Beside | None = None) -> Tensor:
         """The stream behind this sublayer."""
         if sublayer.router:
             return stream_BLD + self._mixed(sublayer, self.normalise(sublayer, stream_BLD))
-        written_BLD = self.write(sublayer, self.inside(sublayer, stream_BLD))
+        written_BLD = self.write(sublayer, self.inside(sublayer, stream_BLD, beside))
         if sublayer.output_norm is not None:
             written_BLD = self.module.get_submodule(sublayer.output_norm)(written_BLD)
-        return stream_BLD + written_BLD
+        return (stream_BLD + written_BLD) * self.factor(sublayer)
 
-    def through(self, stream_BLD: Tensor) -> Tensor:
+    def through(self, stream_BLD: Tensor, beside: Beside | None = None) -> Tensor:
         """The stream behind all of its sublayers."""
         for sublayer in self.sublayers:
-            stream_BLD = self.after(sublayer, stream_BLD)
+            stream_BLD = self.after(sublayer, stream_BLD, beside)
         return stream_BLD
 
     def metric(self, sublayer: Sublayer) -> Tensor:

@@ -19,8 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dotexport.axes import AXES
-from dotexport.axes.axis import InnerAxis
+from dotexport.axes import cutting
 from dotexport.axes.plan import Plan
 from dotexport.merging.heads import Groups
 from dotexport.merging.neurons import Channels
@@ -223,16 +222,28 @@ class Narrowing:
 
     def _start(self) -> None:
         embedding_VD = self.original.embedding()
-        name = f"{self.original.family.embedding}.weight"
+        name, given = f"{self.original.family.embedding}.weight", self.original.family.per_layer
+        projection = f"{given.projection.name}.weight" if given else ""
         if kept := self._processes.agreed(lambda: self.workspace.load(EMBEDDING)):
-            narrow_VK = kept[1][name].to(self.streams.device)
+            tensors = {n: tensor.to(self.streams.device) for n, tensor in kept[1].items()}
         else:
-            narrow_VK = self._product(name, embedding_VD, self._onto() / self._embedding_scale)
-            self._keep(EMBEDDING, {name: narrow_VK}, sites=[])
+            onto_DK = self._onto() / self._embedding_scale
+            tensors = {name: self._product(name, embedding_VD, onto_DK)}
+            if given:
+                projection_XD = self.original.read(projection)
+                tensors[projection] = self._product(projection, projection_XD, self.E_DK)
+            self._keep(EMBEDDING, tensors, sites=[])
+        narrow_VK = tensors[name]
         self._table_VK = narrow_VK if self.after.tied else None
-        embed(embedding_VD, self.streams, self.streams.original_NLD)
+        self.original.enter(embedding_VD, self.streams)
         scaled_VK = narrow_VK if self._embedding_scale == 1.0 else narrow_VK * self._embedding_scale
         embed(scaled_VK, self.streams, self.streams.narrowed_NLK)
+        if theirs := self.streams.beside_original.inputs:
+            self.streams.beside_narrowed.inputs = replace(
+                theirs,
+                embedded_UD=scaled_VK[theirs.occurring_U].float(),
+                projection_XD=tensors[projection].float(),
+            )
 
     @property
     def _embedding_scale(self) -> float:
@@ -281,9 +292,8 @@ class Narrowing:
         """What can leave of a sublayer, by the space of its writer's inputs, and how it is chosen;
         where no axis cuts that, it is one group that stays, or channels as many as the stream has
         axes."""
-        inner = (axis for axis in AXES if isinstance(axis, InnerAxis) and axis.space == space)
-        if axis := next(inner, None):
-            return axis.units(self.before), axis.method(self.options)
+        if axis := cutting(self.before, space):
+            return axis.units(self.before, space), axis.method(self.options)
         if space in self.before.as_wide:
             # Merged channels would be products of sums.
             method = "select" if self.options.mlp == "select" else "obs"

@@ -48,7 +48,8 @@ def shrink_memory(
     # What experts still lack is a stream of its own while they are fitted one after another.
     streams = 4 * tokens * (stream + narrower * (2 if before.mixture else 1))
     table = 4 * before.vocab_size * (2 * stream + narrower)
-    inside = {"residual", *(linear.in_ for linear in decided.family.linears)}
+    kinds = map(decided.family.linears_in, before.each_kind)
+    inside = {"residual", *(linear.in_ for linears in kinds for linear in linears)}
     widest = max(before.spaces[space] for space in inside)
     square, writer = 8 * widest**2, 8 * widest * narrower
     passing = square + 2 * writer + 4 * ACTIVATIONS * min(tokens, TOKENS_PER_BATCH) * widest
