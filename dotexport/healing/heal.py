@@ -60,7 +60,8 @@ def heal_into(
         saved=kept,
         processes=processes,
     )
-    buffers = {name: student.tensor(name) for name in student.specs if is_buffer(name)}
+    # Copies: what is mapped from the files is gone once they are opened for writing.
+    buffers = {n: student.tensor(n).clone() for n in student.specs if is_buffer(n)}
     writer = new_writer()
     for name, tensor in (*buffers.items(), *in_files(student, healed.tensors)):
         writer.write(name, tensor)

@@ -215,7 +215,7 @@ def test_it_learns_from_its_original_and_keeps_the_factors_of_layers(
             text=replace(letters(tmp_path), samples=2),
             sizes=SizeOptions(intermediate_size=40),
             narrow=NarrowOptions(local=None),
-            heal=HealOptions(steps=12, every=4, batch=1, precision="fp32"),
+            heal=HealOptions(steps=30, every=10, batch=1, precision="fp32"),
         ),
         device="cpu",
     )

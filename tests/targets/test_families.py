@@ -69,6 +69,16 @@ MODELS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         ALL,
         ["onnx", "openvino", "executorch", "mlx"],
     ),
+    "gemma4": (
+        {
+            "model_type": "gemma4_text",
+            "layer_types": ["full_attention"] * 2,
+            "num_kv_shared_layers": 1,
+            **GEMMA,
+        },
+        [*ALL, "litert"],
+        [],
+    ),
     "smollm3": (
         {"model_type": "smollm3", "no_rope_layers": [1, 0]},
         ["onnx", "ort-cpu", "gguf", "mlx"],
@@ -106,7 +116,16 @@ MODELS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
 }
 
 # Whose layers differ from each other; of others one says all, and tracing them is what takes long.
-TWO_KINDS = ("gemma2", "gemma3", "smollm3", "qwen3.5", "lfm2", "granite4", "granite4-hybrid")
+TWO_KINDS = (
+    "gemma2",
+    "gemma3",
+    "gemma4",
+    "smollm3",
+    "qwen3.5",
+    "lfm2",
+    "granite4",
+    "granite4-hybrid",
+)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -115,7 +134,7 @@ def test_a_narrowed_family_computes_in_every_target_what_torch_computes(
 ) -> None:
     changes, tried, expected = MODELS[name]
     width = 64 if "gemma" in name and "window" not in name else 40
-    width = 48 if name == "granite4-hybrid" else width  # which stays
+    width = {"granite4-hybrid": 48, "gemma4": 80}.get(name, width)  # which stays
     inner = {"num_experts": 3} if "num_local_experts" in changes else {"intermediate_size": 64}
     model = tiny_model(num_hidden_layers=2 if name in TWO_KINDS else 1, **changes)
     letters = np.random.default_rng(0).integers(0, 87, size=2000)
