@@ -72,19 +72,20 @@ class Beside:
         assert self.inputs is not None
         return self.inputs.of(number, self.tokens_NL)
 
-    def of(self, rows: slice, device: torch.device) -> Beside:
+    def keys_on(self, device: torch.device) -> dict[str, KeysAndValues]:
+        """Those that a layer without any looks at."""
+        return {kind: (k.to(device), v.to(device)) for kind, (k, v) in self.keys.items()}
+
+    def of(self, rows: slice) -> Beside:
         """Of some of the windows."""
-        keys = {
-            kind: (keys_NHLF[rows].to(device), values_NHLF[rows].to(device))
-            for kind, (keys_NHLF, values_NHLF) in self.keys.items()
-        }
+        keys = {kind: (k_NHLF[rows], v_NHLF[rows]) for kind, (k_NHLF, v_NHLF) in self.keys.items()}
         return Beside(self.tokens_NL[rows], self.inputs, keys)
 
     def passed(
         self, step: Through, stream_NLX: Tensor, rows: slice, device: torch.device
     ) -> Tensor:
         """Some windows of a stream behind the next sublayer, or layer, of its model."""
-        some = self.of(rows, device)
+        some = self.of(rows)
         behind_BLX = step(stream_NLX[rows].to(device, non_blocking=True), some)
         for kind, made in some.made.items():
             if kind not in self.keys:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 
 from dotexport.errors import CheckpointError
-from dotexport.models.beside import Beside
+from dotexport.models.beside import Beside, KeysAndValues
 from dotexport.models.families import find_family
 from dotexport.models.family import Family, Linear, Sublayer
 from dotexport.models.rope import stock_config
@@ -276,9 +276,11 @@ class Layer:
             asked["position_ids"] = torch.arange(normed_BLD.shape[1], device=normed_BLD.device)[
                 None
             ]
-        known = {} if beside is None else dict(beside.keys)
+        given: dict[str, KeysAndValues] = {}
+        if beside is not None and sublayer.keys is None:
+            given = beside.keys_on(normed_BLD.device)
         if "shared_kv_states" in inspect.signature(module.forward).parameters:
-            asked["shared_kv_states"] = known
+            asked["shared_kv_states"] = given  # in which some layers leave their own
         with self._passing(normed_BLD):
             heads_BLI: Tensor = module(
                 hidden_states=normed_BLD,
@@ -286,10 +288,14 @@ class Layer:
                 attention_mask=None if mask is None else mask.to(normed_BLD.device),
                 **asked,
             )[0]
-        if beside is not None and getattr(self.stock.config, "num_kv_shared_layers", None):
-            old = beside.keys
-            beside.made = {kind: made for kind, made in known.items() if made is not old.get(kind)}
+        if beside is not None and sublayer.keys and self._lends:
+            beside.made = given
         return heads_BLI.float()
+
+    @property
+    def _lends(self) -> bool:
+        """Whether later layers look at keys of earlier ones."""
+        return bool(getattr(self.stock.config, "num_kv_shared_layers", None))
 
     def _passing(self, example: Tensor) -> AbstractContextManager[Any]:
         """Products in the dtype of passes."""

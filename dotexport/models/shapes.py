@@ -180,7 +180,7 @@ def shapes(family: Family, sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]
 def num_parameters(family: Family, sizes: Sizes) -> int:
     """Distinct weights as torch counts them, which are no buffers; a tied embedding counts once. At
     most, while it is not known which layers stay."""
-    layers = _over_layers(sizes, lambda kind: sum(_layer_parameters(family, sizes, kind)))
+    layers = _over_layers(sizes, lambda kind: layer_parameters(family, sizes, kind))
     tables = sizes.vocab_size * sizes.hidden_size * (1 if sizes.tied else 2)
     if given := family.per_layer:
         rows = sizes.spaces[given.projection.out]
@@ -195,6 +195,11 @@ def _over_layers(sizes: Sizes, count: Callable[[str], int]) -> int:
         return sizes.num_layers * count("")
     each = {kind: count(kind) for kind in set(sizes.kinds)}
     return sum(sorted(map(each.__getitem__, sizes.kinds), reverse=True)[: sizes.num_layers])
+
+
+def layer_parameters(family: Family, sizes: Sizes, kind: str) -> int:
+    """Of one layer of this kind."""
+    return sum(_layer_parameters(family, sizes, kind))
 
 
 def _layer_parameters(family: Family, sizes: Sizes, kind: str) -> Iterator[int]:
@@ -241,6 +246,14 @@ def cached_numbers(family: Family, sizes: Sizes) -> int:
     keeping = ((s, s.keys) for s in family.sublayers)
     each = (sizes.layers_with(family, s) * sizes.spaces[keys] for s, keys in keeping if keys)
     return round(2 * sum(each))
+
+
+def lent_numbers(family: Family, sizes: Sizes) -> int:
+    """Keys and values of one token that later layers look at, of each kind of layer."""
+    every = {sublayer for kind in sizes.each_kind for sublayer in family.in_layer(kind)}
+    attending = [sublayer.keys for sublayer in every if sublayer.module == "self_attn"]
+    lent = 2 * sum(sizes.spaces[keys] for keys in attending if keys)
+    return lent if None in attending else 0
 
 
 def read_sizes(family: Family, config: Mapping[str, Any]) -> Sizes:

@@ -260,7 +260,7 @@ class Site:
     def _asked_of_writer(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """What it sees, what is missing behind it, and how much each token counts."""
         after_BLD, before_BLK = self.streams.original(rows), self.streams.narrowed(rows)
-        beside = self.streams.beside_narrowed.of(rows, self.streams.device)
+        beside = self.streams.beside_narrowed.of(rows)
         inside_BLI = self.student.inside(self.sublayer, before_BLK, beside)
         if self._bias is not None:
             inside_BLI = pad(inside_BLI, (0, 1), value=1.0)
