@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 
 KeysAndValues = tuple[Tensor, Tensor]
@@ -34,7 +34,7 @@ class LayerInputs:
     embedded_UD: Tensor
     rows_UX: Tensor
     projection_XD: Tensor
-    norm: Callable[[Tensor], Tensor]
+    norm: nn.Module
     features: int
 
     def of(self, number: int, tokens_BL: Tensor) -> Tensor:

@@ -75,12 +75,14 @@ class InnerNorm:
         per_head: over the features of each head, which no narrowing touches; else over all of
             them, whose number and mean change with the heads.
         head: the space of the features of a head.
+        weighted: whether it has a gamma.
     """
 
     name: str
     reader: str
     per_head: bool = True
     head: str = "head_dim"
+    weighted: bool = True
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Sublayer:
 
     Attributes:
         norm: in front of the readers; None: they read the stream as it is.
-        inner_norms: of queries and keys.
+        inner_norms: of queries and keys, or of values.
         output_norm: of what the writer gives, before it is added to the stream.
         untouched: what else lies between readers and writer.
         given: whether what its module gives is multiplied with an input of the layer's own

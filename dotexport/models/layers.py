@@ -81,6 +81,12 @@ class Stock:
         """The final norm, with a gamma of ones."""
         return self.norm_class(self.config.hidden_size, eps=self.epsilon).to(device)
 
+    def norm_with(self, weight_P: Tensor) -> nn.Module:
+        """A norm of the class over P features, as it is stored."""
+        norm = self.norm_class(len(weight_P), eps=self.epsilon)
+        norm.weight = nn.Parameter(weight_P, requires_grad=False)
+        return norm
+
     def positions(self, example_BLD: Tensor, number: int = 0) -> tuple[Tensor, Tensor] | None:
         """Cosine and sine of a layer's rotary embedding for positions 0 .. L - 1."""
         if self.rotary is None:

@@ -159,7 +159,8 @@ def shapes(family: Family, sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]
             widths = {linear.name: sum(sizes.rows(linear)) for linear in sublayer.readers}
             for norm in sublayer.inner_norms:
                 features = width[norm.head] if norm.per_head else widths[norm.reader]
-                yield family.layer_name(layer, f"{norm.name}.weight"), (features,)
+                if norm.weighted:
+                    yield family.layer_name(layer, f"{norm.name}.weight"), (features,)
             for other in sublayer.untouched:
                 extents = tuple(sizes.extent(axis) for axis in other.shape)
                 yield family.layer_name(layer, other.name), extents
@@ -209,7 +210,8 @@ def _layer_parameters(family: Family, sizes: Sizes, kind: str) -> Iterator[int]:
         yield sizes.hidden_size * sum(n is not None for n in (sublayer.norm, sublayer.output_norm))
         rows = {linear.name: sum(sizes.rows(linear)) for linear in sublayer.readers}
         for norm in sublayer.inner_norms:
-            yield width[norm.head] if norm.per_head else rows[norm.reader]
+            features = width[norm.head] if norm.per_head else rows[norm.reader]
+            yield features if norm.weighted else 0
         yield sum(prod(map(sizes.extent, other.shape)) for other in sublayer.untouched)
         rows[sublayer.writer.name] = width[sublayer.writer.out]
         for linear in (*sublayer.readers, sublayer.writer):

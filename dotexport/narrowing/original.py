@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dotexport.merging.gram import gram
 from dotexport.models.beside import LayerInputs
@@ -83,16 +83,13 @@ class Original:
             return None
         table, norm = given.unchanged
         occurring_U = tokens_NL.unique()
-        features = self.sizes.spaces[given.features]
-        normalise = self.stock.norm_class(features, eps=self.stock.epsilon)
-        normalise.weight = nn.Parameter(self.read(norm), requires_grad=False)
         return LayerInputs(
             occurring_U.to(self.device),
             embedding_VD[occurring_U.to(embedding_VD.device)],
             self.source.tensor(table)[occurring_U.cpu()].to(self.device),
             self.read(f"{given.projection.name}.weight"),
-            normalise,
-            features,
+            self.stock.norm_with(self.read(norm)),
+            self.sizes.spaces[given.features],
         )
 
     @property

@@ -34,6 +34,7 @@ from dotexport.narrowing.basis import Basis
 from dotexport.narrowing.basis_search import BasisSearch
 from dotexport.narrowing.experts import ExpertSite
 from dotexport.narrowing.judging import Cost, Head, compared
+from dotexport.narrowing.layer_inputs import narrowed_inputs, projection_map
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.norm_statistics import Progress
 from dotexport.narrowing.original import ROWS, Original, embed, metric
@@ -222,28 +223,32 @@ class Narrowing:
 
     def _start(self) -> None:
         embedding_VD = self.original.embedding()
-        name, given = f"{self.original.family.embedding}.weight", self.original.family.per_layer
-        projection = f"{given.projection.name}.weight" if given else ""
-        if kept := self._processes.agreed(lambda: self.workspace.load(EMBEDDING)):
+        name = f"{self.original.family.embedding}.weight"
+        kept = self._processes.agreed(lambda: self.workspace.load(EMBEDDING))
+        if kept:
             tensors = {n: tensor.to(self.streams.device) for n, tensor in kept[1].items()}
         else:
             onto_DK = self._onto() / self._embedding_scale
             tensors = {name: self._product(name, embedding_VD, onto_DK)}
-            if given:
-                projection_XD = self.original.read(projection)
-                tensors[projection] = self._product(projection, projection_XD, self.E_DK)
-            self._keep(EMBEDDING, tensors, sites=[])
         narrow_VK = tensors[name]
         self._table_VK = narrow_VK if self.after.tied else None
         self.original.enter(embedding_VD, self.streams)
+        beside = self.streams.beside_original
         scaled_VK = narrow_VK if self._embedding_scale == 1.0 else narrow_VK * self._embedding_scale
         embed(scaled_VK, self.streams, self.streams.narrowed_NLK)
-        if theirs := self.streams.beside_original.inputs:
-            self.streams.beside_narrowed.inputs = replace(
-                theirs,
-                embedded_UD=scaled_VK[theirs.occurring_U].float(),
-                projection_XD=tensors[projection].float(),
-            )
+        records = []
+        if (given := self.original.family.per_layer) and (theirs := beside.inputs):
+            projection = f"{given.projection.name}.weight"
+            if not kept:
+                asked = theirs.projection_XD, self.streams, self.E_DK, self.options
+                map_DK, report = projection_map(*asked)
+                tensors[projection] = self._product(projection, theirs.projection_XD, map_DK)
+                records.append({"layer": None, "site": given.projection.name, **report})
+            narrow = scaled_VK, tensors[projection], self.stock
+            self.streams.beside_narrowed.inputs = narrowed_inputs(theirs, *narrow)
+        if not kept:
+            self.records += records
+            self._keep(EMBEDDING, tensors, sites=records)
 
     @property
     def _embedding_scale(self) -> float:

@@ -17,15 +17,20 @@ from dotexport.errors import CheckpointError, UnsupportedModelError
 from dotexport.models.families.gemma2 import GEMMA2, between_norms
 from dotexport.models.families.llama import sublayers
 from dotexport.models.families.qwen3 import HEAD_NORMS
-from dotexport.models.family import Linear, PerLayer, Sublayer
+from dotexport.models.family import InnerNorm, Linear, PerLayer, Sublayer
 from dotexport.models.rope import stock_config
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 BY_LAYER = "per_layer_config"
 SHARED, WIDE = ", keys of another", ", wide"
 
+VALUE_NORM = InnerNorm("self_attn.v_norm", "self_attn.v_proj", weighted=False)
 ATTENTION, MLP = between_norms(
-    *sublayers(readers="attention_bias", writer="attention_bias", inner_norms=HEAD_NORMS)
+    *sublayers(
+        readers="attention_bias",
+        writer="attention_bias",
+        inner_norms=(*HEAD_NORMS, VALUE_NORM),
+    )
 )
 QUERY, KEY, VALUE = ATTENTION.readers
 
@@ -143,7 +148,6 @@ GEMMA4 = replace(
         features="layer_input",
     ),
     stays=(
-        ("hidden_size", "would narrow what inputs of layers are made of"),
         ("num_key_value_heads", "would leave heads of other layers without their keys"),
         ("num_hidden_layers", "would leave other layers without their keys and their inputs"),
     ),
