@@ -12,10 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -32,12 +30,12 @@ from dotexport.models.config_words import settled
 from dotexport.models.families import find_family
 from dotexport.models.loading import Loaded
 from dotexport.models.shapes import cached_numbers, num_multiplications, num_parameters, shapes
-from dotexport.models.text_options import TextOptions
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.sizes.budget import plan
 
+from .changed_models import TOKENS_BL, letters, logits, rewritten
+
 SLIDING, FULL = "sliding_attention", "full_attention"
-TOKENS_BL = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(1))
 
 Tiny = Callable[..., Path]
 
@@ -45,37 +43,6 @@ Tiny = Callable[..., Path]
 @pytest.fixture
 def gemma(tiny_model: Tiny) -> Tiny:
     return lambda **changes: tiny_model(model_type="gemma4_text", **changes)
-
-
-def rewritten(
-    source: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], None], **words: Any
-) -> Path:
-    """The same model in one file, with other weights and words."""
-    folder.mkdir()
-    for file in source.glob("tokenizer*"):
-        shutil.copyfile(file, folder / file.name)
-    tensors: dict[str, torch.Tensor] = {}
-    for file in source.glob("*.safetensors"):
-        tensors |= load_file(file)
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((source / "config.json").read_text()) | words
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def logits(folder: Path) -> torch.Tensor:
-    with torch.inference_mode():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        found: torch.Tensor = model(input_ids=TOKENS_BL).logits
-    return found
-
-
-def letters(folder: Path) -> TextOptions:
-    file = folder / "letters.txt"
-    drawn = np.random.default_rng(0).integers(0, 87, size=2000)
-    file.write_text("".join(chr(33 + n) for n in drawn))
-    return TextOptions(source=str(file), samples=12, seqlen=64)
 
 
 # Counting -----------------------------------------------------------------------------------------
@@ -142,6 +109,30 @@ def test_keys_of_layers_that_are_not_there_are_refused(gemma: Tiny) -> None:
     config = json.loads((gemma() / "config.json").read_text())
     with pytest.raises(CheckpointError, match="num_kv_shared_layers = 4"):
         settled(config | {"num_kv_shared_layers": 4}, of="here")
+
+
+def test_the_language_model_of_one_that_sees_is_saved_alone_as_documented(
+    gemma: Tiny, tmp_path: Path
+) -> None:
+    from transformers import Gemma4Config, Gemma4ForCausalLM, Gemma4ForConditionalGeneration
+
+    text = json.loads((gemma(tie_word_embeddings=True) / "config.json").read_text())
+    sight = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    config = Gemma4Config(text_config=text, vision_config=sight | heads, audio_config=None)
+    whole: Any = Gemma4ForConditionalGeneration(config).eval()
+    whole.model.language_model.layers[1].layer_scalar.fill_(1.3)
+    whole.save_pretrained(tmp_path / "whole")
+    with pytest.raises(UnsupportedModelError, match="save its language model alone"):
+        find_family(open_source(tmp_path / "whole").config)
+    alone: Any = Gemma4ForCausalLM(whole.config.text_config)
+    alone.model, alone.lm_head = whole.model.language_model, whole.lm_head
+    alone.save_pretrained(tmp_path / "alone")
+    shutil.copyfile(gemma() / "tokenizer.json", tmp_path / "alone/tokenizer.json")
+    with torch.inference_mode():
+        wanted_BLV = whole(input_ids=TOKENS_BL).logits
+    loaded = Loaded(open_source(tmp_path / "alone"))
+    assert torch.equal(loaded.logits(TOKENS_BL), wanted_BLV)
 
 
 # What can leave -----------------------------------------------------------------------------------

@@ -23,6 +23,10 @@ from dotexport.models.rope import stock_config
 SLIDING, FULL = "sliding_attention", "full_attention"
 BY_LAYER = "per_layer_config"
 SHARED, WIDE = ", keys of another", ", wide"
+REFUSED = (
+    ("enable_moe_block", "has experts beside its MLP"),
+    ("attention_k_eq_v", "takes keys for values"),
+)
 
 VALUE_NORM = InnerNorm("self_attn.v_norm", "self_attn.v_proj", weighted=False)
 ATTENTION, MLP = between_norms(
@@ -82,6 +86,8 @@ def as_built(config: Mapping[str, Any]) -> dict[str, Any]:
         UnsupportedModelError: words that make a model of it that there is no table for.
         CheckpointError: layers that look at keys of layers that are not there.
     """
+    if any(config.get(flag) for flag, _ in REFUSED):
+        return dict(config)  # to be refused by that name
     try:
         stock = stock_config(config)
         said = stock.to_dict().get(BY_LAYER)
@@ -154,9 +160,6 @@ GEMMA4 = replace(
     divides=False,
     unit_offset=False,
     release=5,
-    refused=(
-        ("enable_moe_block", "has experts beside its MLP"),
-        ("attention_k_eq_v", "takes keys for values"),
-    ),
+    refused=REFUSED,
     as_built=as_built,
 )
