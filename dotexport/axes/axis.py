@@ -99,10 +99,13 @@ class Axis(ABC):
 
     def problem(self, family: Family, before: Sizes, after: Sizes) -> str | None:
         """Why no class or kernel holds this size beside the other ones of `after`; None: legal."""
-        if self.size(after) != self.size(before):
-            why = dict(find_carrier(family, after).stays).get(self.name)
-            if why is not None:
-                return f"{why} ({family.architecture})"
+        why = dict(family.stays).get(self.name)
+        if (
+            why is not None
+            and self.size(after) != self.size(before)
+            and find_carrier(family, after) is family
+        ):
+            return f"{why} ({family.architecture})"
         return self.unfit(family, before, after)
 
     @abstractmethod

@@ -318,9 +318,9 @@ class Layer:
             written_BLD = apply_linear(inside_BLI, self._tensors[f"{name}.weight"], bias)
         return written_BLD.float()
 
-    def factor(self, sublayer: Sublayer) -> Tensor | float:
-        """What the stream behind this sublayer is multiplied with."""
-        return self._tensors[sublayer.scaled_by] if sublayer.scaled_by else 1.0
+    def unscaled(self, sublayer: Sublayer, stream_BLD: Tensor) -> Tensor:
+        """A stream behind this sublayer before some classes multiply it with a number."""
+        return stream_BLD / self._tensors[sublayer.scaled_by] if sublayer.scaled_by else stream_BLD
 
     def after(self, sublayer: Sublayer, stream_BLD: Tensor, beside: Beside | None = None) -> Tensor:
         """The stream behind this sublayer."""
@@ -329,7 +329,8 @@ class Layer:
         written_BLD = self.write(sublayer, self.inside(sublayer, stream_BLD, beside))
         if sublayer.output_norm is not None:
             written_BLD = self.module.get_submodule(sublayer.output_norm)(written_BLD)
-        return (stream_BLD + written_BLD) * self.factor(sublayer)
+        behind_BLD = stream_BLD + written_BLD
+        return behind_BLD * self._tensors[sublayer.scaled_by] if sublayer.scaled_by else behind_BLD
 
     def through(self, stream_BLD: Tensor, beside: Beside | None = None) -> Tensor:
         """The stream behind all of its sublayers."""

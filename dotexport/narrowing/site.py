@@ -264,7 +264,7 @@ class Site:
         inside_BLI = self.student.inside(self.sublayer, before_BLK, beside)
         if self._bias is not None:
             inside_BLI = pad(inside_BLI, (0, 1), value=1.0)
-        goal_BLK = self._goal(after_BLD) / self.student.factor(self.sublayer)
+        goal_BLK = self.student.unscaled(self.sublayer, self._goal(after_BLD))
         return inside_BLI, goal_BLK - before_BLK, inverse_rms(after_BLD)
 
     def _fit(self, train: Moments, held: Moments, prior_KI: Tensor) -> Fit:
