@@ -62,7 +62,7 @@ class Clock:
             if plan.after not in measured:
                 measured[plan.after] = _ratio(_token(config, plan, device), original)
         parts = np.array([_parts(whole.family, sizes) for sizes in measured])
-        scale = parts.max(0)
+        scale = np.where(parts.any(0), parts.max(0), 1.0)  # no layer has some kinds of sublayers
         seconds, _ = nnls(parts / scale, np.array(list(measured.values())))
         return cls(tuple(seconds / scale), measured)
 

@@ -32,6 +32,7 @@ from dotexport.models.loading import Loaded
 from dotexport.models.shapes import cached_numbers, num_multiplications, num_parameters, shapes
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.sizes.budget import plan
+from dotexport.sizes.latency import Clock
 
 from .changed_models import TOKENS_BL, letters, logits, rewritten
 
@@ -190,6 +191,14 @@ def test_a_budget_is_measured_with_what_lies_beside_the_stream(gemma: Tiny, tmp_
     assert made.plan.ratio <= 0.9
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out/hf")
     assert model.num_parameters() == made.plan.parameters_after
+
+
+def test_a_token_is_timed_with_what_lies_beside_the_stream(gemma: Tiny) -> None:
+    """Of its kinds of layers this model has some only."""
+    config = open_source(gemma()).config
+    whole, half = (plan(config, SizeOptions(intermediate_size=size)) for size in (88, 40))
+    ratio = Clock.of(config, whole, [whole, half]).ratio(half)
+    assert 0 < ratio < float("inf")
 
 
 def test_streamed_part_by_part_it_is_the_model(gemma: Tiny) -> None:
