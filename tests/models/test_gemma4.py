@@ -24,6 +24,7 @@ from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.app.shrinking import shrink
 from dotexport.axes.plan import SizeOptions, read_model
 from dotexport.errors import CheckpointError, SizeError, UnsupportedModelError
+from dotexport.generation.second_text import NONE
 from dotexport.healing.heal_options import HealOptions
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.config_words import settled
@@ -31,6 +32,7 @@ from dotexport.models.families import find_family
 from dotexport.models.loading import Loaded
 from dotexport.models.shapes import cached_numbers, num_multiplications, num_parameters, shapes
 from dotexport.narrowing.narrow_options import NarrowOptions
+from dotexport.narrowing.run import Narrowing
 from dotexport.sizes.budget import plan
 from dotexport.sizes.latency import Clock
 
@@ -191,6 +193,33 @@ def test_a_budget_is_measured_with_what_lies_beside_the_stream(gemma: Tiny, tmp_
     assert made.plan.ratio <= 0.9
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out/hf")
     assert model.num_parameters() == made.plan.parameters_after
+
+
+def test_a_run_that_was_stopped_goes_on_with_what_lies_beside_the_stream(
+    gemma: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ShrinkOptions(
+        text=letters(tmp_path),
+        other=NONE,
+        sizes=SizeOptions(hidden_size=40, intermediate_size=64),
+        narrow=NarrowOptions(local=None, basis="select"),
+    )
+    right = shrink(gemma(), tmp_path / "right", options, device="cpu").out
+    narrowed = Narrowing._layer
+
+    def stopping(self: Narrowing, number: int, *asked: Any) -> None:
+        if number == 4:  # of which the keys are those of layer 1
+            raise KeyboardInterrupt
+        narrowed(self, number, *asked)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Narrowing, "_layer", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            shrink(gemma(), tmp_path / "out", options, device="cpu")
+    out = shrink(gemma(), tmp_path / "out", options, device="cpu").out
+    found, wanted = Checkpoint.open(out / "hf"), Checkpoint.open(right / "hf")
+    assert found.specs == wanted.specs
+    assert all(torch.equal(found.tensor(name), wanted.tensor(name)) for name in wanted.specs)
 
 
 def test_a_token_is_timed_with_what_lies_beside_the_stream(gemma: Tiny) -> None:
