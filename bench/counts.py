@@ -99,7 +99,7 @@ def find_cost(
     # Imported late, for torch comes with them.
     from dotexport.models.families import find_family
     from dotexport.models.shapes import (
-        attending_layers,
+        attended,
         cached_numbers,
         num_parameters,
         read_sizes,
@@ -114,6 +114,8 @@ def find_cost(
         return None
     table = sizes.vocab_size * sizes.hidden_size
     looked_up = 0 if sizes.tied else table
+    if family.per_layer:
+        looked_up += sizes.vocab_size * sizes.spaces[family.per_layer.projection.out]
     bits: Sequence[float] | None = getattr(target, "weight_bits", {}).get(precision)
     if number is not None:
         bits = (8.0 * NUMBER_BYTES[number],) * 2
@@ -131,6 +133,6 @@ def find_cost(
         cache_bytes=cached_numbers(family, sizes) * each,
         layer_parameters=products - table - looked_up,
         head_parameters=table,
-        attention_width=round(sizes.spaces["query"] * attending_layers(family, sizes)),
+        attention_width=round(attended(family, sizes)),
         number=number or MULTIPLIED.get((target.name, precision), "fp32"),
     )

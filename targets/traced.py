@@ -145,6 +145,12 @@ def graph_problems(config: Any, precision: str) -> list[str]:
             f"layers of type {', '.join(odd)} keep another state than keys and values; "
             "take a model with plain attention"
         )
+    if config.get("global_head_dim"):
+        problems.append(
+            f"layers of {', '.join(config.get('architectures') or ())} look at keys of other "
+            "layers, and at heads of two widths, where such a graph has a cache for each layer and "
+            "all of one width; run OUT/hf in transformers"
+        )
     problems += _mixture_problems(config, precision)
     if config.get("quantization_config"):
         problems.append(

@@ -40,9 +40,19 @@ BASE = {
 }
 
 # Those that 4.57 has, and that are refused there.
-OF_RELEASE_5, BEFORE_5 = {"granitemoehybrid", "lfm2"}, release.startswith("4.")
+OF_RELEASE_5, BEFORE_5 = {"gemma4_text", "granitemoehybrid", "lfm2"}, release.startswith("4.")
 # Of classes that have more sizes: fewer key heads than value heads, heads of two widths.
 OF_CLASS: dict[str, dict[str, Any]] = {
+    "gemma4_text": {
+        "num_hidden_layers": 5,
+        "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "global_head_dim": 48,
+        "vocab_size_per_layer_input": 90,
+        "hidden_size_per_layer_input": 16,
+        "sliding_window": 16,
+    },
     "granitemoehybrid": {
         "num_local_experts": 0,
         "shared_intermediate_size": 88,
@@ -190,6 +200,9 @@ def randomise(model: Any) -> Any:
     for name, parameter in model.named_parameters():
         centre = 1.0 if "norm" in name else 0.0
         torch.nn.init.normal_(parameter, centre, 0.1 if parameter.ndim == 1 else 0.15)
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            torch.nn.init.normal_(buffer, 1.0, 0.1)
     return model
 
 

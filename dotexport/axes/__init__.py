@@ -6,7 +6,7 @@ its sizes, which numbers of config.json it changes, how its units are chosen, wh
 
 from __future__ import annotations
 
-from dotexport.axes.axis import Axis
+from dotexport.axes.axis import Axis, InnerAxis
 from dotexport.axes.hidden_size import HiddenSize
 from dotexport.axes.intermediate_size import IntermediateSize
 from dotexport.axes.moe_intermediate_size import MoeIntermediateSize
@@ -65,6 +65,13 @@ AXES: list[Axis] = [
         exact="layers that add nothing leave without a trace",
     ),
 ]
+
+
+def cutting(sizes: Sizes, space: str) -> InnerAxis | None:
+    """The axis that cuts a space inside sublayers, or what that is a multiple of."""
+    followed = {own: size for own, size, _ in sizes.following}.get(space)
+    inner = (axis for axis in AXES if isinstance(axis, InnerAxis))
+    return next((axis for axis in inner if axis.space == space or axis.name == followed), None)
 
 
 def axes_of(sizes: Sizes) -> list[Axis]:

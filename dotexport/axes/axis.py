@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dotexport.errors import SizeError
+from dotexport.models.families import find_carrier
 from dotexport.models.family import Family
 from dotexport.models.shapes import Sizes, cached_numbers, num_multiplications, num_parameters
 
@@ -96,9 +97,20 @@ class Axis(ABC):
     def grids(self, family: Family, before: Sizes) -> list[list[int]]:
         """Sizes that are searched, from the coarsest grid that leaves a choice to the finest."""
 
-    @abstractmethod
     def problem(self, family: Family, before: Sizes, after: Sizes) -> str | None:
         """Why no class or kernel holds this size beside the other ones of `after`; None: legal."""
+        why = dict(family.stays).get(self.name)
+        if (
+            why is not None
+            and self.size(after) != self.size(before)
+            and find_carrier(family, after) is family
+        ):
+            return f"{why} ({family.architecture})"
+        return self.unfit(family, before, after)
+
+    @abstractmethod
+    def unfit(self, family: Family, before: Sizes, after: Sizes) -> str | None:
+        """The same of a class of which something can leave along this axis."""
 
     def nearest(self, family: Family, before: Sizes, after: Sizes) -> list[int]:
         """The legal sizes next to this one, all others as in `after`."""
@@ -175,8 +187,8 @@ class InnerAxis(Axis):
     """Of the writer behind them."""
 
     @abstractmethod
-    def units(self, sizes: Sizes) -> Units:
-        """How they are arranged, and chosen."""
+    def units(self, sizes: Sizes, space: str) -> Units:
+        """How they are arranged, and chosen, in a space that the axis cuts."""
 
     @abstractmethod
     def method(self, options: Any) -> str:

@@ -31,10 +31,8 @@ class HiddenSize(Axis):
         first = next(coarse, len(found) - 1)
         return [sorted({*sizes, width}) for _, sizes in found[first:]]
 
-    def problem(self, family: Family, before: Sizes, after: Sizes) -> str | None:
+    def unfit(self, family: Family, before: Sizes, after: Sizes) -> str | None:
         carrier = find_carrier(family, after)
-        if carrier.width_stays and after.hidden_size != before.hidden_size:
-            return f"would narrow the channels of state spaces too ({family.architecture})"
         heads = after.num_attention_heads
         grain = 1 if after.hidden_size == before.hidden_size else FLOOR
         if not carrier.divides:

@@ -37,7 +37,7 @@ class IntermediateSize(InnerAxis):
         coarsest = next((sizes for sizes in found if len(sizes) >= CHOICE), found[-1])
         return [sorted({*coarsest, width})]
 
-    def problem(self, family: Family, before: Sizes, after: Sizes) -> str | None:
+    def unfit(self, family: Family, before: Sizes, after: Sizes) -> str | None:
         whole = self.size(after) == self.size(before)
         return None if whole else off_grid(self.size(after), FLOOR)
 
@@ -48,10 +48,10 @@ class IntermediateSize(InnerAxis):
     def torn(self, after: Sizes, group: int, devices: int) -> list[str]:
         return off_group(self.name, self.size(after), group * devices)
 
-    def units(self, sizes: Sizes) -> Units:
+    def units(self, sizes: Sizes, space: str) -> Units:
         from dotexport.merging.neurons import Neurons
 
-        return Neurons(self.size(sizes))
+        return Neurons(sizes.spaces[space])
 
     def method(self, options: Any) -> str:
         return str(options.mlp)

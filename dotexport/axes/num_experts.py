@@ -28,7 +28,7 @@ class NumExperts(Axis):
         sizes = range(count, 0, -max(1, count // STEPS))
         return [sorted(size for size in sizes if size >= least)]
 
-    def problem(self, family: Family, before: Sizes, after: Sizes) -> str | None:
+    def unfit(self, family: Family, before: Sizes, after: Sizes) -> str | None:
         least, most = before.num_experts_per_tok, before.num_experts
         if least <= after.num_experts <= most:
             return None

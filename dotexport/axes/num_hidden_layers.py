@@ -49,7 +49,7 @@ class NumHiddenLayers(Axis):
         against the MLP (docs/log.md)."""
         return super().strain(before, after) / math.pow(before.num_layers, DEEPER)
 
-    def problem(self, family: Family, before: Sizes, after: Sizes) -> str | None:
+    def unfit(self, family: Family, before: Sizes, after: Sizes) -> str | None:
         most, least = before.num_layers, len(set(before.kinds)) or 1
         within = least <= after.num_layers <= most
         one = f"{least}, a layer of each kind," if before.kinds else "1"

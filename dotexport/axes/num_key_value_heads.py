@@ -34,7 +34,7 @@ class NumKeyValueHeads(InnerAxis):
         step = max(1, count // 8)
         return [[count - step * k for k in range(count // 2 // step, -1, -1)]]
 
-    def problem(self, family: Family, before: Sizes, after: Sizes) -> str | None:
+    def unfit(self, family: Family, before: Sizes, after: Sizes) -> str | None:
         most = before.num_key_value_heads
         within = 1 <= after.num_key_value_heads <= most
         return None if within else f"is not between 1 and the original's {most}"
@@ -51,7 +51,7 @@ class NumKeyValueHeads(InnerAxis):
     def torn(self, after: Sizes, group: int, devices: int) -> list[str]:
         return off_group("heads x head_dim", after.spaces["query"], group)
 
-    def units(self, sizes: Sizes) -> Units:
+    def units(self, sizes: Sizes, space: str) -> Units:
         from dotexport.merging.heads import Groups
 
         queries = sizes.num_attention_heads // sizes.num_key_value_heads

@@ -63,7 +63,7 @@ class Plan:
             return self.after
         biases = carried_biases(self.family, self.carrier, self.after)
         after = replace(self.after, biases=biases)
-        return after if self.carrier.kinds else replace(after, kinds=(), fixed=(), as_wide=())
+        return after if self.carrier.kinds else replace(after, kinds=(), fixed=(), following=())
 
     @property
     def architectures(self) -> list[str]:
@@ -128,7 +128,7 @@ class Plan:
         if self.after.intermediate_size:
             changed[self.family.mlp_key] = self.after.intermediate_size
         changed["head_dim"] = self.after.head_dim
-        changed["vocab_size"] = self.after.vocab_size
+        changed |= dict.fromkeys(self.family.row_keys, self.after.vocab_size)
         changed |= dict.fromkeys(sorted(self.after.biases), True)
         changed["tie_word_embeddings"] = self.after.tied
         changed.pop("_name_or_path", None)

@@ -24,11 +24,12 @@ from dotexport.errors import UnsupportedModelError, UsageError
 from dotexport.exports.target import Target
 from dotexport.merging.gram import gram
 from dotexport.merging.rounding import MOST_ERROR, Grid, Rounded, moved, nearest, solve
+from dotexport.models.beside import Through
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.layers import Layer, Stock, layer_tensors
-from dotexport.narrowing.original import Original, embed
+from dotexport.narrowing.original import Original
 from dotexport.narrowing.prepare import usual_passes
-from dotexport.narrowing.streams import Streams, check_finite
+from dotexport.narrowing.streams import Step, Streams, check_finite
 
 Progress = Callable[[str, int, int], None]
 Grids = Mapping[str, Grid]
@@ -144,7 +145,7 @@ def _inputs(
     stock = Stock.of(checkpoint.config, device, passes)
     model = Original(checkpoint, family, sizes, stock, device)
     streams = Streams.allocate(text.windows_NL, sizes.hidden_size, 0, seed=0, device=device)
-    embed(model.embedding(), streams, streams.original_NLD)
+    model.enter(model.embedding(), streams)
     for number in range(sizes.num_layers):
         progress(STAGE, number, sizes.num_layers + 1)
         tensors = layer_tensors(family, number, model.read, checkpoint.specs)
@@ -152,22 +153,28 @@ def _inputs(
         for sublayer in layer.sublayers:
             prefix = family.layer_name(number, "")
             readers = [f"{prefix}{linear.name}.weight" for linear in sublayer.readers]
-            yield readers, _gram(streams, partial(layer.normalise, sublayer))
+            yield readers, _gram(streams, _alone(partial(layer.normalise, sublayer)))
             inside = partial(layer.inside, sublayer)
             yield [f"{prefix}{sublayer.writer.name}.weight"], _gram(streams, inside)
             streams.advance_original(partial(layer.after, sublayer))
     progress(STAGE, sizes.num_layers, sizes.num_layers + 1)
     norm, gamma_D = stock.norm(device), model.gamma()
     head = family.embedding if sizes.tied else family.head.name
-    gram_DD = _gram(streams, lambda stream_BLD: norm(stream_BLD) * gamma_D)
+    gram_DD = _gram(streams, _alone(lambda stream_BLD: norm(stream_BLD) * gamma_D))
     yield [f"{head}.weight"], gram_DD
 
 
-def _gram(streams: Streams, read: Callable[[Tensor], Tensor]) -> Tensor:
+def _alone(read: Step) -> Through:
+    """What is read of the stream, whatever lies beside it."""
+    return lambda stream_BLD, beside: read(stream_BLD)
+
+
+def _gram(streams: Streams, read: Through) -> Tensor:
     """Sum of z z^T over all tokens, float64."""
     total_II: Tensor | None = None
     for rows in streams.batches():
-        found_II = gram(read(streams.original(rows)).flatten(0, 1)).double()
+        beside = streams.beside_original.of(rows)
+        found_II = gram(read(streams.original(rows), beside).flatten(0, 1)).double()
         total_II = found_II if total_II is None else total_II + found_II
     assert total_II is not None
     check_finite(total_II.diagonal().sum())

@@ -24,6 +24,7 @@ from dotexport.exports.noise import HALVES, Noise, measured
 from dotexport.exports.target import QUANTISED_BLOCK, Logits, Tokens
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.loading import Loaded
+from dotexport.models.memory import head_width
 
 # Text sampled from the model is what it will meet in use; random ids are far from it and drive
 # activations to extremes, where overflow and wrong constants show. One prompt has a single token:
@@ -205,7 +206,7 @@ def _reach(model: Any) -> int:
     """
     config = model.config
     heads = int(config.num_attention_heads)
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    width = heads * head_width(config)
     linears = (m for m in model.modules() if isinstance(m, torch.nn.Linear))
     each, pair = sum(m.weight.numel() for m in linears), 2 * config.num_hidden_layers * width
     within = (math.sqrt(each * each + 4 * pair * WORK) - each) / (2 * pair)

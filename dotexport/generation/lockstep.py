@@ -25,15 +25,22 @@ AT_ONCE = 32  # rows whose probabilities are in memory: more would not stay in t
 class FixedLayer(DynamicLayer):
     """Keys and values of one layer, (B, G, T, H), written slot by slot."""
 
-    def __init__(self, shape_BGTH: tuple[int, ...], like: Tensor) -> None:
+    keys_BGTH: Tensor
+    values_BGTH: Tensor
+
+    def __init__(self, num_slots: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.keys_BGTH, self.values_BGTH = like.new_zeros(shape_BGTH), like.new_zeros(shape_BGTH)
-        self.read = 0
+        self.num_slots, self.read = num_slots, 0
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        if not self.read:  # heads of layers may differ in width
+            B, G, _, H = key_states.shape
+            shape_BGTH = (B, G, self.num_slots, H)
+            self.keys_BGTH = key_states.new_zeros(shape_BGTH)
+            self.values_BGTH = value_states.new_zeros(shape_BGTH)
         self.keys_BGTH[:, :, self.read] = key_states[:, :, 0]
         self.values_BGTH[:, :, self.read] = value_states[:, :, 0]
         self.read += 1
@@ -46,20 +53,17 @@ class FixedLayer(DynamicLayer):
 class Lockstep:
     """B rows of T slots. T may be no more than a sliding window: none is masked here."""
 
-    def __init__(self, model: Any, num_rows: int, num_slots: int) -> None:
+    def __init__(self, model: Any, num_slots: int) -> None:
         config, like = model.config, model.get_input_embeddings().weight
         config._attn_implementation = ATTENTION
-        width = getattr(config, "head_dim", None) or (
-            config.hidden_size // config.num_attention_heads
-        )
-        shape_BGTH = (num_rows, config.num_key_value_heads, num_slots, width)
         self.model, self.device, self.read_so_far = model, like.device, 0
         self.cache = DynamicCache(config=config)
         layers: list[Any] = self.cache.layers
         attending = [isinstance(layer, DynamicLayer) for layer in layers]
-        self.states = [layer for layer, one in zip(layers, attending, strict=True) if not one]
+        # Of layers that attend to keys of others there is nothing.
+        self.states = [layer for layer in layers if hasattr(layer, "recurrent_states")]
         self.cache.layers = [
-            FixedLayer(shape_BGTH, like) if one else layer
+            FixedLayer(num_slots) if one else layer
             for layer, one in zip(layers, attending, strict=True)
         ]
         self.slot_T = torch.arange(num_slots, device=self.device)

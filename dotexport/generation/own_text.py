@@ -29,6 +29,7 @@ from dotexport.generation.lockstep import Lockstep, drawn
 from dotexport.generation.starts import CHAT, Script, Starts
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.loading import load_model
+from dotexport.models.memory import head_width
 from dotexport.models.text_options import SELF, TextOptions, parts_of
 from dotexport.models.text_windows import order_of, window_length
 from dotexport.narrowing.prepare import WIDE, multiplies_bfloat16
@@ -318,7 +319,7 @@ def _batch(
     random = [np.random.default_rng([seed, number]) for number in numbers]
     heights = np.stack([r.random(num_slots, dtype=np.float32) for r in random])
     rows = [Row(starts.scripts(r), starts.ends) for r in random]
-    lockstep = Lockstep(model, len(rows), num_slots)
+    lockstep = Lockstep(model, num_slots)
     uniform_BT = torch.from_numpy(heights).to(lockstep.device)
     token_B = torch.tensor([row.first() for row in rows], device=lockstep.device)
     for slot in range(num_slots - 1):
@@ -336,8 +337,7 @@ def _batch(
 def _affordable_rows(model: Any, num_slots: int) -> int:
     """Rows whose cache takes no more than a quarter of the memory that is free."""
     config, weight = model.config, model.get_input_embeddings().weight
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    each = 2 * config.num_hidden_layers * config.num_key_value_heads * width
+    each = 2 * config.num_hidden_layers * config.num_key_value_heads * head_width(config)
     each *= num_slots * weight.element_size()
     if weight.device.type == "cuda":
         free = torch.cuda.mem_get_info(weight.device)[0]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from dotexport.models.memory import free_bytes
+from dotexport.models.memory import free_bytes, head_width
 
 # Of the activations of one pass, which decides how many windows run at once. Not a share of what is
 # free: pieces of other sizes add up in another order, and a run that goes on would differ.
@@ -45,12 +45,10 @@ def activation_bytes(config: Any, tokens: int, passes: torch.dtype = torch.float
     computed in float32 in any case.
     """
     heads = config.num_attention_heads + (getattr(config, "num_key_value_heads", None) or 0)
-    head_dim = getattr(config, "head_dim", None)
-    head_dim = head_dim or config.hidden_size // config.num_attention_heads
     width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
     neurons = width * (getattr(config, "num_experts_per_tok", None) or 1)
     per_layer = 4 * 4 * config.hidden_size + passes.itemsize * (
-        2 * config.hidden_size + 3 * heads * head_dim + 4 * neurons
+        2 * config.hidden_size + 3 * heads * head_width(config) + 4 * neurons
     )
     return int(tokens * config.num_hidden_layers * per_layer)
 

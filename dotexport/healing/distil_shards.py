@@ -27,7 +27,7 @@ from dotexport.healing.distil_loss import Streams, read
 from dotexport.healing.distil_masters import Masters
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.fused import in_memory
-from dotexport.models.loading import empty_model
+from dotexport.models.loading import empty_model, read_buffers
 from dotexport.processes.processes import Several
 
 TensorOf = Callable[[Checkpoint, str], Tensor]
@@ -118,6 +118,11 @@ def in_shards(
     model = empty_model(checkpoint, dtype, processes.device)
     stored = in_memory(checkpoint, dict(model.named_parameters()))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def read_whole(name: str) -> Tensor:
+        return tensor_of(stored, name) if tensor_of else stored.tensor(name)
+
+    read_buffers(model, read_whole)
     policy = MixedPrecisionPolicy(param_dtype=passes, reduce_dtype=torch.float32)
     mesh = mesh_of(processes)
     filled: dict[str, nn.Parameter] = {}
@@ -128,8 +133,7 @@ def in_shards(
                     continue
                 name = names[id(parameter)]
                 if name not in filled:
-                    found = tensor_of(stored, name) if tensor_of else stored.tensor(name)
-                    whole = found.to(processes.device, dtype, copy=True)
+                    whole = read_whole(name).to(processes.device, dtype, copy=True)
                     filled[name] = nn.Parameter(whole)
                 module._parameters[key] = filled[name]
         # The outermost part stays together between the pass forwards and the one back: its table

@@ -16,6 +16,7 @@ from dotexport.healing.distil import heal, take_part
 from dotexport.healing.heal_options import HealOptions
 from dotexport.healing.healing_text import HealingText
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter
+from dotexport.models.families import is_buffer
 from dotexport.models.fused import as_read
 from dotexport.narrowing.closed_form import ClosedForm
 from dotexport.processes.processes import ALONE, Processes
@@ -59,8 +60,10 @@ def heal_into(
         saved=kept,
         processes=processes,
     )
+    # Copies: what is mapped from the files is gone once they are opened for writing.
+    buffers = {n: student.tensor(n).clone() for n in student.specs if is_buffer(n)}
     writer = new_writer()
-    for name, tensor in as_read(student, healed.tensors):
+    for name, tensor in (*buffers.items(), *as_read(student, healed.tensors)):
         writer.write(name, tensor)
     writer.finish()
     return healed.report | {"options": asdict(options)}

@@ -19,6 +19,7 @@ import torch
 
 from dotexport.errors import CheckpointError
 from dotexport.models.config_words import say_once, settled, stored_names, stored_slots
+from dotexport.models.families import is_buffer
 from dotexport.models.stacks import Slot
 from dotexport.models.weight_files import (
     INDEX,
@@ -135,8 +136,8 @@ class Checkpoint:
 
     @property
     def num_parameters(self) -> int:
-        """Distinct weights; a tied table that is stored once counts once."""
-        return sum(spec.num_elements for spec in self.specs.values())
+        """Distinct weights, no buffers; a tied table that is stored once counts once."""
+        return sum(spec.num_elements for name, spec in self.specs.items() if not is_buffer(name))
 
     @property
     def num_bytes(self) -> int:

@@ -8,19 +8,20 @@ Spaces, and the number of neurons in each (all from config.json):
     heads     num_attention_heads                  what there is one of for each query head
     gated_query  twice as many as query            a query and the gate of its head, head by head
     kv        num_key_value_heads * head_dim       k and v
+    head_dim                                       of one head
     experts   num_experts                          rows of a router
     expert    moe_intermediate_size                between gate/up and down of one expert
     vocab     vocab_size
 
-A family may have spaces of its own (`Family.spaces`): one that is as wide as the stream is cut with
-it, others by no axis. Parameter counts, width
+A family may have spaces of its own (`Family.spaces`): a multiple of a size that an axis cuts is cut
+with it, others by no axis. Parameter counts, width
 checks, legal sizes and the narrowing itself follow from the table.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +30,9 @@ from dotexport.models.stacks import Stack
 
 ALWAYS = "always"
 """In the place of a flag: a bias that the class has without asking config.json."""
+
+KEYS = ("kv", "global_kv")
+"""Spaces of keys and values; a family whose heads have two widths calls the second one so."""
 
 EACH = "{}"
 """In the name of a Linear: the number of an expert. There is one for each of them."""
@@ -76,11 +80,15 @@ class InnerNorm:
         reader: name of that linear.
         per_head: over the features of each head, which no narrowing touches; else over all of
             them, whose number and mean change with the heads.
+        head: the space of the features of a head.
+        weighted: whether it has a gamma.
     """
 
     name: str
     reader: str
     per_head: bool = True
+    head: str = "head_dim"
+    weighted: bool = True
 
 
 @dataclass(frozen=True)
@@ -104,9 +112,12 @@ class Sublayer:
 
     Attributes:
         norm: in front of the readers; None: they read the stream as it is.
-        inner_norms: of queries and keys.
+        inner_norms: of queries and keys, or of values.
         output_norm: of what the writer gives, before it is added to the stream.
         untouched: what else lies between readers and writer.
+        given: whether what its module gives is multiplied with an input of the layer's own
+            (`Family.per_layer`).
+        scaled_by: a number that the stream behind it is multiplied with; a buffer, which stays.
     """
 
     module: str
@@ -116,6 +127,14 @@ class Sublayer:
     inner_norms: tuple[InnerNorm, ...] = ()
     output_norm: str | None = None
     untouched: tuple[Untouched, ...] = ()
+    given: bool = False
+    scaled_by: str | None = None
+
+    @property
+    def keys(self) -> str | None:
+        """The space of its keys and of its values, where it has its own."""
+        spaces = [space for linear in self.readers for space in linear.outs]
+        return next((space for space in KEYS if space in spaces), None)
 
     @property
     def router(self) -> Linear | None:
@@ -133,13 +152,40 @@ class Sublayer:
 
 
 @dataclass(frozen=True)
+class PerLayer:
+    """An input of each layer's own: of every token a row of a table for all layers, and a norm of
+    what a projection makes of its embedding.
+
+    Attributes:
+        table: a row for each token, as the embedding has one; it loses the same rows.
+        rows_key: what config.json calls their number.
+        projection: of the embedding, for all layers behind one another.
+        norm: of the projection's part for a layer.
+        features: the space of the input of one layer.
+    """
+
+    table: str
+    rows_key: str
+    projection: Linear
+    norm: str
+    features: str
+
+    @property
+    def unchanged(self) -> tuple[str, str]:
+        """Tensors that no narrowing touches."""
+        return f"{self.table}.weight", f"{self.norm}.weight"
+
+
+@dataclass(frozen=True)
 class Family:
     """One stock class of transformers.
 
     Attributes:
         sublayers: of a layer, in their order; where layers differ, all that any layer has.
-        kinds: an entry of `layer_types` -> modules of the sublayers that such a layer has; empty:
-            all layers have all.
+        kinds: an entry of `layer_types`, or what `kinds_of` says -> the sublayers of such a layer;
+            empty: all layers have all.
+        kinds_of: config of the class -> the kind of each layer, where more than `layer_types`
+            decides that.
         epsilon_stays: whether a norm lies inside a sublayer, behind no reader that could be scaled
             for another epsilon, or runtimes pass over what config.json says of it: then the
             narrower stream is scaled (models/exact_norm.py).
@@ -148,7 +194,10 @@ class Family:
         left_out: how names of tensors and of words in config.json begin that the class passes over:
             heads for further tokens, which files hold besides.
         renamed: how names of tensors may begin in files, and how they do in the class.
-        spaces: its own ones, and the keys of config.json whose product is their number of neurons.
+        spaces: its own ones, and the keys of config.json (or numbers) whose product is their number
+            of neurons.
+        stays: axis -> why nothing of it can leave, said of a smaller size.
+        per_layer: what layers are given besides the stream.
         gated: the MLP's reader whose nonlinearity forbids a free sign or scale; where it is fused
             with another, its rows are the first. None: matrices come apart before they are cut.
         divides: whether the class insists on hidden_size % num_attention_heads == 0.
@@ -196,8 +245,11 @@ class Family:
     experts_key: str | None = None
     stacks: tuple[Stack, ...] = ()
     clamped: tuple[float, float] | None = None
-    kinds: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    spaces: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    kinds: tuple[tuple[str, tuple[Sublayer, ...]], ...] = ()
+    kinds_of: Callable[[Any], Sequence[str]] | None = None
+    spaces: tuple[tuple[str, tuple[str | int, ...]], ...] = ()
+    stays: tuple[tuple[str, str], ...] = ()
+    per_layer: PerLayer | None = None
     epsilon_stays: bool = False
     release: int = 4
     epsilon_key: str = "rms_norm_eps"
@@ -209,19 +261,28 @@ class Family:
 
     def in_layer(self, kind: str) -> tuple[Sublayer, ...]:
         """The sublayers of a layer of this kind."""
-        if not self.kinds:
-            return self.sublayers
-        modules = dict(self.kinds)[kind]
-        return tuple(sublayer for sublayer in self.sublayers if sublayer.module in modules)
+        return dict(self.kinds)[kind] if self.kinds else self.sublayers
 
     def kind(self, said: str) -> str:
-        """An entry of `layer_types` in the words of `kinds`."""
+        """An entry of `layer_types` in the words that are written."""
         return dict(self.newer_kinds).get(said, said)
 
+    def kinds_in(self, stock: Any) -> list[str]:
+        """Of each layer, by the class's config; where all are alike, none."""
+        if not self.kinds:
+            return []
+        return list(self.kinds_of(stock) if self.kinds_of else map(self.kind, stock.layer_types))
+
     @property
-    def width_stays(self) -> bool:
-        """Whether inner spaces are a multiple of the stream, whose width is then not to be cut."""
-        return any("hidden_size" in keys and len(keys) > 1 for _, keys in self.spaces)
+    def row_keys(self) -> tuple[str, ...]:
+        """What config.json calls the number of tokens."""
+        return "vocab_size", *([self.per_layer.rows_key] if self.per_layer else ())
+
+    @property
+    def row_tables(self) -> tuple[str, ...]:
+        """Tensors with a row for each token."""
+        further = [self.per_layer.table] if self.per_layer else []
+        return tuple(f"{name}.weight" for name in (self.embedding, self.head.name, *further))
 
     @property
     def rotates(self) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 
 from dotexport.errors import CheckpointError
+from dotexport.models.beside import Beside, KeysAndValues
 from dotexport.models.families import find_family
 from dotexport.models.family import Family, Linear, Sublayer
 from dotexport.models.gating import gating_of
@@ -84,6 +85,12 @@ class Stock:
         """The final norm, with a gamma of ones."""
         return self.norm_class(self.config.hidden_size, eps=self.epsilon).to(device)
 
+    def norm_with(self, weight_P: Tensor) -> nn.Module:
+        """A norm of the class over P features, as it is stored."""
+        norm = self.norm_class(len(weight_P), eps=self.epsilon)
+        norm.weight = nn.Parameter(weight_P, requires_grad=False)
+        return norm
+
     def positions(self, example_BLD: Tensor, number: int = 0) -> tuple[Tensor, Tensor] | None:
         """Cosine and sine of a layer's rotary embedding for positions 0 .. L - 1."""
         if self.rotary is None:
@@ -132,6 +139,8 @@ def _one_layer(stock: Any) -> Any:
 
     single = copy.deepcopy(stock)
     single.num_hidden_layers = 1
+    if hasattr(single, "num_kv_shared_layers"):  # of whom there is none that makes them
+        single.num_kv_shared_layers = 0
     if getattr(single, "layer_types", None):
         single.layer_types = single.layer_types[:1]
     try:
@@ -175,8 +184,8 @@ class Layer:
         self.family = family
         self.number = number
         self.module = stock.layer(number)
-        kind = family.kind(stock.config.layer_types[number]) if family.kinds else ""
-        self.sublayers = family.in_layer(kind)
+        kinds = family.kinds_in(stock.config)
+        self.sublayers = family.in_layer(kinds[number] if kinds else "")
         self._dtypes = dtypes or {}
         self._tensors: dict[str, Tensor] = {}
         for sublayer in self.sublayers:
@@ -243,21 +252,37 @@ class Layer:
         normed: Tensor = self.module.get_submodule(sublayer.norm)(stream_BLD)
         return normed
 
-    def inside(self, sublayer: Sublayer, stream_BLD: Tensor) -> Tensor:
-        """What the writer of this sublayer sees: attention outputs, or neurons."""
+    def inside(
+        self, sublayer: Sublayer, stream_BLD: Tensor, beside: Beside | None = None
+    ) -> Tensor:
+        """What the writer of this sublayer sees: attention outputs, or neurons.
+
+        Args:
+            beside: what some classes give their layers besides the stream.
+        """
         normed_BLD = self.normalise(sublayer, stream_BLD)
         module = self.module.get_submodule(sublayer.module)
         if sublayer.module != "self_attn":
             with self._passing(normed_BLD):
                 neurons_BLI: Tensor = module(normed_BLD)
-            return neurons_BLI.float()
+            if not sublayer.given:
+                return neurons_BLI.float()
+            assert beside is not None
+            activation = self.module.get_submodule("act_fn")
+            gated_BLI: Tensor = activation(neurons_BLI.float()) * beside.input(self.number)
+            return gated_BLI
         mask = self.stock.mask(self.number, normed_BLD.shape[1])
         positions = self.stock.positions(normed_BLD, self.number)
-        asked = {}
+        asked: dict[str, Any] = {}
         if "position_ids" in inspect.signature(module.forward).parameters:
             asked["position_ids"] = torch.arange(normed_BLD.shape[1], device=normed_BLD.device)[
                 None
             ]
+        given: dict[str, KeysAndValues] = {}
+        if beside is not None and sublayer.keys is None:
+            given = beside.keys_on(normed_BLD.device)
+        if "shared_kv_states" in inspect.signature(module.forward).parameters:
+            asked["shared_kv_states"] = given  # in which some layers leave their own
         with self._passing(normed_BLD):
             heads_BLI: Tensor = module(
                 hidden_states=normed_BLD,
@@ -265,7 +290,14 @@ class Layer:
                 attention_mask=None if mask is None else mask.to(normed_BLD.device),
                 **asked,
             )[0]
+        if beside is not None and sublayer.keys and self._lends:
+            beside.made = given
         return heads_BLI.float()
+
+    @property
+    def _lends(self) -> bool:
+        """Whether later layers look at keys of earlier ones."""
+        return bool(getattr(self.stock.config, "num_kv_shared_layers", None))
 
     def _passing(self, example: Tensor) -> AbstractContextManager[Any]:
         """Products in the dtype of passes."""
@@ -278,19 +310,24 @@ class Layer:
         """What the writer gives."""
         return self._through(sublayer.writer.name, inside_BLI).float()
 
-    def after(self, sublayer: Sublayer, stream_BLD: Tensor) -> Tensor:
+    def unscaled(self, sublayer: Sublayer, stream_BLD: Tensor) -> Tensor:
+        """A stream behind this sublayer before some classes multiply it with a number."""
+        return stream_BLD / self._tensors[sublayer.scaled_by] if sublayer.scaled_by else stream_BLD
+
+    def after(self, sublayer: Sublayer, stream_BLD: Tensor, beside: Beside | None = None) -> Tensor:
         """The stream behind this sublayer."""
         if sublayer.router:
             return stream_BLD + self._mixed(sublayer, self.normalise(sublayer, stream_BLD))
-        written_BLD = self.write(sublayer, self.inside(sublayer, stream_BLD))
+        written_BLD = self.write(sublayer, self.inside(sublayer, stream_BLD, beside))
         if sublayer.output_norm is not None:
             written_BLD = self.module.get_submodule(sublayer.output_norm)(written_BLD)
-        return stream_BLD + written_BLD
+        behind_BLD = stream_BLD + written_BLD
+        return behind_BLD * self._tensors[sublayer.scaled_by] if sublayer.scaled_by else behind_BLD
 
-    def through(self, stream_BLD: Tensor) -> Tensor:
+    def through(self, stream_BLD: Tensor, beside: Beside | None = None) -> Tensor:
         """The stream behind all of its sublayers."""
         for sublayer in self.sublayers:
-            stream_BLD = self.after(sublayer, stream_BLD)
+            stream_BLD = self.after(sublayer, stream_BLD, beside)
         return stream_BLD
 
     def metric(self, sublayer: Sublayer) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dotexport.errors import CheckpointError, UnsupportedModelError
 from dotexport.models.checkpoint import Checkpoint
+from dotexport.models.families import is_buffer
 from dotexport.models.fused import in_memory
 from dotexport.models.memory import fits
 from dotexport.models.rope import stock_config
@@ -84,6 +85,7 @@ class Loaded:
         }
         self._owners = {name: m for m, owned in self._parts.items() for name in owned.values()}
         self._check_names()
+        read_buffers(self.model, self.checkpoint.tensor)
         self.whole = fits(self.num_bytes, device) if whole is None else whole
         self._settle()
 
@@ -229,6 +231,13 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
         for key, buffer in module._buffers.items():
             module._buffers[key] = None if buffer is None else buffer.to(device)
     return model.eval()
+
+
+def read_buffers(model: Any, read: Callable[[str], Tensor]) -> None:
+    """Fill those that files hold as they hold a parameter."""
+    for name, buffer in model.named_buffers():
+        if is_buffer(name):
+            buffer.copy_(read(name))
 
 
 def capped_attention(config: Mapping[str, Any]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import psutil
 import torch
@@ -33,3 +34,11 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def head_width(config: Any) -> int:
+    """Features of an attention head, by a class's config; of the widest, where layers differ."""
+    if "head_dim" in (getattr(config, "per_layer_attributes", None) or ()):
+        return max(int(layer.head_dim) for layer in config.per_layer_config)
+    width: int | None = getattr(config, "head_dim", None)
+    return width or int(config.hidden_size // config.num_attention_heads)

@@ -25,6 +25,8 @@ TOP_LEVEL = ("rope_theta", "partial_rotary_factor")
 ORIGINAL, STRETCHED = "original_max_position_embeddings", ("llama3", "yarn", "longrope")
 # Sets of their own for two kinds of layers.
 BY_KIND = "gemma3_text"
+# Of release 5, which reads their sets alone.
+NEW_WORDS = ("gemma4_text",)
 
 
 def in_all_words(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,6 +36,8 @@ def in_all_words(config: Mapping[str, Any]) -> dict[str, Any]:
         CheckpointError: words that transformers does not read, or its releases read differently.
     """
     parameters, scaling = (_said(config, key) for key in ("rope_parameters", "rope_scaling"))
+    if config.get("model_type") in NEW_WORDS:
+        return dict(config)
     if "full_attention" in parameters or config.get("model_type") == BY_KIND:
         return _by_kind(config, parameters, scaling)
     if not parameters and not scaling:

@@ -17,6 +17,15 @@ from dotexport.models.stacks import Slot
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Keys of config.json that say how many experts there are; some classes have one of theirs."""
 
+# Keys of config.json that an axis cuts -> their name in `Sizes`: what is a multiple of one follows.
+FOLLOWED = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_key_value_heads",
+    "num_hidden_layers": "num_layers",
+}
+AS_WIDE = ("hidden_size", 1)
 MOST_NEURONS = 1 << 24
 MOST = {"num_layers": 10_000}
 
@@ -36,7 +45,8 @@ class Sizes:
         kinds: of each layer, where they differ; as many as layers, or those of the original while
             it is not known which of them stay.
         fixed: space of the family's own -> number of neurons.
-        as_wide: spaces of the family's own that are as wide as the stream.
+        following: of others of its own the size that they are a multiple of, and how often they
+            hold it.
     """
 
     hidden_size: int
@@ -54,7 +64,12 @@ class Sizes:
     moe_intermediate_size: int = 0
     kinds: tuple[str, ...] = ()
     fixed: tuple[tuple[str, int], ...] = ()
-    as_wide: tuple[str, ...] = ()
+    following: tuple[tuple[str, str, int], ...] = ()
+
+    @property
+    def as_wide(self) -> list[str]:
+        """Spaces of the family's own that are as wide as the stream."""
+        return [space for space, size, times in self.following if (size, times) == AS_WIDE]
 
     def kind(self, layer: int) -> str:
         """Of one layer; where all are alike, none."""
@@ -117,8 +132,9 @@ class Sizes:
             "experts": self.num_experts,
             "expert": self.moe_intermediate_size,
             "vocab": self.vocab_size,
+            "head_dim": self.head_dim,
             **dict(self.fixed),
-            **dict.fromkeys(self.as_wide, self.hidden_size),
+            **{space: times * getattr(self, size) for space, size, times in self.following},
         }
 
     def extent(self, axis: str | int) -> int:
@@ -132,14 +148,21 @@ def shapes(family: Family, sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]
     """Every tensor of a model, by name, in the order in which narrowing makes them."""
     width = sizes.spaces
     yield f"{family.embedding}.weight", (sizes.vocab_size, sizes.hidden_size)
+    if given := family.per_layer:
+        table, gamma = given.unchanged
+        features = width[given.projection.out]
+        yield table, (sizes.vocab_size, features)
+        yield f"{given.projection.name}.weight", (features, width[given.projection.in_])
+        yield gamma, (width[given.features],)
     for layer in range(sizes.num_layers):
         for sublayer in family.in_layer(sizes.kind(layer)):
             for outer in filter(None, (sublayer.norm, sublayer.output_norm)):
                 yield family.layer_name(layer, f"{outer}.weight"), (sizes.hidden_size,)
             widths = {linear.name: sum(sizes.rows(linear)) for linear in sublayer.readers}
             for norm in sublayer.inner_norms:
-                features = sizes.head_dim if norm.per_head else widths[norm.reader]
-                yield family.layer_name(layer, f"{norm.name}.weight"), (features,)
+                features = width[norm.head] if norm.per_head else widths[norm.reader]
+                if norm.weighted:
+                    yield family.layer_name(layer, f"{norm.name}.weight"), (features,)
             for other in sublayer.untouched:
                 extents = tuple(sizes.extent(axis) for axis in other.shape)
                 yield family.layer_name(layer, other.name), extents
@@ -150,6 +173,8 @@ def shapes(family: Family, sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]
                     yield f"{name}.weight", (rows, width[linear.in_])
                     if sizes.has_bias(linear):
                         yield f"{name}.bias", (rows,)
+            if sublayer.scaled_by:
+                yield family.layer_name(layer, sublayer.scaled_by), (1,)
     yield f"{family.final_norm}.weight", (sizes.hidden_size,)
     if not sizes.tied:
         yield f"{family.head.name}.weight", (sizes.vocab_size, sizes.hidden_size)
@@ -169,10 +194,13 @@ def slots(family: Family, sizes: Sizes) -> dict[str, Slot]:
 
 
 def num_parameters(family: Family, sizes: Sizes) -> int:
-    """Distinct weights; a tied embedding counts once. At most, while it is not known which layers
-    stay."""
-    layers = _over_layers(sizes, lambda kind: sum(_layer_parameters(family, sizes, kind)))
+    """Distinct weights as torch counts them, which are no buffers; a tied embedding counts once. At
+    most, while it is not known which layers stay."""
+    layers = _over_layers(sizes, lambda kind: layer_parameters(family, sizes, kind))
     tables = sizes.vocab_size * sizes.hidden_size * (1 if sizes.tied else 2)
+    if given := family.per_layer:
+        rows = sizes.spaces[given.projection.out]
+        tables += rows * (sizes.vocab_size + sizes.hidden_size) + sizes.spaces[given.features]
     return tables + sizes.hidden_size + layers
 
 
@@ -185,6 +213,11 @@ def _over_layers(sizes: Sizes, count: Callable[[str], int]) -> int:
     return sum(sorted(map(each.__getitem__, sizes.kinds), reverse=True)[: sizes.num_layers])
 
 
+def layer_parameters(family: Family, sizes: Sizes, kind: str) -> int:
+    """Of one layer of this kind."""
+    return sum(_layer_parameters(family, sizes, kind))
+
+
 def _layer_parameters(family: Family, sizes: Sizes, kind: str) -> Iterator[int]:
     """Of each tensor of a layer of this kind, as `shapes` has them."""
     width = sizes.spaces
@@ -192,7 +225,8 @@ def _layer_parameters(family: Family, sizes: Sizes, kind: str) -> Iterator[int]:
         yield sizes.hidden_size * sum(n is not None for n in (sublayer.norm, sublayer.output_norm))
         rows = {linear.name: sum(sizes.rows(linear)) for linear in sublayer.readers}
         for norm in sublayer.inner_norms:
-            yield sizes.head_dim if norm.per_head else rows[norm.reader]
+            features = width[norm.head] if norm.per_head else rows[norm.reader]
+            yield features if norm.weighted else 0
         yield sum(prod(map(sizes.extent, other.shape)) for other in sublayer.untouched)
         rows[sublayer.writer.name] = width[sublayer.writer.out]
         for linear in (*sublayer.readers, sublayer.writer):
@@ -206,7 +240,8 @@ def num_multiplications(family: Family, sizes: Sizes) -> int:
         sizes.layers_with(family, sublayer) * products_of(sublayer, sizes)
         for sublayer in family.sublayers
     )
-    return round(layers) + sizes.vocab_size * sizes.hidden_size
+    once = sizes.spaces[family.per_layer.projection.out] if family.per_layer else 0
+    return round(layers) + (sizes.vocab_size + once) * sizes.hidden_size
 
 
 def products_of(sublayer: Sublayer, sizes: Sizes) -> int:
@@ -217,15 +252,25 @@ def products_of(sublayer: Sublayer, sizes: Sizes) -> int:
     )
 
 
-def attending_layers(family: Family, sizes: Sizes) -> float:
-    """How many layers keep keys and values."""
-    attending = (s for s in family.sublayers if s.writer.in_ == "query")
-    return sum(sizes.layers_with(family, sublayer) for sublayer in attending)
+def attended(family: Family, sizes: Sizes) -> float:
+    """Features of queries of one token, in all layers that look back at keys."""
+    attending = (s for s in family.sublayers if s.module == "self_attn")
+    return sum(sizes.layers_with(family, s) * sizes.spaces[s.writer.in_] for s in attending)
 
 
 def cached_numbers(family: Family, sizes: Sizes) -> int:
     """Keys and values of one token in all layers that keep them."""
-    return round(2 * attending_layers(family, sizes) * sizes.spaces["kv"])
+    keeping = ((s, s.keys) for s in family.sublayers)
+    each = (sizes.layers_with(family, s) * sizes.spaces[keys] for s, keys in keeping if keys)
+    return round(2 * sum(each))
+
+
+def lent_numbers(family: Family, sizes: Sizes) -> int:
+    """Keys and values of one token that later layers look at, of each kind of layer."""
+    every = {sublayer for kind in sizes.each_kind for sublayer in family.in_layer(kind)}
+    attending = [sublayer.keys for sublayer in every if sublayer.module == "self_attn"]
+    lent = 2 * sum(sizes.spaces[keys] for keys in attending if keys)
+    return lent if None in attending else 0
 
 
 def read_sizes(family: Family, config: Mapping[str, Any]) -> Sizes:
@@ -270,14 +315,24 @@ def read_sizes(family: Family, config: Mapping[str, Any]) -> Sizes:
 def _of_kinds(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """What layers are, and sizes of the family's own, as the class has what is not said."""
     stock = stock_config(config)
-    as_wide = tuple(space for space, keys in family.spaces if keys == ("hidden_size",))
-    fixed = tuple(
-        (space, prod(_size(stock, key) for key in keys))
-        for space, keys in family.spaces
-        if space not in as_wide
-    )
-    said = [family.kind(kind) for kind in stock.layer_types]
-    return {"kinds": _kinds(config, family, said), "fixed": fixed, "as_wide": as_wide}
+    fixed: list[tuple[str, int]] = []
+    following: list[tuple[str, str, int]] = []
+    for space, keys in family.spaces:
+        axis = next((key for key in keys if key in FOLLOWED), None)
+        times = prod(_own_size(config, stock, key) for key in keys if key != axis)
+        if axis is None:
+            fixed.append((space, times))
+        else:
+            following.append((space, FOLLOWED[axis], times))
+    kinds = _kinds(config, family, family.kinds_in(stock))
+    return {"kinds": kinds, "fixed": tuple(fixed), "following": tuple(following)}
+
+
+def _own_size(config: Mapping[str, Any], stock: Any, key: str | int) -> int:
+    """What is said under a key, by config.json or by the class's default; or the number itself."""
+    if isinstance(key, int):
+        return key
+    return _size(SimpleNamespace(**config) if config.get(key) is not None else stock, key)
 
 
 def _kinds(config: Mapping[str, Any], family: Family, said: Sequence[str]) -> tuple[str, ...]:

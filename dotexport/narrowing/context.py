@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
+from dotexport.models.beside import Beside
 from dotexport.narrowing.judging import JUDGED_AT_ONCE, Head
 from dotexport.narrowing.original import Original
 
@@ -53,12 +54,13 @@ def _last_streams(original: Original, texts: list[Tensor]) -> list[Tensor]:
     """What the head reads of each text, a layer at a time for all of them."""
     table_VD = original.embedding()
     streams = [table_VD[text.to(original.device)] for text in texts]
+    beside = [Beside(text, original.inputs(table_VD, text)) for text in texts]
     for number in range(original.sizes.num_layers):
-        layer = original.layer(number)
-        streams = [
-            torch.cat([layer.through(some) for some in torch.split(stream, AT_ONCE)])
-            for stream in streams
-        ]
+        through = original.layer(number).through
+        for stream, given in zip(streams, beside, strict=True):
+            for start in range(0, len(stream), AT_ONCE):
+                rows = slice(start, start + AT_ONCE)
+                stream[rows] = given.passed(through, stream, rows, stream.device)
     return streams
 
 

@@ -17,7 +17,7 @@ from dotexport.merging.gram import gram
 from dotexport.merging.ot.cost import Array
 from dotexport.models.family import Sublayer
 from dotexport.models.layers import Layer
-from dotexport.narrowing.original import Original, embed, metric
+from dotexport.narrowing.original import Original, metric
 from dotexport.narrowing.streams import Streams, check_finite, inverse_rms
 
 Progress = Callable[[str, int, int], None]
@@ -96,7 +96,7 @@ def look(original: Original, streams: Streams, progress: Progress) -> Sight:
     family, layers = original.family, original.sizes.num_layers
     sites = sum(len(family.in_layer(original.sizes.kind(number))) for number in range(layers))
     collected, spikes_D = _Collected(-(-sites // (MOST_SITES - 1))), torch.zeros(())
-    embed(original.embedding(), streams, streams.original_NLD)
+    original.enter(original.embedding(), streams)
     for number in range(layers):
         layer = original.layer(number)
         for sublayer in layer.sublayers:

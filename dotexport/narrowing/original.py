@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dotexport.merging.gram import gram
+from dotexport.models.beside import LayerInputs
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.family import Family
 from dotexport.models.layers import Layer, Stock, layer_tensors
@@ -69,6 +70,27 @@ class Original:
                     tensors[f"{name}.weight"] *= tensors[gamma] + offset
             tensors[gamma] = torch.ones_like(tensors[gamma]) - offset
         return Layer(self.stock, self.family, number, tensors)
+
+    def enter(self, embedding_VD: Tensor, streams: Streams) -> None:
+        """Start the original's stream over a text, with what lies beside it."""
+        embed(embedding_VD, streams, streams.original_NLD)
+        beside = streams.beside_original
+        beside.inputs = self.inputs(embedding_VD, beside.tokens_NL)
+
+    def inputs(self, embedding_VD: Tensor, tokens_NL: Tensor) -> LayerInputs | None:
+        """What layers are given besides the stream, of the tokens of a text."""
+        if (given := self.family.per_layer) is None:
+            return None
+        table, norm = given.unchanged
+        occurring_U = tokens_NL.unique()
+        return LayerInputs(
+            occurring_U.to(self.device),
+            embedding_VD[occurring_U.to(embedding_VD.device)],
+            self.source.tensor(table)[occurring_U.cpu()].to(self.device),
+            self.read(f"{given.projection.name}.weight"),
+            self.stock.norm_with(self.read(norm)),
+            self.sizes.spaces[given.features],
+        )
 
     @property
     def _names(self) -> Mapping[str, Any]:

@@ -66,6 +66,8 @@ def prepare(
     writer = CheckpointWriter(
         folder / "hf", tensor_specs(source, decided), max_shard_bytes=max_shard_bytes
     )
+    for name in family.per_layer.unchanged if family.per_layer else ():
+        writer.write(name, source.tensor(name))
     where = device or torch.device("cpu")
     streams = _streams(decided, windows_NL, options, where, folder, other_NL, processes)
     run = _assemble(source, decided, streams, writer, options, progress)

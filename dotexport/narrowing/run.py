@@ -19,8 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dotexport.axes import AXES
-from dotexport.axes.axis import InnerAxis
+from dotexport.axes import cutting
 from dotexport.axes.plan import Plan
 from dotexport.merging.heads import Groups
 from dotexport.merging.neurons import Channels
@@ -35,6 +34,7 @@ from dotexport.narrowing.basis import Basis
 from dotexport.narrowing.basis_search import BasisSearch
 from dotexport.narrowing.experts import ExpertSite
 from dotexport.narrowing.judging import Cost, Head, compared
+from dotexport.narrowing.layer_inputs import narrowed_inputs, projection_map
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.norm_statistics import Progress
 from dotexport.narrowing.original import ROWS, Original, embed, metric
@@ -224,15 +224,31 @@ class Narrowing:
     def _start(self) -> None:
         embedding_VD = self.original.embedding()
         name = f"{self.original.family.embedding}.weight"
-        if kept := self._processes.agreed(lambda: self.workspace.load(EMBEDDING)):
-            narrow_VK = kept[1][name].to(self.streams.device)
+        kept = self._processes.agreed(lambda: self.workspace.load(EMBEDDING))
+        if kept:
+            tensors = {n: tensor.to(self.streams.device) for n, tensor in kept[1].items()}
         else:
-            narrow_VK = self._product(name, embedding_VD, self._onto() / self._embedding_scale)
-            self._keep(EMBEDDING, {name: narrow_VK}, sites=[])
+            onto_DK = self._onto() / self._embedding_scale
+            tensors = {name: self._product(name, embedding_VD, onto_DK)}
+        narrow_VK = tensors[name]
         self._table_VK = narrow_VK if self.after.tied else None
-        embed(embedding_VD, self.streams, self.streams.original_NLD)
+        self.original.enter(embedding_VD, self.streams)
+        beside = self.streams.beside_original
         scaled_VK = narrow_VK if self._embedding_scale == 1.0 else narrow_VK * self._embedding_scale
         embed(scaled_VK, self.streams, self.streams.narrowed_NLK)
+        records = []
+        if (given := self.original.family.per_layer) and (theirs := beside.inputs):
+            projection = f"{given.projection.name}.weight"
+            if not kept:
+                asked = theirs.projection_XD, self.streams, self.E_DK, self.options
+                map_DK, report = projection_map(*asked)
+                tensors[projection] = self._product(projection, theirs.projection_XD, map_DK)
+                records.append({"layer": None, "site": given.projection.name, **report})
+            narrow = scaled_VK, tensors[projection], self.stock
+            self.streams.beside_narrowed.inputs = narrowed_inputs(theirs, *narrow)
+        if not kept:
+            self.records += records
+            self._keep(EMBEDDING, tensors, sites=records)
 
     @property
     def _embedding_scale(self) -> float:
@@ -281,9 +297,8 @@ class Narrowing:
         """What can leave of a sublayer, by the space of its writer's inputs, and how it is chosen;
         where no axis cuts that, it is one group that stays, or channels as many as the stream has
         axes."""
-        inner = (axis for axis in AXES if isinstance(axis, InnerAxis) and axis.space == space)
-        if axis := next(inner, None):
-            return axis.units(self.before), axis.method(self.options)
+        if axis := cutting(self.before, space):
+            return axis.units(self.before, space), axis.method(self.options)
         if space in self.before.as_wide:
             # Merged channels would be products of sums.
             method = "select" if self.options.mlp == "select" else "obs"

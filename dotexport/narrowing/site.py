@@ -83,13 +83,13 @@ class Site:
         if self.options.refit:
             seen = self.sublayer.norm or f"{self.sublayer.module}, as it is"
             yield {"site": seen, **self._refit_readers().as_dict()}
-        self.streams.advance_original(lambda x: self.teacher.after(self.sublayer, x))
+        self.streams.advance_original(partial(self.teacher.after, self.sublayer))
         self.teacher.forget(self.sublayer)
         self.pass_over()
         yield from self._narrow_writers()
         if self.options.local and self.options.refit and self._worth_healing:
             yield {"site": self.sublayer.module, **self._heal(self.options.local).as_dict()}
-        self.streams.advance_narrowed(lambda r: self.student.after(self.sublayer, r))
+        self.streams.advance_narrowed(partial(self.student.after, self.sublayer))
 
     # Readers ----------------------------------------------------------------------------------
 
@@ -260,10 +260,12 @@ class Site:
     def _asked_of_writer(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """What it sees, what is missing behind it, and how much each token counts."""
         after_BLD, before_BLK = self.streams.original(rows), self.streams.narrowed(rows)
-        inside_BLI = self.student.inside(self.sublayer, before_BLK)
+        beside = self.streams.beside_narrowed.of(rows)
+        inside_BLI = self.student.inside(self.sublayer, before_BLK, beside)
         if self._bias is not None:
             inside_BLI = pad(inside_BLI, (0, 1), value=1.0)
-        return inside_BLI, self._goal(after_BLD) - before_BLK, inverse_rms(after_BLD)
+        goal_BLK = self.student.unscaled(self.sublayer, self._goal(after_BLD))
+        return inside_BLI, goal_BLK - before_BLK, inverse_rms(after_BLD)
 
     def _fit(self, train: Moments, held: Moments, prior_KI: Tensor) -> Fit:
         if not self.options.refit:

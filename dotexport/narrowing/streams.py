@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dotexport.errors import CheckpointError
 from dotexport.merging.refit import Moments
+from dotexport.models.beside import Beside, Through
 from dotexport.models.checkpoint import reserve
 from dotexport.processes.processes import ALONE, Processes
 
@@ -33,6 +34,7 @@ KINDS = FITTED, HELD_OUT, OTHER = "fitted", "held out", "other"  # of windows
 Rows = slice
 Read = Callable[[Rows], tuple[Tensor, Tensor]]
 Step = Callable[[Tensor], Tensor]
+"""What becomes of some windows of a stream."""
 
 
 @dataclass
@@ -47,6 +49,7 @@ class Streams:
         other: windows that are text of another kind.
         processes: that share the windows.
         own: windows whose streams lie here, ascending: row n of a stream is that of `own[n]`.
+        beside_original, beside_narrowed: what layers are given besides either stream.
         weights_NL: how much each token counts in a divergence (context.py), of all windows; None:
             all by one.
     """
@@ -62,9 +65,13 @@ class Streams:
     weights_NL: Tensor | None = None
     share: InitVar[Sequence[int] | None] = None
     own: Sequence[int] = field(init=False)
+    beside_original: Beside = field(init=False)
+    beside_narrowed: Beside = field(init=False)
 
     def __post_init__(self, share: Sequence[int] | None) -> None:
         self.own = range(len(self.windows_NL)) if share is None else share
+        tokens_NL = self.windows_NL[list(self.own)]
+        self.beside_original, self.beside_narrowed = Beside(tokens_NL), Beside(tokens_NL)
 
     @classmethod
     def allocate(
@@ -167,15 +174,18 @@ class Streams:
     def narrowed(self, rows: Rows) -> Tensor:
         return self.narrowed_NLK[rows].to(self.device, non_blocking=True)
 
-    def advance_original(self, step: Step) -> None:
+    def advance_original(self, step: Through) -> None:
         """Replace the original's stream by what lies behind its next sublayer."""
-        for rows in self.batches():
-            self.original_NLD[rows] = step(self.original(rows)).to(self.original_NLD.device)
+        self._advance(step, self.original_NLD, self.beside_original)
 
-    def advance_narrowed(self, step: Step) -> None:
+    def advance_narrowed(self, step: Through) -> None:
         """The same for the narrowed model."""
+        self._advance(step, self.narrowed_NLK, self.beside_narrowed)
+
+    def _advance(self, step: Through, stream_NLX: Tensor, beside: Beside) -> None:
         for rows in self.batches():
-            self.narrowed_NLK[rows] = step(self.narrowed(rows)).to(self.narrowed_NLK.device)
+            behind_BLX = beside.passed(step, stream_NLX, rows, self.device)
+            stream_NLX[rows] = behind_BLX.to(stream_NLX.device)
 
     def moments(self, read: Read, *, metric_OO: Tensor | None = None) -> tuple[Moments, Moments]:
         """Moments of the inputs and targets (B, L, features) that `read` gives for some windows.

@@ -19,6 +19,7 @@ from functools import cache
 
 import torch
 
+from dotexport.axes import cutting
 from dotexport.axes.plan import Plan
 from dotexport.healing.heal_options import HealOptions, Schedule
 from dotexport.merging.gram import PANEL
@@ -305,7 +306,7 @@ class _Site:
 
     @property
     def _attends(self) -> bool:
-        return self.sublayer.writer.in_ == "query"
+        return self.sublayer.module == "self_attn"
 
     def _mixing(self, inside: int) -> int:
         """Scores and sums over half of a window, the past, per token."""
@@ -317,7 +318,7 @@ class _Site:
         return Work(passes=products, moved=4 * TOUCHED * (width + rows))
 
     def _healing(self, narrower: bool) -> Work:
-        fixed = self.sublayer.writer.in_ in dict(self.family.spaces)
+        fixed = cutting(self.before, self.sublayer.writer.in_) is None
         if (self._attends or fixed) and not narrower:
             return Work()
         options, T = LocalOptions(), self.samples * self.seqlen

@@ -62,7 +62,7 @@ class Clock:
             if plan.after not in measured:
                 measured[plan.after] = _ratio(_token(config, plan, device), original)
         parts = np.array([_parts(whole.family, sizes) for sizes in measured])
-        scale = parts.max(0)
+        scale = np.where(parts.any(0), parts.max(0), 1.0)  # no layer has some kinds of sublayers
         seconds, _ = nnls(parts / scale, np.array(list(measured.values())))
         return cls(tuple(seconds / scale), measured)
 
@@ -94,20 +94,31 @@ def _token(config: Mapping[str, Any], plan: Plan, device: torch.device) -> Calla
     stock = Stock.of(plan.config(config), device)
     sizes = plan.after.of_layers(plan.kept_layers)
     kinds = sizes.kinds or ("",) * sizes.num_layers
-    layers = {kind: stock.layer(kinds.index(kind)).to_empty(device=device) for kind in set(kinds)}
+    # The last of each kind: what it makes of keys is what later kinds look at.
+    numbers = {kind: number for number, kind in enumerate(kinds)}
+    layers = {kind: stock.layer(n).to_empty(device=device) for kind, n in numbers.items()}
     for parameter in (p for layer in layers.values() for p in layer.parameters()):
         nn.init.normal_(parameter, std=0.02)
     width = sizes.spaces["residual"]
     head = nn.Linear(width, sizes.vocab_size, bias=False, device=device)
     x_11D = torch.randn(1, 1, width, device=device)
-    positions = stock.positions(x_11D)
+    positions = {kind: stock.positions(x_11D, number) for kind, number in numbers.items()}
+    beside: dict[str, Any] = {}
+    if given := plan.family.per_layer:
+        beside["per_layer_input"] = torch.randn(1, 1, sizes.spaces[given.features], device=device)
+        beside["shared_kv_states"] = {}
     first_11 = torch.zeros(1, 1, dtype=torch.long, device=device)
 
     @torch.no_grad()
     def token() -> None:
-        given: Any = {"position_embeddings": positions, "position_ids": first_11}
         for kind in kinds:
-            layers[kind](x_11D, attention_mask=None, **given)
+            layers[kind](
+                x_11D,
+                attention_mask=None,
+                position_embeddings=positions[kind],
+                position_ids=first_11,
+                **beside,
+            )
         head(x_11D)
         if device.type == "cuda":
             torch.cuda.synchronize()

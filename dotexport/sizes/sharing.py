@@ -65,7 +65,7 @@ def _writers(sublayer: Sublayer, before: Sizes, after: Sizes) -> int:
 def _healed(sublayer: Sublayer, before: Sizes, after: Sizes, steps: int) -> int:
     """A gradient in every step, and the best of them."""
     inside = sublayer.writer.in_
-    if inside == "query" and before.spaces[inside] == after.spaces[inside]:
+    if sublayer.module == "self_attn" and before.spaces[inside] == after.spaces[inside]:
         return 0
     K = after.spaces["residual"]
     weights = sum(sum(after.rows(linear)) * K for linear in sublayer.readers)

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from dotexport.axes.plan import Plan
 from dotexport.models.family import Family
 from dotexport.models.memory import fits
-from dotexport.models.shapes import Sizes, num_parameters
+from dotexport.models.shapes import Sizes, layer_parameters, lent_numbers
 from dotexport.narrowing.prepare import WIDE, multiplies_bfloat16, pick_device
 from dotexport.narrowing.streams import TOKENS_PER_BATCH
 
@@ -22,6 +21,8 @@ LOADED = 700_000_000  # an interpreter with torch and transformers, before any m
 # At once while neurons are chosen: matrices (I, I) of float64, two halves and one that is factored,
 # and arrays as large as the writer, (I, K): cross moments of three sums, a residual, a solution.
 SOLVED, WRITERS = 2, 5
+STORED = 2  # bytes of a number in a table of inputs of layers
+NEW = 8  # one in so many tokens of a text is another than those before, at most
 ACTIVATIONS = 5  # arrays of a batch of tokens and all neurons at once, in float32
 
 
@@ -35,9 +36,10 @@ def shrink_memory(
 ) -> int:
     """Estimated peak of narrowing, with calibration text of shrink's defaults.
 
-    Both streams over the text, and either a table in both widths in float32 (the original's twice),
-    or a layer, whose original is let go of as its stream passes, with the widest refit: sums in
-    float64, half of each matrix (merging/gram.py), and a batch of activations or what is solved.
+    Both streams over the text with what lies beside them (models/beside.py), and either a table in
+    both widths in float32 (the original's twice), or a layer, whose original is let go of as its
+    stream passes, with the widest refit: sums in float64, half of each matrix (merging/gram.py),
+    and a batch of activations or what is solved.
     Streams beyond a quarter of the free memory lie on disk instead (narrowing/streams.py). Before
     that the original is there as a whole, where it fits, and says the second text. Of several
     processes each has its share of the streams; this is the first one's.
@@ -47,8 +49,15 @@ def shrink_memory(
     stream, narrower = before.spaces["residual"], after.spaces["residual"]
     # What experts still lack is a stream of its own while they are fitted one after another.
     streams = 4 * tokens * (stream + narrower * (2 if before.mixture else 1))
+    streams += (
+        4 * tokens * sum(lent_numbers(decided.family, sizes) for sizes in (before, decided.after))
+    )
+    if given := decided.family.per_layer:
+        row = STORED * before.spaces[given.projection.out] + 4 * (stream + narrower)
+        streams += min(before.vocab_size, tokens // NEW) * row
     table = 4 * before.vocab_size * (2 * stream + narrower)
-    inside = {"residual", *(linear.in_ for linear in decided.family.linears)}
+    kinds = map(decided.family.linears_in, before.each_kind)
+    inside = {"residual", *(linear.in_ for linears in kinds for linear in linears)}
     widest = max(before.spaces[space] for space in inside)
     square, writer = 8 * widest**2, 8 * widest * narrower
     passing = square + 2 * writer + 4 * ACTIVATIONS * min(tokens, TOKENS_PER_BATCH) * widest
@@ -68,5 +77,4 @@ def usual_window(config: Mapping[str, Any]) -> int:
 
 def _layer(family: Family, sizes: Sizes) -> int:
     """Parameters of one layer, of the largest where they differ."""
-    once = num_parameters(family, replace(sizes, num_layers=0))
-    return num_parameters(family, replace(sizes, num_layers=1)) - once
+    return max(layer_parameters(family, sizes, kind) for kind in sizes.each_kind)

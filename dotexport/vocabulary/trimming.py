@@ -22,8 +22,9 @@ from typing import Any
 import torch
 
 from dotexport.errors import CheckpointError
-from dotexport.models.checkpoint import HEAD, TABLE, Checkpoint, TensorSpec
+from dotexport.models.checkpoint import Checkpoint, TensorSpec
 from dotexport.models.documents import documents
+from dotexport.models.families import ROW_KEYS, find_family
 from dotexport.storage.files import write_json, write_text
 from dotexport.storage.reading import read_json
 from dotexport.storage.workspace import Workspace
@@ -64,17 +65,22 @@ class Trimmed(Checkpoint):
         return torch.tensor(self.kept.ids)
 
     @cached_property
+    def tables(self) -> tuple[str, ...]:
+        """Tensors with a row for each token."""
+        return find_family(self.config).row_tables
+
+    @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
         return {
             name: TensorSpec((len(self.rows), *spec.shape[1:]), spec.dtype)
-            if name in (TABLE, HEAD)
+            if name in self.tables
             else spec
             for name, spec in self.original.specs.items()
         }
 
     def tensor(self, name: str) -> torch.Tensor:
         found = self.original.tensor(name)
-        return found[self.rows] if name in (TABLE, HEAD) else found
+        return found[self.rows] if name in self.tables else found
 
 
 def choose_tokens(
@@ -181,7 +187,8 @@ def trim_text(
     """
     before, kept = choose_tokens(source, config, options, calibration, progress, own, workspace)
     new = kept.new_ids
-    config = renumbered(config, kept) | {"vocab_size": len(kept.ids)}
+    rows = (key for key in ROW_KEYS if key in config)
+    config = renumbered(config, kept) | dict.fromkeys(rows, len(kept.ids))
     write_json(folder / "config.json", config)
     left_out = [file.name for file in companions if not _write(file, folder, before, new)]
     if left_out:

@@ -35,6 +35,7 @@ FAMILIES: list[dict[str, Any]] = [
     {"model_type": "granitemoehybrid", "attention_multiplier": 0.1},
     {"model_type": "gemma2", "tie_word_embeddings": True, "sliding_window": 16},
     {"model_type": "gemma3_text", "tie_word_embeddings": True, "sliding_window": 16},
+    {"model_type": "gemma4_text", "final_logit_softcapping": 5.0},
     {"model_type": "olmo2", "hidden_size": 64, "num_attention_heads": 4, "head_dim": None},
     {"model_type": "phi3", "hidden_size": 64, "num_attention_heads": 4, "head_dim": None},
     {"model_type": "granite", "hidden_size": 64, "num_attention_heads": 4, "head_dim": None},
@@ -56,7 +57,7 @@ def test_a_row_that_begins_anew_says_what_a_text_alone_would(
         [model(input_ids=tokens_BT[:1]).logits[0]],
         [model(input_ids=piece[None]).logits[0] for piece in tokens_BT[1].split([5, 7])],
     ]
-    rows = Lockstep(load_float32(checkpoint), 2, 12)
+    rows = Lockstep(load_float32(checkpoint), 12)
     starts = torch.tensor([[0] * 12, [0] * 5 + [5] * 7])
     said = torch.stack([rows.read(tokens_BT[:, t], starts[:, t]) for t in range(12)], dim=1)
     # Logits are of the order of 1; both sum in float32, in another order.

@@ -163,6 +163,23 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
         },
         "Gemma3ForCausalLM",
     ),
+    "gemma4": (
+        {
+            "model_type": "gemma4_text",
+            "tie_word_embeddings": True,
+            "final_logit_softcapping": 5.0,
+        },
+        "Gemma4ForCausalLM",
+    ),
+    "gemma4-untied": (
+        {
+            "model_type": "gemma4_text",
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"] * 2,
+            "num_kv_shared_layers": 0,
+            "attention_bias": True,
+        },
+        "Gemma4ForCausalLM",
+    ),
     "olmo2": ({"model_type": "olmo2", "rope_parameters": YARN}, "Olmo2ForCausalLM"),
     "olmo2-tied": (
         SQUARE | {"model_type": "olmo2", "attention_bias": True, "tie_word_embeddings": True},
@@ -292,6 +309,11 @@ def inner(name: str, size: int) -> dict[str, int]:
     return {moe if moe in MODELS[name][0] else "intermediate_size": size}
 
 
+def staying(name: str) -> set[str]:
+    """Axes along which nothing leaves, of the class that is written."""
+    return {axis for axis, _ in SUPPORTED[MODELS[name][1]].stays}
+
+
 def load(folder: Path) -> Any:
     model, report = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -353,7 +375,7 @@ def test_hidden_states_and_a_head_are_the_logits(name: str, tiny: Tiny) -> None:
     """With whatever divides or caps them in a class, as the classes themselves have it."""
     model = load(tiny(name))
     head = distil_head.Head.of(model)
-    assert (head.cap is not None) == (name.startswith("gemma2"))
+    assert (head.cap is not None) == (name.startswith("gemma2") or name == "gemma4")
     assert (head.scaling != 1) == name.startswith("granite")
     with torch.inference_mode():
         found = head.logits(read(model, TOKENS_BL, streams=False)[0])
@@ -394,7 +416,9 @@ def test_full_width_in_any_basis_that_it_has_is_the_original(
     assert (piecewise_BLV - whole_BLV).abs().max() < tolerance
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [name for name in MODELS if "num_hidden_layers" not in staying(name)]
+)
 def test_fewer_layers_are_those_of_the_original_that_stay(
     name: str, tiny: Tiny, tmp_path: Path
 ) -> None:
@@ -426,11 +450,12 @@ def test_a_narrowed_model_is_stock_loads_and_generates(
     name: str, tiny: Tiny, tmp_path: Path
 ) -> None:
     experts = {"num_experts": 3} if "num_experts_per_tok" in MODELS[name][0] else {}
-    hidden = 48 if name.startswith("granite4-") else 40  # which stays there
+    hidden = 48 if "hidden_size" in staying(name) else 40
+    groups = 2 if "num_key_value_heads" in staying(name) else 1
     options = ShrinkOptions(
         text=text_beside(tmp_path),
         sizes=SizeOptions(
-            hidden_size=hidden, num_key_value_heads=1, sizes=inner(name, 64) | experts
+            hidden_size=hidden, num_key_value_heads=groups, sizes=inner(name, 64) | experts
         ),
         narrow=NarrowOptions(local=None),
         max_shard_bytes=40_000,
@@ -449,7 +474,7 @@ def test_a_narrowed_model_is_stock_loads_and_generates(
     assert (config.hidden_size, getattr(config, width), config.num_key_value_heads) == (
         hidden,
         64,
-        1,
+        groups,
     )
     assert not experts or config.num_experts == 3
     parameters = {p.data_ptr(): p.numel() for p in narrowed.parameters()}

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -36,13 +35,14 @@ from dotexport.models.shapes import (
     num_parameters,
     shapes,
 )
-from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.basis import Basis
 from dotexport.narrowing.depth import may_leave
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.prepare import prepare
 from dotexport.sizes.budget import plan
+
+from .changed_models import TOKENS_BL, letters, logits, rewritten
 
 QWEN3_5 = SUPPORTED["Qwen3_5ForCausalLM"]
 FULL, LINEAR = "full_attention", "linear_attention"
@@ -64,7 +64,6 @@ WHOLE = Sizes(
         ("delta_kernel", 4),
     ),
 )
-TOKENS_BL = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(1))
 
 Tiny = Callable[..., Path]
 
@@ -72,37 +71,6 @@ Tiny = Callable[..., Path]
 @pytest.fixture
 def hybrid(tiny_model: Tiny) -> Tiny:
     return lambda **changes: tiny_model(model_type="qwen3_5_text", **changes)
-
-
-def logits(folder: Path) -> torch.Tensor:
-    with torch.inference_mode():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        found: torch.Tensor = model(input_ids=TOKENS_BL).logits
-    return found
-
-
-def letters(folder: Path) -> TextOptions:
-    file = folder / "letters.txt"
-    drawn = np.random.default_rng(0).integers(0, 87, size=2000)
-    file.write_text("".join(chr(33 + n) for n in drawn))
-    return TextOptions(source=str(file), samples=12, seqlen=64)
-
-
-def rewritten(
-    source: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], None], **words: Any
-) -> Path:
-    """The same model in one file, with other weights and words."""
-    folder.mkdir()
-    for file in source.glob("tokenizer*"):
-        shutil.copyfile(file, folder / file.name)
-    tensors: dict[str, torch.Tensor] = {}
-    for file in source.glob("*.safetensors"):
-        tensors |= load_file(file)
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((source / "config.json").read_text()) | words
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 def narrowed(

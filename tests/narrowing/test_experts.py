@@ -6,6 +6,7 @@ Shapes: N windows, L tokens per window, T tokens, E experts, A experts of a toke
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def test_saliencies_are_the_means_of_gate_times_size_over_the_tokens_of_an_exper
     layer = run.original.layer(0)
     embed(run.original.embedding(), run.streams, run.streams.original_NLD)
     with torch.no_grad():
-        run.streams.advance_original(lambda x_BLD: layer.after(ATTENTION, x_BLD))
+        run.streams.advance_original(partial(layer.after, ATTENTION))
         found_E = saliencies(layer, MIXTURE, run.streams)
         slow_E = slowly(layer, run.streams.original_NLD.flatten(0, 1), normalised=normalised)
     # Products are float32 in the one and float64 in the other.
@@ -188,7 +189,7 @@ def test_where_a_token_has_one_expert_each_writer_is_the_answer_of_least_squares
     with torch.no_grad():
         before_NLD = student.after(ATTENTION, run.streams.original_NLD)
         for sublayer in (ATTENTION, MIXTURE):
-            run.streams.advance_original(lambda x, s=sublayer: original.after(s, x))
+            run.streams.advance_original(partial(original.after, sublayer))
         fitted = [n for n in range(len(WINDOWS_NL)) if n not in run.streams.held_out]
         before_TD = before_NLD[fitted].flatten(0, 1)
         after_TD = run.streams.original_NLD[fitted].flatten(0, 1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dotexport.errors import CheckpointError
+from dotexport.models.beside import Through
 from dotexport.narrowing import streams
 from dotexport.narrowing.streams import Rows, Streams, held_out_windows, inverse_rms
 
@@ -143,8 +144,8 @@ def test_advancing_a_stream_steps_every_window_once_and_leaves_the_other_stream(
     def step(x_BLX: Tensor) -> Tensor:
         return 2 * x_BLX + x_BLX[:, :1]
 
-    advance: Callable[[Callable[[Tensor], Tensor]], None] = getattr(walked, f"advance_{stream}")
-    advance(step)
+    advance: Callable[[Through], None] = getattr(walked, f"advance_{stream}")
+    advance(lambda x_BLX, beside: step(x_BLX))
     # The same operations on the same float32 numbers.
     for name, wanted in (
         ("original", untouched.original_NLD),
@@ -203,7 +204,7 @@ def test_a_scratch_file_holds_what_memory_would_and_leaves_nothing_on_disk(
         assert len(ours) == 2
         assert all(line.split()[1] == "rw-s" for line in ours)
     for found in (mapped, plain):
-        found.advance_original(torch.tanh)
+        found.advance_original(lambda x, beside: torch.tanh(x))
     assert torch.equal(mapped.original_NLD, plain.original_NLD)
     assert torch.equal(mapped.narrowed_NLK, plain.narrowed_NLK)
 

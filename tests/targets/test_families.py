@@ -70,6 +70,16 @@ MODELS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         ALL,
         ["onnx", "openvino", "executorch", "mlx"],
     ),
+    "gemma4": (
+        {
+            "model_type": "gemma4_text",
+            "layer_types": ["full_attention"] * 2,
+            "num_kv_shared_layers": 1,
+            **GEMMA,
+        },
+        [*ALL, "litert"],
+        [],
+    ),
     "smollm3": (
         {"model_type": "smollm3", "no_rope_layers": [1, 0]},
         ["onnx", "ort-cpu", "gguf", "mlx"],
@@ -120,6 +130,7 @@ MODELS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
 TWO_KINDS = (
     "gemma2",
     "gemma3",
+    "gemma4",
     "smollm3",
     "gpt-oss",
     "qwen3.5",

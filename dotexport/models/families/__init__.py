@@ -9,6 +9,7 @@ from dotexport.errors import CheckpointError, UnsupportedModelError
 from dotexport.models.families.ernie4_5 import ERNIE4_5
 from dotexport.models.families.gemma2 import GEMMA2
 from dotexport.models.families.gemma3 import GEMMA3
+from dotexport.models.families.gemma4 import GEMMA4
 from dotexport.models.families.gpt_oss import GPT_OSS
 from dotexport.models.families.granite import GRANITE
 from dotexport.models.families.granite_hybrid import GRANITE_HYBRID
@@ -44,6 +45,7 @@ TABLES = (
     PHI3,
     GEMMA2,
     GEMMA3,
+    GEMMA4,
     OLMO2,
     SEED_OSS,
     ERNIE4_5,
@@ -54,6 +56,14 @@ TABLES = (
 )
 SUPPORTED: dict[str, Family] = {family.architecture: family for family in TABLES}
 """Architecture -> family table."""
+BUFFERS = {sub.scaled_by for family in TABLES for sub in family.sublayers if sub.scaled_by}
+ROW_KEYS = tuple(dict.fromkeys(key for family in TABLES for key in family.row_keys))
+"""What config.json calls the number of tokens, in any class."""
+
+
+def is_buffer(name: str) -> bool:
+    """Whether files hold this, and torch counts it as no parameter, in any class."""
+    return name.rpartition(".")[2] in BUFFERS
 
 
 def find_family(config: Mapping[str, Any]) -> Family:

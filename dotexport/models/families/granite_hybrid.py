@@ -86,7 +86,7 @@ GRANITE_HYBRID = replace(
     architecture="GraniteMoeHybridForCausalLM",
     sublayers=(STATE_SPACE, ATTENTION, MLP),
     gated="shared_mlp.input_linear",
-    kinds=(("mamba", ("mamba", "shared_mlp")), ("attention", ("self_attn", "shared_mlp"))),
+    kinds=(("mamba", (STATE_SPACE, MLP)), ("attention", (ATTENTION, MLP))),
     newer_kinds=(("linear_attention", "mamba"), ("full_attention", "attention")),
     spaces=(
         ("channels", ("mamba_expand", "hidden_size")),
@@ -94,6 +94,7 @@ GRANITE_HYBRID = replace(
         ("state_heads", ("mamba_n_heads",)),
         ("kernel", ("mamba_d_conv",)),
     ),
+    stays=(("hidden_size", "would narrow the channels of state spaces too"),),
     carriers=("GraniteForCausalLM",),
     release=5,
     mlp_key="shared_intermediate_size",

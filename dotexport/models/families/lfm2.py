@@ -89,8 +89,8 @@ LFM2 = replace(
     final_norm="model.embedding_norm",
     gated="feed_forward.w1",
     kinds=(
-        ("conv", ("conv", "feed_forward")),
-        ("full_attention", ("self_attn", "feed_forward")),
+        ("conv", (SHORT_CONVOLUTION, MLP)),
+        ("full_attention", (ATTENTION, MLP)),
     ),
     spaces=(("channels", ("hidden_size",)), ("kernel", ("conv_L_cache",))),
     divides=False,

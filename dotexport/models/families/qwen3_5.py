@@ -44,8 +44,8 @@ QWEN3_5 = replace(
     architecture="Qwen3_5ForCausalLM",
     sublayers=(DELTA_NET, GATED_ATTENTION, MLP),
     kinds=(
-        ("linear_attention", ("linear_attn", "mlp")),
-        ("full_attention", ("self_attn", "mlp")),
+        ("linear_attention", (DELTA_NET, MLP)),
+        ("full_attention", (GATED_ATTENTION, MLP)),
     ),
     spaces=(
         ("delta_key", ("linear_num_key_heads", "linear_key_head_dim")),

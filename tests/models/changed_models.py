@@ -1,0 +1,52 @@
+"""Small models with other weights and words, a text for them, and what they say.
+
+Shapes: B texts, L tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from dotexport.models.text_options import TextOptions
+
+TOKENS_BL = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+def rewritten(
+    source: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], None], **words: Any
+) -> Path:
+    """The same model in one file, with other weights and words."""
+    folder.mkdir()
+    for file in source.glob("tokenizer*"):
+        shutil.copyfile(file, folder / file.name)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in source.glob("*.safetensors"):
+        tensors |= load_file(file)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text()) | words
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def letters(folder: Path) -> TextOptions:
+    file = folder / "letters.txt"
+    drawn = np.random.default_rng(0).integers(0, 87, size=2000)
+    file.write_text("".join(chr(33 + n) for n in drawn))
+    return TextOptions(source=str(file), samples=12, seqlen=64)
+
+
+def logits(folder: Path) -> torch.Tensor:
+    with torch.inference_mode():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        found: torch.Tensor = model(input_ids=TOKENS_BL).logits
+    return found
