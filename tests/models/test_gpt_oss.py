@@ -27,6 +27,7 @@ from dotexport.models.config_words import settled
 from dotexport.models.families.gpt_oss import GPT_OSS
 from dotexport.models.layers import Layer, Stock
 from dotexport.models.shapes import num_parameters
+from dotexport.narrowing import local
 from dotexport.narrowing.basis import Basis
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.original import Original, embed
@@ -212,6 +213,29 @@ def test_where_a_token_has_one_expert_its_writer_and_bias_are_those_of_least_squ
             )
             # float32 sums of a few hundred tokens.
             torch.testing.assert_close(found_DI.T.double(), wanted_ID, rtol=1e-3, atol=1e-4)
+
+
+def test_biases_of_a_mixture_are_refitted_and_healed(
+    tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    healed = []
+
+    def noted(leaves: list[Tensor], *_: Any, **__: Any) -> local.Healed:
+        healed.append(len(leaves))
+        return local.Healed(0.0, 0.0, 0)
+
+    monkeypatch.setattr(local, "heal", noted)
+    model = tiny_model(**OSS | {"num_hidden_layers": 1})
+    found = []
+    for name, options in {"bare": BARE, "refit": NarrowOptions()}.items():
+        sizes = {"hidden_size": 40, "num_experts": 4}
+        narrowed(model, tmp_path / name, options, np.eye(D)[:, :40], **sizes)
+        found.append(load_file(tmp_path / name / "hf/model.safetensors"))
+    biases = [name for name in found[0] if ".mlp." in name and name.endswith("bias")]
+    assert len(biases) == 3
+    assert not [name for name in biases if torch.equal(found[0][name], found[1][name])]
+    # Weight and bias of the router, and of three linears of each expert.
+    assert healed == [2 + 4 * 6]
 
 
 def test_fewer_neurons_of_experts_cost_less_when_they_are_chosen_and_refitted(
