@@ -30,9 +30,10 @@ from dotexport.axes.carrying import carry
 from dotexport.axes.plan import SizeOptions, read_model
 from dotexport.errors import CheckpointError, DotexportError, UnsupportedModelError
 from dotexport.exports.target import find_target
+from dotexport.models.beside import Beside
 from dotexport.models.checkpoint import Checkpoint, CheckpointWriter, read_config
 from dotexport.models.config_words import say_once
-from dotexport.models.families import SUPPORTED
+from dotexport.models.families import SUPPORTED, is_buffer
 from dotexport.models.fused import as_read
 from dotexport.models.layers import Stock
 from dotexport.models.loading import capped_attention
@@ -56,6 +57,11 @@ SIZES: dict[str, Any] = {
 EXPERTS = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
 # What has no default that fits these sizes.
 OF_CLASS: dict[str, dict[str, Any]] = {
+    "gemma4_text": {
+        "vocab_size_per_layer_input": 50,
+        "hidden_size_per_layer_input": 8,
+        "global_head_dim": 16,
+    },
     "granitemoehybrid": {
         "num_local_experts": 0,
         "shared_intermediate_size": 40,
@@ -63,7 +69,7 @@ OF_CLASS: dict[str, dict[str, Any]] = {
         "mamba_n_heads": 4,
         "mamba_d_state": 8,
         "mamba_chunk_size": 8,
-    }
+    },
 }
 WINDOW = 6  # shorter than the text
 TOKENS_BL = torch.randint(3, 50, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -101,6 +107,7 @@ def made(folder: Path, kind: str, *, head: str = "none", **words: Any) -> Path:
         centre = 1.0 if "norm" in name else 0.0
         spread = 0.1 if parameter.ndim == 1 else 0.3
         tensors[name] = torch.randn(parameter.shape) * spread + centre
+    tensors |= {name: buffer for name, buffer in model.named_buffers() if is_buffer(name)}
     if "lm_head.weight" not in tensors and head != "none":
         table = tensors["model.embed_tokens.weight"]
         tensors["lm_head.weight"] = table.clone() if head == "equal" else table.flip(0).clone()
@@ -145,10 +152,11 @@ def _layer_by_layer(source: Checkpoint) -> torch.Tensor:
     stock = Stock.of(source.config, torch.device("cpu"))
     original = Original(source, family, sizes, stock, torch.device("cpu"))
     stream_BLD = original.embedding()[TOKENS_BL]
+    beside = Beside(TOKENS_BL, original.inputs(original.embedding(), TOKENS_BL))
+    every, device = slice(None), stream_BLD.device
     for number in range(sizes.num_layers):
-        layer = original.layer(number)
-        for sublayer in layer.sublayers:
-            stream_BLD = layer.after(sublayer, stream_BLD)
+        through = original.layer(number).through
+        stream_BLD = beside.passed(through, stream_BLD, every, device)
     logits_BLV = stock.norm(stream_BLD.device)(stream_BLD) @ original.folded_head().T
     cap = getattr(stock.config, "final_logit_softcapping", None)
     return logits_BLV if cap is None else torch.tanh(logits_BLV / cap) * cap
