@@ -1,10 +1,11 @@
 """How far a narrowed model is from the original: KL divergence of what their heads say.
 
-Shapes: T tokens, D width of a stream, V vocabulary.
+Shapes: N windows, L tokens per window, T tokens, D width of a stream, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,9 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from dotexport.models.layers import Stock
+from dotexport.narrowing.streams import Streams
 
+JUDGED = 8192  # held-out tokens of each kind
 JUDGED_AT_ONCE = 256  # tokens whose logits are held at a time
 
 
@@ -44,6 +47,37 @@ class Cost:
 
     kl: float
     perplexity_ratio: float
+
+
+def costs_of(streams: Streams, theirs: Head, ours: Head) -> list[Cost]:
+    """What narrowing cost on held-out windows of the calibration's kind, and of the other kind
+    where there is one.
+
+    Args:
+        theirs, ours: of the original and of the narrowed model, whose streams have come to them.
+    """
+    kinds = (streams.of_its_kind or {0}, streams.held_out & streams.other)
+    judged = -(-JUDGED // streams.windows_NL.shape[1])
+    return [_cost(streams, theirs, ours, sorted(some)[:judged]) for some in kinds if some]
+
+
+def _cost(streams: Streams, theirs: Head, ours: Head, windows: Sequence[int]) -> Cost:
+    sums_2 = torch.zeros(2, dtype=torch.float64)
+    for place in streams.places(windows):
+        rows = slice(place, place + 1)
+        weights_NL = streams.weights(rows)
+        [found] = compared(
+            (theirs, streams.original(rows)[0]),
+            [(ours, streams.narrowed(rows)[0])],
+            streams.tokens(rows)[0],
+            None if weights_NL is None else weights_NL[0],
+        )
+        sums_2 += torch.tensor(found, dtype=torch.float64)
+    streams.processes.sum(sums_2)
+    divergence, surprise = sums_2.tolist()
+    length = streams.windows_NL.shape[1]
+    predicted = max(len(windows) * (length - 1), 1)
+    return Cost(divergence / (len(windows) * length), math.exp(min(surprise / predicted, 700.0)))
 
 
 Said = tuple[Head, Tensor]

@@ -18,11 +18,11 @@ from dotexport.models.layers import Stock
 from dotexport.models.shapes import shapes, slots
 from dotexport.narrowing.basis import check_basis
 from dotexport.narrowing.context import context_weights
+from dotexport.narrowing.judging import JUDGED
 from dotexport.narrowing.narrow_options import AUTO, NarrowOptions
 from dotexport.narrowing.norm_statistics import Progress
 from dotexport.narrowing.original import Original
 from dotexport.narrowing.run import (
-    JUDGED,
     REHEARSED,
     REHEARSED_LENGTH,
     REHEARSED_PER_AXIS,

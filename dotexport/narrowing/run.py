@@ -10,7 +10,6 @@ V vocabulary.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property, partial
@@ -33,7 +32,7 @@ from dotexport.models.shapes import Sizes
 from dotexport.narrowing.basis import Basis
 from dotexport.narrowing.basis_search import BasisSearch
 from dotexport.narrowing.experts import ExpertSite
-from dotexport.narrowing.judging import Cost, Head, compared
+from dotexport.narrowing.judging import Cost, Head, costs_of
 from dotexport.narrowing.layer_inputs import narrowed_inputs, projection_map
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.norm_statistics import Progress
@@ -52,7 +51,6 @@ REHEARSED, REHEARSED_PER_AXIS = 4096, 8
 CLOSER = 4  # times as much text, for the last few sizes: a wide writer gains more by it than others
 REHEARSED_LENGTH = 512  # of their windows, at most
 COMPARED = 64  # the same for several bases, which are closer together than sizes
-JUDGED = 8192  # held-out tokens that decide
 EMBEDDING, HEAD = "embedding", "head"  # steps before and behind the layers
 
 
@@ -380,7 +378,8 @@ class Narrowing:
             gamma_K = self._shared_head_gamma()
             narrow_VK = self._table_VK
         tensors[norm] = gamma_K - float(family.unit_offset)
-        self._judge(head_VD, narrow_VK * gamma_K.float())
+        heads = Head(self.original.stock, head_VD), Head(self.stock, narrow_VK * gamma_K.float())
+        self.costs = costs_of(self.streams, *heads)
         costs = [astuple(cost) for cost in self.costs]
         self._keep(HEAD, tensors, sites=self.records[records:], costs=costs)
 
@@ -431,36 +430,6 @@ class Narrowing:
     def _final_norms(self) -> tuple[Any, Any]:
         device = self.streams.device
         return self.stock.norm(device), self.original.stock.norm(device)
-
-    def _judge(self, head_VD: Tensor, narrow_VK: Tensor) -> None:
-        """Hold the narrowed model against the original on held-out windows of either kind."""
-        heads = Head(self.original.stock, head_VD), Head(self.stock, narrow_VK)
-        streams = self.streams
-        kinds = (streams.of_its_kind or {0}, streams.held_out & streams.other)
-        judged = -(-JUDGED // streams.windows_NL.shape[1])
-        chosen = [sorted(windows)[:judged] for windows in kinds if windows]
-        self.costs = [self._cost(*heads, windows) for windows in chosen]
-
-    def _cost(self, theirs: Head, ours: Head, windows: Sequence[int]) -> Cost:
-        sums_2 = torch.zeros(2, dtype=torch.float64)
-        for place in self.streams.places(windows):
-            rows = slice(place, place + 1)
-            x_LD, y_LK = self.streams.original(rows)[0], self.streams.narrowed(rows)[0]
-            weights_NL = self.streams.weights(rows)
-            [found] = compared(
-                (theirs, x_LD),
-                [(ours, y_LK)],
-                self.streams.tokens(rows)[0],
-                None if weights_NL is None else weights_NL[0],
-            )
-            sums_2 += torch.tensor(found, dtype=torch.float64)
-        self._processes.sum(sums_2)
-        divergence, surprise = sums_2.tolist()
-        length = self.streams.windows_NL.shape[1]
-        predicted = max(len(windows) * (length - 1), 1)
-        return Cost(
-            divergence / (len(windows) * length), math.exp(min(surprise / predicted, 700.0))
-        )
 
     def _product(self, name: str, table_VD: Tensor, map_DK: Tensor) -> Tensor:
         """A table of the vocabulary times a map, in float64 block by block, rounded as stored."""

@@ -28,10 +28,11 @@ from dotexport.models.shapes import Sizes
 from dotexport.narrowing.basis import LEARNING_STEPS
 from dotexport.narrowing.depth import FITTED, LENGTH, LOOKED_AT
 from dotexport.narrowing.depth import JUDGED as JUDGED_TOKENS
+from dotexport.narrowing.judging import JUDGED
 from dotexport.narrowing.narrow_options import LocalOptions
 from dotexport.narrowing.norm_statistics import MOST_SITES
 from dotexport.narrowing.prepare import rehearsed_tokens
-from dotexport.narrowing.run import CLOSER, JUDGED, REHEARSED_LENGTH
+from dotexport.narrowing.run import CLOSER, REHEARSED_LENGTH
 
 HELD_OUT = 1 / 8  # of the windows
 BACKWARD = 3  # a forward and a backward pass cost three forward ones
