@@ -363,8 +363,8 @@ MUTATIONS = (
     # exports ------------------------------------------------------------------------------------
     mutation(
         "exports/parity.py",
-        '"decode": rest, "padded_prefill": prompts, "padded_decode": rest}',
-        '"decode": rest}',
+        'return alone | {"padded_prefill": prompts, "padded_decode": rest}',
+        "return alone",
         "Parity does not ask for the padded batch.",
         "exports/test_parity.py",
     ),
