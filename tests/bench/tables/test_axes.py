@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.bench.tables import axes
 
 Tiny = Callable[..., Path]
@@ -59,3 +60,41 @@ def test_ways_to_one_budget_are_judged_before_and_behind_healing_and_a_stopped_r
         assert 0 < row["KL, healed"] < 1.5 * row["KL"]
     assert not notes.exists()
     assert "Healed: the same after 2 steps" in (out / "axes.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("flags", "vocab", "counted"),
+    [
+        ([], 16384, None),
+        (["--vocab-for", "named.txt"], None, "named.txt"),
+        (["--vocab", "60"], 60, None),
+    ],
+)
+def test_tokens_leave_by_the_text_that_is_named(
+    flags: list[str],
+    vocab: int | None,
+    counted: str | None,
+    tiny_model: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(33 + n * n % 87) for n in range(600)), encoding="utf-8")
+    model = tiny_model(model_type="llama", num_hidden_layers=1)
+    asked = [
+        "--model",
+        str(model),
+        *(f"--{name}={text}" for name in ("calib", "second", "test", "other")),
+    ]
+    asked += ["--windows", "1", "--length", "16", "-o", str(tmp_path / "out")]
+    made = []
+
+    def stops(model: Path, out: Path, options: ShrinkOptions) -> None:
+        made.append(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(axes, "shrink", stops)
+    CliRunner().invoke(axes.app, [*asked, *flags, "--only", "MLP and vocabulary"])
+    [options] = made
+    assert (options.vocabulary.vocab, options.vocabulary.vocab_for) == (vocab, counted)
+    assert options.sizes.axes == "intermediate_size"
