@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, TypeVar, get_type_hints
 
+from dotexport.errors import UsageError
+
 T = TypeVar("T")
 
 
@@ -48,6 +50,17 @@ def option(
     """A field that is a flag, `flag` its key where that is not the field's name."""
     meta = {"help": help, "flag": flag, "words": words, "panel": panel}
     return dataclasses.field(default=default, metadata=meta)
+
+
+def check_least(given: Any, **least: float) -> None:
+    """Refuse values of an option class that are too small, by field.
+
+    Raises:
+        UsageError: one is.
+    """
+    for name, bound in least.items():
+        if (value := getattr(given, name)) < bound:
+            raise UsageError(f"--{name} must be at least {bound}, not {value}")
 
 
 def group(default: Callable[[], Any] | None = None, **changes: Mapping[str, Any]) -> Any:

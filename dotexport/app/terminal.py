@@ -41,6 +41,17 @@ def show_figures(rows: Iterable[Sequence[str]], narrowed: str, title: str, made:
     stderr.print(made, soft_wrap=True, highlight=False)
 
 
+def show_frontier(found: Any, out: Path | None, *, as_json: bool) -> None:
+    """A frontier of the bench: its table and verdict, and where it is kept."""
+    from dotexport.app.door import benches
+
+    Console(stderr=as_json).print(benches().render_frontier(found))
+    if as_json:
+        show_json(benches().frontier_as_dict(found))
+    if out is not None:
+        stderr.print(f"frontier {out}", soft_wrap=True, highlight=False)
+
+
 def show_next(out: Path, model: str) -> None:
     """What can be done now, each with its command."""
     from dotexport.outputs import summary

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dotexport.errors import UsageError
-from dotexport.options import option
+from dotexport.options import check_least, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +22,7 @@ class TurnOptions:
     seed: int = option(0, help="Same seed, same interval of the same timings.")
 
     def __post_init__(self) -> None:
-        for name, least in (("threads", 1), ("groups", 2), ("seconds", 0)):
-            if getattr(self, name) < least:
-                raise UsageError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+        check_least(self, threads=1, groups=2, seconds=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +39,4 @@ class RoundOptions:
     seconds: float = option(3.0, help="Seconds for each artifact, at least.")
 
     def __post_init__(self) -> None:
-        for name, least in (("threads", 1), ("rounds", 1), ("seconds", 0)):
-            if getattr(self, name) < least:
-                raise UsageError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+        check_least(self, threads=1, rounds=1, seconds=0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dotexport.errors import UsageError
 from dotexport.models.text_options import SOURCES
-from dotexport.options import group, option
+from dotexport.options import check_least, group, option
 from dotexport.vocabulary.vocabulary_options import VocabularyOptions
 
 METHODS = ("dot", "obs", "select")
@@ -27,9 +27,7 @@ class SentenceOptions:
     batch: int = option(32, help="Sentences at once.")
 
     def __post_init__(self) -> None:
-        for name, least in (("samples", 16), ("seqlen", 4), ("batch", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+        check_least(self, samples=16, seqlen=4, batch=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -35,6 +36,8 @@ from dotexport.narrowing.prepare import prepare
 from dotexport.narrowing.run import Narrowing
 from dotexport.sizes.budget import plan, within_budget
 from dotexport.targets.vllm_tokens import Vllm
+
+from .changed_models import rewritten
 
 Tiny = Callable[..., Path]
 E, D, A = 5, 48, 2
@@ -72,18 +75,6 @@ def logits(folder: Path) -> Tensor:
     return found
 
 
-def changed(model: Path, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
-    """A copy with other weights, in one file."""
-    folder.mkdir()
-    tensors: dict[str, Tensor] = {}
-    for file in model.glob("*.safetensors"):
-        tensors |= load_file(file)
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text((model / "config.json").read_text(encoding="utf-8"))
-    return folder
-
-
 # Sinks ------------------------------------------------------------------------------------------
 
 
@@ -100,7 +91,7 @@ def with_a_silent_group(tensors: dict[str, Tensor]) -> None:
 def test_sinks_leave_with_the_heads_that_they_belong_to(
     options: NarrowOptions, tiny_model: Tiny, tmp_path: Path
 ) -> None:
-    model = changed(tiny_model(**OSS), tmp_path / "model", with_a_silent_group)
+    model = rewritten(tiny_model(**OSS), tmp_path / "model", with_a_silent_group)
     narrowed(model, tmp_path / "out", options, num_key_value_heads=1)
     sinks = Checkpoint.open(tmp_path / "out/hf").tensor("model.layers.1.self_attn.sinks")
     assert sinks.tolist() == [2.0, -1.0]
@@ -132,7 +123,7 @@ def test_directions_that_say_nothing_leave_without_a_trace_and_epsilon_stays(
             tensors["model.norm.weight"][:] = 1.0
 
     words = {"rms_norm_eps": 0.01, "tie_word_embeddings": tied}
-    model = changed(tiny_model(**OSS | words), tmp_path / "model", silence)
+    model = rewritten(tiny_model(**OSS | words), tmp_path / "model", silence)
     narrowed(model, tmp_path / "out", BARE, basis_DK.double().numpy(), hidden_size=40)
     assert read_config(tmp_path / "out/hf")["rms_norm_eps"] == 0.01
     before, after = logits(model), logits(tmp_path / "out/hf")
@@ -156,7 +147,7 @@ def without_tokens_for_some(tensors: dict[str, Tensor]) -> None:
 def test_experts_that_no_token_goes_to_leave_without_a_trace(
     options: NarrowOptions, tiny_model: Tiny, tmp_path: Path
 ) -> None:
-    model = changed(tiny_model(**OSS), tmp_path / "model", without_tokens_for_some)
+    model = rewritten(tiny_model(**OSS), tmp_path / "model", without_tokens_for_some)
     run = narrowed(model, tmp_path / "out", options, num_experts=E - len(IDLE[0]))
     kept = [record["experts"] for record in run.records if "experts" in record]
     assert kept == [sorted(set(range(E)) - set(idle)) for idle in IDLE]
@@ -191,7 +182,7 @@ def test_where_a_token_has_one_expert_its_writer_and_bias_are_those_of_least_squ
     with torch.no_grad():
         before_NLD = student.after(ATTENTION, run.streams.original_NLD)
         for sublayer in (ATTENTION, MIXTURE):
-            run.streams.advance_original(lambda x, s=sublayer: original.after(s, x))
+            run.streams.advance_original(partial(original.after, sublayer))
         fitted = [n for n in range(len(WINDOWS_NL)) if n not in run.streams.held_out]
         before_TD = before_NLD[fitted].flatten(0, 1)
         after_TD = run.streams.original_NLD[fitted].flatten(0, 1)
@@ -261,7 +252,7 @@ def test_gates_and_ups_beyond_the_limit_are_clamped_as_the_class_clamps_them(
             if name.endswith("gate_up_proj"):
                 tensors[name] *= 20.0
 
-    model = changed(tiny_model(**OSS), tmp_path / "model", grow)
+    model = rewritten(tiny_model(**OSS), tmp_path / "model", grow)
     source = open_source(model)
     stock = Stock.of(source.config, CPU)
     original = Original(source, *read_model(source.config), stock, CPU)
@@ -307,7 +298,7 @@ def test_files_are_written_as_they_were_read(tiny_model: Tiny, tmp_path: Path) -
 
 
 def test_files_with_another_number_of_experts_are_refused(tiny_model: Tiny, tmp_path: Path) -> None:
-    model = changed(tiny_model(**OSS), tmp_path / "model", lambda tensors: None)
+    model = rewritten(tiny_model(**OSS), tmp_path / "model", lambda tensors: None)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"num_local_experts": E - 1}))
     with pytest.raises(CheckpointError, match=r"where config\.json says 4 experts"):

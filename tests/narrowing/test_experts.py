@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import silu
 from transformers import AutoModelForCausalLM
@@ -31,6 +31,8 @@ from dotexport.narrowing.original import embed
 from dotexport.narrowing.prepare import prepare
 from dotexport.narrowing.run import Narrowing
 from dotexport.sizes.budget import plan, within_budget
+
+from ..models.changed_models import rewritten
 
 TinyModel = Callable[..., Path]
 E, D, A = 5, 48, 2
@@ -68,18 +70,6 @@ def kept_experts(run: Narrowing) -> list[list[int]]:
     return [record["experts"] for record in run.records if "experts" in record]
 
 
-def of_one_file(model: Path, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
-    """A copy of a sharded model with other weights."""
-    folder.mkdir()
-    tensors: dict[str, Tensor] = {}
-    for file in model.glob("*.safetensors"):
-        tensors |= load_file(file)
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text((model / "config.json").read_text(encoding="utf-8"))
-    return folder
-
-
 IDLE = ([1, 3], [0, 4])  # of either layer
 
 
@@ -104,7 +94,7 @@ def without_tokens_for_some(tensors: dict[str, Tensor]) -> None:
 def test_experts_that_no_token_goes_to_leave_without_a_trace(
     options: NarrowOptions, tiny_model: TinyModel, tmp_path: Path
 ) -> None:
-    model = of_one_file(tiny_model(**QWEN), tmp_path / "model", without_tokens_for_some)
+    model = rewritten(tiny_model(**QWEN), tmp_path / "model", without_tokens_for_some)
     run = narrowed(model, tmp_path / "out", options, num_experts=E - len(IDLE[0]))
     assert kept_experts(run) == [sorted(set(range(E)) - set(idle)) for idle in IDLE]
     before, after = logits(model), logits(tmp_path / "out/hf")
@@ -116,7 +106,7 @@ def test_an_expert_that_counts_does_not_leave_without_a_trace(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:
     """Else the test above would pass whoever leaves."""
-    model = of_one_file(tiny_model(**QWEN), tmp_path / "model", without_tokens_for_some)
+    model = rewritten(tiny_model(**QWEN), tmp_path / "model", without_tokens_for_some)
     narrowed(model, tmp_path / "out", BARE, num_experts=E - len(IDLE[0]) - 1)
     before, after = logits(model), logits(tmp_path / "out/hf")
     assert (before - after).abs().max() > 0.05 * before.abs().max()

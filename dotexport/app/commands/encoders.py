@@ -15,11 +15,11 @@ import typer
 
 from dotexport.app.flags import with_options
 from dotexport.app.progress import progress
-from dotexport.app.terminal import show_figures, show_json, show_written, stderr
+from dotexport.app.terminal import show_figures, show_frontier, show_json, show_written, stderr
 from dotexport.app.turn_options import RoundOptions, TurnOptions
 from dotexport.encoders.encoder_options import SentenceOptions, ShrinkOptions, SizeOptions
 
-from .shared_options import Held, Home, Json, Only, Out, Overwrite
+from .shared_options import Held, Home, Json, Kept, Only, Out, Overwrite
 
 if TYPE_CHECKING:
     from dotexport.encoders.encoder_verifying import Parity
@@ -218,12 +218,7 @@ def frontier(
     other: Annotated[
         str | None, typer.Option(help="A second text, of another kind; as --text.")
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", "-o", help="Folder for artifacts, table and plot; run again, it goes on."
-        ),
-    ] = None,
+    out: Kept = None,
     as_json: Json = False,
 ) -> None:
     """Original and narrowed encoders in every precision of a target, at equal bytes.
@@ -234,8 +229,6 @@ def frontier(
 
     Example: dotexport frontier ./all-MiniLM-L6-v2 OUT --text a.txt --other b.txt -o frontier
     """
-    from rich.console import Console
-
     from dotexport.app.door import benches
 
     texts = [options, *([replace(options, source=other)] if other else [])]
@@ -251,11 +244,7 @@ def frontier(
         )
         if out is not None:
             benches().write_frontier(found, out)
-    Console(stderr=as_json).print(benches().render_frontier(found))
-    if as_json:
-        show_json(benches().frontier_as_dict(found))
-    if out is not None:
-        stderr.print(f"frontier {out}", soft_wrap=True, highlight=False)
+    show_frontier(found, out, as_json=as_json)
 
 
 def show(out: Path, title: str) -> None:

@@ -10,11 +10,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dotexport.app.commands.shared_options import Json, Model
+from dotexport.app.commands.shared_options import Json, Kept, Model
 from dotexport.app.door import benches
 from dotexport.app.progress import progress
 from dotexport.app.steps import BenchStep, FrontierStep, ServedStep
-from dotexport.app.terminal import show_json, show_latency, stderr
+from dotexport.app.terminal import show_frontier, show_json, show_latency, stderr
 from dotexport.errors import UsageError
 from dotexport.sizes.latency_options import LatencyOptions
 
@@ -105,12 +105,7 @@ def frontier(
     narrowed: Annotated[
         list[Path] | None, typer.Argument(help="Outputs of dotexport shrink, or other models.")
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", "-o", help="Folder for artifacts, table and plot; run again, it goes on."
-        ),
-    ] = None,
+    out: Kept = None,
     as_json: Json = False,
 ) -> None:
     """Original and narrowed models in every precision of a target, at equal bytes: what to choose.
@@ -125,11 +120,7 @@ def frontier(
 
     with progress() as report:
         found = frontier_into(source_folder(model), narrowed or [], step, out=out, progress=report)
-    Console(stderr=as_json).print(benches().render_frontier(found))
-    if as_json:
-        show_json(benches().frontier_as_dict(found))
-    if out is not None:
-        stderr.print(f"frontier {out}", soft_wrap=True, highlight=False)
+    show_frontier(found, out, as_json=as_json)
 
 
 def latency(

@@ -15,6 +15,12 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder; must be n
 Home = Annotated[
     Path | None, typer.Option("--out", "-o", help="For a model that is no output: where to.")
 ]
+Kept = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", "-o", help="Folder for artifacts, table and plot; run again, it goes on."
+    ),
+]
 Held = Annotated[bool, typer.Option(help="Hold each artifact against torch.")]
 Only = Annotated[list[str] | None, typer.Option(help="Only these; default: all.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
