@@ -166,6 +166,12 @@ def check_class(config: Mapping[str, Any]) -> None:
         UnsupportedModelError: its release is too old for our table of it.
         CheckpointError: with what it says; or a window without a width, on which it fails later.
     """
+    family, release = _family(config), version("transformers")
+    if family is not None and int(release.partition(".")[0]) < family.release:
+        raise UnsupportedModelError(
+            f"{family.architecture} is narrowed with transformers {family.release} and later, not "
+            f"with {release}; pip install 'transformers>={family.release}'"
+        )
     try:
         stock = stock_config(config)
     except Exception as error:  # whatever the config class objects to is the answer
@@ -174,12 +180,6 @@ def check_class(config: Mapping[str, Any]) -> None:
             f"transformers refuses config.json ({type(error).__name__}: {reason}); correct it, or "
             "take the config.json that belongs to these weights"
         ) from error
-    family, release = _family(config), version("transformers")
-    if family is not None and int(release.partition(".")[0]) < family.release:
-        raise UnsupportedModelError(
-            f"{family.architecture} is narrowed with transformers {family.release} and later, not "
-            f"with {release}; pip install 'transformers>={family.release}'"
-        )
     kinds = getattr(stock, "layer_types", None) or ()
     if "sliding_attention" in kinds and getattr(stock, "sliding_window", None) is None:
         raise CheckpointError(

@@ -189,7 +189,7 @@ class Family:
         epsilon_stays: whether a norm lies inside a sublayer, behind no reader that could be scaled
             for another epsilon, or runtimes pass over what config.json says of it: then the
             narrower stream is scaled (models/exact_norm.py).
-        release: of transformers, the first whose class keeps a cache as others do.
+        release: of transformers, the first that has the class, with a cache as others keep it.
         epsilon_key: what config.json calls the epsilon of every norm.
         left_out: how names of tensors and of words in config.json begin that the class passes over:
             heads for further tokens, which files hold besides.

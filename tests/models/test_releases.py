@@ -224,7 +224,7 @@ def test_what_the_other_release_narrows_generates_the_same_tokens_here(
 
 
 @pytest.mark.parametrize("family", [f for f in TABLES if f.release > 4], ids=lambda f: f.model_type)
-def test_a_release_whose_class_keeps_a_cache_of_its_own_is_refused(
+def test_a_release_without_the_class_or_with_a_cache_of_its_own_is_refused(
     family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = {"model_type": family.model_type, "architectures": [family.architecture]}
