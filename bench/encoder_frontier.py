@@ -33,7 +33,7 @@ from dotexport.storage.reading import read_json
 from .encoder import check_length, full_rows
 from .frontier import ARTIFACTS, POINTS, digest, home_of_figures, names_of
 from .frontier_points import ORIGINAL, SCHEMA, EncoderPoint, Frontier, OnAnswers, OnSentences
-from .turns import WARMUPS, Progress, torch_threads
+from .turns import WARMUPS, Progress, order_of, torch_threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,9 +217,7 @@ def _timed(
     rates: list[list[float]] = [[] for _ in made]
     with torch_threads(asked.threads):
         for number in range(asked.rounds):
-            turn = number * len(made) // asked.rounds  # each round begins with another one
-            order = [*range(turn, len(made)), *range(turn)][:: 1 if number % 2 == 0 else -1]
-            for place, which in enumerate(order):
+            for place, which in enumerate(order_of(len(made), number, asked.rounds)):
                 one = made[which]
                 step = number * len(made) + place
                 progress(f"timing: {one.name} in {one.precision}", step, asked.rounds * len(made))

@@ -45,6 +45,7 @@ from .frontier_points import ORIGINAL, REPORT, SCHEMA, Frontier, OnText, Point
 from .result import Measurement
 from .runner import Progress, Runner, Setting
 from .subject import STOCK, Subject
+from .turns import order_of
 from .workload import Workload
 
 POINTS, ARTIFACTS = "points", "artifacts"
@@ -379,9 +380,8 @@ def _time(made: Sequence[_Made], setting: Setting, workload: Workload, progress:
     total = workload.rounds * len(made)
     vocabulary = int(made[0].model.checkpoint.config["vocab_size"])
     for number in range(workload.rounds):
-        turn = number * len(made) // workload.rounds  # each round begins with another one
-        order = [*made[turn:], *made[:turn]][:: 1 if number % 2 == 0 else -1]
-        for place, one in enumerate(order):
+        for place, which in enumerate(order_of(len(made), number, workload.rounds)):
+            one = made[which]
             assert one.runner is not None
             progress(f"timing: {one.runner.subject.name}", number * len(made) + place, total)
             _ask(one.runner, number, vocabulary)

@@ -59,6 +59,18 @@ def in_turns(
     }
 
 
+def order_of(count: int, number: int, rounds: int) -> list[int]:
+    """In which order so many have their turn in a round: each begins with another one, every
+    second goes backwards.
+
+    >>> [order_of(3, number, 3) for number in range(3)]
+    [[0, 1, 2], [0, 2, 1], [2, 0, 1]]
+    """
+    first = number * count // rounds
+    order = [*range(first, count), *range(first)]
+    return order if number % 2 == 0 else order[::-1]
+
+
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
     """Threads of torch while something is timed."""

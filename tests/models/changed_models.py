@@ -1,6 +1,6 @@
 """Small models with other weights and words, a text for them, and what they say.
 
-Shapes: B texts, L tokens.
+Shapes: B texts, N windows, L tokens, D width before, K width after.
 """
 
 from __future__ import annotations
@@ -16,8 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from dotexport.app.opening import open_source
+from dotexport.axes.plan import SizeOptions
 from dotexport.models.text_options import TextOptions
+from dotexport.narrowing.basis import Basis
+from dotexport.narrowing.narrow_options import NarrowOptions
+from dotexport.narrowing.prepare import prepare
+from dotexport.narrowing.run import Narrowing
+from dotexport.sizes.budget import plan
 
+WINDOWS_NL = torch.randint(3, 90, (64, 32), generator=torch.Generator().manual_seed(0))
 TOKENS_BL = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
@@ -45,8 +53,21 @@ def letters(folder: Path) -> TextOptions:
     return TextOptions(source=str(file), samples=12, seqlen=64)
 
 
-def logits(folder: Path) -> torch.Tensor:
+def logits(folder: Path, tokens_BL: torch.Tensor = TOKENS_BL) -> torch.Tensor:
     with torch.inference_mode():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        found: torch.Tensor = model(input_ids=TOKENS_BL).logits
+        found: torch.Tensor = model(input_ids=tokens_BL).logits
     return found
+
+
+def narrowed(
+    model: Path, out: Path, options: NarrowOptions, basis_DK: Any = None, **sizes: int
+) -> Narrowing:
+    """In the axes that there are, so that nothing but what is named is narrower."""
+    (out / "hf").mkdir(parents=True)
+    source = open_source(model)
+    run = prepare(source, plan(source.config, SizeOptions(**sizes)), out, WINDOWS_NL, options)
+    same_DD = np.eye(run.original.sizes.hidden_size)
+    run.run(Basis(same_DD if basis_DK is None else basis_DK, "none", 1.0))
+    run.writer.finish()
+    return run

@@ -18,7 +18,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from dotexport.app.opening import open_source
 from dotexport.axes.plan import SizeOptions, read_model
@@ -29,15 +28,13 @@ from dotexport.models.families.gpt_oss import GPT_OSS
 from dotexport.models.layers import Layer, Stock
 from dotexport.models.shapes import num_parameters
 from dotexport.narrowing import local
-from dotexport.narrowing.basis import Basis
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.original import Original, embed
-from dotexport.narrowing.prepare import prepare
-from dotexport.narrowing.run import Narrowing
 from dotexport.sizes.budget import plan, within_budget
 from dotexport.targets.vllm_tokens import Vllm
 
-from .changed_models import rewritten
+from . import changed_models
+from .changed_models import WINDOWS_NL, narrowed, rewritten
 
 Tiny = Callable[..., Path]
 E, D, A = 5, 48, 2
@@ -51,28 +48,9 @@ OSS: dict[str, Any] = {
     "sliding_window": 16,
 }
 ATTENTION, MIXTURE = GPT_OSS.sublayers
-WINDOWS_NL = torch.randint(3, 90, (64, 32), generator=torch.Generator().manual_seed(0))
+logits = partial(changed_models.logits, tokens_BL=WINDOWS_NL[:4])
 BARE, REFIT = NarrowOptions(local=None, refit=False), NarrowOptions(local=None)
 BOTH = pytest.mark.parametrize("options", [BARE, REFIT], ids=["bare", "refit"])
-
-
-def narrowed(
-    model: Path, out: Path, options: NarrowOptions, basis_DK: Any = None, **sizes: int
-) -> Narrowing:
-    """In the axes that there are, so that nothing but what is named is narrower."""
-    (out / "hf").mkdir(parents=True)
-    source = open_source(model)
-    run = prepare(source, plan(source.config, SizeOptions(**sizes)), out, WINDOWS_NL, options)
-    run.run(Basis(np.eye(D) if basis_DK is None else basis_DK, "none", 1.0))
-    run.writer.finish()
-    return run
-
-
-def logits(folder: Path) -> Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.inference_mode():
-        found: Tensor = model(input_ids=WINDOWS_NL[:4]).logits
-    return found
 
 
 # Sinks ------------------------------------------------------------------------------------------

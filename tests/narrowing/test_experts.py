@@ -10,13 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import silu
-from transformers import AutoModelForCausalLM
 
 from dotexport.app.opening import open_source
 from dotexport.axes.plan import SizeOptions
@@ -24,7 +22,6 @@ from dotexport.errors import SizeError
 from dotexport.models.checkpoint import read_config
 from dotexport.models.families.qwen3_moe import QWEN3_MOE
 from dotexport.models.layers import Layer
-from dotexport.narrowing.basis import Basis
 from dotexport.narrowing.experts import saliencies
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.original import embed
@@ -32,7 +29,8 @@ from dotexport.narrowing.prepare import prepare
 from dotexport.narrowing.run import Narrowing
 from dotexport.sizes.budget import plan, within_budget
 
-from ..models.changed_models import rewritten
+from ..models import changed_models
+from ..models.changed_models import WINDOWS_NL, narrowed, rewritten
 
 TinyModel = Callable[..., Path]
 E, D, A = 5, 48, 2
@@ -45,25 +43,8 @@ QWEN: dict[str, Any] = {
     "norm_topk_prob": True,
 }
 ATTENTION, MIXTURE = QWEN3_MOE.sublayers
-WINDOWS_NL = torch.randint(3, 90, (64, 32), generator=torch.Generator().manual_seed(0))
+logits = partial(changed_models.logits, tokens_BL=WINDOWS_NL[:4])
 BARE = NarrowOptions(local=None, refit=False)
-
-
-def narrowed(model: Path, out: Path, options: NarrowOptions, **sizes: int) -> Narrowing:
-    """At full width, in the axes that there are, so that nothing but experts is narrower."""
-    (out / "hf").mkdir(parents=True)
-    source = open_source(model)
-    run = prepare(source, plan(source.config, SizeOptions(**sizes)), out, WINDOWS_NL, options)
-    run.run(Basis(np.eye(D), "none", 1.0))
-    run.writer.finish()
-    return run
-
-
-def logits(folder: Path) -> Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.inference_mode():
-        found: Tensor = model(input_ids=WINDOWS_NL[:4]).logits
-    return found
 
 
 def kept_experts(run: Narrowing) -> list[list[int]]:
