@@ -190,10 +190,12 @@ def test_healing_takes_the_steps_of_one_process(
 
 
 DISTILLED = ("--heal", 40, "--heal-precision", "fp32", "--ridge", 0.01, "--basis", "pca")
+# All of them: which ones stay is a choice among near equals here, that rounding may decide.
+NEURONS = ("--intermediate", 88)
 
 
 @pytest.mark.parametrize(
-    ("kind", "sizes", "close"), [("wide-heads", (2, 4), 1e-3), ("tied-bf16", (2,), 5e-3)]
+    ("kind", "sizes", "close"), [("wide-heads", (2, 4), 1e-3), ("tied-bf16", (2,), 1e-2)]
 )
 def test_several_distil_to_what_one_does(
     kind: str,
@@ -208,7 +210,7 @@ def test_several_distil_to_what_one_does(
     heads, whose gradients come by different ways; several compute their activations twice."""
     text = written(tmp_path / "much.txt", " ".join(f"w{n}" for n in drawn(8000)))
     for size in (1, *sizes):
-        options = (*DISTILLED, "--heal-text", text)
+        options = (*DISTILLED, *NEURONS, "--heal-text", text)
         command = asked(tiny_llama(kind), tmp_path / f"{size}", words, *options)
         endings = torchrun(size, tmp_path, *command, before=_short_of_memory)
         assert [ending.code for ending in endings] == [0] * size, endings
