@@ -15,19 +15,19 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
 from dotexport.errors import CheckpointError, RuntimeMissingError, UsageError
-from dotexport.models.checkpoint import Checkpoint, read_config
+from dotexport.models.checkpoint import Checkpoint, CheckpointWriter, read_config, stored_config
 from dotexport.models.config_words import KERNELS
 from dotexport.models.loading import capped_attention
 from dotexport.models.memory import fits
+from dotexport.models.multimodal import is_multimodal
 from dotexport.models.rope import in_all_words, stock_config
 from dotexport.models.shapes import EXPERTS
 from dotexport.models.weight_files import INDEX, WEIGHTS
 from dotexport.storage.files import write_json
-from dotexport.storage.reading import read_json
 
 from .torch_session import DTYPES, TorchSession
 
@@ -67,11 +67,19 @@ class HuggingFace:
         return []
 
     def write(self, checkpoint: Checkpoint, folder: Path, precision: str) -> None:
-        for file in [*set(checkpoint.files.values()), *checkpoint.companions()]:
+        multimodal = is_multimodal(stored_config(checkpoint.folder))
+        files = [] if multimodal else [*set(checkpoint.files.values())]
+        for file in [*files, *checkpoint.companions()]:
             place = folder / file.relative_to(checkpoint.folder)  # shards may lie in folders below
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, place)
         write_json(folder / "config.json", in_all_words(checkpoint.config))
+        if multimodal:  # its files hold more, under other names
+            writer = CheckpointWriter(folder, checkpoint.specs)
+            for name in checkpoint.specs:
+                writer.write(name, checkpoint.tensor(name))
+            writer.finish()
+            return
         if not (folder / WEIGHTS).exists():
             stored = checkpoint.stored
             places = ((stored.get(n, n), file) for n, file in checkpoint.files.items())
@@ -114,6 +122,8 @@ class HuggingFace:
         if threads is not None:
             torch.set_num_threads(threads)
         loader: Any = AutoModelForCausalLM  # its stubs do not know output_loading_info
+        if is_multimodal(stored_config(folder)):
+            loader = AutoModelForImageTextToText
         offloaded = {} if compiled else _offloaded(folder, place, number)
         room = offloaded.get("offload_folder")
         try:
@@ -136,7 +146,7 @@ class HuggingFace:
         if room:
             weakref.finalize(model, shutil.rmtree, room, ignore_errors=True)
         _check_complete(folder, report)
-        _check_rope(folder, model.config)
+        _check_rope(folder, model.config.get_text_config(decoder=True))
         _check_head(folder, model)
         model = model.eval() if _on_disk(model) else model.eval().to(place)
         if not compiled:
@@ -206,7 +216,7 @@ def _offloaded(folder: Path, place: torch.device, number: torch.dtype) -> dict[s
 def _room(folder: Path) -> str | None:
     """Where experts lie while such a model is open, which classes hold fused and files apart; None:
     files are as the class has them."""
-    config = read_json(folder / "config.json", advice="export it again")
+    config = stored_config(folder)
     return tempfile.mkdtemp(prefix="dotexport-") if any(map(config.get, EXPERTS)) else None
 
 
@@ -216,7 +226,7 @@ def _on_disk(model: Any) -> bool:
 
 def _attention(folder: Path) -> dict[str, str]:
     """Arguments of a class: a kernel that config.json names may not be here."""
-    named = read_json(folder / "config.json", advice="export it again")
+    named = stored_config(folder)
     stock = {"attn_implementation": "sdpa"} if any(named.get(key) for key in KERNELS) else {}
     return stock | capped_attention(read_config(folder))
 

@@ -36,6 +36,11 @@ class TorchSession:
         self.apart: list[TorchSession] = []
 
     @property
+    def config(self) -> Any:
+        """Of the language model, which a model that sees has among others."""
+        return self.model.config.get_text_config(decoder=True)
+
+    @property
     def providers(self) -> tuple[str, ...]:
         """Where the weights really lie, and as what."""
         disk = ", weights on disk" if self.on_disk else ""
@@ -64,7 +69,7 @@ class TorchSession:
         lengths = [L] * B if lengths_B is None else list(lengths_B)
         self.position_B = torch.tensor(lengths, device=self.device)
         self.apart = []
-        if min(lengths) < L and _counts_padding(self.model.config):
+        if min(lengths) < L and _counts_padding(self.config):
             return self._start_apart(tokens_BL, lengths)
         self.forget(B, L)
         # Without padding no mask is needed, and attention takes its faster causal path.
@@ -114,7 +119,7 @@ class TorchSession:
     def _start_apart(self, tokens_BL: Tokens, lengths: Sequence[int]) -> Logits:
         """Every prompt gets a cache alone."""
         self.apart = [TorchSession(self.model, device=self.device) for _ in lengths]
-        logits_BLV = np.zeros((*tokens_BL.shape, self.model.config.vocab_size), dtype=np.float32)
+        logits_BLV = np.zeros((*tokens_BL.shape, self.config.vocab_size), dtype=np.float32)
         for row, (session, length) in enumerate(zip(self.apart, lengths, strict=True)):
             logits_BLV[row, :length] = session.start(tokens_BL[row : row + 1, :length])[0]
         return logits_BLV

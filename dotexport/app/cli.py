@@ -105,6 +105,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "shrink": sizes.shrink,
     "export": artifacts.export,
     "verify": artifacts.verify,
+    "rejoin": artifacts.rejoin,
     "eval": artifacts.evaluate,
     "bench": measuring.bench,
     "latency": measuring.latency,

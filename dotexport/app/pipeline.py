@@ -32,7 +32,7 @@ from dotexport.axes import axes_of
 from dotexport.axes.plan import Plan, SizeOptions, read_model, resized
 from dotexport.errors import CalibrationError, SizeError, UsageError
 from dotexport.exports.target import Target, parse_spec
-from dotexport.models.checkpoint import read_config
+from dotexport.models.checkpoint import read_config, stored_config
 from dotexport.models.documents import documents
 from dotexport.models.finding import find_model
 from dotexport.models.text_windows import window_length
@@ -40,6 +40,7 @@ from dotexport.narrowing.norm_statistics import Progress
 from dotexport.outputs import card
 from dotexport.processes.processes import Processes
 from dotexport.sizes.allocation import accepted
+from dotexport.sizes.beside_towers import beside_towers
 from dotexport.sizes.budget import plan
 from dotexport.sizes.latency import check_runtime, promise
 from dotexport.sizes.latency_options import LatencyOptions
@@ -152,9 +153,10 @@ def _check_sizes(model: Path, options: ShrinkOptions, specs: Sequence[str]) -> N
     if options.sizes.latency is not None:
         return
     config, rules = read_config(model), _rules(model, specs)
-    decided = plan(config, options.sizes)
-    if options.allocate == "measured" and options.sizes.budgeted:
-        decided, *_ = [*accepted(config, options.sizes, _accepted_by(rules)), decided]
+    sizes = beside_towers(stored_config(model), options.sizes)
+    decided = plan(config, sizes)
+    if options.allocate == "measured" and sizes.budgeted:
+        decided, *_ = [*accepted(config, sizes, _accepted_by(rules)), decided]
     if problems := [f"  {rule.name}: {text}" for rule in rules for text in rule.problems(decided)]:
         raise SizeError(
             "the sizes of this recipe cannot be exported:\n"

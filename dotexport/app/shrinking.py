@@ -26,7 +26,7 @@ from dotexport.errors import UsageError
 from dotexport.generation.own_text import write_own_text
 from dotexport.generation.second_text import second_text
 from dotexport.healing.compiling import check_compiler
-from dotexport.models.checkpoint import Checkpoint
+from dotexport.models.checkpoint import Checkpoint, stored_config
 from dotexport.models.finding import find_model
 from dotexport.models.layers import Stock
 from dotexport.models.origin import describe_source
@@ -40,6 +40,7 @@ from dotexport.narrowing.prepare import (
 )
 from dotexport.processes.processes import ALONE, Processes
 from dotexport.sizes.allocation import allocate
+from dotexport.sizes.beside_towers import beside_towers
 from dotexport.sizes.budget import plan, shortfall
 from dotexport.sizes.frozen import frozen
 from dotexport.sizes.full_rows import newly_torn
@@ -84,6 +85,8 @@ def shrink(
     """
     started = time.perf_counter()
     original = open_source(find_model(str(model)))
+    sizes = beside_towers(stored_config(original.folder), options.sizes)
+    options = replace(options, sizes=sizes)
     check_tensors(original, *read_model(original.config))
     Stock.of(original.config, torch.device("cpu"))  # refuses what transformers cannot build
     if not options.vocabulary.asked:

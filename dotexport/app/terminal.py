@@ -52,12 +52,12 @@ def show_frontier(found: Any, out: Path | None, *, as_json: bool) -> None:
         stderr.print(f"frontier {out}", soft_wrap=True, highlight=False)
 
 
-def show_next(out: Path, model: str) -> None:
+def show_next(out: Path, model: str, *, multimodal: bool = False) -> None:
     """What can be done now, each with its command."""
     from dotexport.outputs import summary
 
     console = Console()
-    for purpose, command in summary.next_commands(out, model):
+    for purpose, command in summary.next_commands(out, model, multimodal=multimodal):
         console.print(
             f"next: {command}  ({purpose})", soft_wrap=True, highlight=False, markup=False
         )

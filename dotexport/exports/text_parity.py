@@ -21,6 +21,7 @@ from typing import Any
 from dotexport.exports.nasty_texts import CONVERSATIONS, TEXTS, Conversation
 from dotexport.exports.target import Target
 from dotexport.models.checkpoint import Checkpoint
+from dotexport.models.multimodal import language_config
 from dotexport.storage.reading import read_json
 
 logger = logging.getLogger(__name__)
@@ -288,7 +289,7 @@ def _named(folder: Path, key: str) -> list[Any]:
     for name in (GENERATION, "config.json"):
         file = folder / name
         said = read_json(file, advice="take a fresh copy") if file.is_file() else {}
-        value = said.get(key)
+        value = language_config(said).get(key)
         if value is not None:
             return value if isinstance(value, list) else [value]
     return []

@@ -187,11 +187,11 @@ def all_finite(values: torch.Tensor) -> bool:
     return not values.numel() or bool(torch.isfinite(torch.stack(values.aminmax())).all())
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as transformers 5 reads it beside the weights that are there.
+def stored_config(folder: Path) -> dict[str, Any]:
+    """config.json as it is written there.
 
     Raises:
-        CheckpointError: there is none, it is no JSON object, or its words contradict each other.
+        CheckpointError: there is none, or it is no JSON object.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -200,7 +200,17 @@ def read_config(folder: Path) -> dict[str, Any]:
             "expected a transformers checkpoint (config.json and *.safetensors) or a diffusers "
             "pipeline (model_index.json)"
         )
-    config = settled(read_json(file, advice="take a fresh copy", finite=True), of=folder)
+    return read_json(file, advice="take a fresh copy", finite=True)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as transformers 5 reads it beside the weights that are there; of a model that
+    sees or hears, that of its language model.
+
+    Raises:
+        CheckpointError: there is none, it is no JSON object, or its words contradict each other.
+    """
+    config = settled(stored_config(folder), of=folder)
     if config.get("tie_word_embeddings") and _has_own_head(folder, config):
         config["tie_word_embeddings"] = False
         say_once(
@@ -261,7 +271,7 @@ class CheckpointWriter:
         self._stored = dict(spec.in_file(name) for name, spec in self.specs.items())
         shards = list(_shards(self._stored, max_shard_bytes))
         for number, names in enumerate(shards, start=1):
-            file = folder / _shard_name(number, len(shards))
+            file = folder / shard_name(number, len(shards))
             self._places |= _write_header(file, {name: self._stored[name] for name in names})
         if len(shards) > 1:
             self._write_index()
@@ -324,7 +334,7 @@ def _shards(specs: Mapping[str, TensorSpec], max_bytes: int) -> Iterable[list[st
     yield names
 
 
-def _shard_name(number: int, count: int) -> str:
+def shard_name(number: int, count: int) -> str:
     return WEIGHTS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from dotexport.errors import CheckpointError, UnsupportedModelError
 from dotexport.models.families import SUPPORTED
 from dotexport.models.family import Family
+from dotexport.models.multimodal import language_config, language_names
 from dotexport.models.rope import in_all_words, stock_config
 from dotexport.models.shapes import read_sizes, slots
 from dotexport.models.stacks import Slot
@@ -81,7 +82,8 @@ PERIODS = ("full_attention_interval", "full_attn_idxs")
 
 
 def settled(config: Mapping[str, Any], *, of: object) -> dict[str, Any]:
-    """The same model in words that every reader understands alike.
+    """The same model in words that every reader understands alike; of one that sees or hears, its
+    language model.
 
     What is no model of a supported family stays as it is: it is refused elsewhere.
 
@@ -92,6 +94,7 @@ def settled(config: Mapping[str, Any], *, of: object) -> dict[str, Any]:
         CheckpointError: words that contradict each other.
         UnsupportedModelError: the class is younger than this transformers.
     """
+    config = language_config(config)
     family = _family(config)
     if family is None:
         return dict(config)
@@ -128,7 +131,7 @@ def _by_layer(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
 def stored_names(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
     """Tensor -> its name in the files, of those that the class does not pass over."""
     family, stored = _family(config), list(names)
-    if family is None or not (family.left_out or family.renamed):
+    if family is None:
         return {name: name for name in stored}
     known = [name for name in stored if not name.startswith(family.left_out)]
     if len(known) < len(stored):
@@ -137,7 +140,7 @@ def stored_names(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, s
             f"{len(stored) - len(known)} tensors {starts} are left out, as {family.architecture} "
             "of transformers does"
         )
-    return {_in_class(name, family): name for name in known}
+    return language_names(known)
 
 
 def stored_slots(config: Mapping[str, Any]) -> dict[str, Slot]:
@@ -150,13 +153,6 @@ def stored_slots(config: Mapping[str, Any]) -> dict[str, Slot]:
     if family is None or not family.stacks:
         return {}
     return slots(family, read_sizes(family, config))
-
-
-def _in_class(name: str, family: Family) -> str:
-    for start, own in family.renamed:
-        if name.startswith(start):
-            return own + name.removeprefix(start)
-    return name
 
 
 def check_class(config: Mapping[str, Any]) -> None:

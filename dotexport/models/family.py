@@ -193,7 +193,6 @@ class Family:
         epsilon_key: what config.json calls the epsilon of every norm.
         left_out: how names of tensors and of words in config.json begin that the class passes over:
             heads for further tokens, which files hold besides.
-        renamed: how names of tensors may begin in files, and how they do in the class.
         spaces: its own ones, and the keys of config.json (or numbers) whose product is their number
             of neurons.
         stays: axis -> why nothing of it can leave, said of a smaller size.
@@ -254,7 +253,6 @@ class Family:
     release: int = 4
     epsilon_key: str = "rms_norm_eps"
     left_out: tuple[str, ...] = ()
-    renamed: tuple[tuple[str, str], ...] = ()
     newer_kinds: tuple[tuple[str, str], ...] = ()
     mlp_key: str = "intermediate_size"
     as_built: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None

@@ -8,6 +8,7 @@ from pathlib import Path
 from dotexport.errors import CheckpointError
 from dotexport.models.checkpoint import COMPANIONS
 from dotexport.models.ggml.unpacking import is_gguf, unpacked
+from dotexport.models.multimodal import PROCESSORS
 from dotexport.models.weight_files import INDEX
 
 
@@ -38,7 +39,7 @@ def find_model(name: str, *, config_only: bool = False, tokenizer: bool = False)
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     wanted = ["config.json", "README.md"]
-    wanted += [] if config_only else ["*.safetensors", INDEX]
+    wanted += [] if config_only else ["*.safetensors", INDEX, *PROCESSORS]
     wanted += COMPANIONS if tokenizer or not config_only else []
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))

@@ -251,8 +251,12 @@ def paths(out: Path) -> Iterator[tuple[str, Path]]:
             yield label, out / name
 
 
-def next_commands(out: Path, model: str) -> Iterator[tuple[str, str]]:
-    """What nobody has done yet with an output of shrink, and the command that does it."""
+def next_commands(out: Path, model: str, *, multimodal: bool = False) -> Iterator[tuple[str, str]]:
+    """What nobody has done yet with an output of shrink, and the command that does it.
+
+    Args:
+        multimodal: whether the model has towers beside its language model.
+    """
     record, here = manifest.read(out), shlex.quote(str(out))
     artifacts = record.get("artifacts", {})
     if unverified(record):
@@ -263,6 +267,9 @@ def next_commands(out: Path, model: str) -> Iterator[tuple[str, str]]:
     if set(artifacts) <= {"hf"}:
         spec = _runtime_of(read_config(out / "hf"))
         yield "for a runtime", f"dotexport export {here} --target {spec}"
+    if multimodal and len(set(record["sizes"]["hidden_size"])) == 1:
+        asked = f"{here} {shlex.quote(model)} -o FOLDER"
+        yield "among the towers of the original", f"dotexport rejoin {asked}"
 
 
 def _runtime_of(config: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ OURS = re.compile(
     r"|report .*|error: target .* cannot be run here.*|.*needs an NVIDIA GPU.*"
 )
 SHORT = ("--samples", "4", "--seqlen", "32")
-TARGETS = ("hf", "ort-cpu", "ort-cuda", "onnx", "openvino", "gguf", "executorch", "mlx")
+TARGETS = ("ort-cpu", "onnx", "openvino", "gguf", "executorch", "mlx")
 VERBS: dict[str, tuple[str, ...]] = {
     "plan": ("plan", "MODEL", "--params", "0.7x"),
     "run": ("run", "RECIPE", "-o", "NEW"),
@@ -44,7 +44,8 @@ VERBS: dict[str, tuple[str, ...]] = {
     ),
     "targets": ("targets",),
     "doctor": ("doctor",),
-    **{f"export {name}": ("export", "OUT", "--target", name) for name in TARGETS},
+    "export": ("export", "OUT", *(word for name in TARGETS for word in ("--target", name))),
+    "export ort-cuda": ("export", "OUT", "--target", "ort-cuda"),
 }
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from dotexport.storage.locking import locked
 
 pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
 
@@ -49,16 +52,22 @@ def calls() -> dict[str, dict[str, Any]]:
 def exported(
     tiny: Callable[[str], Path], calls: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
-    """Name in PIPELINES -> an output of shrink with an artifact onnx-fp32, made once."""
+    """Name in PIPELINES -> an output of shrink with an artifact onnx-fp32, made once for all
+    processes that share the tests; what is written there is read alone."""
     from dotexport.diffusion import onnx_folder
     from dotexport.diffusion.pipeline_options import LayoutOptions, SampleOptions, ShrinkOptions
     from dotexport.diffusion.pipeline_shrinking import shrink
 
-    made: dict[str, Path] = {}
+    base = tmp_path_factory.getbasetemp()
+    home = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
     def make(name: str) -> Path:
-        if name not in made:
-            folder = tmp_path_factory.mktemp(f"exported-{name}")
+        folder = home / f"exported-{name}"
+        done = folder / "out" / "onnx-fp32"  # it appears whole
+        with locked(folder, wait=True):
+            if done.is_dir():
+                return done.parent
+            folder.mkdir()
             prompts = folder / "prompts.txt"
             prompts.write_text("1\n3\n7\n" if name == "dit" else "one\nthree\nseven\n")
             size = None if name == "dit" else 16
@@ -71,10 +80,9 @@ def exported(
                 extra=calls[name],
             )
             layout = LayoutOptions(heads="0.5x", ffn="0.5x")
-            shrink(tiny(name), folder / "out", ShrinkOptions(sampling=options, layout=layout))
-            onnx_folder.export(folder / "out", ["onnx"])
-            made[name] = folder / "out"
-        return made[name]
+            shrink(tiny(name), done.parent, ShrinkOptions(sampling=options, layout=layout))
+            onnx_folder.export(done.parent, ["onnx"])
+        return done.parent
 
     return make
 

@@ -100,6 +100,34 @@ def verify(
     require(parities)
 
 
+def rejoin(
+    out: Output,
+    model: Annotated[str, typer.Argument(help="What OUT was narrowed from: folder or hub id.")],
+    whole: Annotated[
+        Path, typer.Option("-o", "--out", help="Folder for the whole; must be new or empty.")
+    ],
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Put a narrowed language model back among the towers of a model that sees or hears.
+
+    Of such a MODEL, shrink narrows the language model alone; the towers stay as they are, so
+    hidden_size and the vocabulary must have stayed as well.
+
+    Example: dotexport rejoin OUT gemma-3-4b-it -o smaller-gemma
+    """
+    from dotexport.app.pipeline import source_folder
+    from dotexport.app.rejoining import as_dict
+    from dotexport.app.rejoining import rejoin as join
+
+    with progress() as report:
+        parity = join(out, source_folder(model), whole, overwrite=overwrite, progress=report)
+    if as_json:
+        show_json(as_dict(whole, parity))
+    else:
+        show_parities([parity])
+
+
 def evaluate(
     out: Output,
     baseline: Annotated[str, typer.Option(help="The original: folder, GGUF file or hub id.")],

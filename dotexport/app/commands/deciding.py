@@ -55,12 +55,13 @@ def plan(
     Example: dotexport plan ./llama --params 0.7x --target gguf:int4 --target ort-cpu:int4
     """
     from dotexport.app.pipeline import planned_time, source_folder
-    from dotexport.models.checkpoint import read_config
+    from dotexport.models.checkpoint import read_config, stored_config
+    from dotexport.sizes.beside_towers import beside_towers
     from dotexport.sizes.planning import calibrated, choose
 
     _, distil = parse_heal(heal)
     folder = source_folder(model, config_only=True, tokenizer=vocabulary.asked)
-    config = read_config(folder)
+    config, sizes = read_config(folder), beside_towers(stored_config(folder), sizes)
     if vocabulary.asked:
         from dotexport.sizes.vocabulary_first import choose_behind
 
@@ -115,7 +116,8 @@ def shrink(
     """
     from dotexport.app.pipeline import find_here, keep_promise, source_folder
     from dotexport.app.recipe import Recipe
-    from dotexport.models.checkpoint import read_config
+    from dotexport.models.checkpoint import read_config, stored_config
+    from dotexport.models.multimodal import is_multimodal
 
     if plan_file is not None:
         step = step.planned(plan_file, read_config(source_folder(model, config_only=True)))
@@ -155,4 +157,4 @@ def shrink(
     if shrunk.allocation:
         show_allocation(shrunk.allocation)
     show_summary(out, f"narrowed in {shrunk.seconds:.0f} s")
-    show_next(out, model)
+    show_next(out, model, multimodal=is_multimodal(stored_config(folder)))

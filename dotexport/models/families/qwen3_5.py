@@ -60,7 +60,5 @@ QWEN3_5 = replace(
     num_key_value_heads=4,
     unit_offset=True,
     epsilon_stays=True,  # of the norm of what a delta net gives
-    left_out=("mtp", "model.visual."),
-    # What transformers saves of a checkpoint that sees as well.
-    renamed=(("model.language_model.", "model."),),
+    left_out=("mtp",),
 )

@@ -1,0 +1,36 @@
+"""A budget for a model that sees or hears: what its towers write into keeps its width."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from dotexport.axes import AXES
+from dotexport.axes.plan import SizeOptions
+from dotexport.models.multimodal import is_multimodal
+
+logger = logging.getLogger(__name__)
+
+STREAM = "hidden_size"
+
+
+def beside_towers(stored: Mapping[str, Any], asked: SizeOptions) -> SizeOptions:
+    """The same sizes, of which a budget leaves hidden_size alone unless it is named: otherwise
+    nothing would join the towers to the narrower stream (`dotexport rejoin`).
+
+    Args:
+        stored: config.json as it is in the model's folder.
+    """
+    named = asked.axes is not None or asked.square or STREAM in asked.sizes
+    if not asked.budgeted or named or not is_multimodal(stored):
+        return asked
+    logger.warning(
+        "%s stays, as the towers of this model write into its stream: what comes out can be put "
+        "back among them (dotexport rejoin); --axes with %s in it gives that up",
+        STREAM,
+        STREAM,
+    )
+    free = [axis.name for axis in AXES if axis.name != STREAM and asked.may_cut(axis)]
+    return replace(asked, axes=",".join(free))
