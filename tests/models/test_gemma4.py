@@ -114,30 +114,6 @@ def test_keys_of_layers_that_are_not_there_are_refused(gemma: Tiny) -> None:
         settled(config | {"num_kv_shared_layers": 4}, of="here")
 
 
-def test_the_language_model_of_one_that_sees_is_saved_alone_as_documented(
-    gemma: Tiny, tmp_path: Path
-) -> None:
-    from transformers import Gemma4Config, Gemma4ForCausalLM, Gemma4ForConditionalGeneration
-
-    text = json.loads((gemma(tie_word_embeddings=True) / "config.json").read_text())
-    sight = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
-    config = Gemma4Config(text_config=text, vision_config=sight | heads, audio_config=None)
-    whole: Any = Gemma4ForConditionalGeneration(config).eval()
-    whole.model.language_model.layers[1].layer_scalar.fill_(1.3)
-    whole.save_pretrained(tmp_path / "whole")
-    with pytest.raises(UnsupportedModelError, match="save its language model alone"):
-        find_family(open_source(tmp_path / "whole").config)
-    alone: Any = Gemma4ForCausalLM(whole.config.text_config)
-    alone.model, alone.lm_head = whole.model.language_model, whole.lm_head
-    alone.save_pretrained(tmp_path / "alone")
-    shutil.copyfile(gemma() / "tokenizer.json", tmp_path / "alone/tokenizer.json")
-    with torch.inference_mode():
-        wanted_BLV = whole(input_ids=TOKENS_BL).logits
-    loaded = Loaded(open_source(tmp_path / "alone"))
-    assert torch.equal(loaded.logits(TOKENS_BL), wanted_BLV)
-
-
 # What can leave -----------------------------------------------------------------------------------
 
 
