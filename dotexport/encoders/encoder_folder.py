@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,11 @@ class Encoder:
     model: nn.Module
     dtype: torch.dtype
     names: frozenset[str]
+
+    @cached_property
+    def programs(self) -> dict[tuple[bool, bool], Any]:
+        """What was traced of it (EncoderGraph.program): precisions and targets share it."""
+        return {}
 
     @property
     def base(self) -> nn.Module:

@@ -66,7 +66,7 @@ def graph_of(encoder: Encoder) -> EncoderGraph:
     more = ("token_type_ids",) if reads_segments(encoder.config) else ()
     inputs = ("input_ids", "attention_mask", *more)
     outputs = outputs_of(type(encoder.model).__name__)
-    return EncoderGraph(encoder.model, inputs, outputs, context_of(encoder))
+    return EncoderGraph(encoder.model, inputs, outputs, context_of(encoder), encoder.programs)
 
 
 def verify(out: Path, specs: Sequence[str] | None = None) -> list[Parity]:

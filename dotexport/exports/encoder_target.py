@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,20 +33,27 @@ class EncoderGraph:
         inputs: names of what it reads, (B, L) of int64 each, input_ids first.
         outputs: names of what it answers with.
         context: tokens of a sequence, at most.
+        programs: what was traced of it, by the arguments of `program`.
     """
 
     model: torch.nn.Module
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     context: int
+    programs: dict[tuple[bool, bool], ExportedProgram] = field(default_factory=dict)
 
     def program(self, *, half: bool = False, single: bool = False) -> ExportedProgram:
-        """The graph of torch.export, its outputs float32.
+        """The graph of torch.export, its outputs float32; traced once.
 
         Args:
             half: weights and what is computed in float16.
             single: of one sequence at a time, any length up to the context; otherwise any batch.
         """
+        if (half, single) not in self.programs:
+            self.programs[half, single] = self._traced(half=half, single=single)
+        return self.programs[half, single]
+
+    def _traced(self, *, half: bool, single: bool) -> ExportedProgram:
         import torch
 
         # Neither 0 nor 1 of anything dynamic, which would be taken for a constant.
