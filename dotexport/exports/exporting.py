@@ -72,6 +72,18 @@ class Artifact:
     def num_bytes(self) -> int:
         return sum(entry["bytes"] for entry in self.files.values())
 
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        return {
+            "target": self.target,
+            "precision": self.precision,
+            "bytes": self.num_bytes,
+            "files": self.files,
+            "parity": self.parity.as_dict() if self.parity else None,
+            **({"calibration": self.calibration} if self.calibration else {}),
+        }
+
 
 @dataclass(frozen=True)
 class Request:
@@ -343,12 +355,4 @@ class _NotExactError(ParityError):
 
 
 def _record(home: Path, artifact: Artifact) -> None:
-    entry = {
-        "target": artifact.target,
-        "precision": artifact.precision,
-        "bytes": artifact.num_bytes,
-        "files": artifact.files,
-        "parity": artifact.parity.as_dict() if artifact.parity else None,
-        **({"calibration": artifact.calibration} if artifact.calibration else {}),
-    }
-    manifest.merge(home, artifacts={artifact.name: entry})
+    manifest.merge(home, artifacts={artifact.name: artifact.entry})

@@ -178,7 +178,7 @@ class Checkpoint:
         found = {file for glob in COMPANIONS for file in self.folder.glob(glob)}
         files = sorted(file for file in found if file.is_file())
         for file in files:
-            _check_inside(file)
+            check_inside(file)
         return files
 
 
@@ -220,7 +220,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_inside(file: Path) -> None:
+def check_inside(file: Path) -> None:
     """Refuse a link out of a model: what it leads to would travel with all that is made of it."""
     folder = file.parent.resolve()
     # snapshots/REVISION of the hub's cache holds links into blobs/ beside it.

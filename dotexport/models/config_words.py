@@ -140,7 +140,9 @@ def stored_names(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, s
             f"{len(stored) - len(known)} tensors {starts} are left out, as {family.architecture} "
             "of transformers does"
         )
-    return language_names(known)
+    unread = family.unread(config) if family.unread else ()
+    owned = language_names(known)
+    return {own: name for own, name in owned.items() if not own.startswith(unread)}
 
 
 def stored_slots(config: Mapping[str, Any]) -> dict[str, Slot]:

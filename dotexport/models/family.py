@@ -193,6 +193,8 @@ class Family:
         epsilon_key: what config.json calls the epsilon of every norm.
         left_out: how names of tensors and of words in config.json begin that the class passes over:
             heads for further tokens, which files hold besides.
+        unread: config.json -> how names of tensors begin, as the class has them, that it passes
+            over for what this one says.
         spaces: its own ones, and the keys of config.json (or numbers) whose product is their number
             of neurons.
         stays: axis -> why nothing of it can leave, said of a smaller size.
@@ -253,6 +255,7 @@ class Family:
     release: int = 4
     epsilon_key: str = "rms_norm_eps"
     left_out: tuple[str, ...] = ()
+    unread: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
     newer_kinds: tuple[tuple[str, str], ...] = ()
     mlp_key: str = "intermediate_size"
     as_built: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None

@@ -8,12 +8,15 @@ read here as if it were alone; what lies around it stays as it is.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
+from dotexport.errors import CheckpointError
 from dotexport.models.families import SUPPORTED
 
-# By model_type: those of which text alone is computed by the language model alone.
+# By model_type: those of which text alone is computed by the language model alone (Gemma 4 reads
+# padding where text has a word for a picture and there is none).
 MULTIMODAL = (
     "gemma3",
     "gemma4",
@@ -35,7 +38,16 @@ STARTS = (
     ("model.text_model.", "model."),
 )
 INNER = "text_config"
-OF_THE_WHOLE = ("quantization_config", "dtype", "torch_dtype")
+TIED = "tie_word_embeddings"
+# Words that the whole may say for it.
+OF_THE_WHOLE = (
+    "quantization_config",
+    "dtype",
+    "torch_dtype",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 OF_ONE_ALONE = ("architectures", "auto_map", "transformers_version")
 # What reads pictures and sound into numbers, beside the tokenizer.
 PROCESSORS = ("*processor_config.json",)
@@ -48,48 +60,47 @@ def is_multimodal(config: Mapping[str, Any]) -> bool:
 
 def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """config.json of the language model alone, with what its class takes for granted; any other
-    config stays as it is, and so does one whose language model there is no table for."""
+    config stays as it is, and so does one whose language model there is no table for, or whose
+    class this transformers does not have.
+
+    Raises:
+        CheckpointError: the class refuses it.
+    """
     if not is_multimodal(config):
         return config
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
-    try:
-        words = {key: value for key, value in config.items() if key != "model_type"}
-        stock = AutoConfig.for_model(config["model_type"], **words)
-        full = stock.get_text_config(decoder=True).to_dict()
-    except Exception:  # whatever the class objects to: what is refused then is the whole
+    if config["model_type"] not in CONFIG_MAPPING:
         return config
-    kind = full.get("model_type")
+    try:
+        stock = AutoConfig.for_model(**deepcopy(dict(config)))  # the class writes into it
+        full = stock.get_text_config(decoder=True).to_dict()
+    except Exception as error:  # whatever the class objects to is the answer
+        raise CheckpointError(
+            f"transformers refuses config.json of a {config['model_type']} "
+            f"({type(error).__name__}: {error}); take the one that belongs to these weights"
+        ) from error
+    kind, inner = full.get("model_type"), config[INNER]
     named = [name for name, family in SUPPORTED.items() if family.model_type == kind]
     if not named:
         return config
-    inner = config[INNER]
     said = {key: value for key, value in full.items() if _is_said(key, inner)}
-    # The class ties by what the whole says, where it says something.
-    tied = getattr(stock, "tie_word_embeddings", None)
-    tied = full.get("tie_word_embeddings") if tied is None else tied
-    outer = {key: config[key] for key in OF_THE_WHOLE if key in config and key not in inner}
+    outer = {key: config[key] for key in OF_THE_WHOLE if config.get(key) is not None}
+    # The default of the whole is another one in some classes, and decides nothing: weights do.
+    tied = next((of[TIED] for of in (config, inner) if of.get(TIED) is not None), full.get(TIED))
     return {
-        **outer,
         **said,
+        **{key: value for key, value in outer.items() if key not in inner},
         "model_type": kind,
         "architectures": named[:1],
-        "tie_word_embeddings": bool(tied),
+        TIED: bool(tied),
     }
 
 
-def joined_config(
-    whole: Mapping[str, Any], language: Mapping[str, Any], left_out: tuple[str, ...]
-) -> dict[str, Any]:
-    """config.json of the whole, with this one's words for its language model.
-
-    Args:
-        left_out: how words begin that the language model's class passes over (Family.left_out).
-    """
-    kept = {key: value for key, value in whole[INNER].items() if not key.startswith(left_out)}
+def joined_config(whole: Mapping[str, Any], language: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the whole, with this one in the place of its language model's."""
     words = {key: value for key, value in language.items() if key not in OF_ONE_ALONE}
-    tied = {"tie_word_embeddings": language["tie_word_embeddings"]}
-    return {**whole, **tied, INNER: {**kept, **words}}
+    return {**whole, TIED: language[TIED], INNER: words}
 
 
 def language_names(names: Iterable[str]) -> dict[str, str]:

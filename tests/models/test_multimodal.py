@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,13 @@ from dotexport.app import rejoining
 from dotexport.app.cli import app
 from dotexport.app.opening import check_tensors
 from dotexport.axes.plan import SizeOptions, read_model
-from dotexport.errors import CheckpointError, ParityError, SizeError, UnsupportedModelError
+from dotexport.errors import (
+    CheckpointError,
+    ParityError,
+    SizeError,
+    UnsupportedModelError,
+    UsageError,
+)
 from dotexport.exports.exporting import export
 from dotexport.models.checkpoint import TABLE, Checkpoint, stored_config
 from dotexport.models.config_words import settled
@@ -198,10 +205,15 @@ def test_what_the_whole_says_of_ties_and_rounding_is_said_of_the_language_model(
     seeing: Whole,
 ) -> None:
     stored = stored_config(seeing("gemma3"))
-    tied = stored | {"tie_word_embeddings": True, "quantization_config": {"quant_method": "fp8"}}
-    assert language_config(tied)["tie_word_embeddings"]
-    assert language_config(tied)["quantization_config"] == {"quant_method": "fp8"}
+    said = {"quantization_config": {"quant_method": "fp8"}, "eos_token_id": [1, 7]}
+    inner = {k: v for k, v in stored["text_config"].items() if k != "eos_token_id"}
+    found = language_config({**stored, **said, "tie_word_embeddings": True, "text_config": inner})
+    assert found["tie_word_embeddings"]
+    assert {key: found[key] for key in said} == said
     assert not any(key.startswith("_") for key in settled(stored, of="it"))
+    # Where the whole says nothing, its class may tie by default what the language model's does not.
+    silent = {k: v for k, v in stored_config(seeing("mistral3")).items() if "tie" not in k}
+    assert not language_config(silent)["tie_word_embeddings"]
 
 
 def test_a_whole_without_a_table_for_its_language_model_is_refused(
@@ -246,7 +258,7 @@ def test_what_adds_nothing_leaves_and_pictures_are_seen_as_before(
     done = call("rejoin", out, model, "-o", tmp_path / "whole")
     assert done.exit_code == 0, done.stderr
     asked = seen(kind)
-    expected, found = (whole_logits(at, **asked) for at in (model, tmp_path / "whole"))
+    expected, found = (whole_logits(at, **asked) for at in (model, tmp_path / "whole" / "hf"))
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
     other = whole_logits(model, **{**asked, "pixel_values": -asked["pixel_values"]})
     assert (other - expected).abs().max() > 1e-2 * expected.abs().max()
@@ -258,32 +270,70 @@ def test_towers_and_other_files_stay_as_they_are(kind: str, seeing: Whole, tmp_p
     out = shrunk(model, tmp_path / "out", "--intermediate", 80)
     done = call("rejoin", out, model, "-o", whole, "--json")
     assert done.exit_code == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert said["parity"]["passed"]
-    assert said["folder"] == str(whole)
-    before, after = load_file(model / "model.safetensors"), {}
-    for file in whole.glob("*.safetensors"):
-        after |= load_file(file)
+    assert json.loads(done.stdout)["hf"]["parity"]["passed"]
+    before, after = tensors_of(model), tensors_of(whole / "hf")
     language = set(Checkpoint.open(model).stored.values())
     towers = before.keys() - language
     assert towers
     assert all(torch.equal(after[name], before[name]) for name in towers)
     assert after.keys() == before.keys()
-    config, narrowed = stored_config(whole), stored_config(out / "hf")
+    config, narrowed = stored_config(whole / "hf"), stored_config(out / "hf")
     assert config["architectures"] == stored_config(model)["architectures"]
     assert config["text_config"]["intermediate_size"] == narrowed["intermediate_size"] == 80
-    assert (whole / "preprocessor_config.json").read_bytes() == b'{"size": 28}'
+    assert (whole / "hf" / "preprocessor_config.json").read_bytes() == b'{"size": 28}'
 
 
-def test_fewer_layers_and_heads_are_put_back_and_narrowed_again(
-    seeing: Whole, tmp_path: Path
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "internvl"])
+def test_fewer_layers_are_put_back_and_the_whole_is_an_output_like_others(
+    kind: str, seeing: Whole, tmp_path: Path
 ) -> None:
-    model, whole = seeing("gemma3"), tmp_path / "whole"
+    """It is verified, written again over itself, and narrowed again."""
+    model, whole = seeing(kind), tmp_path / "whole"
     out = shrunk(model, tmp_path / "out", "--layers", 2, "--kv-heads", 1)
-    assert call("rejoin", out, model, "-o", whole).exit_code == 0
-    assert len(stored_config(whole)["text_config"]["layer_types"]) == 2
+    for more in ((), ("--overwrite",)):
+        done = call("rejoin", out, model, "-o", whole, *more)
+        assert done.exit_code == 0, done.exception
+    assert stored_config(whole / "hf")["text_config"]["num_hidden_layers"] == 2
+    assert call("verify", whole).exit_code == 0
     again = shrunk(whole, tmp_path / "again", "--intermediate", 64)
     assert call("rejoin", again, whole, "-o", tmp_path / "smaller").exit_code == 0
+
+
+def test_words_that_the_class_reads_once_do_not_come_back(seeing: Whole, tmp_path: Path) -> None:
+    """LFM2's width of the MLP has an older word, which would win over the new one."""
+    model = seeing("lfm2_vl")
+    inner = stored_config(model)["text_config"] | {
+        "block_ff_dim": 64,
+        "block_auto_adjust_ff_dim": False,
+    }
+    model = changed(model, tmp_path / "older", lambda _: None, text_config=inner)
+    out = shrunk(model, tmp_path / "out", "--intermediate", 56)
+    done = call("rejoin", out, model, "-o", tmp_path / "whole")
+    assert done.exit_code == 0, done.exception
+
+
+def test_keys_that_no_layer_looks_at_are_passed_over(seeing: Whole, tmp_path: Path) -> None:
+    """Published files of Gemma 4 may hold some for the layers that look at those of others."""
+    model = seeing("gemma4")
+    last = stored_config(model)["text_config"]["num_hidden_layers"] - 1
+    name = f"model.language_model.layers.{last}.self_attn.k_proj.weight"
+
+    def added(tensors: dict[str, torch.Tensor]) -> None:
+        assert name not in tensors
+        tensors[name] = torch.zeros(32, 48)
+
+    model = changed(model, tmp_path / "more", added)
+    assert name not in Checkpoint.open(model).stored.values()
+    out = shrunk(model, tmp_path / "out", "--intermediate", 80)
+    assert call("rejoin", out, model, "-o", tmp_path / "whole").exit_code == 0
+    assert name not in tensors_of(tmp_path / "whole" / "hf")
 
 
 def test_a_budget_leaves_the_width_that_towers_write_into(
@@ -311,11 +361,23 @@ def test_what_cannot_be_put_back_is_refused(
     narrower = shrunk(model, tmp_path / "narrower", "--hidden", 40)
     with pytest.raises(SizeError, match=r"hidden_size 40.*of 48.*--axes"):
         rejoining.rejoin(narrower, model, tmp_path / "whole")
+    whole = Checkpoint.open(model)
+    with pytest.raises(SizeError, match=r"80 tokens.*--vocab"):
+        rejoining._check_widths(whole, replace(whole, config={**whole.config, "vocab_size": 80}))
     out = shrunk(model, tmp_path / "out", "--intermediate", 80)
+    for place in (out, out / "hf", out / "whole", model, tmp_path):
+        with pytest.raises(UsageError, match="apart"):
+            rejoining.rejoin(out, model, place, overwrite=True)
     with pytest.raises(CheckpointError, match="not made from"):
         rejoining.rejoin(out, seeing("gemma3"), tmp_path / "whole")
     with pytest.raises(UnsupportedModelError, match="no towers"):
         rejoining.rejoin(out, alone, tmp_path / "whole")
+    linked = changed(model, tmp_path / "linked", lambda _: None)
+    (linked / "preprocessor_config.json").unlink()
+    (linked / "preprocessor_config.json").symlink_to(tiny_model(model_type="llama") / "config.json")
+    led = shrunk(linked, tmp_path / "led", "--intermediate", 80)
+    with pytest.raises(CheckpointError, match="link"):
+        rejoining.rejoin(led, linked, tmp_path / "whole")
     assert not (tmp_path / "whole").exists()
 
 

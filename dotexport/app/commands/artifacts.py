@@ -104,7 +104,7 @@ def rejoin(
     out: Output,
     model: Annotated[str, typer.Argument(help="What OUT was narrowed from: folder or hub id.")],
     whole: Annotated[
-        Path, typer.Option("-o", "--out", help="Folder for the whole; must be new or empty.")
+        Path, typer.Option("-o", "--out", help="Output folder; hf/ in it is the whole.")
     ],
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -117,15 +117,13 @@ def rejoin(
     Example: dotexport rejoin OUT gemma-3-4b-it -o smaller-gemma
     """
     from dotexport.app.pipeline import source_folder
-    from dotexport.app.rejoining import as_dict
     from dotexport.app.rejoining import rejoin as join
+    from dotexport.outputs import card
 
     with progress() as report:
-        parity = join(out, source_folder(model), whole, overwrite=overwrite, progress=report)
-    if as_json:
-        show_json(as_dict(whole, parity))
-    else:
-        show_parities([parity])
+        join(out, source_folder(model), whole, overwrite=overwrite, progress=report)
+    card.write(whole)
+    show_written(whole, ["hf"], as_json=as_json)
 
 
 def evaluate(

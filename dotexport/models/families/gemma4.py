@@ -79,6 +79,14 @@ def kinds_of(stock: Any) -> list[str]:
     return [kind + (others if n >= own else "") for n, kind in enumerate(stock.layer_types)]
 
 
+def unread(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Keys and values of layers that look at those of others: files may hold some all the same."""
+    count, shared = (config.get(key) or 0 for key in ("num_hidden_layers", "num_kv_shared_layers"))
+    parts = ("k_proj.", "v_proj.", "k_norm.", "v_norm.")
+    layers = range(count - shared, count)
+    return tuple(f"model.layers.{n}.self_attn.{part}" for n in layers for part in parts)
+
+
 def as_built(config: Mapping[str, Any]) -> dict[str, Any]:
     """With the width of heads that see everything in one word, and no sizes by the layer.
 
@@ -162,4 +170,5 @@ GEMMA4 = replace(
     release=5,
     refused=REFUSED,
     as_built=as_built,
+    unread=unread,
 )
