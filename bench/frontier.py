@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from dotexport.errors import DotexportError, SizeError, UsageError
+from dotexport.exports.alone import alone
 from dotexport.exports.bits_per_byte import read_texts, spelled
 from dotexport.exports.calibrating import Text as RoundingText
 from dotexport.exports.calibrating import calibrate, grids_of
@@ -257,8 +258,8 @@ def _exported(
             if text and grids:
                 [rounding] = calibrate(model.checkpoint, text, [grids], progress=progress)
                 chosen["rounded"] = rounding.rounded
-            with new_folder(folder) as partial:
-                target.write(model.checkpoint, partial, precision, **chosen)
+            with new_folder(folder) as partial, alone(model.checkpoint) as language_model:
+                target.write(language_model, partial, precision, **chosen)
         made.append(_Made(model, precision, folder, home / POINTS / label))
     if not any(one.model.name == ORIGINAL for one in made):
         raise SizeError("the original cannot be exported:\n" + "\n".join(skipped))

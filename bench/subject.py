@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dotexport.errors import DotexportError, UnsupportedModelError, UsageError
+from dotexport.exports.alone import alone
 from dotexport.exports.target import Target
 from dotexport.storage import manifest
 from dotexport.storage.output import folder_bytes
@@ -161,7 +162,8 @@ def _export(
     folder = scratch / name
     folder.mkdir()
     try:
-        target.write(checkpoint, folder, precision)
+        with alone(checkpoint) as language_model:
+            target.write(language_model, folder, precision)
     except OSError as error:
         raise DotexportError(
             f"{name} could not be exported into {scratch} ({error}); "

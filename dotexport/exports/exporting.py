@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dotexport.errors import ParityError, SizeError, UsageError
+from dotexport.exports.alone import alone
 from dotexport.exports.calibrating import (
     Calibrated,
     Progress,
@@ -160,16 +161,16 @@ def _exported(
     for request in requests:
         if request.name != STOCK:
             check_free(home / request.name, overwrite=_may_replace(home, request, overwrite))
-    checkpoint = Checkpoint.open(home / STOCK)
-    exporting = _Exporting(
-        source=source,
-        checkpoint=checkpoint,
-        home=home,
-        rounded=rounding.of(requests, checkpoint),
-        reference=_reference(home, requests) if verify else None,
-        overwrite=overwrite,
-    )
-    return exporting.run(requests)
+    with alone(Checkpoint.open(home / STOCK)) as checkpoint:
+        exporting = _Exporting(
+            source=source,
+            checkpoint=checkpoint,
+            home=home,
+            rounded=rounding.of(requests, checkpoint),
+            reference=_reference(home, requests) if verify else None,
+            overwrite=overwrite,
+        )
+        return exporting.run(requests)
 
 
 def output_of(model: Path) -> Path | None:
