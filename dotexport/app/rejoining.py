@@ -21,6 +21,7 @@ from dotexport.models.checkpoint import TABLE, Checkpoint, check_inside, shard_n
 from dotexport.models.multimodal import PROCESSORS, is_multimodal, joined_config, stored_name
 from dotexport.models.origin import describe_source
 from dotexport.models.weight_files import INDEX, opened, tensor_files
+from dotexport.sizes.beside_towers import STREAM
 from dotexport.storage import manifest
 from dotexport.storage.files import write_json
 from dotexport.storage.output import new_folder
@@ -115,11 +116,12 @@ def _check_apart(folder: Path, out: Path, model: Path) -> None:
 
 def _check_widths(original: Checkpoint, narrowed: Checkpoint) -> None:
     before, after = (read_model(one.config)[1] for one in (original, narrowed))
-    if before.hidden_size != after.hidden_size:
+    was, now = STREAM.size(before), STREAM.size(after)
+    if was != now:
         raise SizeError(
-            f"{narrowed.folder} has hidden_size {after.hidden_size}, and the projector writes a "
-            f"stream of {before.hidden_size}; narrow other axes (a budget leaves this one alone "
-            "where --axes and --hidden do not name it)"
+            f"{narrowed.folder} has {STREAM.name} {now}, and the projector writes a stream of "
+            f"{was}; narrow other axes (a budget leaves this one alone unless --axes or "
+            f"--{STREAM.flag} names it)"
         )
     if before.vocab_size != after.vocab_size:
         raise SizeError(

@@ -267,7 +267,8 @@ def next_commands(out: Path, model: str, *, multimodal: bool = False) -> Iterato
     if set(artifacts) <= {"hf"}:
         spec = _runtime_of(read_config(out / "hf"))
         yield "for a runtime", f"dotexport export {here} --target {spec}"
-    widths = (record["sizes"].get(name, ()) for name in ("hidden_size", "vocab_size"))
+    stays = (*(axis.name for axis in AXES if axis.everywhere), "vocab_size")
+    widths = (record["sizes"].get(name, ()) for name in stays)
     if multimodal and all(len(set(sizes)) <= 1 for sizes in widths):
         asked = f"{here} {shlex.quote(model)} -o WHOLE"
         yield "among the towers of the original", f"dotexport rejoin {asked}"

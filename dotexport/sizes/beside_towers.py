@@ -13,24 +13,25 @@ from dotexport.models.multimodal import is_multimodal
 
 logger = logging.getLogger(__name__)
 
-STREAM = "hidden_size"
+[STREAM] = [axis for axis in AXES if axis.everywhere]
+"""What towers write into, as every writer of the language model does."""
 
 
 def beside_towers(stored: Mapping[str, Any], asked: SizeOptions) -> SizeOptions:
-    """The same sizes, of which a budget leaves hidden_size alone unless it is named: otherwise
-    nothing would join the towers to the narrower stream (`dotexport rejoin`).
+    """The same sizes, of which a budget leaves the width of the stream alone unless it is named:
+    otherwise nothing would join the towers to the narrower one (`dotexport rejoin`).
 
     Args:
         stored: config.json as it is in the model's folder.
     """
-    named = asked.axes is not None or asked.square or STREAM in asked.sizes
+    named = asked.axes is not None or asked.square or STREAM.name in asked.sizes
     if not asked.budgeted or named or not is_multimodal(stored):
         return asked
     logger.warning(
         "%s stays, as the towers of this model write into its stream: what comes out can be put "
         "back among them (dotexport rejoin); --axes with %s in it gives that up",
-        STREAM,
-        STREAM,
+        STREAM.name,
+        STREAM.name,
     )
-    free = [axis.name for axis in AXES if axis.name != STREAM and asked.may_cut(axis)]
+    free = [axis.name for axis in AXES if axis is not STREAM and asked.may_cut(axis)]
     return replace(asked, axes=",".join(free))
