@@ -67,19 +67,19 @@ class HuggingFace:
         return []
 
     def write(self, checkpoint: Checkpoint, folder: Path, precision: str) -> None:
-        multimodal = is_multimodal(stored_config(checkpoint.folder))
-        files = [] if multimodal else [*set(checkpoint.files.values())]
-        for file in [*files, *checkpoint.companions()]:
-            place = folder / file.relative_to(checkpoint.folder)  # shards may lie in folders below
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, place)
         write_json(folder / "config.json", in_all_words(checkpoint.config))
-        if multimodal:  # its files hold more, under other names
+        for file in checkpoint.companions():
+            shutil.copyfile(file, folder / file.name)
+        if is_multimodal(stored_config(checkpoint.folder)):  # its files hold more, by other names
             writer = CheckpointWriter(folder, checkpoint.specs)
             for name in checkpoint.specs:
                 writer.write(name, checkpoint.tensor(name))
             writer.finish()
             return
+        for file in set(checkpoint.files.values()):
+            place = folder / file.relative_to(checkpoint.folder)  # shards may lie in folders below
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
         if not (folder / WEIGHTS).exists():
             stored = checkpoint.stored
             places = ((stored.get(n, n), file) for n, file in checkpoint.files.items())

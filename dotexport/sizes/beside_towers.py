@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from dotexport.axes import AXES
 from dotexport.axes.plan import SizeOptions
+from dotexport.models.config_words import say_once
 from dotexport.models.multimodal import is_multimodal
-
-logger = logging.getLogger(__name__)
 
 [STREAM] = [axis for axis in AXES if axis.everywhere]
 """What towers write into, as every writer of the language model does."""
@@ -27,11 +25,10 @@ def beside_towers(stored: Mapping[str, Any], asked: SizeOptions) -> SizeOptions:
     named = asked.axes is not None or asked.square or STREAM.name in asked.sizes
     if not asked.budgeted or named or not is_multimodal(stored):
         return asked
-    logger.warning(
-        "%s stays, as the towers of this model write into its stream: what comes out can be put "
-        "back among them (dotexport rejoin); --axes with %s in it gives that up",
-        STREAM.name,
-        STREAM.name,
+    say_once(
+        f"{STREAM.name} stays, as the towers of this model write into its stream: what comes out "
+        f"can be put back among them (dotexport rejoin); --axes with {STREAM.name} in it gives "
+        "that up"
     )
     free = [axis.name for axis in AXES if axis is not STREAM and asked.may_cut(axis)]
     return replace(asked, axes=",".join(free))

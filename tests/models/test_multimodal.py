@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from typer.testing import CliRunner, Result
 
@@ -31,13 +31,13 @@ from dotexport.errors import (
 )
 from dotexport.exports.exporting import export
 from dotexport.models.checkpoint import TABLE, Checkpoint, stored_config
-from dotexport.models.config_words import settled
+from dotexport.models.config_words import say_once, settled
 from dotexport.models.loading import load_float32
 from dotexport.models.multimodal import language_config, stored_name
 from dotexport.sizes.beside_towers import beside_towers
 
 from ..conftest import BEFORE_5, randomise
-from .changed_models import TOKENS_BL, letters, logits
+from .changed_models import TOKENS_BL, letters, logits, rewritten
 
 PICTURE, SIZE = 89, 28  # a token, pixels
 TOWER = {
@@ -106,7 +106,6 @@ WHOLES: dict[str, tuple[str, dict[str, Any]]] = {
 OF_RELEASE_5 = {"gemma4", "lfm2_vl", "qwen3_5"}
 
 Whole = Callable[[str], Path]
-Change = Callable[[dict[str, torch.Tensor]], None]
 
 
 @pytest.fixture(scope="session")
@@ -151,17 +150,7 @@ def without_eight(seeing: Whole, tmp_path: Path) -> Whole:
             if name.endswith("mlp.down_proj.weight"):
                 tensor[:, 16:24] = 0.0
 
-    return lambda kind: changed(seeing(kind), tmp_path / f"silent-{kind}", silence)
-
-
-def changed(source: Path, folder: Path, change: Change, **words: Any) -> Path:
-    shutil.copytree(source, folder)
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text()) | words
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return lambda kind: rewritten(seeing(kind), tmp_path / f"silent-{kind}", silence)
 
 
 def call(*words: object) -> Result:
@@ -219,7 +208,7 @@ def test_what_the_whole_says_of_ties_and_rounding_is_said_of_the_language_model(
 def test_a_whole_without_a_table_for_its_language_model_is_refused(
     seeing: Whole, tmp_path: Path
 ) -> None:
-    folder = changed(seeing("llava"), tmp_path / "other", lambda _: None, model_type="voxtral")
+    folder = rewritten(seeing("llava"), tmp_path / "other", lambda _: None, model_type="voxtral")
     done = call("plan", folder, "--params", "0.8x")
     assert isinstance(done.exception, UnsupportedModelError)
     assert "more than a language model" in str(done.exception)
@@ -316,7 +305,7 @@ def test_words_that_the_class_reads_once_do_not_come_back(seeing: Whole, tmp_pat
         "block_ff_dim": 64,
         "block_auto_adjust_ff_dim": False,
     }
-    model = changed(model, tmp_path / "older", lambda _: None, text_config=inner)
+    model = rewritten(model, tmp_path / "older", lambda _: None, text_config=inner)
     out = shrunk(model, tmp_path / "out", "--intermediate", 56)
     done = call("rejoin", out, model, "-o", tmp_path / "whole")
     assert done.exit_code == 0, done.exception
@@ -332,7 +321,7 @@ def test_keys_that_no_layer_looks_at_are_passed_over(seeing: Whole, tmp_path: Pa
         assert name not in tensors
         tensors[name] = torch.zeros(32, 48)
 
-    model = changed(model, tmp_path / "more", added)
+    model = rewritten(model, tmp_path / "more", added)
     assert name not in Checkpoint.open(model).stored.values()
     out = shrunk(model, tmp_path / "out", "--intermediate", 80)
     assert call("rejoin", out, model, "-o", tmp_path / "whole").exit_code == 0
@@ -343,6 +332,7 @@ def test_a_budget_leaves_the_width_that_towers_write_into(
     seeing: Whole, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, words = seeing("llava"), stored_config(seeing("llava"))
+    say_once.cache_clear()
     done = call("plan", model, "--params", "0.8x", "--json")
     assert json.loads(done.stdout)["hidden_size"] == [48, 48]
     assert "dotexport rejoin" in caplog.text
@@ -375,8 +365,7 @@ def test_what_cannot_be_put_back_is_refused(
         rejoining.rejoin(out, seeing("gemma3"), tmp_path / "whole")
     with pytest.raises(UnsupportedModelError, match="no towers"):
         rejoining.rejoin(out, alone, tmp_path / "whole")
-    linked = changed(model, tmp_path / "linked", lambda _: None)
-    (linked / "preprocessor_config.json").unlink()
+    linked = rewritten(model, tmp_path / "linked", lambda _: None)
     (linked / "preprocessor_config.json").symlink_to(tiny_model(model_type="llama") / "config.json")
     led = shrunk(linked, tmp_path / "led", "--intermediate", 80)
     with pytest.raises(CheckpointError, match="link"):
