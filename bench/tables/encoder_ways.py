@@ -1,5 +1,5 @@
-"""What each way is worth to a text encoder at one size: fewer tokens, neurons or layers, what the
-budget makes of all, and what distillation adds."""
+"""What each way is worth to a text encoder at one size: fewer tokens, neurons or layers, a narrower
+stream, what the budget makes of all, and what distillation adds."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import Annotated, Any
 import typer
 
 from dotexport.encoders.encoder_folder import Encoder, open_encoder
-from dotexport.encoders.encoder_options import SentenceOptions, ShrinkOptions
+from dotexport.encoders.encoder_options import AXES, SentenceOptions, ShrinkOptions
 from dotexport.encoders.encoder_quality import evaluate
 from dotexport.encoders.encoder_shrinking import shrink
-from dotexport.encoders.encoder_sizes import STEP, before_of, candidates, num_parameters
+from dotexport.encoders.encoder_sizes import before_of, candidates, num_parameters
+from dotexport.encoders.encoder_stream import why_it_stays
 from dotexport.errors import SizeError
 from dotexport.sizes.budget import parse_budget
 from dotexport.vocabulary.vocabulary_options import MULTIPLE, VocabularyOptions
@@ -30,11 +31,15 @@ WAYS: dict[str, Mapping[str, Any]] = {
     "MLP, obs": {"alone": "width", "method": "obs"},
     "MLP": {"alone": "width"},
     "layers": {"alone": "depth"},
+    "stream": {"alone": "hidden"},
     "MLP and layers": {},
-    "all": {"tokens": 0.5},
-    "all, distilled": {"tokens": 0.5, "heal": True},
+    "MLP, layers and stream": {"axes": AXES},
+    "all but the stream": {"tokens": 0.5},
+    "all": {"tokens": 0.5, "axes": AXES},
+    "all, distilled": {"tokens": 0.5, "axes": AXES, "heal": True},
 }
-"""Name -> what differs: `tokens` is their share of what leaves, `alone` the one size that does."""
+"""Name -> what differs: `tokens` is their share of what leaves, `alone` the one size that does,
+`axes` the sizes that the budget may change where it may not change all by itself."""
 
 Row = dict[str, Any]
 
@@ -85,11 +90,12 @@ def encoders(
 
 
 PROTOCOL = """{model} ({parameters:,} parameters, {tokens:,} tokens, {width:,} neurons, {depth}
-layers), calibrated on {samples} sentences; embeddings beside the original's on {judged} sentences
-of two texts, of the calibration's domain and of another one: mean cosine, and recall@10 of the
-original's nearest sentences. `MLP, select` is the baseline: the largest neurons, nothing repaired;
-`obs` merges none. Of `all`, half of the parameters that leave are those of tokens; distilled is
-behind {heal} steps. A way that cannot meet a budget says why. Seconds are of the whole shrink."""
+layers, a stream of {hidden}), calibrated on {samples} sentences; embeddings beside the original's
+on {judged} sentences of two texts, of the calibration's domain and of another one: mean cosine, and
+recall@10 of the original's nearest sentences. `MLP, select` is the baseline: the largest neurons,
+nothing repaired; `obs` merges none. Of `all`, half of the parameters that leave are those of
+tokens; distilled is behind {heal} steps. A way that cannot meet a budget says why. Seconds are of
+the whole shrink."""
 
 
 @dataclass(frozen=True)
@@ -112,13 +118,18 @@ class Subject:
         Raises:
             SizeError: this way alone does not meet the budget.
         """
-        share = way.get("tokens", 0.0)
+        share, axes = way.get("tokens", 0.0), way.get("axes", ())
+        if why := why_it_stays(self.encoder):
+            axes = axes[1:]
+            if way.get("alone") == "hidden":
+                raise SizeError(f"it stays: {why}")
         asked = ShrinkOptions(
             text=self.text,
             params=budget,
             method=way.get("method", "dot"),
             heal=self.heal if way.get("heal") else 0,
             vocabulary=self._vocabulary(budget, share),
+            axes=",".join(axes) or None,
         )
         if word := way.get("alone"):
             alone: Row = {word: self._alone(asked, word)}
@@ -139,16 +150,11 @@ class Subject:
         return VocabularyOptions(vocab=stay, vocab_for=self.counted)
 
     def _alone(self, asked: ShrinkOptions, word: str) -> int:
-        before = before_of(self.encoder)
-        found = candidates(self.encoder, asked, total=num_parameters(self.encoder.model))
-        if word == "width":
-            fitting = [sizes.width for sizes in found if sizes.depth == before.depth]
-        else:
-            fitting = [sizes.depth for sizes in found if sizes.width >= before.width // STEP * STEP]
-        if not fitting:
-            named = getattr(self.encoder.kind, word)
-            raise SizeError(f"no {named} meets the budget with the rest as it is")
-        return fitting[0]
+        axis = AXES[("hidden", "width", "depth").index(word)]
+        total = num_parameters(self.encoder.model)
+        found = candidates(self.encoder, replace(asked, axes=axis), total=total)
+        size: int = getattr(found[0], word)
+        return size
 
 
 def _measured(

@@ -56,6 +56,13 @@ def _lines(record: Mapping[str, Any]) -> Iterator[str]:
     yield f"# {plain(source['model'])}, narrowed by dotexport"
     yield ""
     yield "`hf/` is of the same stock class and loads as the original does."
+    if record.get("map_back"):
+        yield ""
+        yield (
+            "Its token vectors are shorter than the original's. A linear layer behind the pooling, "
+            "which sentence-transformers reads from modules.json, makes embeddings of them that "
+            "can stand beside the original's; readers of token vectors alone do without it."
+        )
     yield ""
     yield "| | original | narrowed | change |"
     yield "|---|---:|---:|---|"

@@ -21,32 +21,36 @@ from dotexport.encoders.encoder_folder import Encoder
 from dotexport.encoders.encoder_walk import Progress
 from dotexport.encoders.kinds import outputs_of
 from dotexport.encoders.labelled import HIDDEN, Said
-from dotexport.encoders.sentences import Batch, pooled
+from dotexport.encoders.pooling import Pooling
+from dotexport.encoders.sentences import Batch
 from dotexport.healing.heal_options import rate_by_width
 
 MOST_RATE, WARM_UP = 3e-4, 0.1
 COSINE_WEIGHT = 10.0
 
+Student = tuple[nn.Module, nn.Linear | None]
+"""A narrowed model, and what takes its stream back to the original's width, if it is narrower."""
 Lesson = tuple[Batch, Batch]
 """The same sentences as the narrower model reads them, and as the original does."""
 
 
 def heal(
     original: Encoder,
-    model: nn.Module,
+    narrowed: Student,
     lessons: Sequence[Lesson],
-    judge: Callable[[nn.Module], float],
-    pooling: str,
+    judge: Callable[[Student], float],
+    pooling: Pooling,
     steps: int,
     *,
     seed: int,
     progress: Progress = lambda stage, done, total: None,
-) -> nn.Module:
+) -> Student:
     """The distilled model; the one that went in where `judge` says more of that."""
-    student = copy.deepcopy(model)
+    student, back = copy.deepcopy(narrowed)
     base: nn.Module = student.base_model  # type: ignore[assignment]
     learning = list(base.get_submodule(original.kind.stack).parameters())
-    optimizer = torch.optim.AdamW(learning, lr=_peak_rate(model, lessons), weight_decay=0.0)
+    learning += [] if back is None else back.parameters()
+    optimizer = torch.optim.AdamW(learning, lr=_peak_rate(student, lessons), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     order = random.Random(seed)
     for step in range(steps):
@@ -54,14 +58,17 @@ def heal(
         read, their_read = order.choice(lessons)
         with torch.no_grad():
             wanted = _said(original.model, their_read)
-        loss = _loss(_said(student, read), wanted, (read.mask, their_read.mask), pooling)
+        said = _said(student, read)
+        if back is not None:
+            said[HIDDEN] = back(said[HIDDEN])
+        loss = _loss(said, wanted, (read.mask, their_read.mask), pooling)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()
         schedule.step()
     progress("distilling", steps, steps)
-    return student if judge(student) > judge(model) else model
+    return max((narrowed, (student, back)), key=judge)
 
 
 def _peak_rate(model: nn.Module, lessons: Sequence[Lesson]) -> float:
@@ -93,12 +100,12 @@ def _said(model: nn.Module, read: Batch) -> Said:
     return {**said, **{one: made[one] for one in known if one != HIDDEN}}
 
 
-def _loss(made: Said, wanted: Said, masks: tuple[Tensor, Tensor], pooling: str) -> Tensor:
+def _loss(made: Said, wanted: Said, masks: tuple[Tensor, Tensor], pooling: Pooling) -> Tensor:
     """Args: masks: (N, L) where ours reads tokens, and (N, M) where the original does."""
     mask_NL, wanted_mask_NM = masks
     hidden_NLD, wanted_NMD = made[HIDDEN], wanted[HIDDEN]
-    ours_ND = pooled(hidden_NLD, mask_NL, pooling)
-    theirs_ND = pooled(wanted_NMD, wanted_mask_NM, pooling)
+    ours_ND = pooling(hidden_NLD, mask_NL)
+    theirs_ND = pooling(wanted_NMD, wanted_mask_NM)
     loss = COSINE_WEIGHT * (1 - (ours_ND * theirs_ND).sum(-1)).mean()
     alike_N = mask_NL.sum(-1) == wanted_mask_NM.sum(-1)
     ours, theirs = mask_NL & alike_N[:, None], wanted_mask_NM & alike_N[:, None]

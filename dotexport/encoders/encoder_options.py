@@ -11,6 +11,7 @@ from dotexport.vocabulary.vocabulary_options import VocabularyOptions
 
 METHODS = ("dot", "obs", "select")
 COUNTS = ("all", "layers")
+AXES = ("hidden_size", "intermediate_size", "num_hidden_layers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,8 @@ class SizeOptions:
     Attributes:
         params: budget, `0.7x` or a number.
         count: what the budget counts.
-        width, depth: sizes that are given instead.
+        width, depth, hidden: sizes that are given instead.
+        axes: sizes that a budget may change, with commas between; None: as the model allows.
     """
 
     params: str | None = option(None, help="Budget: 0.7x of the parameters, or 15M.")
@@ -52,22 +54,44 @@ class SizeOptions:
         flag="intermediate",
     )
     depth: int | None = option(None, help="Layers that stay.", flag="layers")
+    hidden: int | None = option(
+        None,
+        help="Width of the stream, a multiple of that of a head: heads leave with it. A folder of "
+        "sentence-transformers gets a linear layer behind its pooling, back to the original's "
+        "embeddings.",
+    )
+    axes: str | None = option(
+        None,
+        help=f"Sizes that --params may change, of {','.join(AXES)}; by default all, and "
+        "hidden_size where nothing but a head reads the stream.",
+    )
     vocabulary: VocabularyOptions = group(VocabularyOptions)
 
     def __post_init__(self) -> None:
         if self.count not in COUNTS:
             raise UsageError(f"--count {self.count} is not known; expected {', '.join(COUNTS)}")
-        sized = self.width is not None or self.depth is not None
+        sized = (self.width, self.depth, self.hidden) != (None, None, None)
+        if strange := set(self.named_axes or ()) - set(AXES):
+            raise UsageError(f"--axes {sorted(strange)[0]} is none of {', '.join(AXES)}")
+        if self.axes is not None and self.params is None:
+            raise UsageError("--axes says what --params may change; give a budget with it")
         if (self.params is not None and sized) or not (self.narrows or self.vocabulary.asked):
             raise UsageError(
-                "say how narrow: either --params 0.7x, or --intermediate and --layers; or which "
-                "tokens stay, with --vocab or --vocab-for, alone or besides"
+                "say how narrow: either --params 0.7x, or --intermediate, --layers and --hidden; "
+                "or which tokens stay, with --vocab or --vocab-for, alone or besides"
             )
 
     @property
     def narrows(self) -> bool:
         """Whether layers are changed: the vocabulary alone is cut exactly."""
-        return (self.params, self.width, self.depth) != (None, None, None)
+        return (self.params, self.width, self.depth, self.hidden) != (None,) * 4
+
+    @property
+    def named_axes(self) -> tuple[str, ...] | None:
+        """Those of --axes."""
+        if self.axes is None:
+            return None
+        return tuple(word.strip() for word in self.axes.split(",") if word.strip())
 
 
 @dataclass(frozen=True, kw_only=True)

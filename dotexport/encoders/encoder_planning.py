@@ -45,6 +45,7 @@ def plan(
         parameters = parameters_after(encoder, sizes)
         choices.append(
             {
+                kind.stream: sizes.hidden,
                 kind.width: sizes.width,
                 kind.depth: sizes.depth,
                 "vocab_size": rows_of(encoder.model),
@@ -55,6 +56,7 @@ def plan(
         )
     return {
         "original": {
+            kind.stream: before.hidden,
             kind.width: before.width,
             kind.depth: before.depth,
             "vocab_size": original.num_tokens,

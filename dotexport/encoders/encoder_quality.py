@@ -19,15 +19,9 @@ from dotexport.encoders.encoder_verifying import graph_of, named
 from dotexport.encoders.encoder_walk import Progress
 from dotexport.encoders.kinds import outputs_of
 from dotexport.encoders.labelled import HIDDEN, Said, Say, scores
+from dotexport.encoders.pooling import mean_cosine, pooling_of
 from dotexport.encoders.rows import read_rows
-from dotexport.encoders.sentences import (
-    Batch,
-    mean_cosine,
-    pooled,
-    pooling_of,
-    read_by_both,
-    read_sentences,
-)
+from dotexport.encoders.sentences import Batch, read_by_both, read_sentences
 from dotexport.errors import UsageError
 from dotexport.exports.encoder_target import EncoderTarget, resolve_encoder
 from dotexport.models.text_windows import read_tokenizer
@@ -88,7 +82,7 @@ def compare(
         UnsupportedModelError: a pooling that is not known here.
     """
     wanted = _of_torch(theirs)
-    pooling = pooling_of(theirs)
+    our_pooling, pooling = pooling_of(ours), pooling_of(theirs)
     sentences = read_sentences(options)
     pairs = read_by_both(ours, theirs, sentences, options)
     embeddings, answers = [], _Answers(ours, theirs)
@@ -96,15 +90,15 @@ def compare(
         progress("evaluating", number, len(pairs))
         made, expected = said(read), wanted(their_read)
         if HIDDEN in made:
-            both = ((made, read), (expected, their_read))
-            embeddings.append([pooled(found[HIDDEN], one.mask, pooling) for found, one in both])
+            both = ((our_pooling, made, read), (pooling, expected, their_read))
+            embeddings.append([pool(found[HIDDEN], one.mask) for pool, found, one in both])
         answers.add(read, their_read, made, expected)
     progress("evaluating", len(pairs), len(pairs))
     return {
         **_closeness(embeddings),
         **answers.as_dict(),
         "sentences": len(sentences),
-        "pooling": pooling,
+        "pooling": pooling.mode,
         "text": options.source,
     }
 
@@ -146,12 +140,15 @@ def said_by(encoder: Encoder, target: EncoderTarget, folder: Path) -> Say:
 
 
 def _closeness(embeddings: Sequence[Sequence[Tensor]]) -> dict[str, float]:
-    """Nothing of a head's artifact, which does not say them."""
+    """Nothing of a head's artifact, which does not say them; no cosine behind a narrower stream
+    that nothing maps back, as a head reads it."""
     if not embeddings:
         return {}
     ours_ND, theirs_ND = (torch.cat(side) for side in zip(*embeddings, strict=True))
-    cosine = mean_cosine(ours_ND, theirs_ND)
-    return {"cosine": cosine, "recall_at_10": recall(ours_ND, theirs_ND)}
+    near = {"recall_at_10": recall(ours_ND, theirs_ND)}
+    if ours_ND.shape != theirs_ND.shape:
+        return near
+    return {"cosine": mean_cosine(ours_ND, theirs_ND)} | near
 
 
 def recall(ours_ND: Tensor, theirs_ND: Tensor, count: int = NEIGHBOURS) -> float:

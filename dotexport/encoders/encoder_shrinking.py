@@ -8,10 +8,11 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dotexport.encoders import encoder_card
 from dotexport.encoders.encoder_folder import (
@@ -24,7 +25,7 @@ from dotexport.encoders.encoder_folder import (
     rows_of,
     save_encoder,
 )
-from dotexport.encoders.encoder_healing import heal
+from dotexport.encoders.encoder_healing import Student, heal
 from dotexport.encoders.encoder_options import ShrinkOptions
 from dotexport.encoders.encoder_sizes import (
     Sizes,
@@ -33,18 +34,19 @@ from dotexport.encoders.encoder_sizes import (
     choose_layers,
     num_parameters,
 )
+from dotexport.encoders.encoder_stream import leaving, width_of
 from dotexport.encoders.encoder_vocabulary import trimmed
 from dotexport.encoders.encoder_walk import Progress, Walked, walk
-from dotexport.encoders.kinds import STOCK
-from dotexport.encoders.sentences import (
-    Batch,
-    Text,
+from dotexport.encoders.kinds import MODULES, STOCK
+from dotexport.encoders.pooling import (
+    Pooling,
+    adds_dense,
     embed,
     mean_cosine,
     pooling_of,
-    read_by_both,
-    read_sentences,
+    write_back,
 )
+from dotexport.encoders.sentences import Batch, Text, read_by_both, read_sentences
 from dotexport.storage import manifest
 from dotexport.storage.files import write_json
 from dotexport.storage.output import check_free, new_folder
@@ -74,7 +76,7 @@ class Judges:
 
     batches: list[Batch]
     wanted_ND: Tensor
-    pooling: str
+    pooling: Pooling
 
     @classmethod
     def of(cls, original: Encoder, pairs: list[tuple[Batch, Batch]]) -> Judges:
@@ -83,10 +85,11 @@ class Judges:
         wanted_ND = embed(original.base, [theirs for _, theirs in held], pooling)
         return cls([ours for ours, _ in held], wanted_ND, pooling)
 
-    def cosine(self, model: nn.Module) -> float:
+    def cosine(self, narrowed: Student) -> float:
         """Mean cosine of its embeddings to the original's."""
-        base: nn.Module = model.base_model  # type: ignore[assignment]
-        return mean_cosine(embed(base, self.batches, self.pooling), self.wanted_ND)
+        model, back = narrowed
+        base: Any = model.base_model
+        return mean_cosine(embed(base, self.batches, self.pooling, back), self.wanted_ND)
 
 
 @dataclass(frozen=True)
@@ -157,13 +160,14 @@ def _shrink(
     else:  # as it is, but for its tokens
         everything = list(range(len(encoder.layers)))
         walked = Walked(encoder.model, [])
-        best, tried = Tried(wanted[0], everything, walked, judges.cosine(encoder.model)), []
-    model, healed = best.walked.model, best.cosine
+        cosine = judges.cosine((encoder.model, None))
+        best, tried = Tried(wanted[0], everything, walked, cosine), []
+    narrowed, healed = (best.walked.model, best.walked.back), best.cosine
     if options.heal:
         behind = read_by_both(encoder, original, sentences[options.text.samples :], options.text)
-        model = heal(
+        narrowed = heal(
             original,
-            model,
+            narrowed,
             [both for both in pairs if not both[0].held] + behind,
             judges.cosine,
             judges.pooling,
@@ -171,19 +175,23 @@ def _shrink(
             seed=options.seed,
             progress=progress,
         )
-        healed = judges.cosine(model)
+        healed = judges.cosine(narrowed)
     with new_folder(out, overwrite=overwrite) as partial:
+        model, back = narrowed
         save_encoder(encoder, model, partial / STOCK)
+        if back is not None and (partial / STOCK / MODULES).is_file():
+            write_back(partial / STOCK, back, encoder.dtype)
+            manifest.update(partial, map_back=True)
         shrunk = Shrunk(
             out,
-            _sizes(original, model, best.sizes),
+            _sizes(original, narrowed, best.sizes),
             best.kept_layers,
             (best.cosine, healed),
             tried,
             best.walked.sites,
             time.perf_counter() - started,
         )
-        _describe(partial, original, options, shrunk, sentences, judges.pooling, vocabulary)
+        _describe(partial, original, options, shrunk, sentences, judges.pooling.mode, vocabulary)
     return shrunk
 
 
@@ -195,29 +203,46 @@ def _best(
     options: ShrinkOptions,
     progress: Progress,
 ) -> tuple[Tried, list[dict[str, Any]]]:
-    """The sizes whose embeddings stay closest, of those that meet the budget."""
+    """The sizes whose embeddings stay closest, of those that meet the budget: all depths in the
+    widest stream, and about the best of them in narrower ones for as long as that helps."""
     least = min(sizes.depth for sizes in wanted)
     course = choose_layers(encoder, judges.batches, judges.pooling, least, progress)
-    best, said = None, []
-    for sizes in wanted:
-        kept = course[len(encoder.layers) - sizes.depth]
-        walked = walk(encoder, some, kept, sizes.width, options.method, progress)
-        tried = Tried(sizes, kept, walked, judges.cosine(walked.model))
-        said.append({**asdict(sizes), "kept_layers": kept, "cosine": tried.cosine})
-        if best is None or tried.cosine > best.cosine:
-            best = tried
-        elif tried.cosine < best.cosine - 0.1:  # it gets worse with every further layer
+    narrowest, whole = min(sizes.hidden for sizes in wanted), width_of(encoder)
+    removal = leaving(encoder, some, narrowest) if narrowest < whole else None
+    best: Tried | None = None
+    said = []
+    for hidden, alike in groupby(wanted, key=lambda sizes: sizes.hidden):
+        kept_K = removal.kept(whole, hidden) if removal and hidden < whole else None
+        group, helps = list(alike), best is None
+        if best is not None:
+            near = best.sizes.depth
+            group = [sizes for sizes in group if sizes.depth in (near, near + 1)]
+        for sizes in group:
+            kept = course[len(encoder.layers) - sizes.depth]
+            walked = walk(
+                encoder, some, kept, sizes.width, options.method, progress, dimensions=kept_K
+            )
+            tried = Tried(sizes, kept, walked, judges.cosine((walked.model, walked.back)))
+            said.append({**asdict(sizes), "kept_layers": kept, "cosine": tried.cosine})
+            if best is None or tried.cosine > best.cosine:
+                best, helps = tried, True
+            elif tried.cosine < best.cosine - 0.1:  # it gets worse with every further layer
+                break
+        if not helps:
             break
     assert best is not None
     return best, said
 
 
-def _sizes(encoder: Encoder, model: nn.Module, sizes: Sizes) -> dict[str, list[int]]:
+def _sizes(encoder: Encoder, narrowed: Student, sizes: Sizes) -> dict[str, list[int]]:
+    model, back = narrowed
     kind, before = encoder.kind, before_of(encoder)
     layers = layers_of(model, kind)
+    added = 0 if back is None or not adds_dense(encoder) else num_parameters(back)
     return {
-        "parameters": [num_parameters(encoder.model), num_parameters(model)],
+        "parameters": [num_parameters(encoder.model), num_parameters(model) + added],
         "parameters_of_layers": [num_parameters(encoder.layers), num_parameters(layers)],
+        kind.stream: [before.hidden, sizes.hidden],
         kind.width: [before.width, sizes.width],
         kind.depth: [before.depth, sizes.depth],
         "vocab_size": [encoder.num_tokens, rows_of(model)],

@@ -1,37 +1,46 @@
-"""How many layers and neurons stay: given, or found by a budget.
+"""How many layers, neurons and dimensions of the stream stay: given, or found by a budget.
 
-A budget can be met by leaving out no layer and many neurons, one layer and fewer, and so on; each
-of these is narrowed, and the one whose embeddings are closest to the original's is taken. Which
-layers leave is decided one by one, by what is left of the embeddings without each.
+A budget can be met by leaving out no layer and many neurons, one layer and fewer, and so on, each
+of them in narrower and narrower streams; some of these are narrowed, and the one whose embeddings
+are closest to the original's is taken. Which layers leave is decided one by one, by what is left of
+the embeddings without each.
 
-Attention heads stay: these classes compute head_dim as hidden_size / heads, so that a stock config
-has no place for fewer heads of the same size.
+Attention heads leave with the stream alone: these classes compute head_dim as hidden_size / heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 
 from dotexport.encoders.encoder_folder import Encoder, can_hold
-from dotexport.encoders.encoder_options import SizeOptions
+from dotexport.encoders.encoder_options import AXES, SizeOptions
+from dotexport.encoders.encoder_stream import head_dim, why_it_stays, width_of
 from dotexport.encoders.encoder_walk import Progress, cut
-from dotexport.encoders.sentences import Batch, embed, mean_cosine
+from dotexport.encoders.kinds import MODULES, of_layers
+from dotexport.encoders.pooling import Pooling, adds_dense, embed, mean_cosine
+from dotexport.encoders.sentences import Batch
 from dotexport.errors import SizeError, UsageError
 from dotexport.sizes.budget import parse_budget
 
 STEP = 8
-"""Widths that a budget leads to are multiples of it."""
+"""Widths of MLPs that a budget leads to are multiples of it."""
+LEAST_HEADS = 0.5
+"""Of the heads, so many stay at least where a budget decides."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Neurons of every MLP, and how many layers."""
+    """Neurons of every MLP, how many layers, and the width of the stream."""
 
     width: int
     depth: int
+    hidden: int
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -40,57 +49,142 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def parameters_after(encoder: Encoder, sizes: Sizes) -> int:
-    """Of the whole model at these sizes."""
-    before, last, kind = before_of(encoder), encoder.layers[-1], encoder.kind
-    reader, writer = (last.get_submodule(name) for name in (kind.reader, kind.writer))
-    per_neuron = num_parameters(reader) // before.width + int(writer.out_features)  # type: ignore[arg-type]
-    whole = num_parameters(encoder.model)
-    left_out = (before.depth - sizes.depth) * num_parameters(last)  # the first layer stays
-    return whole - left_out - sizes.depth * (before.width - sizes.width) * per_neuron
+    """Of the whole model at these sizes, counted on its stock class without any weights."""
+    before, kind = before_of(encoder), encoder.kind
+    settings: Any = copy.deepcopy(encoder.model.config)
+    words = of_layers(encoder.config, range(sizes.depth))
+    words |= {kind.width: sizes.width, kind.stream: sizes.hidden}
+    words[kind.heads] = sizes.hidden // head_dim(encoder)
+    for word, value in words.items():
+        setattr(settings, word, value)
+    with torch.device("meta"):
+        whole = num_parameters(type(encoder.model)(settings))
+    if sizes.hidden < before.hidden and adds_dense(encoder):
+        whole += (sizes.hidden + 1) * before.hidden
+    return whole
 
 
 def before_of(encoder: Encoder) -> Sizes:
     """The original's."""
     writer = encoder.layers[0].get_submodule(encoder.kind.writer)
-    return Sizes(int(writer.in_features), len(encoder.layers))  # type: ignore[arg-type]
+    return Sizes(int(writer.in_features), len(encoder.layers), width_of(encoder))  # type: ignore[arg-type]
 
 
 def candidates(encoder: Encoder, options: SizeOptions, *, total: int) -> list[Sizes]:
-    """Sizes that were asked for, or all those at which the budget is used up.
+    """Sizes that were asked for, or all those at which the budget is used up: the widest streams
+    first, and of these the deepest.
 
     Args:
         total: parameters of the original, which may have more tokens.
 
     Raises:
         SizeError: no size meets the budget.
-        UsageError: more than there is.
+        UsageError: more than there is, or a stream that cannot be as narrow.
     """
     before = before_of(encoder)
     if options.params is None:
-        asked = Sizes(options.width or before.width, options.depth or before.depth)
+        asked = Sizes(
+            options.width or before.width,
+            options.depth or before.depth,
+            options.hidden or before.hidden,
+        )
         if not (1 <= asked.width <= before.width and 1 <= asked.depth <= before.depth):
             raise UsageError(
                 f"{asked.width} neurons and {asked.depth} layers cannot stay of {before.width} and "
                 f"{before.depth}; give at least 1 and at most that"
             )
+        _check_stream(encoder, asked.hidden)
         return [asked]
     budget, fixed = _budget(encoder, options, total)
-    found = []
-    for depth in range(before.depth, 0, -1):
-        widths = range(before.width // STEP * STEP, 0, -STEP)
-        fitting = (w for w in widths if parameters_after(encoder, Sizes(w, depth)) <= budget)
-        if (width := next(fitting, None)) is not None:
-            found.append(Sizes(width, depth))
-        if width is not None and width >= before.width // STEP * STEP:
-            break
+    streams = _streams(encoder, options)
+    met = (sizes for hidden in streams for sizes in _meeting(encoder, hidden, budget))
+    found = [sizes for sizes in met if _allowed(before, sizes, options)]
     if not found:
+        least = parameters_after(encoder, Sizes(STEP, 1, before.hidden))
         raise SizeError(
-            f"{budget:,} parameters cannot be met: embeddings, heads and one layer are "
-            f"{parameters_after(encoder, Sizes(STEP, 1)):,} ({fixed:,} of them outside of the "
-            "layers); ask for more, count the layers alone with --count layers, or take tokens "
-            "with --vocab"
+            f"{budget:,} parameters cannot be met{_named(options)}: embeddings, heads and one "
+            f"layer are {least:,} ({fixed:,} of them outside of the layers); ask for more, count "
+            "the layers alone with --count layers, or take tokens with --vocab"
         )
     return found
+
+
+def _named(options: SizeOptions) -> str:
+    return f" by {options.axes} alone" if options.axes else ""
+
+
+def _check_stream(encoder: Encoder, hidden: int) -> None:
+    before, size = width_of(encoder), head_dim(encoder)
+    if hidden == before:
+        return
+    if why := why_it_stays(encoder):
+        raise UsageError(f"--hidden cannot change {encoder.home}: {why}")
+    if not (size <= hidden <= before and hidden % size == 0):
+        near = max(size, min(before, hidden // size * size))
+        raise UsageError(
+            f"--hidden {hidden} cannot stay of {before}: heads of {size} fill the stream; give a "
+            f"multiple of {size}, such as {near}"
+        )
+
+
+def _streams(encoder: Encoder, options: SizeOptions) -> list[int]:
+    """Widths of the stream that a budget may lead to, the widest first."""
+    before, size = width_of(encoder), head_dim(encoder)
+    named = options.named_axes
+    if named is None:  # whoever reads token vectors would see it
+        free = options.count == "all" and not (encoder.root / MODULES).is_file()
+        free = free and not why_it_stays(encoder)
+    else:
+        free = AXES[0] in named
+        if free and (why := why_it_stays(encoder)):
+            raise UsageError(f"--axes {AXES[0]} cannot change {encoder.home}: {why}")
+        if free and options.count == "layers":
+            raise UsageError(
+                f"--count layers leaves embeddings as they are, which {AXES[0]} changes; count all "
+                "parameters"
+            )
+    if not free:
+        return [before]
+    least = max(1, round(LEAST_HEADS * before / size)) * size
+    return list(range(before, least - 1, -size))
+
+
+def _meeting(encoder: Encoder, hidden: int, budget: int) -> Iterator[Sizes]:
+    """For every depth the most neurons that the budget has room for, the deepest first; no less
+    deep than where all neurons stay."""
+    before = before_of(encoder)
+    most = before.width // STEP * STEP
+    at = {
+        (depth, width): parameters_after(encoder, Sizes(width, depth, hidden))
+        for depth in (1, min(2, before.depth))
+        for width in (STEP, 2 * STEP)
+    }
+    one, two = (
+        ((at[depth, 2 * STEP] - at[depth, STEP]) // STEP, at[depth, STEP])
+        for depth in (1, min(2, before.depth))
+    )
+    for depth in range(before.depth, 0, -1):
+        # The first layer may have weights that the others lack; all others are alike.
+        per_neuron = one[0] + (depth - 1) * (two[0] - one[0])
+        least = one[1] + (depth - 1) * (two[1] - one[1])
+        room = (budget - least) // per_neuron
+        width = min(most, (STEP + room) // STEP * STEP)
+        if width >= STEP:
+            yield Sizes(width, depth, hidden)
+        if width >= most:
+            return
+
+
+def _allowed(before: Sizes, sizes: Sizes, options: SizeOptions) -> bool:
+    """Whether --axes names what these sizes change."""
+    named = options.named_axes
+    if named is None:
+        return True
+    changed = {
+        AXES[1]: sizes.width < before.width // STEP * STEP,
+        AXES[2]: sizes.depth < before.depth,
+    }
+    return all(word in named for word, yes in changed.items() if yes)
 
 
 def _budget(encoder: Encoder, options: SizeOptions, total: int) -> tuple[int, int]:
@@ -106,7 +200,7 @@ def _budget(encoder: Encoder, options: SizeOptions, total: int) -> tuple[int, in
 def choose_layers(
     encoder: Encoder,
     some: Sequence[Batch],
-    pooling: str,
+    pooling: Pooling,
     depth: int,
     progress: Progress = lambda stage, done, total: None,
 ) -> list[list[int]]:

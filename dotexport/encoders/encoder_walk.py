@@ -23,8 +23,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dotexport.encoders import encoder_stream
 from dotexport.encoders.encoder_folder import Encoder, layers_of
 from dotexport.encoders.kinds import of_layers
+from dotexport.encoders.linear import (
+    Sums,
+    and_bias,
+    given_bias,
+    hidden,
+    linear_of,
+    put,
+    split,
+    sums_of,
+    watched,
+    with_bias,
+    with_one,
+)
 from dotexport.encoders.sentences import Batch
 from dotexport.merging.neurons import Alike, Merge, choose, importance, loosened
 from dotexport.merging.ot.cost import activation_distance, cosine, same_sign_distance
@@ -40,25 +54,31 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass
 class Stream:
-    """What reaches a layer for one batch, and what the original calls each of its layers with
-    besides: masks, and positions, which are not the same for all."""
+    """What reaches a layer for one batch, what the original calls its embeddings with, and each of
+    its layers besides: masks, and positions, which are not the same for all."""
 
     hidden: Tensor
+    embedded: Call
     calls: list[Call]
     batch: Batch
 
     def through(self, layer: nn.Module, number: int) -> Tensor:
         """Behind a layer that stands where the original has this one."""
         args, kwargs = self.calls[number]
-        return _hidden(layer(self.hidden, *args, **kwargs))
+        return hidden(layer(self.hidden, *args, **kwargs))
 
 
 @dataclass(frozen=True)
 class Walked:
-    """A narrowed model, and how well each writer was refitted."""
+    """A narrowed model, and how well each writer was refitted.
+
+    Attributes:
+        back: from its stream to the original's, (D, K); None: they are as wide.
+    """
 
     model: nn.Module
     sites: list[dict[str, Any]]
+    back: nn.Linear | None = None
 
 
 @torch.no_grad()
@@ -69,28 +89,60 @@ def walk(
     width: int,
     method: str,
     progress: Progress = lambda stage, done, total: None,
+    *,
+    dimensions: Tensor | None = None,
 ) -> Walked:
     """The narrowed model; the original is left as it is.
 
     Args:
         kept_layers: ascending, the first layer among them.
+        dimensions: of the stream, those that stay, (K,) ascending; None: all do.
     """
     model = cut(encoder, kept_layers)
     layers = layers_of(model, encoder.kind)
     theirs = list(_starts(encoder, some))
     ours = [replace(stream) for stream in theirs]
+    if dimensions is not None:
+        encoder_stream.select(model, encoder.kind, dimensions)
+        _embed(model, ours, dimensions, follows=method != "select")
     ends = [*kept_layers[1:], len(encoder.layers)]
     sites = []
     for place, layer in enumerate(layers):
         progress("narrowing", place, len(layers))
         group = range(kept_layers[place], ends[place])
-        site = _Site(encoder, layer, group, ours, _originals(encoder, group, theirs))
+        originals = _originals(encoder, group, theirs, whole=dimensions is not None)
+        site = _Site(encoder, layer, group, ours, originals, dimensions)
         sites.append({"layer": group[0], **site.narrow(width, method)})
         for stream in ours:
             stream.hidden = stream.through(layer, group[0])
     setattr(model.config, encoder.kind.width, width)
+    back = None
+    if dimensions is not None:
+        lift, back = encoder_stream.back(encoder, model, some, dimensions)
+        encoder_stream.end(encoder, model, some, lift, dimensions, method)
+        model = encoder_stream.rebuilt(encoder, model, len(dimensions), width)
+        sites.append({"layer": None, "end": lift.error})
     progress("narrowing", len(layers), len(layers))
-    return Walked(model, sites)
+    return Walked(model, sites, back)
+
+
+def _embed(model: nn.Module, ours: Sequence[Stream], kept_K: Tensor, *, follows: bool) -> None:
+    """Streams of a model with fewer dimensions; they arrive as the original's."""
+    embeddings: nn.Module = model.base_model.embeddings  # type: ignore[union-attr,assignment]
+    norm = next(n for n, part in embeddings.named_modules() if isinstance(part, nn.LayerNorm))
+    pairs = []
+    for stream in ours:
+        args, kwargs = stream.embedded
+        wanted, mask_NL = stream.hidden[..., kept_K], stream.batch.mask
+        with watched(embeddings, {norm}) as found:
+            stream.hidden = hidden(embeddings(*args, **kwargs))
+        if not stream.batch.held:
+            pairs.append((found[norm][0][mask_NL], wanted[mask_NL]))
+    if follows:
+        encoder_stream.follow(embeddings.get_submodule(norm), pairs)  # type: ignore[arg-type]
+        for stream in ours:
+            args, kwargs = stream.embedded
+            stream.hidden = hidden(embeddings(*args, **kwargs))
 
 
 def cut(encoder: Encoder, kept_layers: Sequence[int]) -> nn.Module:
@@ -109,38 +161,27 @@ def _starts(encoder: Encoder, some: Sequence[Batch]) -> Iterator[Stream]:
     """What the first layer reads, and how the model calls each, batch by batch."""
     read: list[Tensor] = []
     calls: list[Call] = []
+    embedded: list[Call] = []
 
     def take(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not calls:
             read.append(args[0])
         calls.append((args[1:], kwargs))
 
+    def take_embedded(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        embedded.append((args, kwargs))
+
+    embeddings: nn.Module = encoder.base.embeddings  # type: ignore[assignment]
     handles = [x.register_forward_pre_hook(take, with_kwargs=True) for x in encoder.layers]
+    handles.append(embeddings.register_forward_pre_hook(take_embedded, with_kwargs=True))
     try:
         for batch in some:
             encoder.base(**batch.inputs)
-            yield Stream(read.pop(), calls.copy(), batch)
+            yield Stream(read.pop(), embedded.pop(), calls.copy(), batch)
             calls.clear()
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _hidden(made: Any) -> Tensor:
-    """The stream, of what a module says."""
-    hidden: Tensor = made[0] if isinstance(made, tuple) else made
-    return hidden
-
-
-Sums = tuple[Moments, Moments]
-"""Over tokens that are fitted, and over those that judge."""
-
-
-def _zeros(writer: nn.Linear, width: int | None = None) -> Sums:
-    """Args: width: inputs, where they are not the writer's own."""
-    inputs = (width or writer.in_features) + (writer.bias is not None)
-    train, held = (Moments.zeros(inputs, writer.out_features) for _ in range(2))
-    return train, held
 
 
 @dataclass(frozen=True)
@@ -155,92 +196,181 @@ class _Read:
 
     def add(self, sums: Sums, writer: nn.Linear, z_TI: Tensor) -> None:
         """Args: z_TI: what the writer reads."""
-        if writer.bias is not None:
-            z_TI = torch.cat([z_TI, torch.ones_like(z_TI[:, :1])], dim=1)
+        z_TI = with_one(z_TI, biased=writer.bias is not None)
         sums[self.held].add(z_TI * self.weight_T1, self.target_TD)
 
 
 @dataclass(frozen=True)
 class _Original:
     """What the original's norms read of one batch, (T, D): behind the attention of the first of a
-    group of layers, and behind the MLP of the last."""
+    group of layers, and behind the MLP of the last.
+
+    Attributes:
+        reads: what attention and MLP of the first read; where the stream gets narrower, as below.
+        says: what these norms say.
+    """
 
     attention_TD: Tensor
     mlp_TD: Tensor
+    reads: tuple[Tensor, ...] = ()
+    says: tuple[Tensor, ...] = ()
 
 
-def _originals(encoder: Encoder, group: range, theirs: Sequence[Stream]) -> list[_Original]:
+def _originals(
+    encoder: Encoder, group: range, theirs: Sequence[Stream], *, whole: bool
+) -> list[_Original]:
     """Of every batch; its stream is behind these layers then."""
     kind, found = encoder.kind, []
+    norms = (kind.attention_norm, kind.norm)
+    readers = (encoder_stream.attention_readers(encoder.layers[group[0]], kind)[0], kind.reader)
     for stream in theirs:
-        read = []
+        read, mask_NL = [], stream.batch.mask
         for number in group:
             layer = encoder.layers[number]
-            with _seen(layer, {kind.attention_norm, kind.norm}) as seen:
+            with watched(layer, {*norms, *readers}) as seen:
                 stream.hidden = stream.through(layer, number)
-            read.append([_behind(seen, norm) for norm in (kind.attention_norm, kind.norm)])
-        found.append(_Original(read[0][0][stream.batch.mask], read[-1][1][stream.batch.mask]))
+            read.append(seen)
+        first, last = read[0], read[-1]
+        behind = (_behind(first, norms[0])[mask_NL], _behind(last, norms[1])[mask_NL])
+        more: list[tuple[Tensor, ...]] = []
+        if whole:
+            more.append(tuple(first[name][0][mask_NL] for name in readers))
+            more.append((first[norms[0]][1][mask_NL], last[norms[1]][1][mask_NL]))
+        found.append(_Original(*behind, *more))
     return found
 
 
 @dataclass
 class _Site:
     """One layer of the narrowed model, and what those of the original that it stands for (by their
-    numbers) say."""
+    numbers) say.
+
+    Attributes:
+        kept_K: dimensions of the stream that stay; None: all do.
+    """
 
     encoder: Encoder
     layer: nn.Module
     group: range
     ours: list[Stream]
     theirs: list[_Original]
+    kept_K: Tensor | None = None
 
     def narrow(self, width: int, method: str) -> dict[str, Any]:
         kind = self.encoder.kind
-        writer = _linear(self.layer, kind.writer)
+        writer = linear_of(self.layer, kind.writer)
         if method == "select":
-            seen, _ = self._sums(kind.writer, kind.norm, [x.mlp_TD for x in self.theirs])
-            kept = choose("select", _given_bias(seen[0], writer), writer.weight.detach(), width)
-            self._put(Merge(kept), _with_bias(writer)[:, _and_bias(kept, writer)])
+            if self.kept_K is not None:
+                self._leave_heads_out(method)
+            (train, _), _ = self._sums(kind.writer, kind.norm, [x.mlp_TD for x in self.theirs])
+            kept = choose("select", given_bias(train, writer), writer.weight.detach(), width)
+            self._put(Merge(kept), with_bias(writer)[:, and_bias(kept, writer)])
             return {"kept": len(kept)}
-        attention = _linear(self.layer, kind.attention)
-        sums, _ = self._sums(
-            kind.attention, kind.attention_norm, [x.attention_TD for x in self.theirs]
+        attention = self._narrow_attention(method)
+        return {"attention": attention, "mlp": self._narrow_mlp(width, method)}
+
+    def _narrow_attention(self, method: str) -> dict[str, Any]:
+        """Everything up to what the MLP reads."""
+        kind = self.encoder.kind
+        attention = linear_of(self.layer, kind.attention)
+        if self.kept_K is None:
+            wanted = [x.attention_TD for x in self.theirs]
+            sums, _ = self._sums(kind.attention, kind.attention_norm, wanted)
+            fitted = fit(*sums, with_bias(attention))
+            put(attention, *split(attention, fitted.weights_OI))
+            return fitted.as_dict()
+        readers = encoder_stream.attention_readers(self.layer, kind)
+        read = self._read_anew(readers, 0)
+        fitted = self._leave_heads_out(method)
+        self._follow(kind.attention_norm, 0)
+        return {**fitted.as_dict(), "read": read, "mlp_read": self._read_anew([kind.reader], 1)}
+
+    def _read_anew(self, readers: Sequence[str], which: int) -> float:
+        """What these read is a function of the narrower stream; returns the error."""
+        ours = []
+        for stream in self.ours:
+            with watched(self.layer, set(readers[:1])) as seen:
+                stream.through(self.layer, self.group[0])
+            ours.append(seen[readers[0]][0][stream.batch.mask])
+        assert self.kept_K is not None
+        original = self.encoder.layers[self.group[0]]
+        lift = encoder_stream.Lift.between(
+            ours,
+            [x.reads[which] for x in self.theirs],
+            [stream.batch.held for stream in self.ours],
+            self.kept_K,
+            biased=linear_of(original, readers[0]).bias is not None,
         )
-        fitted = fit(*sums, _with_bias(attention))
-        _put(attention, *_split(attention, fitted.weights_OI))
-        return {"attention": fitted.as_dict(), "mlp": self._narrow_mlp(width, method)}
+        for name in readers:
+            put(linear_of(self.layer, name), *lift.through(linear_of(original, name)))
+        return lift.error
+
+    def _leave_heads_out(self, method: str) -> Fit:
+        """As many heads as the stream has room for, and their writer fitted."""
+        assert self.kept_K is not None
+        kind, size = self.encoder.kind, encoder_stream.head_dim(self.encoder)
+        writer, count = linear_of(self.layer, kind.attention), len(self.kept_K) // size
+        wanted = [x.attention_TD for x in self.theirs]
+        (train, held), _ = self._sums(kind.attention, kind.attention_norm, wanted)
+        columns = encoder_stream.choose_heads(method, train, writer, size, count)
+        kept = and_bias(columns, writer)
+        prior_DK = with_bias(writer)[:, kept]
+        fitted = Fit.unchanged(prior_DK.double(), held.of(kept))
+        if method != "select":
+            fitted = fit(train.of(kept), held.of(kept), prior_DK)
+        encoder_stream.leave_heads_out(self.layer, kind, columns, count)
+        put(writer, *split(writer, fitted.weights_OI))
+        return fitted
+
+    def _follow(self, name: str, which: int) -> None:
+        """The norm behind a sublayer says what the original's does; there is none in pre-norm."""
+        if not self.encoder.kind.norm:
+            return
+        pairs = []
+        for stream, theirs in zip(self.ours, self.theirs, strict=True):
+            if stream.batch.held:
+                continue
+            with watched(self.layer, {name}) as seen:
+                stream.through(self.layer, self.group[0])
+            pairs.append((seen[name][0][stream.batch.mask], theirs.says[which][:, self.kept_K]))
+        encoder_stream.follow(self.layer.get_submodule(name), pairs)  # type: ignore[arg-type]
 
     def _narrow_mlp(self, width: int, method: str) -> dict[str, Any]:
         kind = self.encoder.kind
-        writer = _linear(self.layer, kind.writer)
-        prior_DI = _with_bias(writer).double()
+        writer = linear_of(self.layer, kind.writer)
+        prior_DI = with_bias(writer).double()
         (train, held), read = self._sums(kind.writer, kind.norm, [x.mlp_TD for x in self.theirs])
-        kept = choose("obs", _given_bias(train, writer), writer.weight.detach(), width)
+        kept = choose("obs", given_bias(train, writer), writer.weight.detach(), width)
         merges = [Merge(kept)]
         if method == "dot" and width < writer.in_features:
             turns = "up" in kind.spaces  # what multiplies may change its sign
             merges += _merges(train.of(_all(writer)), writer.weight.detach(), kept, turns=turns)
-        trials = [(train.of(_and_bias(kept, writer)), held.of(_and_bias(kept, writer)))]
+        trials = [(train.of(and_bias(kept, writer)), held.of(and_bias(kept, writer)))]
         trials += [self._sums_merged(merge, read) for merge in merges[1:]]
-        prior_DK = prior_DI[:, _and_bias(kept, writer)]
+        prior_DK = prior_DI[:, and_bias(kept, writer)]
         fits: list[Fit] = [fit(*trial, prior_DK) for trial in trials]
         best = min(range(len(fits)), key=lambda n: fits[n].error)
         self._put(merges[best], fits[best].weights_OI)
         if kind.norm:
-            theirs = self.encoder.layers[self.group[-1]].get_submodule(kind.norm)
-            self.layer.get_submodule(kind.norm).load_state_dict(theirs.state_dict())
+            if self.kept_K is None:
+                theirs = self.encoder.layers[self.group[-1]].get_submodule(kind.norm)
+                self.layer.get_submodule(kind.norm).load_state_dict(theirs.state_dict())
+            else:
+                self._follow(kind.norm, 1)
         return {**fits[best].as_dict(), "moved": merges[best].moved}
 
     def _sums(self, writer: str, norm: str, wanted: Sequence[Tensor]) -> tuple[Sums, list[_Read]]:
         """For what enters a writer and a one for its bias; and what the MLP reads meanwhile."""
-        kind, linear = self.encoder.kind, _linear(self.layer, writer)
-        sums, read = _zeros(linear), []
+        kind, linear = self.encoder.kind, linear_of(self.layer, writer)
+        sums, read = _zeros(linear, linear.in_features), []
         for stream, wanted_TD in zip(self.ours, wanted, strict=True):
-            with _seen(self.layer, {writer, norm, kind.reader}) as seen:
+            with watched(self.layer, {writer, norm, kind.reader}) as seen:
                 stream.through(self.layer, self.group[0])
             mask_NL = stream.batch.mask
             before_TD = (_behind(seen, norm) - seen[writer][1])[mask_NL]
             weight_T1 = 1 / wanted_TD.std(-1, keepdim=True).clamp_min(1e-6)
+            if self.kept_K is not None:
+                wanted_TD = wanted_TD[:, self.kept_K]
             one = _Read(
                 seen[kind.reader][0][mask_NL],
                 (wanted_TD - before_TD) * weight_T1,
@@ -253,7 +383,7 @@ class _Site:
 
     def _sums_merged(self, merge: Merge, read: Sequence[_Read]) -> Sums:
         """The same as if the reader had these rows."""
-        writer = _linear(self.layer, self.encoder.kind.writer)
+        writer = linear_of(self.layer, self.encoder.kind.writer)
         sums = _zeros(writer, len(merge.kept))
         for one in read:
             one.add(sums, writer, self._merged(merge, one.x_TD))
@@ -270,17 +400,17 @@ class _Site:
 
     def _mixed(self, merge: Merge) -> tuple[Tensor, Tensor | None]:
         """Rows and biases of the reader, S blocks of K instead of N."""
-        spaces, reader = self.encoder.kind.spaces, _linear(self.layer, self.encoder.kind.reader)
-        blocks_SND = _with_bias(reader).chunk(len(spaces))
+        spaces, reader = self.encoder.kind.spaces, linear_of(self.layer, self.encoder.kind.reader)
+        blocks_SND = with_bias(reader).chunk(len(spaces))
         parts = [merge.rows(x, rows_ND) for x, rows_ND in zip(spaces, blocks_SND, strict=True)]
-        return _split(reader, torch.cat(parts))
+        return split(reader, torch.cat(parts))
 
     def _put(self, merge: Merge, weights_DI: Tensor) -> None:
         """The MLP with K neurons."""
-        reader = _linear(self.layer, self.encoder.kind.reader)
-        writer = _linear(self.layer, self.encoder.kind.writer)
-        _put(reader, *self._mixed(merge))
-        _put(writer, *_split(writer, weights_DI))
+        reader = linear_of(self.layer, self.encoder.kind.reader)
+        writer = linear_of(self.layer, self.encoder.kind.writer)
+        put(reader, *self._mixed(merge))
+        put(writer, *split(writer, weights_DI))
 
 
 def _merges(train: Moments, writer_DN: Tensor, kept: Tensor, *, turns: bool) -> list[Merge]:
@@ -296,72 +426,15 @@ def _merges(train: Moments, writer_DN: Tensor, kept: Tensor, *, turns: bool) -> 
     return list(loosened(alike))
 
 
+def _zeros(writer: nn.Linear, inputs: int) -> Sums:
+    return sums_of(inputs, writer.out_features, biased=writer.bias is not None)
+
+
 def _all(writer: nn.Linear) -> Tensor:
     return torch.arange(writer.in_features)
-
-
-def _and_bias(kept: Tensor, writer: nn.Linear) -> Tensor:
-    """The kept neurons, and the one that stands for the bias."""
-    if writer.bias is None:
-        return kept
-    return torch.cat([kept, torch.tensor([writer.in_features])])
-
-
-def _given_bias(moments: Moments, writer: nn.Linear) -> Moments:
-    """Covariances where the writer has a bias."""
-    return moments if writer.bias is None else moments.given_last()
-
-
-def _linear(layer: nn.Module, name: str) -> nn.Linear:
-    return layer.get_submodule(name)  # type: ignore[return-value]
-
-
-def _with_bias(linear: nn.Linear) -> Tensor:
-    if linear.bias is None:
-        return linear.weight.detach()
-    return torch.cat([linear.weight.detach(), linear.bias.detach()[:, None]], dim=1)
-
-
-def _split(linear: nn.Linear, weights_OI: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Weight, and bias if it has one."""
-    weights_OI = weights_OI.float()
-    if linear.bias is None:
-        return weights_OI, None
-    return weights_OI[:, :-1], weights_OI[:, -1]
-
-
-def _put(linear: nn.Linear, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-    """The same module with these."""
-    linear.weight = nn.Parameter(weight_OI.clone())
-    if bias_O is not None:
-        linear.bias = nn.Parameter(bias_O.clone())
-    linear.out_features, linear.in_features = weight_OI.shape
 
 
 def _behind(seen: Mapping[str, tuple[Tensor, Tensor]], norm: str) -> Tensor:
     """The stream behind a sublayer: what its norm reads, or what leaves the layer."""
     read, said = seen[norm]
     return read if norm else said
-
-
-class _seen:  # noqa: N801  a context
-    """What modules of a layer read and say: name -> (input, output)."""
-
-    def __init__(self, layer: nn.Module, names: set[str]) -> None:
-        self.found: dict[str, tuple[Tensor, Tensor]] = {}
-        self.handles = [
-            layer.get_submodule(name).register_forward_hook(self._taker(name)) for name in names
-        ]
-
-    def _taker(self, name: str) -> Callable[..., None]:
-        def take(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-            self.found[name] = (inputs[0], _hidden(output))
-
-        return take
-
-    def __enter__(self) -> dict[str, tuple[Tensor, Tensor]]:
-        return self.found
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self.handles:
-            handle.remove()

@@ -41,7 +41,8 @@ class Kind:
         spaces: blocks of the reader's rows, one beside the other: what the activation reads
             (`gate`), and what its answer is multiplied by (`up`).
         norm: behind the MLP; "" where what it writes leaves the layer as it is.
-        width, depth: words of config.json.
+        width, depth, stream, heads: words of config.json.
+        wide: why the width of the stream stays; "" where it can change.
         counts_from_padding: whether the first position is the one behind the id of padding.
         alternates: whether config.json says which layers see all of the text.
         segments: how many kinds of token_type_ids there are where config.json does not say;
@@ -59,6 +60,9 @@ class Kind:
     norm: str = "output.LayerNorm"
     width: str = "intermediate_size"
     depth: str = "num_hidden_layers"
+    stream: str = "hidden_size"
+    heads: str = "num_attention_heads"
+    wide: str = ""
     spaces: tuple[str, ...] = ("gate",)
     counts_from_padding: bool = False
     alternates: bool = False
@@ -68,7 +72,8 @@ class Kind:
     @property
     def sizes(self) -> tuple[str, ...]:
         """Words of config.json that say how large it is."""
-        return (self.width, self.depth, *((TYPES, PERIOD) if self.alternates else ()))
+        named = (self.width, self.depth, self.stream, self.heads)
+        return (*named, *((TYPES, PERIOD) if self.alternates else ()))
 
 
 DISTIL = Kind(
@@ -82,6 +87,8 @@ DISTIL = Kind(
     "output_layer_norm",
     "hidden_dim",
     "n_layers",
+    "dim",
+    "n_heads",
 )
 MODERN = Kind(
     "ModernBert",
@@ -95,6 +102,7 @@ MODERN = Kind(
     spaces=("gate", "up"),
     alternates=True,
 )
+POSITIONS = "its tables of relative positions are read by the same matrices as the stream"
 CONVOLUTION = "a convolution adds to its first layer, and text is passed through layers alone"
 KINDS = {
     "bert": Kind("Bert", segments=2),
@@ -102,7 +110,9 @@ KINDS = {
     "xlm-roberta": Kind("XLMRoberta", counts_from_padding=True),
     "distilbert": DISTIL,
     "modernbert": MODERN,
-    "deberta-v2": Kind("DebertaV2", segments=0, refuses={"conv_kernel_size": CONVOLUTION}),
+    "deberta-v2": Kind(
+        "DebertaV2", wide=POSITIONS, segments=0, refuses={"conv_kernel_size": CONVOLUTION}
+    ),
 }
 """model_type -> its names."""
 

@@ -1,34 +1,29 @@
-"""Sentences in, embeddings out: the folder's own pooling, or the mean of all tokens. Rows of a task
-are read as its head is asked, two texts of one as a pair.
+"""Sentences of running text, and rows of a task, which are read as its head is asked: two texts of
+one as a pair.
 
-Shapes: N sentences, L tokens of one, D width of the stream.
+Shapes: N sentences, L tokens of one.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dotexport.encoders.encoder_folder import Encoder
 from dotexport.encoders.encoder_options import SentenceOptions
 from dotexport.encoders.rows import columns_of, read_rows
-from dotexport.errors import CalibrationError, UnsupportedModelError
+from dotexport.errors import CalibrationError
 from dotexport.models.documents import documents
-from dotexport.storage.reading import read_json
 
 LEAST_WORDS = 5
 HELD_OUT = 4
 """One sentence in so many judges, and is not fitted."""
-POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
 
 Text = tuple[str, ...]
@@ -129,57 +124,3 @@ def context_of(encoder: Encoder) -> int:
     """Tokens that there are positions for; RoBERTa counts them from behind its padding."""
     most = int(encoder.config.get("max_position_embeddings", 512))
     return most - 2 if encoder.kind.counts_from_padding else most
-
-
-def pooling_of(encoder: Encoder) -> str:
-    """`mean` or `cls`: what the folder's 1_Pooling says, and `mean` where it says nothing.
-
-    Raises:
-        UnsupportedModelError: another pooling, or modules behind it that are not normalisation.
-    """
-    file = encoder.root / "modules.json"
-    if not file.is_file():
-        return "mean"
-    modules = json.loads(file.read_text(encoding="utf-8"))
-    found = "mean"
-    for module in modules:
-        word = str(module["type"]).rpartition(".")[2]
-        if word == "Pooling":
-            place = encoder.root / module["path"] / "config.json"
-            said: dict[str, Any] = read_json(place, advice="take a fresh copy")
-            named = [key for key, value in said.items() if "_mode" in key and value]
-            names = [POOLINGS.get(key) for key in named]
-            if said.get("pooling_mode") in ("mean", "cls"):  # as later releases write it
-                names = [said["pooling_mode"]]
-            if len(names) != 1 or names[0] is None:
-                raise UnsupportedModelError(
-                    f"{place} pools by {', '.join(named)}; expected mean or cls alone"
-                )
-            found = names[0]
-        elif word not in ("Transformer", "Normalize"):
-            raise UnsupportedModelError(
-                f"{file} has a module {word}; expected Transformer, Pooling and Normalize alone"
-            )
-    return found
-
-
-def pooled(hidden_NLD: Tensor, mask_NL: Tensor, pooling: str) -> Tensor:
-    """Embeddings of unit length, (N, D)."""
-    if pooling == "cls":
-        return nn.functional.normalize(hidden_NLD[:, 0], dim=-1)
-    mask_NL1 = mask_NL[..., None].to(hidden_NLD.dtype)
-    mean_ND = (hidden_NLD * mask_NL1).sum(1) / mask_NL1.sum(1)
-    return nn.functional.normalize(mean_ND, dim=-1)
-
-
-@torch.no_grad()
-def embed(base: nn.Module, some: Sequence[Batch], pooling: str) -> Tensor:
-    """Embeddings of all sentences, (N, D)."""
-    return torch.cat(
-        [pooled(base(**batch.inputs).last_hidden_state, batch.mask, pooling) for batch in some]
-    )
-
-
-def mean_cosine(ours_ND: Tensor, theirs_ND: Tensor) -> float:
-    """Of embeddings of the same sentences."""
-    return float((ours_ND * theirs_ND).sum(-1).mean())

@@ -451,4 +451,5 @@ class EncoderManifest(Manifest):
     kept_layers: list[NonNegativeInt] = []
     calibration: dict[str, Any] | None = None
     held_out: dict[str, Number] | None = None
+    map_back: bool = False
     quality: dict[str, Any] | None = None

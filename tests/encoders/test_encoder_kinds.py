@@ -20,6 +20,7 @@ from dotexport.encoders.encoder_folder import Encoder, open_encoder, save_encode
 from dotexport.encoders.encoder_sizes import Sizes, choose_layers, num_parameters, parameters_after
 from dotexport.encoders.encoder_walk import _merges, _Site, _starts, cut, walk
 from dotexport.encoders.kinds import FULL, LOCAL, PERIOD, TYPES, layer_types, period
+from dotexport.encoders.pooling import Pooling
 from dotexport.encoders.sentences import Batch
 from dotexport.errors import CheckpointError, UnsupportedModelError
 from dotexport.merging.refit import Moments
@@ -131,7 +132,7 @@ def test_a_layer_that_adds_nothing_is_found_and_leaves_without_a_trace(
                 module.bias.zero_()
     batches = some_text()
     depth = len(encoder.layers) - 1
-    [_, kept] = choose_layers(encoder, batches[-1:], "mean", depth)
+    [_, kept] = choose_layers(encoder, batches[-1:], Pooling(), depth)
     assert silent not in kept
     assert distance(cut(encoder, kept), encoder.model, batches[-1]) < 1e-5  # float32
     if not kind.norm:  # else the one before it is asked for what was normalised once more
@@ -145,7 +146,7 @@ def test_parameters_are_foretold(name: str, made: Made, tmp_path: Path) -> None:
     encoder = open_encoder(made(tmp_path / "model", name))
     for depth in (1, 2):
         model = walk(encoder, some_text(), range(depth), 24, "select").model
-        assert parameters_after(encoder, Sizes(24, depth)) == num_parameters(model)
+        assert parameters_after(encoder, Sizes(24, depth, 24)) == num_parameters(model)
 
 
 @pytest.mark.parametrize(
@@ -184,11 +185,11 @@ def test_layers_leave_so_that_every_release_can_say_it(
             encoder.layers[2].get_submodule(writer).weight.zero_()  # type: ignore[operator]
     judges = some_text()[-1:]
     monkeypatch.setattr(encoder_folder, "_reads_types", lambda config: False)
-    for kept in choose_layers(encoder, judges, "mean", 1):
+    for kept in choose_layers(encoder, judges, Pooling(), 1):
         assert period([layer_types(encoder.config)[number] for number in kept])
     monkeypatch.undo()
     if READS_TYPES:
-        assert choose_layers(encoder, judges, "mean", 1)[1] == [0, 1, 3, 4, 5]
+        assert choose_layers(encoder, judges, Pooling(), 1)[1] == [0, 1, 3, 4, 5]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config[TYPES] = [FULL, LOCAL, LOCAL, LOCAL, LOCAL, FULL]
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -105,9 +105,9 @@ def test_a_plan_lists_what_shrink_narrows(text: str, made: Made, tmp_path: Path)
     assert planned["original"]["parameters"] == whole  # type: ignore[index]
     choices: list[dict[str, int]] = planned["choices"]  # type: ignore[assignment]
     tried: list[dict[str, int]] = shrunk["tried"]  # type: ignore[assignment]
-    assert [(row["hidden_dim"], row["n_layers"]) for row in choices[: len(tried)]] == [
-        (row["width"], row["depth"]) for row in tried
-    ]
+    listed = [(row["dim"], row["hidden_dim"], row["n_layers"]) for row in choices]
+    narrowed = [(row["hidden"], row["width"], row["depth"]) for row in tried]
+    assert [sizes for sizes in listed if sizes in narrowed] == narrowed  # in this order
     [taken] = [row for row in choices if row["parameters"] == narrow]
     assert taken["vocab_size"] == 128  # a multiple of 64
     assert all(row["ratio"] <= 0.8 and row["bytes"] == 4 * row["parameters"] for row in choices)

@@ -16,19 +16,21 @@ Made = Callable[[Path, str], Path]
 
 
 def test_every_way_is_narrowed_to_the_budget_and_judged(
-    made: Made, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sentence_transformer: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = made(tmp_path / "model", "modernbert")
+    model = sentence_transformer
     asked = ["--model", str(model), "--calib", text, "--test", text, "--other", text]
     asked += ["--samples", "32", "--judged", "16", "--heal", "2", "-o", str(tmp_path)]
     asked += ["--params", "0.9x", "--params", "0.3x"]
-    shrink, broken = encoder_ways.shrink, []
+    shrink, finished = encoder_ways.shrink, []
 
     def stops(*args: object) -> object:
-        broken.append(args)
-        if len(broken) == 3:
+        if len(finished) == 2 and not (tmp_path / "stopped").exists():
+            (tmp_path / "stopped").touch()
             raise KeyboardInterrupt
-        return shrink(*args)  # type: ignore[arg-type]
+        made = shrink(*args)  # type: ignore[arg-type]
+        finished.append(args)
+        return made
 
     monkeypatch.setattr(encoder_ways, "shrink", stops)
     CliRunner().invoke(encoder_ways.app, asked)
@@ -57,12 +59,26 @@ def test_every_way_is_narrowed_to_the_budget_and_judged(
     first = {row["way"]: row for row in rows[: len(WAYS)]}
     assert first["MLP, obs"]["cosine"] > first["MLP, select"]["cosine"]
     assert first["MLP"]["sizes"].startswith("intermediate_size")
-    assert first["layers"]["sizes"] == "num_hidden_layers 3"
+    assert first["layers"]["sizes"] == "num_hidden_layers 2"
+    assert first["stream"]["sizes"] == "hidden_size 18"
     assert rows[len(WAYS)]["sizes"].endswith("tokens cannot leave of 224")
-    assert len(broken) == 1 + len(met)  # what was noted was not narrowed again
+    assert len(finished) == len(met)  # what was noted was not narrowed again
     assert not (tmp_path / ".encoders.jsonl").exists()
     table = (tmp_path / "encoders.md").read_text(encoding="utf-8")
     assert "calibrated on 32 sentences; embeddings beside the original's on 16" in table
+
+
+def test_a_stream_that_stays_is_no_way(made: Made, text: str, tmp_path: Path) -> None:
+    model = made(tmp_path / "model", "modernbert")
+    asked = ["--model", str(model), "--calib", text, "--test", text, "--other", text]
+    asked += ["--samples", "32", "--judged", "16", "-o", str(tmp_path), "--params", "0.9x"]
+    ways = ["--only", "stream", "--only", "MLP, layers and stream"]
+    result = CliRunner().invoke(encoder_ways.app, [*asked, *ways])
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "encoders.json").read_text(encoding="utf-8"))["rows"]
+    assert rows[0]["sizes"].startswith("it stays")
+    assert not rows[0]["parameters"]
+    assert rows[1]["parameters"]
 
 
 def test_a_way_that_is_not_known_is_refused(text: str, tmp_path: Path) -> None:

@@ -44,10 +44,11 @@ def shrink(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Narrow a text encoder: fewer MLP neurons, layers and tokens; OUT/hf is of the same class.
+    """Narrow a text encoder: fewer MLP neurons, layers, tokens, and a narrower stream with fewer
+    heads; OUT/hf is of the same class.
 
-    Pooling and what else sentence-transformers keeps is carried over byte by byte. Attention heads
-    stay: the stock classes have no place for fewer.
+    What sentence-transformers keeps is carried over byte by byte, and with --hidden a linear layer
+    behind the pooling takes embeddings back to the original's.
 
     Example: dotexport shrink ./all-MiniLM-L6-v2 -o out --params 0.8x --calib text.txt
     """
@@ -264,7 +265,7 @@ def show_plan(record: Mapping[str, Any], model: str) -> None:
     original, choices = record["original"], record["choices"]
     names = [name for name in choices[0] if name not in ("ratio", "bytes")]
     table = Table(title=model)
-    for column in ("", "neurons", "layers", "tokens", "parameters", "ratio", "MB"):
+    for column in ("", "stream", "neurons", "layers", "tokens", "parameters", "ratio", "MB"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for number, row in enumerate((original, *choices)):
         ratio = row["parameters"] / original["parameters"]
@@ -273,8 +274,9 @@ def show_plan(record: Mapping[str, Any], model: str) -> None:
         table.add_row(label, *figures, f"{ratio:.3f}x", f"{row['bytes'] / 1e6:,.2f}")
     Console().print(table)
     stderr.print(
-        "next: dotexport shrink MODEL -o OUT with the same flags and --calib TEXT narrows each of "
-        "these and keeps the one whose embeddings are closest",
+        "next: dotexport shrink MODEL -o OUT with the same flags and --calib TEXT narrows "
+        "these, in narrower streams for as long as that helps, and keeps the one whose embeddings "
+        "are closest",
         soft_wrap=True,
         highlight=False,
     )
