@@ -41,6 +41,13 @@ BASE = {
 
 # Those that 4.57 has, and that are refused there.
 OF_RELEASE_5, BEFORE_5 = {"gemma4_text", "granitemoehybrid", "lfm2"}, release.startswith("4.")
+DELTA_NETS: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
+}
 # Of classes that have more sizes: fewer key heads than value heads, heads of two widths.
 OF_CLASS: dict[str, dict[str, Any]] = {
     "gemma4_text": {
@@ -63,12 +70,13 @@ OF_CLASS: dict[str, dict[str, Any]] = {
         "mamba_chunk_size": 16,
     },
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 8},
-    "qwen3_5_text": {
-        "num_hidden_layers": 4,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 8,
+    "qwen3_5_text": DELTA_NETS,
+    "qwen3_5_moe_text": {
+        **DELTA_NETS,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 40,
     },
 }
 

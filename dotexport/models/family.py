@@ -105,10 +105,29 @@ class Untouched:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """An expert that all tokens go to, beside those that a router chooses.
+
+    Attributes:
+        weight: of one row: what it gives counts by the sigmoid of it.
+    """
+
+    gate: Linear
+    up: Linear
+    writer: Linear
+    weight: Linear
+
+    @property
+    def readers(self) -> tuple[Linear, ...]:
+        return (self.gate, self.up, self.weight)
+
+
+@dataclass(frozen=True)
 class Sublayer:
     """Norm, readers of the normalised stream, and one writer that adds back to it.
 
-    Of a mixture, one reader is the router; all others and the writer are those of each expert.
+    Of a mixture, one reader is the router; all others and the writer are those of each expert, and
+    beside them there may be a shared one with its own.
 
     Attributes:
         norm: in front of the readers; None: they read the stream as it is.
@@ -117,6 +136,7 @@ class Sublayer:
         untouched: what else lies between readers and writer.
         given: whether what its module gives is multiplied with an input of the layer's own
             (`Family.per_layer`).
+        shared: of a mixture.
         scaled_by: a number that the stream behind it is multiplied with; a buffer, which stays.
     """
 
@@ -129,6 +149,22 @@ class Sublayer:
     untouched: tuple[Untouched, ...] = ()
     given: bool = False
     scaled_by: str | None = None
+    shared: Shared | None = None
+
+    @property
+    def all_readers(self) -> tuple[Linear, ...]:
+        """Those of a shared expert among them."""
+        return (*self.readers, *(self.shared.readers if self.shared else ()))
+
+    @property
+    def writers(self) -> tuple[Linear, ...]:
+        """That of a shared expert among them."""
+        return (self.writer, *([self.shared.writer] if self.shared else ()))
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """All readers, then all writers."""
+        return (*self.all_readers, *self.writers)
 
     @property
     def keys(self) -> str | None:
@@ -325,7 +361,7 @@ class Family:
 
     @property
     def linears(self) -> list[Linear]:
-        """Those of one layer, or of any: readers, then the writer, sublayer by sublayer."""
+        """Those of one layer, or of any: readers, then writers, sublayer by sublayer."""
         return _linears(self.sublayers)
 
     def linears_in(self, kind: str) -> list[Linear]:
@@ -337,4 +373,4 @@ class Family:
 
 
 def _linears(sublayers: Iterable[Sublayer]) -> list[Linear]:
-    return [linear for sub in sublayers for linear in (*sub.readers, sub.writer)]
+    return [linear for sub in sublayers for linear in sub.linears]

@@ -23,7 +23,7 @@ from dotexport.models.families import find_family
 from dotexport.models.family import Family, Linear, Sublayer
 from dotexport.models.gating import gating_of
 from dotexport.models.rope import stock_config
-from dotexport.models.routing import Routing
+from dotexport.models.routing import SHARED, Routing
 
 PARTS = ("weight", "bias")
 """Of a linear."""
@@ -218,7 +218,7 @@ class Layer:
 
     def forget(self, sublayer: Sublayer) -> None:
         """Let go of the matrices of a sublayer that nothing passes through any more."""
-        for linear in (*sublayer.readers, sublayer.writer):
+        for linear in sublayer.linears:
             if linear != sublayer.router:  # of which rows are counted
                 for name in self.names(linear):
                     self.assign(f"{name}.weight", torch.empty(0))
@@ -336,7 +336,7 @@ class Layer:
         An expert counts by the share of tokens that would go to it if all were liked alike.
         """
         total_DD: Tensor | float = 0.0
-        for linear in sublayer.readers:
+        for linear in sublayer.all_readers:
             names = self.names(linear)
             share = self.stock.config.num_experts_per_tok / len(names) if linear.each else 1.0
             for name in names:
@@ -366,28 +366,52 @@ class Layer:
     def route(self, sublayer: Sublayer, normed_TD: Tensor) -> Routing:
         """Where tokens go that the readers of a mixture see."""
         assert sublayer.router is not None
-        return self.stock.routing(self._through(sublayer.router.name, normed_TD))
+        routing = self.stock.routing(self._through(sublayer.router.name, normed_TD))
+        if (shared := sublayer.shared) is None:
+            return routing
+        return routing.sharing(self._through(shared.weight.name, normed_TD))
+
+    def experts(self, sublayer: Sublayer) -> list[int]:
+        """Numbers of all, a shared one first."""
+        return [*([SHARED] if sublayer.shared else []), *range(self.num_experts)]
 
     def inside_expert(self, sublayer: Sublayer, expert: int, normed_TD: Tensor) -> Tensor:
         """What the writer of one expert sees, (T, I), of the tokens that go to it."""
-        read = {
-            linear.name == self.family.gated: self._through(linear.name.format(expert), normed_TD)
+        gate, up = self._gate_and_up(sublayer, expert)
+        inside_TI = gating_of(self.family, self.stock.config)(
+            self._through(gate, normed_TD), self._through(up, normed_TD)
+        )
+        return inside_TI.float()
+
+    def _gate_and_up(self, sublayer: Sublayer, expert: int) -> tuple[str, str]:
+        """Names of what one expert reads with."""
+        if expert == SHARED:
+            assert sublayer.shared is not None
+            return sublayer.shared.gate.name, sublayer.shared.up.name
+        names = {
+            linear.name == self.family.gated: linear.name.format(expert)
             for linear in sublayer.readers
             if linear.each
         }
-        inside_TI = gating_of(self.family, self.stock.config)(read[True], read[False])
-        return inside_TI.float()
+        return names[True], names[False]
+
+    def writer_of(self, sublayer: Sublayer, expert: int) -> str:
+        """Name of the writer of one expert."""
+        if expert == SHARED:
+            assert sublayer.shared is not None
+            return sublayer.shared.writer.name
+        return sublayer.writer.name.format(expert)
 
     def write_expert(self, sublayer: Sublayer, expert: int, inside_TI: Tensor) -> Tensor:
         """What the writer of one expert gives, (T, D)."""
-        return self._through(sublayer.writer.name.format(expert), inside_TI).float()
+        return self._through(self.writer_of(sublayer, expert), inside_TI).float()
 
     def _mixed(self, sublayer: Sublayer, normed_BLD: Tensor) -> Tensor:
         """What all experts add together."""
         normed_TD = normed_BLD.flatten(0, -2)
         routing = self.route(sublayer, normed_TD)
         mixed_TD = torch.zeros_like(normed_TD)
-        for expert in range(self.num_experts):
+        for expert in self.experts(sublayer):
             tokens_T, gates_T1 = routing.to(expert)
             inside_TI = self.inside_expert(sublayer, expert, normed_TD[tokens_T])
             written_TD = self.write_expert(sublayer, expert, inside_TI) * gates_T1
@@ -398,7 +422,7 @@ class Layer:
         """Drop all other experts and their rows of the router."""
         router = sublayer.router
         assert router is not None
-        for linear in (*sublayer.readers, sublayer.writer):
+        for linear in sublayer.linears:
             if not linear.each:
                 continue
             for part in PARTS:

@@ -26,6 +26,7 @@ MULTIMODAL = (
     "llava",
     "mistral3",
     "qwen3_5",
+    "qwen3_5_moe",
     "smolvlm",
 )
 HEAD = "lm_head."

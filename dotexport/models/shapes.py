@@ -166,7 +166,7 @@ def shapes(family: Family, sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]
             for other in sublayer.untouched:
                 extents = tuple(sizes.extent(axis) for axis in other.shape)
                 yield family.layer_name(layer, other.name), extents
-            for linear in (*sublayer.readers, sublayer.writer):
+            for linear in sublayer.linears:
                 rows = sum(sizes.rows(linear))
                 for one in linear.names(sizes.num_experts):
                     name = family.layer_name(layer, one)
@@ -223,13 +223,12 @@ def _layer_parameters(family: Family, sizes: Sizes, kind: str) -> Iterator[int]:
     width = sizes.spaces
     for sublayer in family.in_layer(kind):
         yield sizes.hidden_size * sum(n is not None for n in (sublayer.norm, sublayer.output_norm))
-        rows = {linear.name: sum(sizes.rows(linear)) for linear in sublayer.readers}
+        rows = {linear.name: sum(sizes.rows(linear)) for linear in sublayer.linears}
         for norm in sublayer.inner_norms:
             features = width[norm.head] if norm.per_head else rows[norm.reader]
             yield features if norm.weighted else 0
         yield sum(prod(map(sizes.extent, other.shape)) for other in sublayer.untouched)
-        rows[sublayer.writer.name] = width[sublayer.writer.out]
-        for linear in (*sublayer.readers, sublayer.writer):
+        for linear in sublayer.linears:
             each = rows[linear.name] * (width[linear.in_] + sizes.has_bias(linear))
             yield sizes.copies(linear) * each
 
@@ -248,7 +247,7 @@ def products_of(sublayer: Sublayer, sizes: Sizes) -> int:
     """Multiplications of a token in one sublayer."""
     return sum(
         sizes.used(linear) * sum(sizes.rows(linear)) * sizes.spaces[linear.in_]
-        for linear in (*sublayer.readers, sublayer.writer)
+        for linear in sublayer.linears
     )
 
 

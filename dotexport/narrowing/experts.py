@@ -4,7 +4,7 @@ refitted one after another on the tokens that go to them.
 Which experts stay is said by REAP, router-weighted expert activation pruning (Lasby et al., arXiv
 2510.13999, equation 9): the saliency of expert j is the mean of g_j(x) |f_j(x)| over the tokens x
 that go to it, g its gate and f its output. Nothing is renormalised that the class does not
-normalise itself.
+normalise itself. A shared expert, to which all tokens go, stays with all of its neurons.
 
 What all writers of a mixture add up to has one target, E^T X+ - r, as for every other writer.
 Together they would be one least squares problem with E I unknowns in a row, whose Gram matrix no
@@ -31,7 +31,7 @@ from torch.nn.functional import pad
 from dotexport.merging.refit import compensate
 from dotexport.models.family import Sublayer
 from dotexport.models.layers import PARTS, Layer
-from dotexport.models.routing import Routing
+from dotexport.models.routing import SHARED, Routing
 from dotexport.narrowing.site import Site
 from dotexport.narrowing.streams import Rows, Streams, inverse_rms
 
@@ -88,7 +88,8 @@ class ExpertSite(Site):
         self.student.keep_experts(self.sublayer, self._kept_E)
         energy = self._held_out_energy(wanted_NLK) or 1.0
         routings = self._routings()
-        every = [_Expert(self, expert, routings) for expert in range(self.num_experts)]
+        numbers = self.student.experts(self.sublayer)
+        every = [_Expert(self, number, routings) for number in numbers]
         lacking_NLK = wanted_NLK  # in its place, expert by expert
         for expert in every:
             expert.give(lacking_NLK, -1)
@@ -146,7 +147,7 @@ class _Expert:
 
     @property
     def _writer(self) -> str:
-        return self.site.sublayer.writer.name.format(self.number)
+        return self.site.student.writer_of(self.site.sublayer, self.number)
 
     @property
     def _bias(self) -> Tensor | None:
@@ -180,7 +181,7 @@ class _Expert:
         writer_KI, has_bias = self._weights(), self._bias is not None
         width = writer_KI.shape[1] - has_bias
         train, held = site.streams.moments(partial(self._asked, wanted_NLK))
-        if site.width == width:
+        if self.number == SHARED or site.width == width:
             self._assign(site._fit(train, held, writer_KI).weights_OI)
             return
         # Without a token, neurons are all alike.

@@ -65,7 +65,7 @@ class Original:
             if sublayer.norm is None:
                 continue
             gamma = f"{sublayer.norm}.weight"
-            for linear in sublayer.readers:
+            for linear in sublayer.all_readers:
                 for name in linear.names(self.sizes.num_experts):
                     tensors[f"{name}.weight"] *= tensors[gamma] + offset
             tensors[gamma] = torch.ones_like(tensors[gamma]) - offset

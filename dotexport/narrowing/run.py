@@ -317,13 +317,13 @@ class Narrowing:
         for sublayer in teacher.sublayers:
             if sublayer.norm:
                 tensors[f"{sublayer.norm}.weight"] = neutral_K - float(family.unit_offset)
-            for linear in (*sublayer.readers, sublayer.writer):
+            for linear in sublayer.linears:
                 if not self.after.has_bias(linear):
                     continue
                 for name in linear.names(self.before.num_experts):
                     weight_OI = tensors[f"{name}.weight"]
                     tensors.setdefault(f"{name}.bias", weight_OI.new_zeros(len(weight_OI)))
-            for linear in sublayer.readers:
+            for linear in sublayer.all_readers:
                 inner = sublayer.inner_gain(linear, family.inner_scale(self.scale))
                 outer = sublayer.gain(self.scale)
                 for name in linear.names(self.before.num_experts):
@@ -349,7 +349,8 @@ class Narrowing:
         """E^T W; behind it lies a norm in some classes, whose gamma goes with it."""
         parts = ("weight", "bias")
         if sublayer.output_norm is None:
-            writers = sublayer.writer.names(self.before.num_experts)
+            count = self.before.num_experts
+            writers = [writer for each in sublayer.writers for writer in each.names(count)]
             names = [f"{writer}.{part}" for writer in writers for part in parts]
             return {n: self._onto().T @ tensors[n].double() for n in names if n in tensors}
         weight, bias = (f"{sublayer.writer.name}.{part}" for part in parts)

@@ -110,7 +110,7 @@ class Site:
         prior_DI = pad(self.E_DK * self.sublayer.gain(self.scale), (0, int(ones)))
         projection = self._fitted(train, held, prior_DI)
         inner_scale = self.student.family.inner_scale(self.scale)
-        for linear in self.sublayer.readers:
+        for linear in self.sublayer.all_readers:
             map_DI = projection.weights_OI * self.sublayer.inner_gain(linear, inner_scale)
             for one in self.student.names(linear):
                 name, bias = f"{one}.weight", f"{one}.bias"
@@ -127,7 +127,8 @@ class Site:
 
     @property
     def _readers_have_biases(self) -> bool:
-        names = (one for linear in self.sublayer.readers for one in self.student.names(linear))
+        readers = self.sublayer.all_readers
+        names = (one for linear in readers for one in self.student.names(linear))
         return all(f"{name}.bias" in self.student.tensors() for name in names)
 
     # Neurons and writer -----------------------------------------------------------------------
@@ -378,7 +379,7 @@ class Site:
 
     def _reader_rows(self) -> Iterator[tuple[Linear, str]]:
         held = self.student.tensors()
-        for linear in self.sublayer.readers:
+        for linear in self.sublayer.all_readers:
             for one in self.student.names(linear):
                 for name in (f"{one}.weight", f"{one}.bias"):
                     if name in held:
@@ -403,7 +404,7 @@ class Site:
 
     def _heal(self, options: LocalOptions) -> local.Healed:
         names = [name for _, name in self._reader_rows()]
-        writers = self.student.names(self.sublayer.writer)
+        writers = [one for each in self.sublayer.writers for one in self.student.names(each)]
         own = [f"{writer}.{part}" for writer in writers for part in PARTS]
         names += [name for name in own if name in self.student.tensors()]
         names += [f"{norm}.weight" for norm in self._healed_norms]

@@ -291,19 +291,21 @@ class _Site:
 
     def _writers(self, T: int) -> Work:
         """Sums, choices and fits of the writer, or of each expert's on its share of the tokens."""
-        writer, K = self.sublayer.writer, _stream(self.after)
-        N, J = (sizes.spaces[writer.in_] for sizes in (self.before, self.after))
-        count = self.after.copies(writer)
-        each = _moments(T * self.after.used(writer) // count, N, K) + _fit(J, K)
-        return (each + (_choice(N, J, K) if J < N else Work())) * count
+        K, total = _stream(self.after), Work()
+        for writer in self.sublayer.writers:
+            N, J = (sizes.spaces[writer.in_] for sizes in (self.before, self.after))
+            count = self.after.copies(writer)
+            each = _moments(T * self.after.used(writer) // count, N, K) + _fit(J, K)
+            total += (each + (_choice(N, J, K) if J < N else Work())) * count
+        return total
 
     def _rows(self, sizes: Sizes) -> int:
         """That a token is multiplied with."""
-        return sum(sizes.used(r) * sum(sizes.rows(r)) for r in self.sublayer.readers)
+        return sum(sizes.used(r) * sum(sizes.rows(r)) for r in self.sublayer.all_readers)
 
     def _inside(self, sizes: Sizes) -> int:
         """Neurons that a token has."""
-        return sizes.used(self.sublayer.writer) * sizes.spaces[self.sublayer.writer.in_]
+        return sum(sizes.used(w) * sizes.spaces[w.in_] for w in self.sublayer.writers)
 
     @property
     def _attends(self) -> bool:

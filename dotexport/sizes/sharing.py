@@ -56,10 +56,12 @@ def _readers(D: int, K: int) -> int:
 
 def _writers(sublayer: Sublayer, before: Sizes, after: Sizes) -> int:
     """Sums, what to fall back on where neurons leave, and what was fitted; for each expert."""
-    N, J = (sizes.spaces[sublayer.writer.in_] for sizes in (before, after))
-    K = after.spaces["residual"]
-    told = 2 if J < N else 1
-    return (_moments(N, K) + told * SUM * K * J) * after.copies(sublayer.writer)
+    K, total = after.spaces["residual"], 0
+    for writer in sublayer.writers:
+        N, J = (sizes.spaces[writer.in_] for sizes in (before, after))
+        told = 2 if J < N else 1
+        total += (_moments(N, K) + told * SUM * K * J) * after.copies(writer)
+    return total
 
 
 def _healed(sublayer: Sublayer, before: Sizes, after: Sizes, steps: int) -> int:
@@ -68,6 +70,6 @@ def _healed(sublayer: Sublayer, before: Sizes, after: Sizes, steps: int) -> int:
     if sublayer.module == "self_attn" and before.spaces[inside] == after.spaces[inside]:
         return 0
     K = after.spaces["residual"]
-    weights = sum(sum(after.rows(linear)) * K for linear in sublayer.readers)
-    weights += after.spaces[inside] * K
+    weights = sum(sum(after.rows(linear)) * K for linear in sublayer.all_readers)
+    weights += sum(after.spaces[writer.in_] * K for writer in sublayer.writers)
     return GRADIENT * weights * (steps + 1) if steps else 0

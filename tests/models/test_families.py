@@ -244,6 +244,21 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
         },
         "Qwen3_5ForCausalLM",
     ),
+    "qwen3.5-moe": (
+        EXPERTS | {"model_type": "qwen3_5_moe_text"},
+        "Qwen3_5MoeForCausalLM",
+    ),
+    "qwen3.5-moe-tied": (
+        EXPERTS
+        | {
+            "model_type": "qwen3_5_moe_text",
+            "num_hidden_layers": 3,
+            "layer_types": ["full_attention", "linear_attention", "full_attention"],
+            "shared_expert_intermediate_size": 56,
+            "tie_word_embeddings": True,
+        },
+        "Qwen3_5MoeForCausalLM",
+    ),
     "lfm2": (
         {"model_type": "lfm2", "intermediate_size": 132},
         "Lfm2ForCausalLM",

@@ -48,6 +48,19 @@ TOWER = {
     "patch_size": 14,
 }
 SQUARE = TOWER | {"image_size": SIZE}
+OF_QWEN: dict[str, Any] = {
+    "vision_config": {
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "out_hidden_size": 48,
+        "patch_size": 14,
+        "num_position_embeddings": 16,
+    },
+    "image_token_id": PICTURE,
+    "video_token_id": PICTURE - 1,
+}
 # Class of the whole -> class of its language model, and the words around that.
 WHOLES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": (
@@ -80,19 +93,11 @@ WHOLES: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2_vl": ("lfm2", {"vision_config": TOWER | {"num_patches": 4}, "image_token_id": PICTURE}),
     "qwen3_5": (
         "qwen3_5_text",
-        {
-            "vision_config": {
-                "depth": 1,
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_heads": 2,
-                "out_hidden_size": 48,
-                "patch_size": 14,
-                "num_position_embeddings": 16,
-            },
-            "image_token_id": PICTURE,
-            "video_token_id": PICTURE - 1,
-        },
+        OF_QWEN,
+    ),
+    "qwen3_5_moe": (
+        "qwen3_5_moe_text",
+        OF_QWEN,
     ),
     "gemma4": (
         "gemma4_text",
@@ -103,7 +108,7 @@ WHOLES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-OF_RELEASE_5 = {"gemma4", "lfm2_vl", "qwen3_5"}
+OF_RELEASE_5 = {"gemma4", "lfm2_vl", "qwen3_5", "qwen3_5_moe"}
 
 Whole = Callable[[str], Path]
 

@@ -15,13 +15,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import silu
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dotexport.app.opening import open_source
 from dotexport.axes.plan import SizeOptions
 from dotexport.errors import SizeError
-from dotexport.models.checkpoint import read_config
+from dotexport.models.checkpoint import Checkpoint, read_config
+from dotexport.models.families import find_family
 from dotexport.models.families.qwen3_moe import QWEN3_MOE
 from dotexport.models.layers import Layer
+from dotexport.models.shapes import num_parameters, read_sizes
 from dotexport.narrowing.experts import saliencies
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.original import embed
@@ -42,6 +45,15 @@ QWEN: dict[str, Any] = {
     "moe_intermediate_size": 24,
     "norm_topk_prob": True,
 }
+SHARING: dict[str, Any] = {
+    "model_type": "qwen3_5_moe_text",
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+    "num_experts": E,
+    "num_experts_per_tok": A,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 20,
+}
 ATTENTION, MIXTURE = QWEN3_MOE.sublayers
 logits = partial(changed_models.logits, tokens_BL=WINDOWS_NL[:4])
 BARE = NarrowOptions(local=None, refit=False)
@@ -59,23 +71,29 @@ def without_tokens_for_some(tensors: dict[str, Tensor]) -> None:
     token goes to the idle experts. These are the largest of all."""
     tensors["model.embed_tokens.weight"][:, 0] = 0.5
     for name in tensors:
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
+        if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
             tensors[name][0] = 0.0
+        elif name.endswith("experts.down_proj"):  # of all
+            tensors[name][:, 0] = 0.0
     for layer, idle in enumerate(IDLE):
         prefix = f"model.layers.{layer}"
-        tensors[f"{prefix}.post_attention_layernorm.weight"][0] = 1.0
+        together = tensors.get(f"{prefix}.mlp.experts.down_proj")
+        offset = 0.0 if together is None else 1.0  # that class multiplies with 1 + weight
+        tensors[f"{prefix}.post_attention_layernorm.weight"][0] = 1.0 - offset
         router_ED = tensors[f"{prefix}.mlp.gate.weight"]
         router_ED[:, 0] = 0.0
         router_ED[idle, 0] = -30.0
         for expert in idle:
-            tensors[f"{prefix}.mlp.experts.{expert}.down_proj.weight"][1:] *= 10.0
+            apart = tensors.get(f"{prefix}.mlp.experts.{expert}.down_proj.weight")
+            (apart if together is None else together[expert])[1:] *= 10.0  # type: ignore[index]
 
 
 @pytest.mark.parametrize("options", [BARE, NarrowOptions(local=None)], ids=["bare", "refit"])
+@pytest.mark.parametrize("words", [QWEN, SHARING], ids=["alone", "shared"])
 def test_experts_that_no_token_goes_to_leave_without_a_trace(
-    options: NarrowOptions, tiny_model: TinyModel, tmp_path: Path
+    words: dict[str, Any], options: NarrowOptions, tiny_model: TinyModel, tmp_path: Path
 ) -> None:
-    model = rewritten(tiny_model(**QWEN), tmp_path / "model", without_tokens_for_some)
+    model = rewritten(tiny_model(**words), tmp_path / "model", without_tokens_for_some)
     run = narrowed(model, tmp_path / "out", options, num_experts=E - len(IDLE[0]))
     assert kept_experts(run) == [sorted(set(range(E)) - set(idle)) for idle in IDLE]
     before, after = logits(model), logits(tmp_path / "out/hf")
@@ -131,6 +149,35 @@ def test_saliencies_are_the_means_of_gate_times_size_over_the_tokens_of_an_exper
     # Products are float32 in the one and float64 in the other.
     torch.testing.assert_close(found_E, slow_E, rtol=1e-5, atol=0.0)
     assert len(set(found_E.tolist())) == E
+
+
+def test_qwen3_5_35b_is_counted_as_torch_counts(tiny_model: TinyModel) -> None:
+    """The defaults of its class; published as 35 B."""
+    tiny_model(**SHARING)  # skips where the class is not known
+    config = AutoConfig.for_model("qwen3_5_moe_text")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    words = config.to_dict() | {"architectures": [type(model).__name__]}
+    count = num_parameters(family := find_family(words), read_sizes(family, words))
+    assert count == sum(p.numel() for p in model.parameters()) == 34_660_610_688
+
+
+def test_a_shared_expert_stays_and_is_fitted(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """It answers for what leaves where all tokens are: fitted alone, it makes up for some of it."""
+    model = tiny_model(**SHARING)
+    run = narrowed(model, tmp_path / "out", NarrowOptions(local=None), num_experts=2)
+    bare = narrowed(model, tmp_path / "bare", BARE, num_experts=2)
+    assert run.divergence < bare.divergence
+    name = "model.layers.1.mlp.shared_expert.down_proj.weight"
+    before, plain, after = (
+        Checkpoint.open(folder).tensor(name)
+        for folder in (model, tmp_path / "bare/hf", tmp_path / "out/hf")
+    )
+    assert torch.equal(before, plain)
+    assert before.shape == after.shape
+    assert not torch.equal(before, after)
+    config = read_config(tmp_path / "out/hf")
+    assert (config["num_experts"], config["shared_expert_intermediate_size"]) == (2, 20)
 
 
 def test_the_refit_of_experts_lowers_the_error_on_held_out_windows(

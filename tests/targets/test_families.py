@@ -27,6 +27,7 @@ YARN = {
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 GEMMA = {"hidden_size": 80, "sliding_window": 512, "tie_word_embeddings": True}
 KINDS = ["sliding_attention", "full_attention"]
+MIXED = ["linear_attention", "full_attention"]
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 ALL = ["onnx", "openvino", "ort-cpu", "gguf", "executorch", "mlx"]
 
@@ -94,7 +95,12 @@ MODELS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "olmo2": ({"model_type": "olmo2"}, ALL, ["onnx", "openvino", "executorch", "mlx"]),
     "qwen3-moe": ({"model_type": "qwen3_moe", **EXPERTS}, ALL, ["onnx", "openvino", "executorch"]),
     "qwen3.5": (
-        {"model_type": "qwen3_5_text", "layer_types": ["linear_attention", "full_attention"]},
+        {"model_type": "qwen3_5_text", "layer_types": MIXED},
+        ALL,
+        [],
+    ),
+    "qwen3.5-moe": (
+        {"model_type": "qwen3_5_moe_text", "layer_types": MIXED},
         ALL,
         [],
     ),
@@ -134,6 +140,7 @@ TWO_KINDS = (
     "smollm3",
     "gpt-oss",
     "qwen3.5",
+    "qwen3.5-moe",
     "lfm2",
     "granite4",
     "granite4-hybrid",

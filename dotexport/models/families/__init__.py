@@ -24,6 +24,7 @@ from dotexport.models.families.phi3 import PHI3
 from dotexport.models.families.qwen2 import QWEN2
 from dotexport.models.families.qwen3 import QWEN3
 from dotexport.models.families.qwen3_5 import QWEN3_5
+from dotexport.models.families.qwen3_5_moe import QWEN3_5_MOE
 from dotexport.models.families.qwen3_moe import QWEN3_MOE
 from dotexport.models.families.seed_oss import SEED_OSS
 from dotexport.models.families.smollm3 import SMOLLM3
@@ -51,6 +52,7 @@ TABLES = (
     ERNIE4_5,
     HUNYUAN,
     QWEN3_MOE,
+    QWEN3_5_MOE,
     MIXTRAL,
     GPT_OSS,
 )
