@@ -154,7 +154,8 @@ def test_a_narrowed_family_computes_in_every_target_what_torch_computes(
     changes, tried, expected = MODELS[name]
     width = 64 if "gemma" in name and "window" not in name else 40
     width = 48 if name == "granite4-hybrid" else width  # which stays
-    inner = {"num_experts": 3} if "num_local_experts" in changes else {"intermediate_size": 64}
+    mixture = "num_local_experts" in changes or name == "qwen3.5-moe"
+    inner = {"num_experts": 3} if mixture else {"intermediate_size": 64}
     model = tiny_model(num_hidden_layers=2 if name in TWO_KINDS else 1, **changes)
     letters = np.random.default_rng(0).integers(0, 87, size=2000)
     text = tmp_path / "letters.txt"
