@@ -1,7 +1,8 @@
 """Weights of an ONNX graph in blocks of 32 inputs with one scale each, as MatMulNBits of ONNX
 Runtime and its builds for browsers multiplies with: layers in 4 bits, the head and tables in 8.
 
-A tied table is stored once. Tokens are looked up in the bytes that the head multiplies with.
+A tied table is stored once. Tokens are looked up in the bytes that the head multiplies with. Scales
+are of the dtype that the graph computes in, float32 or float16.
 
 Shapes: O, I outputs and inputs of a matrix, K blocks of inputs, S bytes of a block; V vocabulary.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,7 +41,7 @@ class Stored:
     """A matrix in the graph.
 
     Attributes:
-        level: bytes (O, K, S); scale: float32 (O, K).
+        level: bytes (O, K, S); scale: (O, K).
         inputs: I, which may end within the last block.
     """
 
@@ -50,26 +51,33 @@ class Stored:
     inputs: int
 
 
-def grids(checkpoint: Checkpoint) -> dict[str, Blocks]:
+def grid_of(bits: int, *, half: bool) -> Blocks:
+    """Args: half: scales are float16."""
+    return replace(GRIDS[bits], scale=torch.float16) if half else GRIDS[bits]
+
+
+def grids(checkpoint: Checkpoint, *, half: bool) -> dict[str, Blocks]:
     """The matrices of all layers, by the checkpoint's names."""
     rows = checkpoint.config["vocab_size"]
     specs = checkpoint.specs.items()
     return {
-        name: GRIDS[LAYERS]
+        name: grid_of(LAYERS, half=half)
         for name, spec in specs
         if len(spec.shape) == 2 and spec.shape[0] != rows
     }
 
 
-def round_in_blocks(model: Any, checkpoint: Checkpoint, rounded: Mapping[str, Rounded]) -> None:
+def round_in_blocks(
+    model: Any, checkpoint: Checkpoint, rounded: Mapping[str, Rounded], *, half: bool
+) -> None:
     """Let products with stored matrices, and look-ups in stored tables, read blocks.
 
     Args:
         rounded: levels that were chosen; other matrices are rounded to nearest.
+        half: the graph computes in float16.
     """
-    graph, names = model.graph, _names(checkpoint)
-    made = _Making(graph, names, rounded, checkpoint.config["vocab_size"])
-    for node in list(graph):
+    made = _Making(model.graph, checkpoint, rounded, half=half)
+    for node in list(model.graph):
         if node.op_type == "MatMul":
             made.product(node)
         elif node.op_type == "Gather":
@@ -89,7 +97,7 @@ def values(checkpoint: Checkpoint, graph: Any) -> Iterator[tuple[str, torch.Tens
         if bits == LAYERS:
             byte_OKS = np.stack([byte_OKS & 15, byte_OKS >> 4], axis=-1)
         level_OKW = byte_OKS.reshape(*byte_OKS.shape[:2], -1).astype(np.float32)
-        scale_OK = constants[f"{name}{SCALES}"].const_value.numpy()
+        scale_OK = constants[f"{name}{SCALES}"].const_value.numpy().astype(np.float32)
         value_OI = ((level_OKW - (1 << bits - 1)) * scale_OK[..., None]).reshape(len(scale_OK), -1)
         yield name, torch.from_numpy(value_OI[:, : spec.shape[-1]].copy())
 
@@ -101,14 +109,15 @@ def not_nearest(checkpoint: Checkpoint, graph: Any, chosen: Collection[str]) -> 
         chosen: names of those that were rounded for a text.
     """
     found = dict(values(checkpoint, graph))
-    missing = grids(checkpoint).keys() - found.keys()
+    missing = grids(checkpoint, half=False).keys() - found.keys()
     problems = [f"{name} is not in the graph" for name in sorted(missing)]
     for name, value_OI in found.items():
         if name in chosen:
             continue
         weights_OI = checkpoint.tensor(name)
         bits = TABLES if len(weights_OI) == checkpoint.config["vocab_size"] else LAYERS
-        gap_OI = (value_OI - nearest(weights_OI, GRIDS[bits])[1]).abs()
+        half = graph.initializers[f"{name}{SCALES}"].dtype == ir.DataType.FLOAT16
+        gap_OI = (value_OI - nearest(weights_OI, grid_of(bits, half=half))[1]).abs()
         if not gap_OI.max() <= TINY * weights_OI.abs().max():
             problems.append(f"{name} is not the checkpoint's rounded to the nearest level")
     return problems
@@ -128,9 +137,12 @@ def packed(rounded: Rounded, bits: int = LAYERS) -> tuple[Array, Array]:
 
 class _Making:
     def __init__(
-        self, graph: Any, names: Mapping[str, str], rounded: Mapping[str, Rounded], rows: int
+        self, graph: Any, checkpoint: Checkpoint, rounded: Mapping[str, Rounded], *, half: bool
     ) -> None:
-        self.graph, self.names, self.rounded, self.rows = graph, names, rounded, rows
+        self.graph, self.checkpoint, self.rounded, self.half = graph, checkpoint, rounded, half
+        self.rows = checkpoint.config["vocab_size"]
+        self.names = _names(checkpoint, half=half)
+        self.dtype = np.float16 if half else np.float32
         self.stored: dict[str, Stored] = {}
         """By the content of a matrix, so that a tied table is one."""
         self.read: dict[str, Any] = {}
@@ -164,11 +176,11 @@ class _Making:
         held = self._hold(table, rows_VD)
         width = held.scale.shape[1] * QUANTISED_BLOCK
         name = node.outputs[0].name
-        zero = constant(self.graph, f"{name}_zero", np.array(1 << held.bits - 1, np.float32))
+        zero = constant(self.graph, f"{name}_zero", np.array(1 << held.bits - 1, self.dtype))
         apart = constant(self.graph, f"{name}_apart", np.array([-1]))
         whole = constant(self.graph, f"{name}_whole", np.array([0, 0, width]))
         level = ir.node("Gather", [held.level, tokens])
-        real = ir.node("Cast", level.outputs, {"to": ir.DataType.FLOAT})
+        real = ir.node("Cast", level.outputs, {"to": ir.DataType.from_numpy(np.dtype(self.dtype))})
         around = ir.node("Sub", [real.outputs[0], zero])
         scale = ir.node("Gather", [held.scale, tokens])
         each = ir.node("Unsqueeze", [scale.outputs[0], apart])
@@ -198,21 +210,27 @@ class _Making:
             bits = TABLES if len(weights_OI) == self.rows else LAYERS
             chosen = self.rounded.get(name)
             if chosen is None:
-                chosen = nearest(torch.tensor(weights_OI), GRIDS[bits])[0]
+                chosen = nearest(self._stored(key, weights_OI), grid_of(bits, half=self.half))[0]
             level_OB, scale_OK = packed(chosen, bits)
             level_OKS = level_OB.reshape(*scale_OK.shape, -1)
             self.stored[key] = Stored(
                 constant(self.graph, f"{name}{LEVELS}", level_OKS),
-                constant(self.graph, f"{name}{SCALES}", scale_OK.astype(np.float32)),
+                constant(self.graph, f"{name}{SCALES}", scale_OK.astype(self.dtype)),
                 bits,
                 weights_OI.shape[1],
             )
         return self.stored[key]
 
+    def _stored(self, key: str, weights_OI: Array) -> torch.Tensor:
+        """What was a matrix before the graph had it in float16."""
+        if self.half and key in self.names:
+            return self.checkpoint.tensor(self.names[key]).float()
+        return torch.tensor(weights_OI).float()
+
     def _replace(self, node: Any, steps: list[Any]) -> None:
         self.graph.insert_before(node, steps)
         before, after = node.outputs[0], steps[-1].outputs[0]
-        after.shape, after.dtype = before.shape, ir.DataType.FLOAT
+        after.shape, after.dtype = before.shape, before.dtype
         ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
         after.name = before.name
         self.graph.remove(node, safe=True)
@@ -232,15 +250,17 @@ def _matrix(value: Any) -> Array | None:
     if value is None or not value.is_initializer() or len(value.shape) != 2:
         return None
     array: Array = value.const_value.numpy()
-    return array if array.dtype == np.float32 else None
+    return array if array.dtype in (np.float32, np.float16) else None
 
 
-def _names(checkpoint: Checkpoint) -> dict[str, str]:
-    """What a matrix holds -> its name: tracing forgets the names of those that it turns."""
+def _names(checkpoint: Checkpoint, *, half: bool) -> dict[str, str]:
+    """What a matrix holds in the graph -> its name: tracing forgets the names of those that it
+    turns."""
     found: dict[str, str] = {}
     for name, spec in checkpoint.specs.items():
         if len(spec.shape) == 2:
-            found.setdefault(_digest(checkpoint.tensor(name).float().numpy()), name)
+            held = checkpoint.tensor(name)
+            found.setdefault(_digest((held.half() if half else held.float()).numpy()), name)
     return found
 
 

@@ -4,7 +4,8 @@ Inputs input_ids, attention_mask, position_ids and past_key_values.N.key/value, 
 present.N.key/value, standard operators only. fp16 has its cache in float16, too. int8 rounds
 weights per output and activations per token (MatMulInteger), so that neither padding nor the rest
 of a batch changes what a token gets. Tables are rounded per token; of a tied one, tokens are
-columns of the head's matrix. int4 needs ONNX Runtime, in a browser or anywhere (onnx_blocks.py).
+columns of the head's matrix. int4 needs ONNX Runtime, in a browser or anywhere (onnx_blocks.py);
+int4-fp16 computes in float16 besides, as browsers do on a GPU (WebGPU).
 
 Shapes: B sequences, L new tokens, P tokens in the cache, T = P + L, V vocabulary, D width.
 """
@@ -44,6 +45,7 @@ GRAPHS = {
     "fp16": "model_fp16.onnx",
     "int8": "model_quantized.onnx",
     "int4": "model_q4.onnx",
+    "int4-fp16": "model_q4f16.onnx",
 }
 FIXED_INPUTS = ("input_ids", "attention_mask", "position_ids")
 OPSET = 18
@@ -55,11 +57,17 @@ class Portable:
 
     name = "onnx"
     summary = "portable ONNX graph with KV cache, in the layout of Optimum and transformers.js"
-    precisions = ("fp32", "fp16", "int8", "int4")
+    precisions = ("fp32", "fp16", "int8", "int4", "int4-fp16")
     exact_rounding = ()  # int4 has the head and tables in 8 bits
-    # int4 has a float32 scale per 32 weights.
-    weight_bits: ClassVar = {"fp32": (32, 32), "fp16": (16, 16), "int8": (8, 8), "int4": (5, 9)}
-    cache_bytes: ClassVar = {"fp32": 4, "fp16": 2, "int8": 4, "int4": 4}
+    # int4 has a scale per 32 weights, in the dtype that is computed in.
+    weight_bits: ClassVar = {
+        "fp32": (32, 32),
+        "fp16": (16, 16),
+        "int8": (8, 8),
+        "int4": (5, 9),
+        "int4-fp16": (4.5, 8.5),
+    }
+    cache_bytes: ClassVar = {"fp32": 4, "fp16": 2, "int8": 4, "int4": 4, "int4-fp16": 2}
     encoder_precisions = ("fp32", "fp16", "int8")
 
     def missing(self) -> list[str]:
@@ -82,22 +90,25 @@ class Portable:
         precision: str,
         rounded: Mapping[str, Rounded] | None = None,
     ) -> None:
-        model = _translate(checkpoint, half=precision == "fp16")
+        half = precision.endswith("fp16")
+        model = _translate(checkpoint, half=half)
         _forget_origins(model)
         _turn_matrices(model.graph)
         _share_tables(model.graph)
         if precision == "int8":
             _look_up_columns(model.graph)
             _round_tables(model.graph, _round_products(model.graph))
-        if precision == "int4":
-            onnx_blocks.round_in_blocks(model, checkpoint, rounded or {})
+        if precision.startswith("int4"):
+            onnx_blocks.round_in_blocks(model, checkpoint, rounded or {}, half=half)
         for file in [checkpoint.folder / "config.json", *checkpoint.companions()]:
             shutil.copyfile(file, folder / file.name)
         _save(model, folder, precision)
 
     def grids(self, checkpoint: Checkpoint, precision: str) -> dict[str, Blocks]:
         """The matrices of all layers in int4, by the checkpoint's names."""
-        return onnx_blocks.grids(checkpoint) if precision == "int4" else {}
+        if not precision.startswith("int4"):
+            return {}
+        return onnx_blocks.grids(checkpoint, half=precision.endswith("fp16"))
 
     def values(self, checkpoint: Checkpoint, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         """What the matrices of an int4 graph are, by the checkpoint's names."""
@@ -111,7 +122,7 @@ class Portable:
 
         file = graph_of(folder)
         problems = wrong_epsilons(file, checkpoint.config)
-        if file.name == GRAPHS["int4"]:
+        if file.name in (GRAPHS["int4"], GRAPHS["int4-fp16"]):
             problems += onnx_blocks.not_nearest(checkpoint, ir.load(file).graph, chosen)
         return problems
 

@@ -156,8 +156,8 @@ def in_node() -> Callable[[str, Path, list[str]], Any]:
         pytest.skip("set DOTEXPORT_TRANSFORMERS_JS to a folder with @huggingface/transformers")
 
     def run(script: str, folder: Path, texts: list[str]) -> Any:
-        dtype = {"int8": "q8", "int4": "q4"}.get(
-            precision := folder.name.rpartition("-")[2], precision
+        dtype = {"int8": "q8", "int4": "q4", "int4-fp16": "q4f16"}.get(
+            precision := folder.name.partition("-")[2], precision
         )
         asked = [os.environ["DOTEXPORT_TRANSFORMERS_JS"], f"{folder.parent}/", folder.name, dtype]
         command = ["node", "--input-type=module", "-e", NODE + script, "--", *asked]

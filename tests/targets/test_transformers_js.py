@@ -66,12 +66,13 @@ def test_a_narrowed_decoder_says_in_node_what_it_says_in_torch(
 ) -> None:
     """odd is a Granite whose heads do not divide its width."""
     out = narrowed(name)
-    export(out, ["onnx:fp32", "onnx:fp16", "onnx:int8", "onnx:int4"], verify=False)
+    rounded = ["fp16", "int8", "int4", "int4-fp16"]
+    export(out, [f"onnx:{precision}" for precision in ("fp32", *rounded)], verify=False)
     decode = transformers.AutoTokenizer.from_pretrained(out / "hf").decode
     for prompt, said in zip(PROMPTS, in_node(GENERATE, out / "onnx-fp32", PROMPTS), strict=True):
         assert said["tokens"] == greedy(out / "hf", prompt)
         assert said["text"] == decode(said["tokens"])
     # Rounded, a token nearly as likely as torch's may win: the same graph says which.
-    for artifact in (out / f"onnx-{precision}" for precision in ("fp16", "int8", "int4")):
+    for artifact in (out / f"onnx-{precision}" for precision in rounded):
         for prompt, said in zip(PROMPTS, in_node(GENERATE, artifact, PROMPTS), strict=True):
             assert said["tokens"] == greedy_of(artifact, prompt)
