@@ -21,7 +21,7 @@ from dotexport.encoders.encoder_exporting import write_artifact
 from dotexport.encoders.encoder_folder import Encoder, describe_source, open_encoder
 from dotexport.encoders.encoder_options import SentenceOptions
 from dotexport.encoders.encoder_quality import compare, said_by
-from dotexport.encoders.encoder_sizes import num_parameters
+from dotexport.encoders.encoder_sizes import parameters_of
 from dotexport.encoders.sentences import read_sentences
 from dotexport.errors import DotexportError, UsageError
 from dotexport.exports.encoder_target import EncoderTarget, resolve_encoder
@@ -182,7 +182,7 @@ def _judged(
                 model=one.name,
                 precision=one.precision,
                 num_bytes=folder_bytes(one.folder),
-                num_parameters=num_parameters(one.encoder.model),
+                num_parameters=parameters_of(one.encoder),
                 texts=_stored(store),
             )
         )

@@ -16,7 +16,12 @@ from dotexport.encoders.encoder_folder import Encoder, open_encoder
 from dotexport.encoders.encoder_options import AXES, SentenceOptions, ShrinkOptions
 from dotexport.encoders.encoder_quality import evaluate
 from dotexport.encoders.encoder_shrinking import shrink
-from dotexport.encoders.encoder_sizes import before_of, candidates, num_parameters
+from dotexport.encoders.encoder_sizes import (
+    before_of,
+    candidates,
+    num_parameters,
+    parameters_of,
+)
 from dotexport.encoders.encoder_stream import why_it_stays
 from dotexport.errors import SizeError
 from dotexport.sizes.budget import parse_budget
@@ -78,7 +83,7 @@ def encoders(
             rows.append({"budget": budget, "way": way, **notes.row(budget, way, measure)})
     protocol = PROTOCOL.format(
         model=model.name,
-        parameters=num_parameters(subject.encoder.model),
+        parameters=parameters_of(subject.encoder),
         tokens=subject.encoder.num_tokens,
         **vars(before_of(subject.encoder)),
         samples=samples,
@@ -151,7 +156,7 @@ class Subject:
 
     def _alone(self, asked: ShrinkOptions, word: str) -> int:
         axis = AXES[("hidden", "width", "depth").index(word)]
-        total = num_parameters(self.encoder.model)
+        total = parameters_of(self.encoder)
         found = candidates(self.encoder, replace(asked, axes=axis), total=total)
         size: int = getattr(found[0], word)
         return size

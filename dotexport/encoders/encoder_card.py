@@ -24,8 +24,12 @@ def rows(record: Mapping[str, Any]) -> Iterator[Row]:
     for word, (before, after) in record.get("sizes", {}).items():
         yield word.replace("_", " "), f"{before:,}", f"{after:,}", f"{after / before:.3f}x"
     held = record.get("held_out", {})
-    if held:
-        yield "cosine of embeddings, held-out calibration text", "1", f"{held['cosine']:.4f}", ""
+    for word, label in (
+        ("cosine", "cosine of embeddings, held-out calibration text"),
+        ("mapped_cosine", "cosine of what a linear map makes of embeddings, held-out text"),
+    ):
+        if word in held:
+            yield label, "1", f"{held[word]:.4f}", ""
     yield from _quality(record.get("quality", {}), "")
     for name, quality in record.get("artifact_quality", {}).items():
         yield from _quality(quality, f", {name}")

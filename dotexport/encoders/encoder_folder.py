@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 
 from dotexport.encoders.kinds import (
+    MODULES,
     PERIOD,
     STOCK,
     TYPES,
@@ -36,6 +39,8 @@ WEIGHTS = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ot", "*.onnx"),
     "model.safetensors.index.json",
 )
+BESIDE = (MODULES, "*/config.json", "*/*.safetensors")
+"""Modules of sentence-transformers."""
 LEFT = ("README.md", ".*", "onnx", "openvino")
 """What is not carried over: the card of the original, hidden files, the model in other forms; and
 its weights, where config.json lies. Other modules of sentence-transformers keep theirs."""
@@ -75,6 +80,12 @@ class Encoder:
     def num_tokens(self) -> int:
         """Rows of its embedding."""
         return rows_of(self.model)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of its stream."""
+        writer: Any = self.layers[0].get_submodule(self.kind.writer)
+        return int(writer.out_features)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -198,13 +209,22 @@ def _old_name(key: str, encoder: Encoder) -> str:
 
 def describe_source(encoder: Encoder) -> dict[str, Any]:
     """What the manifest says about the model that went in."""
-    files = sorted({*tensor_files(encoder.home).values(), encoder.home / "config.json"})
+    own = {*tensor_files(encoder.home).values(), encoder.home / "config.json"}
+    files = sorted({*own, *_modules(encoder.root)})
     return {
         "model": model_name(encoder.root),
         "licence": licence(encoder.root),
         "bytes": sum(file.stat().st_size for file in files if file.suffix != ".json"),
         "sha256": {f.relative_to(encoder.root).as_posix(): manifest.sha256(f) for f in files},
     }
+
+
+def _modules(root: Path) -> Iterator[Path]:
+    """What sentence-transformers computes with besides."""
+    if (root / MODULES).is_file():
+        for file in chain.from_iterable(map(root.glob, BESIDE)):
+            if not any(fnmatch(file.relative_to(root).parts[0], pattern) for pattern in LEFT):
+                yield file
 
 
 def artifact(folder: Path, target: str, precision: str) -> dict[str, Any]:

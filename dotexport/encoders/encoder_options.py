@@ -73,6 +73,8 @@ class SizeOptions:
         sized = (self.width, self.depth, self.hidden) != (None, None, None)
         if strange := set(self.named_axes or ()) - set(AXES):
             raise UsageError(f"--axes {sorted(strange)[0]} is none of {', '.join(AXES)}")
+        if self.axes is not None and not self.named_axes:
+            raise UsageError(f"--axes names nothing; expected some of {', '.join(AXES)}")
         if self.axes is not None and self.params is None:
             raise UsageError("--axes says what --params may change; give a budget with it")
         if (self.params is not None and sized) or not (self.narrows or self.vocabulary.asked):

@@ -13,6 +13,7 @@ from dotexport.encoders.encoder_sizes import (
     candidates,
     num_parameters,
     parameters_after,
+    parameters_of,
 )
 from dotexport.encoders.encoder_vocabulary import trimmed
 from dotexport.encoders.encoder_walk import Progress
@@ -39,7 +40,7 @@ def plan(
             )
         with tempfile.TemporaryDirectory(prefix="dotexport-") as scratch:
             encoder, _ = trimmed(original, options.vocabulary, "", Path(scratch), progress)
-    kind, before, whole = original.kind, before_of(original), num_parameters(original.model)
+    kind, before, whole = original.kind, before_of(original), parameters_of(original)
     choices = []
     for sizes in candidates(encoder, options, total=whole):
         parameters = parameters_after(encoder, sizes)

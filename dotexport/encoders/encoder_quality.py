@@ -19,7 +19,7 @@ from dotexport.encoders.encoder_verifying import graph_of, named
 from dotexport.encoders.encoder_walk import Progress
 from dotexport.encoders.kinds import outputs_of
 from dotexport.encoders.labelled import HIDDEN, Said, Say, scores
-from dotexport.encoders.pooling import mean_cosine, pooling_of
+from dotexport.encoders.pooling import mean_cosine, pooling_of, width_of
 from dotexport.encoders.rows import read_rows
 from dotexport.encoders.sentences import Batch, read_by_both, read_sentences
 from dotexport.errors import UsageError
@@ -80,9 +80,16 @@ def compare(
     Raises:
         CalibrationError: too few sentences.
         UnsupportedModelError: a pooling that is not known here.
+        UsageError: embeddings of two widths, and no head that says anything else.
     """
     wanted = _of_torch(theirs)
     our_pooling, pooling = pooling_of(ours), pooling_of(theirs)
+    widths = width_of(ours), width_of(theirs)
+    if ours.model is ours.base and len(set(widths)) > 1:
+        raise UsageError(
+            f"{ours.home} makes embeddings of {widths[0]} values and {theirs.home} of {widths[1]}, "
+            "which cannot stand beside each other; give the original of this output"
+        )
     sentences = read_sentences(options)
     pairs = read_by_both(ours, theirs, sentences, options)
     embeddings, answers = [], _Answers(ours, theirs)

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -33,17 +33,19 @@ from dotexport.encoders.encoder_sizes import (
     candidates,
     choose_layers,
     num_parameters,
+    parameters_of,
 )
-from dotexport.encoders.encoder_stream import leaving, width_of
+from dotexport.encoders.encoder_stream import leaving
 from dotexport.encoders.encoder_vocabulary import trimmed
 from dotexport.encoders.encoder_walk import Progress, Walked, walk
-from dotexport.encoders.kinds import MODULES, STOCK
+from dotexport.encoders.kinds import STOCK
 from dotexport.encoders.pooling import (
     Pooling,
-    adds_dense,
+    dense_parameters,
     embed,
     mean_cosine,
     pooling_of,
+    pools,
     write_back,
 )
 from dotexport.encoders.sentences import Batch, Text, read_by_both, read_sentences
@@ -151,7 +153,7 @@ def _shrink(
         encoder, vocabulary = trimmed(
             original, options.vocabulary, options.text.source, scratch, progress
         )
-    wanted = candidates(encoder, options, total=num_parameters(original.model))
+    wanted = candidates(encoder, options, total=parameters_of(original))
     pairs = read_by_both(encoder, original, sentences[: options.text.samples], options.text)
     some = [ours for ours, _ in pairs]
     judges = Judges.of(original, pairs)
@@ -179,7 +181,7 @@ def _shrink(
     with new_folder(out, overwrite=overwrite) as partial:
         model, back = narrowed
         save_encoder(encoder, model, partial / STOCK)
-        if back is not None and (partial / STOCK / MODULES).is_file():
+        if back is not None and pools(encoder):
             write_back(partial / STOCK, back, encoder.dtype)
             manifest.update(partial, map_back=True)
         shrunk = Shrunk(
@@ -207,40 +209,73 @@ def _best(
     widest stream, and about the best of them in narrower ones for as long as that helps."""
     least = min(sizes.depth for sizes in wanted)
     course = choose_layers(encoder, judges.batches, judges.pooling, least, progress)
-    narrowest, whole = min(sizes.hidden for sizes in wanted), width_of(encoder)
+    narrowest, whole = min(sizes.hidden for sizes in wanted), encoder.hidden_size
     removal = leaving(encoder, some, narrowest) if narrowest < whole else None
     best: Tried | None = None
     said = []
-    for hidden, alike in groupby(wanted, key=lambda sizes: sizes.hidden):
-        kept_K = removal.kept(whole, hidden) if removal and hidden < whole else None
-        group, helps = list(alike), best is None
-        if best is not None:
-            near = best.sizes.depth
-            group = [sizes for sizes in group if sizes.depth in (near, near + 1)]
-        for sizes in group:
-            kept = course[len(encoder.layers) - sizes.depth]
-            walked = walk(
-                encoder, some, kept, sizes.width, options.method, progress, dimensions=kept_K
-            )
-            tried = Tried(sizes, kept, walked, judges.cosine((walked.model, walked.back)))
-            said.append({**asdict(sizes), "kept_layers": kept, "cosine": tried.cosine})
-            if best is None or tried.cosine > best.cosine:
-                best, helps = tried, True
-            elif tried.cosine < best.cosine - 0.1:  # it gets worse with every further layer
-                break
-        if not helps:
+
+    def tried(sizes: Sizes) -> Tried:
+        kept = course[len(encoder.layers) - sizes.depth]
+        kept_K = removal.kept(whole, sizes.hidden) if removal and sizes.hidden < whole else None
+        walked = walk(
+            encoder,
+            some,
+            kept,
+            sizes.width,
+            options.method,
+            progress,
+            dimensions=kept_K,
+            pooling=judges.pooling,
+        )
+        found = Tried(sizes, kept, walked, judges.cosine((walked.model, walked.back)))
+        said.append({**asdict(sizes), "kept_layers": kept, "cosine": found.cosine})
+        return found
+
+    for _, alike in groupby(wanted, key=lambda sizes: sizes.hidden):
+        group = list(alike)
+        found = _downhill(group, tried) if best is None else _about(best, group, tried)
+        if best is not None and found.cosine <= best.cosine:
             break
+        best = found
     assert best is not None
     return best, said
 
 
+def _downhill(group: Sequence[Sizes], tried: Callable[[Sizes], Tried]) -> Tried:
+    """The best of all depths, the deepest first, until it gets worse with every further layer."""
+    best = tried(group[0])
+    for sizes in group[1:]:
+        found = tried(sizes)
+        if found.cosine > best.cosine:
+            best = found
+        elif found.cosine < best.cosine - 0.1:
+            break
+    return best
+
+
+def _about(best: Tried, group: Sequence[Sizes], tried: Callable[[Sizes], Tried]) -> Tried:
+    """The best depth of a narrower stream: from that of the wider one on, deeper for as long as
+    that helps, as there is room for more, and else less deep."""
+    near = min(range(len(group)), key=lambda n: abs(group[n].depth - best.sizes.depth))
+    first = found = tried(group[near])
+    for way in (range(near - 1, -1, -1), range(near + 1, len(group))):
+        for number in way:
+            further = tried(group[number])
+            if further.cosine <= found.cosine:
+                break
+            found = further
+        if found is not first:
+            break
+    return found
+
+
 def _sizes(encoder: Encoder, narrowed: Student, sizes: Sizes) -> dict[str, list[int]]:
-    model, back = narrowed
+    model, _ = narrowed
     kind, before = encoder.kind, before_of(encoder)
     layers = layers_of(model, kind)
-    added = 0 if back is None or not adds_dense(encoder) else num_parameters(back)
+    after = num_parameters(model) + dense_parameters(encoder, sizes.hidden, before.hidden)
     return {
-        "parameters": [num_parameters(encoder.model), num_parameters(model) + added],
+        "parameters": [parameters_of(encoder), after],
         "parameters_of_layers": [num_parameters(encoder.layers), num_parameters(layers)],
         kind.stream: [before.hidden, sizes.hidden],
         kind.width: [before.width, sizes.width],
@@ -262,7 +297,9 @@ def _describe(
         said = {key: value for key, value in vocabulary.items() if key != ORIGINAL_IDS}
         manifest.update(folder, vocabulary=said)
         write_json(folder / "reports/vocabulary.json", {ORIGINAL_IDS: vocabulary[ORIGINAL_IDS]})
-    held = {"cosine": shrunk.cosine[1], "closed_form_cosine": shrunk.cosine[0]}
+    narrower = shrunk.sizes[encoder.kind.stream][1] < encoder.hidden_size
+    name = "mapped_cosine" if narrower and not pools(encoder) else "cosine"
+    held = {name: shrunk.cosine[1], f"closed_form_{name}": shrunk.cosine[0]}
     manifest.update(
         folder,
         kind="encoder",

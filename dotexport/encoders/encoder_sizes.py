@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -20,10 +21,10 @@ from torch import nn
 
 from dotexport.encoders.encoder_folder import Encoder, can_hold
 from dotexport.encoders.encoder_options import AXES, SizeOptions
-from dotexport.encoders.encoder_stream import head_dim, why_it_stays, width_of
+from dotexport.encoders.encoder_stream import head_dim, why_it_stays
 from dotexport.encoders.encoder_walk import Progress, cut
-from dotexport.encoders.kinds import MODULES, of_layers
-from dotexport.encoders.pooling import Pooling, adds_dense, embed, mean_cosine
+from dotexport.encoders.kinds import of_layers
+from dotexport.encoders.pooling import Pooling, dense_parameters, embed, mean_cosine, pools
 from dotexport.encoders.sentences import Batch
 from dotexport.errors import SizeError, UsageError
 from dotexport.sizes.budget import parse_budget
@@ -48,9 +49,15 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def parameters_of(encoder: Encoder) -> int:
+    """Of the whole model, a linear layer behind its pooling included."""
+    width = encoder.hidden_size
+    return num_parameters(encoder.model) + dense_parameters(encoder, width, width)
+
+
 def parameters_after(encoder: Encoder, sizes: Sizes) -> int:
-    """Of the whole model at these sizes, counted on its stock class without any weights."""
-    before, kind = before_of(encoder), encoder.kind
+    """Of the same at these sizes, counted on its stock class without any weights."""
+    kind = encoder.kind
     settings: Any = copy.deepcopy(encoder.model.config)
     words = of_layers(encoder.config, range(sizes.depth))
     words |= {kind.width: sizes.width, kind.stream: sizes.hidden}
@@ -59,15 +66,13 @@ def parameters_after(encoder: Encoder, sizes: Sizes) -> int:
         setattr(settings, word, value)
     with torch.device("meta"):
         whole = num_parameters(type(encoder.model)(settings))
-    if sizes.hidden < before.hidden and adds_dense(encoder):
-        whole += (sizes.hidden + 1) * before.hidden
-    return whole
+    return whole + dense_parameters(encoder, sizes.hidden, encoder.hidden_size)
 
 
 def before_of(encoder: Encoder) -> Sizes:
     """The original's."""
     writer = encoder.layers[0].get_submodule(encoder.kind.writer)
-    return Sizes(int(writer.in_features), len(encoder.layers), width_of(encoder))  # type: ignore[arg-type]
+    return Sizes(int(writer.in_features), len(encoder.layers), encoder.hidden_size)  # type: ignore[arg-type]
 
 
 def candidates(encoder: Encoder, options: SizeOptions, *, total: int) -> list[Sizes]:
@@ -83,11 +88,9 @@ def candidates(encoder: Encoder, options: SizeOptions, *, total: int) -> list[Si
     """
     before = before_of(encoder)
     if options.params is None:
-        asked = Sizes(
-            options.width or before.width,
-            options.depth or before.depth,
-            options.hidden or before.hidden,
-        )
+        given = (options.width, options.depth, options.hidden)
+        whole = (before.width, before.depth, before.hidden)
+        asked = Sizes(*(y if x is None else x for x, y in zip(given, whole, strict=True)))
         if not (1 <= asked.width <= before.width and 1 <= asked.depth <= before.depth):
             raise UsageError(
                 f"{asked.width} neurons and {asked.depth} layers cannot stay of {before.width} and "
@@ -97,24 +100,30 @@ def candidates(encoder: Encoder, options: SizeOptions, *, total: int) -> list[Si
         return [asked]
     budget, fixed = _budget(encoder, options, total)
     streams = _streams(encoder, options)
-    met = (sizes for hidden in streams for sizes in _meeting(encoder, hidden, budget))
-    found = [sizes for sizes in met if _allowed(before, sizes, options)]
+    found = [x for hidden in streams for x in _meeting(encoder, hidden, budget, options)]
     if not found:
-        least = parameters_after(encoder, Sizes(STEP, 1, before.hidden))
+        width = STEP if _may_change(options, AXES[1]) else before.width
+        depth = 1 if _may_change(options, AXES[2]) else before.depth
+        least = min(parameters_after(encoder, Sizes(width, depth, hidden)) for hidden in streams)
+        layers = "" if options.count == "layers" else "count the layers alone with --count layers, "
         raise SizeError(
-            f"{budget:,} parameters cannot be met{_named(options)}: embeddings, heads and one "
-            f"layer are {least:,} ({fixed:,} of them outside of the layers); ask for more, count "
-            "the layers alone with --count layers, or take tokens with --vocab"
+            f"{budget:,} parameters cannot be met{_named(options)}: the least is {least:,} "
+            f"({fixed:,} are of embeddings and heads); ask for more, {layers}or take tokens with "
+            "--vocab"
         )
     return found
 
 
 def _named(options: SizeOptions) -> str:
-    return f" by {options.axes} alone" if options.axes else ""
+    return f" by {', '.join(options.named_axes)} alone" if options.named_axes else ""
+
+
+def _may_change(options: SizeOptions, axis: str) -> bool:
+    return options.named_axes is None or axis in options.named_axes
 
 
 def _check_stream(encoder: Encoder, hidden: int) -> None:
-    before, size = width_of(encoder), head_dim(encoder)
+    before, size = encoder.hidden_size, head_dim(encoder)
     if hidden == before:
         return
     if why := why_it_stays(encoder):
@@ -129,11 +138,10 @@ def _check_stream(encoder: Encoder, hidden: int) -> None:
 
 def _streams(encoder: Encoder, options: SizeOptions) -> list[int]:
     """Widths of the stream that a budget may lead to, the widest first."""
-    before, size = width_of(encoder), head_dim(encoder)
+    before, size = encoder.hidden_size, head_dim(encoder)
     named = options.named_axes
     if named is None:  # whoever reads token vectors would see it
-        free = options.count == "all" and not (encoder.root / MODULES).is_file()
-        free = free and not why_it_stays(encoder)
+        free = options.count == "all" and not pools(encoder) and not why_it_stays(encoder)
     else:
         free = AXES[0] in named
         if free and (why := why_it_stays(encoder)):
@@ -149,21 +157,24 @@ def _streams(encoder: Encoder, options: SizeOptions) -> list[int]:
     return list(range(before, least - 1, -size))
 
 
-def _meeting(encoder: Encoder, hidden: int, budget: int) -> Iterator[Sizes]:
+def _meeting(encoder: Encoder, hidden: int, budget: int, options: SizeOptions) -> Iterator[Sizes]:
     """For every depth the most neurons that the budget has room for, the deepest first; no less
     deep than where all neurons stay."""
     before = before_of(encoder)
+    depths = range(before.depth, 0, -1) if _may_change(options, AXES[2]) else [before.depth]
+    if not _may_change(options, AXES[1]):
+        whole = (Sizes(before.width, depth, hidden) for depth in depths)
+        yield from islice((x for x in whole if parameters_after(encoder, x) <= budget), 1)
+        return
     most = before.width // STEP * STEP
+    some = (1, min(2, before.depth))
     at = {
         (depth, width): parameters_after(encoder, Sizes(width, depth, hidden))
-        for depth in (1, min(2, before.depth))
+        for depth in some
         for width in (STEP, 2 * STEP)
     }
-    one, two = (
-        ((at[depth, 2 * STEP] - at[depth, STEP]) // STEP, at[depth, STEP])
-        for depth in (1, min(2, before.depth))
-    )
-    for depth in range(before.depth, 0, -1):
+    one, two = (((at[n, 2 * STEP] - at[n, STEP]) // STEP, at[n, STEP]) for n in some)
+    for depth in depths:
         # The first layer may have weights that the others lack; all others are alike.
         per_neuron = one[0] + (depth - 1) * (two[0] - one[0])
         least = one[1] + (depth - 1) * (two[1] - one[1])
@@ -175,23 +186,11 @@ def _meeting(encoder: Encoder, hidden: int, budget: int) -> Iterator[Sizes]:
             return
 
 
-def _allowed(before: Sizes, sizes: Sizes, options: SizeOptions) -> bool:
-    """Whether --axes names what these sizes change."""
-    named = options.named_axes
-    if named is None:
-        return True
-    changed = {
-        AXES[1]: sizes.width < before.width // STEP * STEP,
-        AXES[2]: sizes.depth < before.depth,
-    }
-    return all(word in named for word, yes in changed.items() if yes)
-
-
 def _budget(encoder: Encoder, options: SizeOptions, total: int) -> tuple[int, int]:
     """Parameters of the whole model at most, and how many lie outside of the layers."""
     assert options.params is not None
     layers = num_parameters(encoder.layers)
-    fixed = num_parameters(encoder.model) - layers
+    fixed = parameters_of(encoder) - layers
     if options.count == "layers":
         return fixed + parse_budget(options.params, layers), fixed
     return parse_budget(options.params, total), fixed

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dotexport.encoders.encoder_folder import Encoder, layers_of
-from dotexport.encoders.kinds import MODULES, Kind
+from dotexport.encoders.kinds import Kind
 from dotexport.encoders.linear import (
     given_bias,
     linear_of,
@@ -31,6 +31,7 @@ from dotexport.encoders.linear import (
     with_bias,
     with_one,
 )
+from dotexport.encoders.pooling import Pooling, pools
 from dotexport.encoders.sentences import Batch
 from dotexport.merging import obs
 from dotexport.merging.neurons import choose, importance
@@ -50,7 +51,7 @@ def why_it_stays(encoder: Encoder) -> str:
         return encoder.kind.wide
     if type(encoder.model).__name__.endswith("ForMaskedLM"):
         return "what it says of masked words is read off by the table of embeddings"
-    if encoder.model is encoder.base and not (encoder.root / MODULES).is_file():
+    if encoder.model is encoder.base and not pools(encoder):
         return (
             "whoever reads its token vectors expects as many values; a folder of sentence-"
             "transformers has a place for the map back to them"
@@ -58,15 +59,10 @@ def why_it_stays(encoder: Encoder) -> str:
     return ""
 
 
-def width_of(encoder: Encoder) -> int:
-    """D."""
-    return linear_of(encoder.layers[0], encoder.kind.writer).out_features
-
-
 def head_dim(encoder: Encoder) -> int:
     """The width of a head, which stays."""
     heads = int(getattr(encoder.model.config, encoder.kind.heads))
-    return width_of(encoder) // heads
+    return encoder.hidden_size // heads
 
 
 @torch.no_grad()
@@ -78,7 +74,7 @@ def leaving(encoder: Encoder, some: Sequence[Batch], least: int) -> Removal:
         weights = [linear_of(layer, name).weight for name in names]
         places[number, names[0]] = torch.cat(weights)
         places[number, kind.reader] = linear_of(layer, kind.reader).weight
-    width = width_of(encoder)
+    width = encoder.hidden_size
     sums = {place: Moments.zeros(width + 1, 1) for place in [*places, None]}
 
     def add(place: Any, x_TD: Tensor) -> None:
@@ -105,7 +101,7 @@ def leaving(encoder: Encoder, some: Sequence[Batch], least: int) -> Removal:
         hessian_DD = moments.given_last().inputs.full() / moments.count
         hessian_DD.diagonal().add_(DAMPING * float(hessian_DD.diagonal().mean()))
         read_OD = read_OD.double()
-        said = float(((read_OD @ hessian_DD) * read_OD).sum())  # each place counts alike
+        said = max(float(((read_OD @ hessian_DD) * read_OD).sum()), 1e-30)  # places count alike
         problems.append(Problem(read_OD / said**0.5, hessian_DD, each_D1))
     return obs.greedy(problems, width - least)
 
@@ -120,16 +116,15 @@ def attention_readers(layer: nn.Module, kind: Kind) -> list[str]:
 def select(model: nn.Module, kind: Kind, kept_K: Tensor) -> None:
     """Leave the other dimensions out of the base model, and repair nothing."""
     base: Any = model.base_model
-    for part in base.modules():
-        if isinstance(part, nn.LayerNorm):
-            _norm_of(part, kept_K)
-        elif isinstance(part, nn.Embedding):
-            part.weight = nn.Parameter(part.weight.detach()[:, kept_K].clone())
-            part.embedding_dim = len(kept_K)
     stack = layers_of(model, kind)
     inside = set(stack.modules())
     for part in base.modules():
-        if isinstance(part, nn.Linear) and part not in inside:  # a pooler
+        if isinstance(part, nn.LayerNorm):
+            _norm_of(part, kept_K)
+        elif isinstance(part, nn.Embedding) and part not in inside:  # there of distances
+            part.weight = nn.Parameter(part.weight.detach()[:, kept_K].clone())
+            part.embedding_dim = len(kept_K)
+        elif isinstance(part, nn.Linear) and part not in inside:  # a pooler
             put(part, part.weight.detach()[:, kept_K], _bias(part))
     for layer in stack:
         for name in (*attention_readers(layer, kind), kind.reader):
@@ -173,12 +168,14 @@ class Lift:
         kept_K: Tensor,
         *,
         biased: bool,
+        known: Lift | None = None,
     ) -> Lift:
         """By least squares; the ridge pulls to leaving out what left.
 
         Args:
             ours, theirs: what is read of every batch, (T, K) and (T, D).
             biased: readers have a place for m.
+            known: what the ridge pulls to instead.
         """
         width = theirs[0].shape[1]
         sums = sums_of(len(kept_K), width, biased=biased)
@@ -186,6 +183,8 @@ class Lift:
             sums[is_held].add(with_one(ours_TK, biased=biased), theirs_TD)
         prior_DK = torch.zeros(width, len(kept_K) + biased, dtype=torch.float64)
         prior_DK[kept_K, torch.arange(len(kept_K))] = 1.0
+        if known is not None and known.shift_D is not None:
+            prior_DK = torch.cat([known.map_DK, known.shift_D[:, None]], dim=1)
         found = fit(*sums, prior_DK)
         weights = found.weights_OI
         return cls(
@@ -256,35 +255,55 @@ def leave_heads_out(layer: nn.Module, kind: Kind, kept_K: Tensor, count: int) ->
             setattr(part, word, told[word])
 
 
-def back(
-    encoder: Encoder, model: nn.Module, some: Sequence[Batch], kept_K: Tensor
-) -> tuple[Lift, nn.Linear]:
-    """What the original's last layer says, of what the narrowed one's does; and as a module."""
-    bases: tuple[Any, Any] = (model.base_model, encoder.base)
-    ours, theirs = (
-        [base(**batch.inputs).last_hidden_state[batch.mask] for batch in some] for base in bases
-    )
-    lift = Lift.between(ours, theirs, [batch.held for batch in some], kept_K, biased=True)
-    assert lift.shift_D is not None
-    module = nn.Linear(len(kept_K), len(lift.map_DK))
-    put(module, lift.map_DK.float(), lift.shift_D.float())
-    return lift, module
+@dataclass(frozen=True)
+class Last:
+    """What last layers say of every batch, (N, L, K) and (N, L, D), and dimensions that stayed."""
+
+    some: Sequence[Batch]
+    ours: list[Tensor]
+    theirs: list[Tensor]
+    kept_K: Tensor
+
+    @classmethod
+    def of(cls, encoder: Encoder, model: nn.Module, some: Sequence[Batch], kept_K: Tensor) -> Last:
+        bases: tuple[Any, Any] = (model.base_model, encoder.base)
+        ours, theirs = ([base(**x.inputs).last_hidden_state for x in some] for base in bases)
+        return cls(some, ours, theirs, kept_K)
+
+    def lift(self, *, biased: bool) -> Lift:
+        """From one to the other, of all tokens."""
+        masks = [batch.mask for batch in self.some]
+        ours, theirs = (
+            [said[mask] for said, mask in zip(side, masks, strict=True)]
+            for side in (self.ours, self.theirs)
+        )
+        return Lift.between(ours, theirs, self._held, self.kept_K, biased=biased)
+
+    def back(self, pooling: Pooling) -> nn.Linear:
+        """The same as a module, of what is pooled: what tokens say on average is what counts."""
+        ours, theirs = (
+            [pooling.pooled(said, x.mask) for said, x in zip(side, self.some, strict=True)]
+            for side in (self.ours, self.theirs)
+        )
+        known = self.lift(biased=True)
+        lift = Lift.between(ours, theirs, self._held, self.kept_K, biased=True, known=known)
+        assert lift.shift_D is not None
+        module = nn.Linear(len(self.kept_K), len(lift.map_DK))
+        put(module, lift.map_DK.float(), lift.shift_D.float())
+        return module
+
+    @property
+    def _held(self) -> list[bool]:
+        return [batch.held for batch in self.some]
 
 
-def end(
-    encoder: Encoder,
-    model: nn.Module,
-    some: Sequence[Batch],
-    lift: Lift,
-    kept_K: Tensor,
-    method: str,
-) -> None:
+def end(encoder: Encoder, model: nn.Module, last: Last, method: str) -> None:
     """What reads the last layer: a head's dense layer gets as many outputs as the stream, and what
     answers is fitted to the original's answers."""
-    head = _Head.of(encoder)
-    rows = head.rows(encoder, some, len(kept_K), method) if head.answer else kept_K
+    head, kept_K = _Head.of(encoder), last.kept_K
+    rows = head.rows(encoder, last.some, len(kept_K), method) if head.answer else kept_K
     if head.dense:
-        weight_DK, bias_D = lift.through(linear_of(encoder.model, head.dense))
+        weight_DK, bias_D = _through(last, linear_of(encoder.model, head.dense))
         put(linear_of(model, head.dense), weight_DK[rows], None if bias_D is None else bias_D[rows])
     if head.norm:
         _norm_of(model.get_submodule(head.norm), rows)  # type: ignore[arg-type]
@@ -294,10 +313,14 @@ def end(
     if head.dense:
         put(ours, known.weight.detach()[:, rows], _bias(known))
     else:
-        put(ours, *lift.through(known))
+        put(ours, *_through(last, known))
     if method != "select":
-        sums = _read((model, head.answer), (encoder.model, head.answer), some)
+        sums = _read((model, head.answer), (encoder.model, head.answer), last.some)
         put(ours, *split(ours, fit(*sums, with_bias(ours)).weights_OI))
+
+
+def _through(last: Last, reader: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    return last.lift(biased=reader.bias is not None).through(reader)
 
 
 @dataclass(frozen=True)

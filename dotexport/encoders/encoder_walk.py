@@ -39,6 +39,7 @@ from dotexport.encoders.linear import (
     with_bias,
     with_one,
 )
+from dotexport.encoders.pooling import Pooling
 from dotexport.encoders.sentences import Batch
 from dotexport.merging.neurons import Alike, Merge, choose, importance, loosened
 from dotexport.merging.ot.cost import activation_distance, cosine, same_sign_distance
@@ -91,12 +92,14 @@ def walk(
     progress: Progress = lambda stage, done, total: None,
     *,
     dimensions: Tensor | None = None,
+    pooling: Pooling | None = None,
 ) -> Walked:
     """The narrowed model; the original is left as it is.
 
     Args:
         kept_layers: ascending, the first layer among them.
         dimensions: of the stream, those that stay, (K,) ascending; None: all do.
+        pooling: of what the way back to all of them is fitted; None: the mean.
     """
     model = cut(encoder, kept_layers)
     layers = layers_of(model, encoder.kind)
@@ -118,10 +121,10 @@ def walk(
     setattr(model.config, encoder.kind.width, width)
     back = None
     if dimensions is not None:
-        lift, back = encoder_stream.back(encoder, model, some, dimensions)
-        encoder_stream.end(encoder, model, some, lift, dimensions, method)
+        last = encoder_stream.Last.of(encoder, model, some, dimensions)
+        back = last.back(pooling or Pooling())
+        encoder_stream.end(encoder, model, last, method)
         model = encoder_stream.rebuilt(encoder, model, len(dimensions), width)
-        sites.append({"layer": None, "end": lift.error})
     progress("narrowing", len(layers), len(layers))
     return Walked(model, sites, back)
 

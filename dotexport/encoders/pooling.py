@@ -17,18 +17,24 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from dotexport.encoders.encoder_folder import WEIGHTS as FORMS
 from dotexport.encoders.encoder_folder import Encoder
 from dotexport.encoders.kinds import MODULES
 from dotexport.encoders.linear import put
 from dotexport.errors import CheckpointError, UnsupportedModelError
+from dotexport.models.checkpoint import all_finite
 from dotexport.storage.files import write_json
 from dotexport.storage.reading import read_json
 
 POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 DENSE, WEIGHTS = "Dense", "model.safetensors"
+CHAIN = ("Transformer", "Pooling", DENSE, "Normalize")
+"""Modules in the only order that is read here; none but the first has to be there."""
 ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "Sigmoid")
 """Of torch.nn, what a linear layer may end with."""
 PLAIN = "torch.nn.modules.linear.Identity"
+READS, SAYS = "module_input_name", "module_output_name"
+SENTENCE = "sentence_embedding"
 WIDTHS = ("word_embedding_dimension", "embedding_dimension")
 """How releases of sentence-transformers write the width of the stream beside the pooling."""
 
@@ -45,43 +51,75 @@ class Pooling:
     mode: str = "mean"
     dense: nn.Sequential | None = None
 
+    def pooled(self, hidden_NLD: Tensor, mask_NL: Tensor) -> Tensor:
+        """What is made of the vectors of all tokens, (N, D)."""
+        if self.mode == "cls":
+            return hidden_NLD[:, 0]
+        mask_NL1 = mask_NL[..., None].to(hidden_NLD.dtype)
+        return (hidden_NLD * mask_NL1).sum(1) / mask_NL1.sum(1)
+
     def __call__(self, hidden_NLD: Tensor, mask_NL: Tensor) -> Tensor:
         """Embeddings of unit length, (N, E)."""
-        if self.mode == "cls":
-            found_ND = hidden_NLD[:, 0]
-        else:
-            mask_NL1 = mask_NL[..., None].to(hidden_NLD.dtype)
-            found_ND = (hidden_NLD * mask_NL1).sum(1) / mask_NL1.sum(1)
+        found_ND = self.pooled(hidden_NLD, mask_NL)
         if self.dense is not None:
             found_ND = self.dense(found_ND)
         return nn.functional.normalize(found_ND, dim=-1)
 
 
+def pools(encoder: Encoder) -> bool:
+    """Whether the folder says how token vectors become an embedding."""
+    return any(word == "Pooling" for word, _ in _modules(encoder.root))
+
+
 def pooling_of(encoder: Encoder) -> Pooling:
-    """What the folder's modules.json says; the mean of all tokens where there is none.
+    """What the folder's modules.json says; the mean of all tokens where it says nothing.
 
     Raises:
-        UnsupportedModelError: another pooling, or modules behind it that are not known here.
-        CheckpointError: a linear layer without its weights.
+        UnsupportedModelError: another pooling, or modules that are not known here.
+        CheckpointError: modules.json, or what it names, is damaged.
     """
-    file, mode, dense = encoder.root / MODULES, "mean", None
-    if not file.is_file():
-        return Pooling()
-    for module in _modules(encoder.root):
-        word, place = _word(module), encoder.root / module["path"]
+    mode, dense = "mean", None
+    modules = _modules(encoder.root)
+    words = [word for word, _ in modules]
+    if words != [word for word in CHAIN if word in words] or DENSE in words[:2]:
+        raise UnsupportedModelError(
+            f"{encoder.root / MODULES} has modules {', '.join(words)}; expected some of "
+            f"{', '.join(CHAIN)}, in this order"
+        )
+    for word, place in modules:
         if word == "Pooling":
             mode = _mode(place / "config.json")
-        elif word == DENSE and dense is None:
+        elif word == DENSE:
             dense = _dense(place)
-        elif word not in ("Transformer", "Normalize"):
-            raise UnsupportedModelError(
-                f"{file} has a module {word}; expected Transformer, Pooling, at most one Dense, "
-                "and Normalize"
-            )
+    if dense is not None and dense[0].in_features != encoder.hidden_size:
+        raise CheckpointError(
+            f"{encoder.root / MODULES} has a linear layer that reads {dense[0].in_features} values "
+            f"of token vectors of {encoder.hidden_size}; take the one that belongs to these weights"
+        )
     return Pooling(mode, dense)
 
 
-def _modules(root: Path) -> list[dict[str, Any]]:
+def _modules(root: Path) -> list[tuple[str, Path]]:
+    """Kinds of modules and their folders.
+
+    Raises:
+        CheckpointError: the list is damaged, or names a folder outside.
+    """
+    if not (file := root / MODULES).is_file():
+        return []
+    try:
+        listed = [(_word(module), str(module["path"])) for module in _entries(root)]
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file} is no list of modules as sentence-transformers writes it; take a fresh copy"
+        ) from error
+    for _, path in listed:
+        if not (root / path).resolve().is_relative_to(root.resolve()):
+            raise CheckpointError(f"{file} names {path}, which lies outside of {root}")
+    return [(word, root / path) for word, path in listed]
+
+
+def _entries(root: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads((root / MODULES).read_text(encoding="utf-8"))
     return found
 
@@ -104,6 +142,7 @@ def _mode(file: Path) -> str:
 
 
 def _dense(place: Path) -> nn.Sequential:
+    """Raises: UnsupportedModelError, CheckpointError."""
     said = read_json(place / "config.json", advice="take a fresh copy")
     activation = str(said.get("activation_function", "")).rpartition(".")[2]
     if activation not in ACTIVATIONS:
@@ -111,6 +150,12 @@ def _dense(place: Path) -> nn.Sequential:
             f"{place} ends with {activation or 'no activation that it names'}; expected one of "
             f"{', '.join(ACTIVATIONS)}"
         )
+    for word, plain in (("use_residual", False), (READS, SENTENCE), (SAYS, SENTENCE)):
+        if said.get(word) not in (None, plain):
+            raise UnsupportedModelError(
+                f"{place} sets {word} = {said[word]}; expected a linear layer from embedding to "
+                "embedding and nothing beside it"
+            )
     try:
         tensors = safetensors.torch.load_file(place / WEIGHTS)
         weight_ED, bias_E = tensors["linear.weight"].float(), tensors.get("linear.bias")
@@ -119,14 +164,39 @@ def _dense(place: Path) -> nn.Sequential:
             f"{place} has no {WEIGHTS} with a linear.weight; save the model once more with "
             "sentence-transformers, which writes it"
         ) from error
+    shape = (said.get("out_features"), said.get("in_features"))
+    held = [weight_ED] if bias_E is None else [weight_ED, bias_E.float()]
+    fits = tuple(weight_ED.shape) == shape and all(len(x) == len(weight_ED) for x in held)
+    if not (fits and held[-1].ndim == 3 - len(held) and all(map(all_finite, held))):
+        raise CheckpointError(
+            f"{place / WEIGHTS} is not the finite matrix of {shape} that config.json tells of; "
+            "take a fresh copy"
+        )
     linear = nn.Linear(weight_ED.shape[1], weight_ED.shape[0], bias=bias_E is not None)
-    put(linear, weight_ED, None if bias_E is None else bias_E.float())
+    put(linear, weight_ED, None if bias_E is None else held[1])
     return nn.Sequential(linear, getattr(nn, activation)()).requires_grad_(False)
 
 
-def adds_dense(encoder: Encoder) -> bool:
-    """Whether a narrower stream needs a linear layer behind the pooling that was not there."""
-    return (encoder.root / MODULES).is_file() and pooling_of(encoder).dense is None
+def width_of(encoder: Encoder) -> int:
+    """Of its embeddings, E."""
+    dense: Any = pooling_of(encoder).dense
+    return dense[0].out_features if dense else encoder.hidden_size
+
+
+def dense_parameters(encoder: Encoder, hidden_size: int, before: int) -> int:
+    """Of the linear layer behind the pooling, where there is one beside a stream as wide.
+
+    Args:
+        before: the width of the original's.
+    """
+    dense = pooling_of(encoder).dense
+    if hidden_size == before:
+        return sum(x.numel() for x in dense.parameters()) if dense else 0
+    if not pools(encoder):
+        return 0
+    linear: Any = dense[0] if dense else None
+    width: int = linear.out_features if linear else before
+    return width * (hidden_size + 1)
 
 
 def write_back(folder: Path, back: nn.Linear, dtype: torch.dtype) -> None:
@@ -137,29 +207,32 @@ def write_back(folder: Path, back: nn.Linear, dtype: torch.dtype) -> None:
         folder: of sentence-transformers, with modules of the original.
         back: from the narrower stream, (D, K).
     """
-    modules = _modules(folder)
-    pooling = next(n for n, module in enumerate(modules) if _word(module) == "Pooling")
+    modules, listed = _modules(folder), _entries(folder)
+    words = [word for word, _ in modules]
+    pooling = words.index("Pooling")
     weight, bias = back.weight.detach().double(), back.bias.detach().double()
-    _say_width(folder / modules[pooling]["path"] / "config.json", back)
-    found = next((module for module in modules if _word(module) == DENSE), None)
-    if found is not None:
-        place = folder / found["path"]
+    _say_width(modules[pooling][1] / "config.json", back)
+    if DENSE in words:
+        place = modules[words.index(DENSE)][1]
         said = read_json(place / "config.json", advice="take a fresh copy")
         there: Any = _dense(place)[0]
         weight, bias = there.weight.double() @ weight, there.weight.double() @ bias
         if there.bias is not None:
             bias = bias + there.bias.double()
+        for other in place.iterdir():  # the same weights in another form
+            if other.name != WEIGHTS and any(map(other.match, FORMS)):
+                other.unlink()
     else:
         place = folder / _free(folder, f"{pooling + 1}_{DENSE}")
         said = {"out_features": len(weight), "activation_function": PLAIN}
         entry = {"path": place.name, "type": f"sentence_transformers.models.{DENSE}"}
-        modules.insert(pooling + 1, entry)
-        for number, module in enumerate(modules):
-            module |= {"idx": number, "name": str(number)}
+        listed.insert(pooling + 1, entry)
         order = ("idx", "name", "path", "type")
+        for number, module in enumerate(listed):
+            module |= {"idx": number, "name": str(number)}
         write_json(
             folder / MODULES,
-            [{**{word: module[word] for word in order}, **module} for module in modules],
+            [{**{word: module[word] for word in order}, **module} for module in listed],
         )
     place.mkdir(exist_ok=True)
     write_json(place / "config.json", said | {"in_features": weight.shape[1], "bias": True})

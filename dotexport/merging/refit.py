@@ -183,7 +183,7 @@ class Ridge:
         while True:
             damped_II = self.moments.inputs.full()
             mean = float(self.moments.inputs.diagonal().mean())
-            damped_II.diagonal().add_(max(ridge * mean, 1e-30))
+            damped_II.diagonal().add_(max(ridge * max(mean, 1e-30), 1e-30))
             factor_II, failed = factored(damped_II)
             if not failed:
                 return factor_II

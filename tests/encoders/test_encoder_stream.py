@@ -4,6 +4,7 @@ back to the original's width, heads answer as before, and what cannot be narrow 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,15 +17,17 @@ import transformers
 from torch import Tensor, nn
 
 from dotexport.encoders import encoder_stream
-from dotexport.encoders.encoder_folder import Encoder, open_encoder
+from dotexport.encoders.encoder_folder import Encoder, describe_source, open_encoder
 from dotexport.encoders.encoder_options import SizeOptions
+from dotexport.encoders.encoder_shrinking import Tried, _about
 from dotexport.encoders.encoder_sizes import Sizes, candidates, num_parameters, parameters_after
 from dotexport.encoders.encoder_walk import Walked, walk
-from dotexport.encoders.pooling import embed, pooling_of
+from dotexport.encoders.pooling import Pooling, embed, mean_cosine, pooling_of
 from dotexport.encoders.sentences import Batch
-from dotexport.errors import CheckpointError, UnsupportedModelError, UsageError
+from dotexport.errors import CheckpointError, SizeError, UnsupportedModelError, UsageError
 
 from .command import run
+from .conftest import BERT
 
 Made = Callable[[Path, str], Path]
 HEADS = ["roberta", "xlm-roberta", "distilbert", "modernbert-SequenceClassification"]
@@ -111,13 +114,12 @@ def test_what_is_said_twice_is_said_once(name: str, made: Made, tmp_path: Path) 
 def test_nobody_repairs_a_selection(made: Made, tmp_path: Path) -> None:
     encoder, some = open_encoder(made(tmp_path / "model", "bert")), some_text()
     kept = encoder_stream.leaving(encoder, some, 18).kept(24, 18)
-    pooling = pooling_of(encoder)
-    wanted_ND = embed(encoder.base, some[-1:], pooling)
     far = {}
     for method in ("select", "obs"):
-        walked = walk(encoder, some, range(3), 64, method, dimensions=kept)
-        base: Any = walked.model.base_model
-        far[method] = float((embed(base, some[-1:], pooling, walked.back) - wanted_ND).norm())
+        model = walk(encoder, some, range(3), 64, method, dimensions=kept).model
+        last = encoder_stream.Last.of(encoder, model, some[-1:], kept)
+        [ours], [theirs], mask = last.ours, last.theirs, some[-1].mask
+        far[method] = float((ours - theirs[..., kept])[mask].detach().norm())
     assert far["obs"] < 0.9 * far["select"]
 
 
@@ -169,23 +171,44 @@ def test_embeddings_come_back_to_the_width_of_the_original(
     assert 0.6 < quality["cosine"] < 1
 
 
-def test_the_map_goes_into_a_linear_layer_that_is_there(
-    slim: tuple[Path, dict[str, Any]], sentence_transformer: Path, text: str, tmp_path: Path
-) -> None:
-    model = Path(shutil.copytree(sentence_transformer, tmp_path / "model"))
-    place, modules = model / "2_Dense", json.loads((model / "modules.json").read_text("utf-8"))
-    modules.append({"idx": 2, "name": "2", "path": "2_Dense", "type": "a.models.Dense"})
-    (model / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
-    place.mkdir()
-    said = {"in_features": 24, "out_features": 10, "bias": True}
-    said |= {"activation_function": "torch.nn.modules.activation.Tanh"}
-    (place / "config.json").write_text(json.dumps(said), encoding="utf-8")
+SAID = {
+    "in_features": 24,
+    "out_features": 10,
+    "bias": True,
+    "activation_function": "torch.nn.modules.activation.Tanh",
+}
+DENSE = {"type": "a.models.Dense", "path": "2_Dense"}
+
+
+def with_dense(model: Path, folder: Path, **changes: Any) -> Path:
+    """A copy with a linear layer behind its pooling; returns the copy."""
+    folder = Path(shutil.copytree(model, folder))
+    file = folder / "modules.json"
+    add_module(file, {**DENSE, "idx": 2, "name": "2"})
+    (place := folder / "2_Dense").mkdir()
+    (place / "config.json").write_text(json.dumps(SAID | changes), encoding="utf-8")
     torch.manual_seed(0)
     theirs = {"linear.weight": torch.randn(10, 24), "linear.bias": torch.randn(10)}
     safetensors.torch.save_file(theirs, place / "model.safetensors")
+    return folder
+
+
+def add_module(file: Path, *modules: Any) -> None:
+    listed = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    file.write_text(json.dumps([*listed, *modules]), encoding="utf-8")
+
+
+def test_the_map_goes_into_a_linear_layer_that_is_there(
+    slim: tuple[Path, dict[str, Any]], sentence_transformer: Path, text: str, tmp_path: Path
+) -> None:
+    model = with_dense(sentence_transformer, tmp_path / "model")
+    place, said = model / "2_Dense", SAID
+    theirs = safetensors.torch.load_file(place / "model.safetensors")
+    (place / "pytorch_model.bin").touch()  # the same in another form
     size = ("--hidden", 18, "--intermediate", 48, "--calib", text)
     run("shrink", model, "-o", tmp_path / "out", *size)
     there = tmp_path / "out/hf/2_Dense"
+    assert sorted(file.name for file in there.iterdir()) == ["config.json", "model.safetensors"]
     assert json.loads((there / "config.json").read_text("utf-8")) == said | {"in_features": 18}
     ours = safetensors.torch.load_file(there / "model.safetensors")
     back = safetensors.torch.load_file(slim[0] / "hf/2_Dense/model.safetensors")
@@ -293,6 +316,10 @@ def test_a_stream_that_has_to_stay_says_why(
 
 
 def test_refusals_say_what_can_be_asked(sentence_transformer: Path) -> None:
+    with pytest.raises(UsageError, match="such as 6"):
+        run("plan", sentence_transformer, "--hidden", 0)
+    with pytest.raises(UsageError, match="names nothing"):
+        run("plan", sentence_transformer, "--params", "0.8x", "--axes", " , ")
     with pytest.raises(UsageError, match="such as 18"):
         run("plan", sentence_transformer, "--hidden", 20)
     with pytest.raises(UsageError, match="none of hidden_size"):
@@ -302,3 +329,135 @@ def test_refusals_say_what_can_be_asked(sentence_transformer: Path) -> None:
     asked = ("--params", "0.8x", "--count", "layers", "--axes", "hidden_size")
     with pytest.raises(UsageError, match="count all parameters"):
         run("plan", sentence_transformer, *asked)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"use_residual": True}, "use_residual"),
+        ({"module_input_name": "token_embeddings"}, "module_input_name"),
+        ({"module_output_name": "other"}, "module_output_name"),
+        ({"in_features": 23}, "finite matrix"),
+        ({"out_features": 24}, "finite matrix"),
+    ],
+)
+def test_a_linear_layer_that_does_something_else_is_refused(
+    changes: dict[str, Any], reason: str, sentence_transformer: Path, text: str, tmp_path: Path
+) -> None:
+    model = with_dense(sentence_transformer, tmp_path / "model", **changes)
+    with pytest.raises((CheckpointError, UnsupportedModelError), match=reason):
+        run("shrink", model, "-o", tmp_path / "out", "--hidden", 18, "--calib", text)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        ({"type": "a.Normalize", "path": ""}, "in this order"),  # in front of the linear layer
+        ({"type": "a.LSTM", "path": ""}, "LSTM"),
+        ({"path": ""}, "no list of modules"),
+        ("Normalize", "no list of modules"),
+    ],
+)
+def test_modules_in_another_order_or_of_other_kinds_are_refused(
+    module: Any, reason: str, sentence_transformer: Path, text: str, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(sentence_transformer, tmp_path / "model"))
+    shutil.copytree(with_dense(model, tmp_path / "other") / "2_Dense", model / "2_Dense")
+    add_module(model / "modules.json", module, DENSE)
+    with pytest.raises((CheckpointError, UnsupportedModelError), match=reason):
+        run("shrink", model, "-o", tmp_path / "out", "--hidden", 18, "--calib", text)
+
+
+def test_nothing_outside_of_the_folder_is_read_or_written(
+    sentence_transformer: Path, text: str, tmp_path: Path
+) -> None:
+    outside = with_dense(sentence_transformer, tmp_path / "outside") / "2_Dense"
+    before = {file.name: file.read_bytes() for file in outside.iterdir()}
+    for number, path in enumerate((str(outside), "../outside/2_Dense")):
+        model = Path(shutil.copytree(sentence_transformer, tmp_path / f"model{number}"))
+        add_module(model / "modules.json", DENSE | {"path": path})
+        with pytest.raises(CheckpointError, match="lies outside"):
+            run("shrink", model, "-o", tmp_path / "out", "--hidden", 18, "--calib", text)
+    assert {file.name: file.read_bytes() for file in outside.iterdir()} == before
+
+
+def test_a_classifier_without_pooling_needs_no_map(text: str, made: Made, tmp_path: Path) -> None:
+    """As CrossEncoder saves it: modules.json names the transformer alone."""
+    model = made(tmp_path / "model", "roberta")
+    counts = run("plan", model, "--hidden", 18)["choices"]
+    add_module(model / "modules.json", {"idx": 0, "name": "0", "path": "", "type": "a.Transformer"})
+    assert run("plan", model, "--hidden", 18)["choices"] == counts
+    streams = {row["hidden_size"] for row in run("plan", model, "--params", "0.8x")["choices"]}
+    assert streams == {24, 18, 12}
+    shrunk = run("shrink", model, "-o", tmp_path / "out", "--hidden", 18, "--calib", text)
+    assert shrunk["sizes"]["parameters"][1] == counts[0]["parameters"]
+    assert not list((tmp_path / "out/hf").glob("*Dense*"))
+
+
+def test_what_is_narrowed_again_is_counted_as_it_was(
+    slim: tuple[Path, dict[str, Any]], sentence_transformer: Path, text: str, tmp_path: Path
+) -> None:
+    """Its linear layer included, which the original did not have."""
+    size = ("--hidden", 12, "--calib", text)
+    again = run("shrink", slim[0] / "hf", "-o", tmp_path / "again", *size)
+    assert again["sizes"]["parameters"][0] == slim[1]["sizes"]["parameters"][1]
+    quality = run("eval", tmp_path / "again", "--baseline", sentence_transformer, "--text", text)
+    assert 0.5 < quality["cosine"] < 1
+    told = describe_source(open_encoder(slim[0]))["sha256"]
+    assert {"modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"} <= told.keys()
+
+
+def test_the_map_is_of_what_is_pooled(made: Made, tmp_path: Path) -> None:
+    """First tokens are read alone, and what is true of all tokens on average is less so of them."""
+    encoder, some = open_encoder(made(tmp_path / "model", "bert")), some_text()
+    kept = encoder_stream.leaving(encoder, some, 12).kept(24, 12)
+    first, close = Pooling("cls"), {}
+    wanted_ND = embed(encoder.base, some[-1:], first)
+    for pooling in (first, Pooling("mean")):
+        walked = walk(encoder, some, range(3), 64, "dot", dimensions=kept, pooling=pooling)
+        base: Any = walked.model.base_model
+        close[pooling.mode] = mean_cosine(embed(base, some[-1:], first, walked.back), wanted_ND)
+    assert close["cls"] > close["mean"]
+
+
+def test_a_narrower_stream_may_be_deeper(made: Made, tmp_path: Path) -> None:
+    """Where the wider one had room for one layer, the best of the narrower is looked for."""
+    asked: list[int] = []
+
+    def tried(sizes: Sizes) -> Tried:
+        asked.append(sizes.depth)
+        return Tried(sizes, [], Walked(nn.Identity(), []), 1 - abs(sizes.depth - 4) / 10)
+
+    group = [Sizes(64, depth, 18) for depth in range(6, 0, -1)]
+    shallow = Tried(Sizes(64, 1, 24), [], Walked(nn.Identity(), []), 0.5)
+    assert _about(shallow, group, tried).sizes.depth == 4
+    assert asked == [1, 2, 3, 4, 5]
+    asked.clear()
+    deep = Tried(Sizes(64, 6, 24), [], Walked(nn.Identity(), []), 0.5)
+    assert _about(deep, group, tried).sizes.depth == 4
+    assert asked == [6, 5, 4, 3]
+
+
+def test_an_axis_alone_leaves_the_others_as_they_are(made: Made, tmp_path: Path) -> None:
+    """Also where an MLP is no multiple of what a budget leads to."""
+    model = tmp_path / "odd"
+    torch.manual_seed(0)
+    words = {**BERT, "intermediate_size": 60, "num_labels": 3}
+    config = transformers.BertConfig(**words)
+    transformers.BertForSequenceClassification(config).save_pretrained(model)
+    planned = run("plan", model, "--params", "0.9x", "--axes", "hidden_size")
+    assert {row["intermediate_size"] for row in planned["choices"]} == {60}
+    assert {row["num_hidden_layers"] for row in planned["choices"]} == {3}
+
+
+@pytest.mark.parametrize("axes", [None, "hidden_size", "intermediate_size"])
+def test_the_least_that_is_said_can_be_asked_for(
+    axes: str | None, made: Made, tmp_path: Path
+) -> None:
+    model = made(tmp_path / "model", "roberta")
+    named = ("--axes", axes) if axes else ()
+    with pytest.raises(SizeError, match="the least is") as refused:
+        run("plan", model, "--params", "0.02x", *named)
+    [least] = re.findall(r"the least is ([\d,]+)", str(refused.value))
+    assert run("plan", model, "--params", least.replace(",", ""), *named)["choices"]
