@@ -232,6 +232,12 @@ def _unknown(limit: Limit, compared: Compared) -> str:
             f"the gate asks for {limit.name}, and the evaluation of {compared.report.file} has no "
             "second text; run `dotexport eval` with --other"
         )
+    if limit.figure in QUALITY and (told := set(compared.report.quality) & set(QUALITY)):
+        return (
+            f"the gate asks for {limit.name}, and the evaluation of {compared.report.file} has "
+            f"{', '.join(sorted(map(_short, told)))} alone; ask for one of these, or give "
+            "--quality the JSON of an evaluation that has it"
+        )
     if limit.figure in QUALITY:
         return (
             f"the gate asks for {limit.name}, and {compared.report.file} knows no quality; give "

@@ -220,6 +220,13 @@ def test_a_second_text_has_limits_of_its_own(
         judge([output / "reports/bench-ort-cpu-fp32.json"], gate=asked)
 
 
+def test_an_evaluation_without_a_figure_says_which_it_has(output: Path, tmp_path: Path) -> None:
+    """As of a classifier in a narrower stream, whose embeddings stand beside no others."""
+    report, asked = output / "reports/bench-ort-cpu-fp32.json", gate(tmp_path, 'cosine: ">=0.95"')
+    with pytest.raises(UsageError, match=r"has .*kl, perplexity.* alone"):
+        judge([report], gate=asked)
+
+
 def test_a_ratio_to_nothing_is_refused(output: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="kl has no ratio"):
         judge([output / "reports/bench-ort-cpu-fp32.json"], gate=gate(tmp_path, 'kl: "<=1.5x"'))
