@@ -41,6 +41,8 @@ from dotexport.merging.refit import Moments, fit
 DAMPING = 1e-6  # of the mean diagonal
 COUNTS, WIDTHS = ("num_attention_heads", "num_heads", "n_heads"), ("all_head_size", "dim")
 """How attention modules of several releases name their heads, and the width of them all."""
+LAST = ""
+"""In the place of a reader: what leaves the last layer."""
 ANSWERS = ("classifier", "qa_outputs", "out_proj")
 """How the last layer of a head is named."""
 
@@ -68,42 +70,34 @@ def head_dim(encoder: Encoder) -> int:
 @torch.no_grad()
 def leaving(encoder: Encoder, some: Sequence[Batch], least: int) -> Removal:
     """In which order dimensions of the stream leave until `least` are left."""
-    kind, places = encoder.kind, {}
-    for number, layer in enumerate(encoder.layers):
-        names = attention_readers(layer, kind)
-        weights = [linear_of(layer, name).weight for name in names]
-        places[number, names[0]] = torch.cat(weights)
-        places[number, kind.reader] = linear_of(layer, kind.reader).weight
-    width = encoder.hidden_size
-    sums = {place: Moments.zeros(width + 1, 1) for place in [*places, None]}
-
-    def add(place: Any, x_TD: Tensor) -> None:
-        sums[place].add(with_one(x_TD, biased=True), x_TD.new_zeros(len(x_TD), 1))
-
+    width, places = encoder.hidden_size, _readers(encoder)
+    places[LAST] = torch.eye(width, dtype=torch.float64)
+    sums = {place: Moments.zeros(width + 1, 1) for place in places}
     for batch in (batch for batch in some if not batch.held):
-        handles = [
-            encoder.layers[number]
-            .get_submodule(name)
-            .register_forward_pre_hook(
-                lambda _, inputs, place=(number, name), mask=batch.mask: add(place, inputs[0][mask])
-            )
-            for number, name in places
-        ]
-        try:
-            add(None, encoder.base(**batch.inputs).last_hidden_state[batch.mask])
-        finally:
-            for handle in handles:
-                handle.remove()
+        with watched(encoder.base, places.keys() - {LAST}) as seen:
+            last_NLD = encoder.base(**batch.inputs).last_hidden_state
+        read = {place: x_NLD for place, (x_NLD, _) in seen.items()} | {LAST: last_NLD}
+        for place, x_NLD in read.items():
+            x_TD = x_NLD[batch.mask]
+            sums[place].add(with_one(x_TD, biased=True), x_TD.new_zeros(len(x_TD), 1))
     each_D1 = torch.arange(width)[:, None]
     problems = []
-    for place, moments in sums.items():
-        read_OD = torch.eye(width) if place is None else places[place].detach()
-        hessian_DD = moments.given_last().inputs.full() / moments.count
+    for place, read_OD in places.items():
+        hessian_DD = sums[place].given_last().inputs.full() / sums[place].count
         hessian_DD.diagonal().add_(DAMPING * float(hessian_DD.diagonal().mean()))
-        read_OD = read_OD.double()
         said = max(float(((read_OD @ hessian_DD) * read_OD).sum()), 1e-30)  # places count alike
         problems.append(Problem(read_OD / said**0.5, hessian_DD, each_D1))
     return obs.greedy(problems, width - least)
+
+
+def _readers(encoder: Encoder) -> dict[str, Tensor]:
+    """A module below the base that reads the stream -> what is read with there, (O, D)."""
+    kind, found = encoder.kind, {}
+    for number, layer in enumerate(encoder.layers):
+        for names in (attention_readers(layer, kind), [kind.reader]):
+            weights = [linear_of(layer, name).weight.detach() for name in names]
+            found[f"{kind.stack}.{number}.{names[0]}"] = torch.cat(weights).double()
+    return found
 
 
 def attention_readers(layer: nn.Module, kind: Kind) -> list[str]:
