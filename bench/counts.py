@@ -28,7 +28,6 @@ MULTIPLIED = {
     ("ort-cuda", "bf16"): "bf16",
     ("ort-cuda", "int4"): "fp16",
     ("onnx", "int8"): "int8",
-    ("onnx", "int4-fp16"): "fp16",
     ("executorch", "int4"): "int8",
     ("gguf", "int8"): "int8",
     ("gguf", "int4"): "int8",

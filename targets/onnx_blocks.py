@@ -144,7 +144,9 @@ class _Making:
         self.names = _names(checkpoint, half=half)
         self.dtype = np.float16 if half else np.float32
         self.stored: dict[str, Stored] = {}
-        """By the content of a matrix, so that a tied table is one."""
+        """Tables by their content, so that a tied one is one. Two matrices of layers that hold the
+        same stay two: readers of a checkpoint ask for either, and onnxruntime 1.31 computes wrong
+        products where two of them read one in float16."""
         self.read: dict[str, Any] = {}
 
     def product(self, node: Any) -> None:
@@ -156,7 +158,7 @@ class _Making:
         if stored is None:
             return
         weights_OI = stored if turned else np.ascontiguousarray(stored.T)
-        held = self._hold(source, weights_OI)
+        held = self._hold(source, weights_OI, str(node.outputs[0].name))
         attributes = {
             "K": held.inputs,
             "N": len(weights_OI),
@@ -173,7 +175,7 @@ class _Making:
         rows_VD = _matrix(table)
         if rows_VD is None or len(rows_VD) != self.rows:
             return
-        held = self._hold(table, rows_VD)
+        held = self._hold(table, rows_VD, str(table.name))
         width = held.scale.shape[1] * QUANTISED_BLOCK
         name = node.outputs[0].name
         zero = constant(self.graph, f"{name}_zero", np.array(1 << held.bits - 1, self.dtype))
@@ -202,15 +204,16 @@ class _Making:
             if not self.graph.initializers[name].uses():
                 self.graph.initializers.pop(name)
 
-    def _hold(self, source: Any, weights_OI: Array) -> Stored:
+    def _hold(self, source: Any, weights_OI: Array, reader: str) -> Stored:
         self.read[str(source.name)] = source
-        key = _digest(weights_OI)
+        digest, bits = _digest(weights_OI), TABLES if len(weights_OI) == self.rows else LAYERS
+        key = digest if bits == TABLES else reader
         if key not in self.stored:
-            name = self.names.get(key, str(source.name))
-            bits = TABLES if len(weights_OI) == self.rows else LAYERS
+            known = self.names.get(digest, [])
+            name = known.pop(0) if known else f"{source.name}_{reader}"
             chosen = self.rounded.get(name)
             if chosen is None:
-                chosen = nearest(self._stored(key, weights_OI), grid_of(bits, half=self.half))[0]
+                chosen = nearest(self._stored(name, weights_OI), grid_of(bits, half=self.half))[0]
             level_OB, scale_OK = packed(chosen, bits)
             level_OKS = level_OB.reshape(*scale_OK.shape, -1)
             self.stored[key] = Stored(
@@ -221,10 +224,10 @@ class _Making:
             )
         return self.stored[key]
 
-    def _stored(self, key: str, weights_OI: Array) -> torch.Tensor:
+    def _stored(self, name: str, weights_OI: Array) -> torch.Tensor:
         """What was a matrix before the graph had it in float16."""
-        if self.half and key in self.names:
-            return self.checkpoint.tensor(self.names[key]).float()
+        if self.half and name in self.checkpoint.specs:
+            return self.checkpoint.tensor(name).float()
         return torch.tensor(weights_OI).float()
 
     def _replace(self, node: Any, steps: list[Any]) -> None:
@@ -253,16 +256,17 @@ def _matrix(value: Any) -> Array | None:
     return array if array.dtype in (np.float32, np.float16) else None
 
 
-def _names(checkpoint: Checkpoint, *, half: bool) -> dict[str, str]:
-    """What a matrix holds in the graph -> its name: tracing forgets the names of those that it
+def _names(checkpoint: Checkpoint, *, half: bool) -> dict[str, list[str]]:
+    """What matrices hold in the graph -> their names: tracing forgets the names of those that it
     turns."""
-    found: dict[str, str] = {}
+    found: dict[str, list[str]] = {}
     for name, spec in checkpoint.specs.items():
         if len(spec.shape) == 2:
             held = checkpoint.tensor(name)
-            found.setdefault(_digest((held.half() if half else held.float()).numpy()), name)
+            digest = _digest((held.half() if half else held.float()).numpy())
+            found.setdefault(digest, []).append(name)
     return found
 
 
 def _digest(array: Array) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+    return f"{array.shape} {hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()}"

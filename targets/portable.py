@@ -5,7 +5,7 @@ present.N.key/value, standard operators only. fp16 has its cache in float16, too
 weights per output and activations per token (MatMulInteger), so that neither padding nor the rest
 of a batch changes what a token gets. Tables are rounded per token; of a tied one, tokens are
 columns of the head's matrix. int4 needs ONNX Runtime, in a browser or anywhere (onnx_blocks.py);
-int4-fp16 computes in float16 besides, as browsers do on a GPU (WebGPU).
+int4-fp16 has all else in float16, as browsers want it on a GPU (WebGPU).
 
 Shapes: B sequences, L new tokens, P tokens in the cache, T = P + L, V vocabulary, D width.
 """

@@ -85,7 +85,8 @@ def require_grids(asked: Iterable[tuple[Target, str]], checkpoint: Checkpoint) -
     if idle:
         raise UsageError(
             f"--calib chooses how weights are rounded to integers, which {', '.join(idle)} does "
-            "not, or leaves to its library; expected ort-cpu:int4, onnx:int4 or an integer "
+            "not, or leaves to its library; expected ort-cpu:int4, onnx:int4, "
+            "onnx:int4-fp16 or an integer "
             "precision of gguf: export the others without --calib"
         )
 

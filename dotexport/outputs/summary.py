@@ -264,8 +264,7 @@ def next_commands(out: Path, model: str, *, multimodal: bool = False) -> Iterato
     if "quality" not in record:
         asked = f"--baseline {shlex.quote(model)} --text FILE"
         yield "quality on text of your own", f"dotexport eval {here} {asked}"
-    if set(artifacts) <= {"hf"}:
-        spec = _runtime_of(read_config(out / "hf"))
+    if set(artifacts) <= {"hf"} and (spec := _runtime_of(read_config(out / "hf"))):
         yield "for a runtime", f"dotexport export {here} --target {spec}"
     stays = (*(axis.name for axis in AXES if axis.everywhere), "vocab_size")
     widths = (record["sizes"].get(name, ()) for name in stays)
@@ -274,9 +273,12 @@ def next_commands(out: Path, model: str, *, multimodal: bool = False) -> Iterato
         yield "among the towers of the original", f"dotexport rejoin {asked}"
 
 
-def _runtime_of(config: Mapping[str, Any]) -> str:
-    """A target that takes the class: not every one is written by onnxruntime-genai's builder."""
+def _runtime_of(config: Mapping[str, Any]) -> str | None:
+    """A target that takes the class: not every one is written by onnxruntime-genai's builder, and
+    layers without keys of their own are in no graph."""
     family = find_family(config)
+    if any(all(part.keys is None for part in layer) for _, layer in family.kinds):
+        return None
     unbuilt = family.experts_key or family.architecture == "SmolLM3ForCausalLM"
     if family.architecture == "GptOssForCausalLM":  # windows, which ONNX graphs here have not
         return "executorch"

@@ -70,6 +70,8 @@ def _healed(sublayer: Sublayer, before: Sizes, after: Sizes, steps: int) -> int:
     if sublayer.module == "self_attn" and before.spaces[inside] == after.spaces[inside]:
         return 0
     K = after.spaces["residual"]
-    weights = sum(sum(after.rows(linear)) * K for linear in sublayer.all_readers)
-    weights += sum(after.spaces[writer.in_] * K for writer in sublayer.writers)
+    weights = sum(
+        after.copies(reader) * sum(after.rows(reader)) * K for reader in sublayer.all_readers
+    )
+    weights += sum(after.copies(w) * after.spaces[w.in_] * K for w in sublayer.writers)
     return GRADIENT * weights * (steps + 1) if steps else 0

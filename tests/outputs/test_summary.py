@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from dotexport.bench.report import words
 from dotexport.bench.report.collected import Output
+from dotexport.models.families import SUPPORTED
 from dotexport.outputs import summary
 from dotexport.storage.manifest_schema import Quality
 
@@ -98,3 +99,22 @@ def test_figures_without_an_originals_are_damage() -> None:
     without = task | {"models": {"hf": task["models"]["hf"]}}
     with pytest.raises(ValidationError, match="must have the original"):
         Quality.model_validate(QUALITY | {"tasks": [without]})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "target"),
+    [
+        ("LlamaForCausalLM", "ort-cpu:int4"),
+        ("Qwen3MoeForCausalLM", "onnx"),
+        ("GptOssForCausalLM", "executorch"),
+        ("Qwen3_5MoeForCausalLM", None),
+        ("Lfm2ForCausalLM", None),
+    ],
+)
+def test_the_next_command_names_a_target_that_takes_the_class(
+    architecture: str, target: str | None
+) -> None:
+    """None: layers keep other states than keys and values, which no graph holds."""
+    model_type = SUPPORTED[architecture].model_type
+    config = {"architectures": [architecture], "model_type": model_type}
+    assert summary._runtime_of(config) == target

@@ -19,6 +19,7 @@ from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.app.shrinking import shrink
 from dotexport.axes.plan import SizeOptions
 from dotexport.embedded import MODEL_DIR
+from dotexport.exports.exporting import export
 from dotexport.exports.reference import compute_reference
 from dotexport.exports.target import find_target
 from dotexport.exports.verifying import check
@@ -26,6 +27,8 @@ from dotexport.merging.rounding import nearest
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.text_options import TextOptions
 from dotexport.narrowing.narrow_options import NarrowOptions
+
+from ..models.changed_models import rewritten
 
 pytest.importorskip("onnxscript")
 onnx: Any = pytest.importorskip("onnx")
@@ -459,3 +462,21 @@ def test_each_of_ten_faults_in_a_written_graph_is_found(
     assert parity.passed == (fault is nothing), parity
     # Found by what it computes, not because it would not load.
     assert not any("cannot be run" in problem for problem in parity.problems)
+
+
+@pytest.mark.parametrize("precision", INT4)
+def test_layers_that_hold_the_same_matrix_are_two(
+    precision: str, tiny_llama: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Copied layers, or zeros; what they compute is held against torch."""
+
+    def copied(tensors: dict[str, torch.Tensor]) -> None:
+        first, second = (f"model.layers.{n}.mlp.down_proj.weight" for n in (0, 1))
+        tensors[second].copy_(tensors[first])
+        tensors["model.layers.2.mlp.down_proj.weight"].zero_()
+        tensors["model.layers.2.self_attn.o_proj.weight"].zero_()
+
+    model = rewritten(tiny_llama("wide-heads"), tmp_path / "model", copied)
+    [made] = export(model, [f"onnx:{precision}"], out=tmp_path / "out")
+    found = dict(find_target("onnx").values(Checkpoint.open(model), made.folder))  # type: ignore[attr-defined]
+    assert len(found) == 3 * 7 + 2
