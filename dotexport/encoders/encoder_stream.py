@@ -354,8 +354,7 @@ class _Head:
         weight_OD = answer.weight.detach()
         if self.norm:
             weight_OD = weight_OD * model.get_submodule(self.norm).weight  # type: ignore[operator]
-        chosen = "select" if method == "select" else "obs"
-        return choose(chosen, given_bias(train, answer), weight_OD, count)
+        return choose(method, given_bias(train, answer), weight_OD, count)
 
 
 def _read(

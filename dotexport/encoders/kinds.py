@@ -130,7 +130,7 @@ def transformer_of(folder: Path) -> Path:
         return folder
     try:
         said = json.loads(file.read_text(encoding="utf-8"))
-        found = next(entry["path"] for entry in said if _word(entry) == "Transformer")
+        found = next(entry["path"] for entry in said if module_kind(entry) == "Transformer")
     except (ValueError, TypeError, LookupError, AttributeError, StopIteration) as error:
         raise CheckpointError(
             f"{file} names no Transformer; expected sentence-transformers' list of modules: take a "
@@ -142,7 +142,8 @@ def transformer_of(folder: Path) -> Path:
     return home
 
 
-def _word(entry: Mapping[str, Any]) -> str:
+def module_kind(entry: Mapping[str, Any]) -> str:
+    """What an entry of modules.json is, without where its class lies."""
     return str(entry["type"]).rpartition(".")[2]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dotexport.encoders.encoder_folder import WEIGHTS as FORMS
 from dotexport.encoders.encoder_folder import Encoder
-from dotexport.encoders.kinds import MODULES
+from dotexport.encoders.kinds import MODULES, module_kind
 from dotexport.encoders.linear import put
 from dotexport.errors import CheckpointError, UnsupportedModelError
 from dotexport.models.checkpoint import all_finite
@@ -108,7 +108,7 @@ def _modules(root: Path) -> list[tuple[str, Path]]:
     if not (file := root / MODULES).is_file():
         return []
     try:
-        listed = [(_word(module), str(module["path"])) for module in _entries(root)]
+        listed = [(module_kind(module), str(module["path"])) for module in _entries(root)]
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise CheckpointError(
             f"{file} is no list of modules as sentence-transformers writes it; take a fresh copy"
@@ -122,10 +122,6 @@ def _modules(root: Path) -> list[tuple[str, Path]]:
 def _entries(root: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads((root / MODULES).read_text(encoding="utf-8"))
     return found
-
-
-def _word(module: dict[str, Any]) -> str:
-    return str(module["type"]).rpartition(".")[2]
 
 
 def _mode(file: Path) -> str:
@@ -225,15 +221,12 @@ def write_back(folder: Path, back: nn.Linear, dtype: torch.dtype) -> None:
     else:
         place = folder / _free(folder, f"{pooling + 1}_{DENSE}")
         said = {"out_features": len(weight), "activation_function": PLAIN}
-        entry = {"path": place.name, "type": f"sentence_transformers.models.{DENSE}"}
+        entry: dict[str, Any] = {"idx": 0, "name": "", "path": place.name}
+        entry["type"] = f"sentence_transformers.models.{DENSE}"
         listed.insert(pooling + 1, entry)
-        order = ("idx", "name", "path", "type")
         for number, module in enumerate(listed):
             module |= {"idx": number, "name": str(number)}
-        write_json(
-            folder / MODULES,
-            [{**{word: module[word] for word in order}, **module} for module in listed],
-        )
+        write_json(folder / MODULES, listed)
     place.mkdir(exist_ok=True)
     write_json(place / "config.json", said | {"in_features": weight.shape[1], "bias": True})
     tensors = {"linear.weight": weight.to(dtype), "linear.bias": bias.to(dtype)}
