@@ -33,7 +33,7 @@ HOMES = {
     "render_served": "vllm.served_table",
     "render_verdict": "verdicts",
     "require": "gate",
-    "steps_of": "sweep",
+    "steps_of": "sweeps",
     "sweep": "measure",
     "write_frontier": "report.frontier_words",
     "write_junit": "ci",

@@ -18,7 +18,7 @@ from .device import environment
 from .result import BenchResult
 from .runner import Progress, Setting, measure
 from .subject import Subject, choose_precision, find_subject
-from .sweep import Sweep
+from .sweeps import Sweep
 from .workload import Workload
 
 REPORT = Path("reports/bench.json")

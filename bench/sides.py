@@ -25,8 +25,8 @@ from dotexport.storage.schema import validated
 from .intervals import STATISTICS
 from .result import AGAIN, METRICS, SCHEMA, BenchResult, Measurement, options_in_words
 from .statistics import Array
-from .sweep import SCHEMA as SWEEP
-from .sweep import swept
+from .sweeps import SCHEMA as SWEEP
+from .sweeps import swept
 
 OTHER = "other_"  # before the name of a figure on the second text of an evaluation
 ON_TEXT = ("perplexity", "kl", "top1_agreement")

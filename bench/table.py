@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .result import METRICS, BenchResult, options_in_words
-from .sweep import Sweep
+from .sweeps import Sweep
 
 Row = tuple[str, str, str, str]
 SWEEP_COLUMNS = (

@@ -15,21 +15,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import gguf
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from dotexport.errors import CheckpointError
-from dotexport.models.ggml.ggml_model import INTERLEAVED, interleaved
 from dotexport.models.ggml.ggml_rope import FACTORS, yarn_attention
 from dotexport.models.rope import stock_config
 
-from . import ggml_blocks, kquants
+from . import kquants
 from .configs import frequencies, head_dim, rope_type, rope_words, window_of
-from .ggml_blocks import BLOCK
-from .ggml_mixes import FILE_TYPES, IN_BLOCKS, stored_as
-from .ggml_vocab import add_tokenizer, tokenizer_problems
+from .ggml_mixes import BLOCK, FILE_TYPES, IN_BLOCKS, stored_as
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a measuring process needs an adapter, and no torch
+    import torch
+
     from dotexport.exports.target import Session
     from dotexport.exports.text_parity import TextSide
     from dotexport.merging.rounding import Grid, Rounded
@@ -75,6 +73,7 @@ class Gguf:
         return []  # this file would not have been imported without the gguf package
 
     def problems(self, checkpoint: Checkpoint, precision: str) -> list[str]:
+        from .ggml_vocab import tokenizer_problems
         from .hf import HuggingFace
 
         return [
@@ -97,11 +96,13 @@ class Gguf:
 
     def grids(self, checkpoint: Checkpoint, precision: str) -> dict[str, Grid]:
         """Matrices that are stored as integers and multiplied, by the checkpoint's names."""
+        from .ggml_blocks import GRIDS
+
         tied = checkpoint.config.get("tie_word_embeddings")
         return {
-            name: ggml_blocks.GRIDS[kind]
+            name: GRIDS[kind]
             for name, stored, kind in _stored(checkpoint, precision)
-            if kind in ggml_blocks.GRIDS and (tied or not stored.startswith("token_embd"))
+            if kind in GRIDS and (tied or not stored.startswith("token_embd"))
         }
 
     def values(self, checkpoint: Checkpoint, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -120,6 +121,8 @@ class Gguf:
         precision: str,
         rounded: Mapping[str, Rounded] | None = None,
     ) -> None:
+        from .ggml_vocab import add_tokenizer
+
         arch = ARCHITECTURES[checkpoint.config["architectures"][0]]
         writer = gguf.GGUFWriter(folder / FILE, gguf.MODEL_ARCH_NAMES[arch], use_temp_file=True)
         _add_sizes(writer, checkpoint)
@@ -344,12 +347,16 @@ def _add_tensors(
     precision: str,
     rounded: Mapping[str, Rounded],
 ) -> None:
+    import torch
+
+    from .ggml_blocks import pack
+
     config, kinds = checkpoint.config, Counter[Any]()
     for name, stored, kind in _stored(checkpoint, precision):
         if len(checkpoint.specs[name].shape) > 1:
             kinds[kind] += 1
         if name in rounded:
-            rows = torch.from_numpy(ggml_blocks.pack(rounded[name], kind))
+            rows = torch.from_numpy(pack(rounded[name], kind))
             data = _turned(name, rows, config, arch).numpy()
         else:
             tensor = _turned(name, checkpoint.tensor(name).float(), config, arch).numpy()
@@ -401,6 +408,8 @@ def _stored(checkpoint: Checkpoint, precision: str) -> Iterator[tuple[str, str, 
 def _turned(name: str, tensor: torch.Tensor, config: Mapping[str, Any], arch: Any) -> torch.Tensor:
     """Some architectures of llama.cpp turn neighbours of a head by one angle; transformers a first
     and a second half."""
+    from dotexport.models.ggml.ggml_model import INTERLEAVED, interleaved
+
     heads = {".q_proj.": config["num_attention_heads"], ".k_proj.": _num_kv_heads(config)}
     for part, number in heads.items():
         if part in name and gguf.MODEL_ARCH_NAMES[arch] in INTERLEAVED:

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from dotexport.merging.rounding import FIVE_BITS, FOUR_BITS, Blocks, Grid, Rounded
 
 from . import kquants
+from .ggml_mixes import BLOCK
 
 Type = gguf.GGMLQuantizationType
-BLOCK = 32  # weights of a row that share one scale, in Q8_0, Q5_0 and Q4_0
 GRIDS: dict[Type, Grid] = {
     Type.Q8_0: Blocks(BLOCK, (-127, 127), torch.float16),
     Type.Q5_0: Blocks(BLOCK, (-16, 15), torch.float16, FIVE_BITS),

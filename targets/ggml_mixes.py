@@ -11,10 +11,10 @@ from typing import Any
 
 import gguf
 
-from .ggml_blocks import BLOCK
 from .kquants import SUPERBLOCK
 
 Type = gguf.GGMLQuantizationType
+BLOCK = 32  # weights of a row that share one scale, in Q8_0, Q5_0 and Q4_0
 MATRICES = {
     "fp16": Type.F16,
     "int8": Type.Q8_0,

@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 from dotexport.exports.target import QUANTISED_BLOCK
 from dotexport.merging.rounding import FOUR_BITS, Blocks, Rounded, nearest
 
+from .portable import constant
+
 if TYPE_CHECKING:
     from dotexport.models.checkpoint import Checkpoint
 
@@ -237,15 +239,6 @@ class _Making:
         ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
         after.name = before.name
         self.graph.remove(node, safe=True)
-
-
-def constant(graph: Any, name: str, array: Array) -> Any:
-    """A value that is stored in the graph."""
-    stored = ir.tensor(array, name=name)
-    value = ir.Value(name=name, const_value=stored, shape=ir.Shape(array.shape))
-    value.dtype = stored.dtype
-    graph.register_initializer(value)
-    return value
 
 
 def _matrix(value: Any) -> Array | None:

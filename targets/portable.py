@@ -17,18 +17,17 @@ import logging
 import shutil
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
-import onnxscript  # noqa: F401  torch.onnx writes with it, and says so only when it is too late
+from numpy.typing import NDArray
 
 from dotexport.exports.target import Logits, Tokens
 
-from . import onnx_blocks
 from .growing import GrowingSession
-from .onnx_blocks import constant
 from .ort_session import open_graph
 
 if TYPE_CHECKING:
@@ -71,7 +70,8 @@ class Portable:
     encoder_precisions = ("fp32", "fp16", "int8")
 
     def missing(self) -> list[str]:
-        return []  # without onnxscript this file cannot be imported
+        # torch.onnx writes with it, and says so only when it is too late.
+        return [] if find_spec("onnxscript") else ["onnxscript: pip install 'dotexport[onnx]'"]
 
     def problems(self, checkpoint: Checkpoint, precision: str) -> list[str]:
         from .traced import trace_problems
@@ -99,6 +99,8 @@ class Portable:
             _look_up_columns(model.graph)
             _round_tables(model.graph, _round_products(model.graph))
         if precision.startswith("int4"):
+            from . import onnx_blocks
+
             onnx_blocks.round_in_blocks(model, checkpoint, rounded or {}, half=half)
         for file in [checkpoint.folder / "config.json", *checkpoint.companions()]:
             shutil.copyfile(file, folder / file.name)
@@ -108,10 +110,14 @@ class Portable:
         """The matrices of all layers in int4, by the checkpoint's names."""
         if not precision.startswith("int4"):
             return {}
+        from . import onnx_blocks
+
         return onnx_blocks.grids(checkpoint, half=precision.endswith("fp16"))
 
     def values(self, checkpoint: Checkpoint, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         """What the matrices of an int4 graph are, by the checkpoint's names."""
+        from . import onnx_blocks
+
         return onnx_blocks.values(checkpoint, ir.load(graph_of(folder)).graph)
 
     def wrong_in_file(
@@ -123,6 +129,8 @@ class Portable:
         file = graph_of(folder)
         problems = wrong_epsilons(file, checkpoint.config)
         if file.name in (GRAPHS["int4"], GRAPHS["int4-fp16"]):
+            from . import onnx_blocks
+
             problems += onnx_blocks.not_nearest(checkpoint, ir.load(file).graph, chosen)
         return problems
 
@@ -148,6 +156,15 @@ class Portable:
             return made
 
         return run
+
+
+def constant(graph: Any, name: str, array: NDArray[Any]) -> Any:
+    """A value that is stored in the graph."""
+    stored = ir.tensor(array, name=name)
+    value = ir.Value(name=name, const_value=stored, shape=ir.Shape(array.shape))
+    value.dtype = stored.dtype
+    graph.register_initializer(value)
+    return value
 
 
 def graph_of(folder: Path) -> Path:

@@ -14,8 +14,8 @@ from dotexport.storage.reading import UnreadableError, parse_yaml, read_json
 from dotexport.storage.schema import validated
 
 from ..result import SCHEMA, BenchResult, options_in_words
-from ..sweep import SCHEMA as SWEEP
-from ..sweep import swept
+from ..sweeps import SCHEMA as SWEEP
+from ..sweeps import swept
 
 
 @dataclass(frozen=True)

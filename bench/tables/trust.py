@@ -38,7 +38,7 @@ from ..measure import bench, noise_check
 from ..outside import genai
 from ..result import BenchResult
 from ..stand_in import SMOLLM2_135M, TOKENIZER, write_stand_in
-from ..sweep import NOISE_SHARE
+from ..sweeps import NOISE_SHARE
 from ..workload import Workload, usable_cores
 from .result_files import RESULTS, Out, Table, save
 

@@ -25,7 +25,6 @@ import psutil
 import torch
 
 from dotexport.errors import CalibrationError
-from dotexport.generation.lockstep import Lockstep, drawn
 from dotexport.generation.starts import CHAT, Script, Starts
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.loading import load_model
@@ -316,6 +315,8 @@ def _batch(
     seed: int,
     told: Callable[[int], None],
 ) -> list[tuple[Script, list[int], bool]]:
+    from dotexport.generation.lockstep import Lockstep, drawn  # and all of transformers' classes
+
     random = [np.random.default_rng([seed, number]) for number in numbers]
     heights = np.stack([r.random(num_slots, dtype=np.float32) for r in random])
     rows = [Row(starts.scripts(r), starts.ends) for r in random]

@@ -15,7 +15,6 @@ from functools import cache, partial
 from typing import Any
 
 import numpy as np
-from scipy.interpolate import PchipInterpolator
 
 from dotexport.axes import AXES, axes_of
 from dotexport.axes.axis import Axis
@@ -53,6 +52,8 @@ class Curve:
         in the share cut, because the divergence starts as a quadratic."""
         if len(self.sizes) == 1:
             return 0.0
+        from scipy.interpolate import PchipInterpolator
+
         roots = np.sqrt(np.maximum(self.divergences, 0.0))
         curve = PchipInterpolator(self.sizes, roots, extrapolate=True)
         return float(max(curve(size), 0.0) ** 2)

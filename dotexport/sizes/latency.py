@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
 from torch import nn
 
 from dotexport.axes.plan import Plan, SizeOptions
@@ -53,6 +52,8 @@ class Clock:
     @classmethod
     def of(cls, config: Mapping[str, Any], whole: Plan, plans: list[Plan]) -> Clock:
         """Time some of these plans, each in turns with the original, and fit the sum."""
+        from scipy.optimize import nnls
+
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         original = _token(config, whole, device)
         by_size = sorted(plans, key=lambda p: p.parameters_after)

@@ -16,7 +16,7 @@ from dotexport.app.cli import main
 from dotexport.app.steps import BenchStep
 from dotexport.bench import BenchResult, Sweep, Workload, bench, noise_check, sweep, worker
 from dotexport.bench.presets import PRESETS, find_preset
-from dotexport.bench.sweep import parse_values, steps_of
+from dotexport.bench.sweeps import parse_values, steps_of
 from dotexport.bench.table import SWEEP_COLUMNS, sweep_row
 from dotexport.bench.worker import Slowed
 from dotexport.errors import UsageError

@@ -14,11 +14,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from dotexport import ShrinkOptions, SizeOptions, shrink
+from dotexport.bench import Workload
+from dotexport.bench.process import Worker
 from dotexport.embedded import MODEL_DIR
 from dotexport.errors import RuntimeMissingError
 from dotexport.exports.exporting import export
@@ -27,6 +30,8 @@ from dotexport.exports.target import Target, find_target, lacking, target_names
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.text_options import TextOptions
 from dotexport.narrowing.narrow_options import NarrowOptions
+
+from ..conftest import LLAMAS, write_llama, write_tokenizer
 
 LLAMA_CPP = "DOTEXPORT_LLAMA_CPP"
 
@@ -71,6 +76,20 @@ def spec(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def assert_measured_without_torch(**loaded: Any) -> None:
+    """A measuring process of this artifact maps none of torch's libraries."""
+    workload = Workload(prompt_length=2, generation_length=2, threads=1, max_warmup_seconds=0)
+    with Worker("model", threads=1) as worker:
+        found = worker.ask("load", workload=workload.as_dict(), **loaded)
+        worker.ask("warm_up", vocabulary=found["vocabulary"] or 80)
+        worker.ask("measure", iterations=1)
+        worker.ask("memory")
+        mapped = psutil.Process(worker._process.pid).memory_maps()
+    names = {Path(part.path).name for part in mapped}
+    assert [name for name in names if "numpy" in name or "multiarray" in name]
+    assert not [name for name in names if "torch" in name]
+
+
 @pytest.fixture(scope="session")
 def translated_once() -> Iterator[None]:
     """Tracing and translating take most of an export, and are the same for every precision.
@@ -106,21 +125,24 @@ def by_folder(translate: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def exported(
-    tiny_llama: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
     translated_once: None,
 ) -> Exported:
     """Names of a tiny model and of a target -> an output with, not verified, what of that can run.
 
-    All targets of a model share the output; each is written when it is first asked for.
+    All targets of a model share the output; each is written when it is first asked for. Tracing and
+    lowering take as long as there are layers: two, of which none is the only one.
     """
     outs: dict[str, Path] = {}
 
     @cache
     def make(name: str, target: str) -> Path:
         if name not in outs:
-            out = tmp_path_factory.mktemp(f"out-{name}") / "out"
-            export(tiny_llama(name), ["hf"], out=out, verify=False)
+            folder = tmp_path_factory.mktemp(f"out-{name}")
+            write_llama(folder / "model", **LLAMAS[name], num_hidden_layers=2)
+            write_tokenizer(folder / "model")
+            out = folder / "out"
+            export(folder / "model", ["hf"], out=out, verify=False)
             outs[name] = out
         wanted = [spec for spec in specs() if spec.startswith(f"{target}:")]
         if wanted and target != "hf":

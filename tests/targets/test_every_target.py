@@ -16,6 +16,8 @@ from dotexport.exports.target import Logits, Session, Target, Tokens, resolve
 from dotexport.exports.verifying import check
 from dotexport.models.checkpoint import Checkpoint
 
+from .conftest import assert_measured_without_torch, specs
+
 MODELS = ["wide-heads", "tied-bf16", "biased"]
 
 
@@ -90,6 +92,17 @@ def test_shapes_and_types_are_those_of_the_protocol(spec: str, exported: Any) ->
     logits_BV = session.step(np.array([6, 7]))
     assert (logits_BLV.shape, logits_BLV.dtype) == ((2, 3, 90), np.float32)
     assert (logits_BV.shape, logits_BV.dtype) == ((2, 90), np.float32)
+
+
+@pytest.mark.parametrize("own", ["ort-cpu:fp32", "onnx:fp32", "openvino:fp32"])
+def test_a_process_that_measures_a_runtime_of_its_own_holds_no_torch(
+    own: str, exported: Any
+) -> None:
+    """It would be a quarter of a gigabyte in both sides of every comparison of memory."""
+    if own not in specs():
+        pytest.skip(f"{own} cannot be run here")
+    target, _, folder = opened(exported, "wide-heads", own)
+    assert_measured_without_torch(target=target.name, folder=str(folder))
 
 
 class Faulty:

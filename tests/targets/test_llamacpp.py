@@ -18,6 +18,8 @@ from dotexport.exports.reference import compute_reference
 from dotexport.targets.llama_session import LlamaSession
 from dotexport.targets.llamacpp import find_library, verify_llama_cpp
 
+from .conftest import assert_measured_without_torch
+
 pytest.importorskip("gguf")
 
 
@@ -135,6 +137,12 @@ def test_a_cache_that_is_used_again_forgets_and_lean_answers_are_the_last_rows(
     np.testing.assert_array_equal(lean.step(prompt_BL[:, 0]), first_BV)
     with pytest.raises(UsageError, match="9 tokens does not fit a cache of 8"):
         lean.step(prompt_BL[:, 0])
+
+
+@pytest.mark.llamacpp
+def test_a_process_that_measures_llama_cpp_holds_no_torch(out: Path, llama_cpp: Path) -> None:
+    where = {"llama_cpp": str(llama_cpp)}
+    assert_measured_without_torch(target="gguf", folder=str(out / "gguf-fp16"), runtime=where)
 
 
 @pytest.mark.llamacpp

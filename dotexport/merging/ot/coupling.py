@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import ot
 
 from dotexport.merging.ot.cost import Array, Cost
 from dotexport.merging.transport_options import TransportOptions
@@ -129,6 +128,8 @@ def nearest_targets(cost_NK: Array, *, epsilon: float) -> Array:
 
 
 def _balanced(cost: Cost, options: TransportOptions) -> Coupling:
+    import ot  # takes two seconds, and scikit-learn with it
+
     n, k = cost.cost_NK.shape
     mass_N, mass_K = np.full(n, 1 / n), np.full(k, 1 / k)
     if options.epsilon == 0:

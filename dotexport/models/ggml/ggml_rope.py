@@ -6,13 +6,15 @@ Shapes: F frequencies of a head, the fastest first.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dotexport.errors import UnsupportedModelError
-from dotexport.models.ggml.ggml_file import GgufFile
+
+if TYPE_CHECKING:
+    from dotexport.models.ggml.ggml_file import GgufFile
 
 Array = NDArray[np.float64]
 
