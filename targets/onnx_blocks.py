@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from dotexport.exports.target import QUANTISED_BLOCK
 from dotexport.merging.rounding import FOUR_BITS, Blocks, Rounded, nearest
 
-from .portable import constant
+from .onnx_values import constant
 
 if TYPE_CHECKING:
     from dotexport.models.checkpoint import Checkpoint

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from dotexport.exports.target import Logits, Tokens
 
 from .growing import GrowingSession
+from .onnx_values import constant
 from .ort_session import open_graph
 
 if TYPE_CHECKING:
@@ -156,15 +156,6 @@ class Portable:
             return made
 
         return run
-
-
-def constant(graph: Any, name: str, array: NDArray[Any]) -> Any:
-    """A value that is stored in the graph."""
-    stored = ir.tensor(array, name=name)
-    value = ir.Value(name=name, const_value=stored, shape=ir.Shape(array.shape))
-    value.dtype = stored.dtype
-    graph.register_initializer(value)
-    return value
 
 
 def graph_of(folder: Path) -> Path:
