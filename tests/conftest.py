@@ -80,6 +80,7 @@ OF_CLASS: dict[str, dict[str, Any]] = {
     },
 }
 
+MANY = {"vocab_size": 16384, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
 # What each is there for: heads x head_dim unlike hidden; one KV head, tied, stored in bfloat16;
 # biases everywhere, and heads of 8; heads x head_dim equal to hidden, which some take for granted;
 # a table that is most of the model.
@@ -88,7 +89,7 @@ LLAMAS: dict[str, dict[str, Any]] = {
     "tied-bf16": {"num_key_value_heads": 1, "tie_word_embeddings": True, "dtype": torch.bfloat16},
     "biased": {"head_dim": 8, "attention_bias": True, "mlp_bias": True},
     "square": {"head_dim": 12},
-    "many-rows": (MANY := {"vocab_size": 16384, "hidden_size": 64, "intermediate_size": 96}),
+    "many-rows": MANY,
     "many-tied-rows": {**MANY, "tie_word_embeddings": True},
 }
 

@@ -44,6 +44,8 @@ from dotexport.sizes.effort import (
     work_of_sampling,
 )
 
+from ..conftest import LLAMAS
+
 LLAMA_3_2_1B = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -169,8 +171,8 @@ def test_products_of_a_step_of_distillation_are_those_that_are_counted(
     """From a narrower model with random weights, which cost as much as any."""
     source = open_source(tiny_llama("many-tied-rows"))
     chosen = plan(source.config, SizeOptions(intermediate_size=64))
-    rows = {"vocab_size": 16384, "hidden_size": 64, "tie_word_embeddings": True}
-    narrower = tiny_model(model_type="llama", intermediate_size=64, **rows)
+    sizes = {**LLAMAS["many-tied-rows"], "intermediate_size": 64}
+    narrower = tiny_model(model_type="llama", **sizes)
     options = HealOptions(steps=2, every=2, batch=4, precision="fp32")
     text = HealingText(WINDOWS_NL[:20], WINDOWS_NL[20:])
     with sdpa_kernel(SDPBackend.MATH), Counted() as counted:

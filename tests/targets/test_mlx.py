@@ -178,7 +178,7 @@ def _larger_steps(folder: Path) -> None:
     file = str(folder / "model.safetensors")
     weights = mx.load(file)
     for part in ("scales", "biases"):
-        name = f"model.layers.1.mlp.down_proj.{part}"
+        name = f"model.layers.0.mlp.down_proj.{part}"
         weights[name] = (weights[name].astype(mx.float32) * 1.01).astype(weights[name].dtype)
     mx.eval(weights)
     mx.save_safetensors(file, weights)
@@ -189,7 +189,7 @@ def _larger_steps(folder: Path) -> None:
     [
         (_another_base, "reads rope_theta = 10100.0"),
         (_another_epsilon, "reads rms_norm_eps = 1.1e-06"),
-        (_larger_steps, "model.layers.1.mlp.down_proj.weight is 1.01"),
+        (_larger_steps, "model.layers.0.mlp.down_proj.weight is 1.01"),
     ],
 )
 def test_what_logits_may_hide_is_found_in_the_file(
