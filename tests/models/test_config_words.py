@@ -374,6 +374,11 @@ def test_words_that_make_another_kind_of_model_are_refused(
         read_model(read_config(folder))
 
 
+def test_words_of_another_class_are_nothing_to_refuse(tmp_path: Path) -> None:
+    folder = made(tmp_path, "mixtral", decoder_sparse_step=2, mlp_only_layers=[1])
+    assert read_model(read_config(folder))[1].num_experts == 4
+
+
 @pytest.mark.parametrize("word", ["num_experts", "num_local_experts"])
 def test_either_word_for_the_number_of_experts_is_written_as_both(
     tmp_path: Path, word: str

@@ -107,14 +107,18 @@ def find_family(config: Mapping[str, Any]) -> Family:
     )
 
 
+HARMLESS = {"decoder_sparse_step": 1}  # flags that are numbers -> the one that changes nothing
+
+
 def _check_flags(family: Family, config: Mapping[str, Any]) -> None:
-    wrong = [(flag, meaning) for flag, meaning in family.refused if config.get(flag)]
+    said = {flag: config.get(flag) for flag, _ in family.refused}
+    wrong = [
+        (f, meaning) for f, meaning in family.refused if said[f] and said[f] != HARMLESS.get(f)
+    ]
     if not config.get("is_causal", True):  # transformers 5 asks this of every class
         wrong.append(("is_causal", "attends to later tokens too"))
     if config.get("per_layer_config"):
         wrong.append(("per_layer_config", "has layers of different sizes"))
-    if family.experts_key and config.get("decoder_sparse_step", 1) != 1:
-        wrong.append(("decoder_sparse_step", "has dense layers among the sparse ones"))
     for flag, meaning in wrong:
         raise UnsupportedModelError(
             f"config.json sets {flag}, with which {family.architecture} {meaning}; dotexport "

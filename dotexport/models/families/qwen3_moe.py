@@ -35,6 +35,7 @@ def mixture(
 
 ATTENTION, _ = QWEN3.sublayers
 EXPERTS = mixture("mlp", gate="gate_proj", up="up_proj", down="down_proj", neurons="expert")
+DENSE = "has dense layers among the sparse ones"
 QWEN3_MOE = replace(
     QWEN3,
     model_type="qwen3_moe",
@@ -43,6 +44,6 @@ QWEN3_MOE = replace(
     gated="mlp.experts.{}.gate_proj",
     head_dim=None,
     num_key_value_heads=4,
-    refused=(("mlp_only_layers", "has dense layers among the sparse ones"),),
+    refused=tuple((flag, DENSE) for flag in ("mlp_only_layers", "decoder_sparse_step")),
     experts_key="num_experts",
 )
