@@ -54,6 +54,7 @@ print(asked["mark"] + json.dumps(said), flush=True)
 # Classes in which vLLM takes a head for hidden_size / heads wide, whatever config.json says.
 # What then helps.
 WITHOUT_HEAD_DIM = {
+    "GraniteMoeForCausalLM": "plan with --square",
     "GraniteMoeHybridForCausalLM": "keep all KV heads",
     "Lfm2ForCausalLM": "keep all KV heads and hidden_size, or plan with --square",
     "Qwen2ForCausalLM": "plan with --square",

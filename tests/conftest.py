@@ -40,7 +40,10 @@ BASE = {
 }
 
 # Those that 4.57 has, and that are refused there.
-OF_RELEASE_5, BEFORE_5 = {"gemma4_text", "granitemoehybrid", "lfm2"}, release.startswith("4.")
+OF_RELEASE_5, BEFORE_5 = (
+    {"gemma4_text", "granitemoe", "granitemoehybrid", "lfm2"},
+    release.startswith("4."),
+)
 DELTA_NETS: dict[str, Any] = {
     "num_hidden_layers": 4,
     "linear_num_key_heads": 2,

@@ -48,6 +48,8 @@ def activation_bytes(config: Any, tokens: int, passes: torch.dtype = torch.float
     width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
     neurons = width * (getattr(config, "num_experts_per_tok", None) or 1)
     neurons += getattr(config, "shared_expert_intermediate_size", None) or 0
+    if getattr(config, "num_local_experts", None):
+        neurons += getattr(config, "shared_intermediate_size", None) or 0
     per_layer = 4 * 4 * config.hidden_size + passes.itemsize * (
         2 * config.hidden_size + 3 * heads * head_width(config) + 4 * neurons
     )

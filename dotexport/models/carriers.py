@@ -10,13 +10,13 @@ read here.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from dotexport.errors import UnsupportedModelError
+from dotexport.errors import CheckpointError, UnsupportedModelError
 from dotexport.models.checkpoint import Checkpoint, TensorSpec
 from dotexport.models.families import apart, carried_biases
 from dotexport.models.family import Family
@@ -61,10 +61,9 @@ class Carried(Checkpoint):
     def specs(self) -> Mapping[str, TensorSpec]:
         stored = self.original.specs
         table = next(iter(stored.values())).dtype
-        return {
-            name: TensorSpec(self.shapes[name], stored[p.source].dtype if p.source else table)
-            for name, p in self.parts.items()
-        }
+        zeros = TensorSpec((), table)
+        found = {name: stored[p.source] if p.source else zeros for name, p in self.parts.items()}
+        return {name: replace(spec, shape=self.shapes[name]) for name, spec in found.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
         part = self.parts[name]
@@ -141,19 +140,31 @@ def _parts(
 ) -> Iterator[tuple[str, Part]]:
     """Every tensor of the carrier, in the order of its shapes."""
     sizes = read_sizes(family, config)
-    embedding, residual, logits = (float(config.get(key, 1.0)) for key in MULTIPLIERS)
+    embedding, residual, logits = (_multiplier(config, key) for key in MULTIPLIERS)
     scales = {f"{family.embedding}.weight": embedding}
     # The head divides by its scaling, and a shared table has the embedding's multiplier in it.
     scales[f"{family.final_norm}.weight"] = 1 / (logits * (embedding if sizes.tied else 1.0))
     sources: dict[str, Part] = {}
     for layer in range(sizes.num_layers):
         for linear, theirs, rows in apart(family, carrier, sizes, [sizes.kind(layer)]):
-            name = carrier.layer_name(layer, theirs.name)
-            found = family.layer_name(layer, linear.name)
             scale = residual if linear.out == "residual" else 1.0
             kept = (*rows, scale)
-            sources[f"{name}.weight"] = Part(f"{found}.weight", *kept)
-            bias = f"{found}.bias" if sizes.has_bias(linear) else None
-            sources[f"{name}.bias"] = Part(bias, *kept)
+            both = (one.names(sizes.num_experts) for one in (theirs, linear))
+            for their_name, our_name in zip(*both, strict=True):
+                name = carrier.layer_name(layer, their_name)
+                found = family.layer_name(layer, our_name)
+                sources[f"{name}.weight"] = Part(f"{found}.weight", *kept)
+                bias = f"{found}.bias" if sizes.has_bias(linear) else None
+                sources[f"{name}.bias"] = Part(bias, *kept)
     for name in expected:
         yield name, sources.get(name) or Part(name, scale=scales.get(name, 1.0))
+
+
+def _multiplier(config: Mapping[str, Any], key: str) -> float:
+    """Raises CheckpointError where config.json says that it is none."""
+    if (said := config.get(key, 1.0)) is None:
+        raise CheckpointError(
+            f"config.json gives {key} = null; expected a number, or no such word: take the "
+            "config.json that belongs to these weights"
+        )
+    return float(said)

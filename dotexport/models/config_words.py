@@ -14,7 +14,7 @@ from importlib.metadata import version
 from typing import Any
 
 from dotexport.errors import CheckpointError, UnsupportedModelError
-from dotexport.models.families import SUPPORTED
+from dotexport.models.families import table_of
 from dotexport.models.family import Family
 from dotexport.models.multimodal import language_config, language_names
 from dotexport.models.rope import in_all_words, stock_config
@@ -201,8 +201,8 @@ def _counted(config: Mapping[str, Any]) -> dict[str, Any]:
 def _family(config: Mapping[str, Any]) -> Family | None:
     listed = config.get("architectures") or []
     named = [listed] if isinstance(listed, str) else map(str, listed)
-    found = (SUPPORTED[name] for name in named if name in SUPPORTED)
-    return next((f for f in found if f.model_type == config.get("model_type")), None)
+    found = (table_of(name, config) for name in named)
+    return next((f for f in found if f and f.model_type == config.get("model_type")), None)
 
 
 def _dropped(config: Mapping[str, Any], family: Family) -> Iterator[tuple[str, str]]:

@@ -109,17 +109,17 @@ class Shared:
     """An expert that all tokens go to, beside those that a router chooses.
 
     Attributes:
-        weight: of one row: what it gives counts by the sigmoid of it.
+        inner: its gate and its up, or one matrix with the rows of the one and then of the other.
+        weight: of one row: what it gives counts by the sigmoid of it. None: it counts whole.
     """
 
-    gate: Linear
-    up: Linear
+    inner: tuple[Linear, ...]
     writer: Linear
-    weight: Linear
+    weight: Linear | None = None
 
     @property
     def readers(self) -> tuple[Linear, ...]:
-        return (self.gate, self.up, self.weight)
+        return (*self.inner, *([self.weight] if self.weight else ()))
 
 
 @dataclass(frozen=True)
@@ -259,6 +259,7 @@ class Family:
             config.json does not say. None: the nonlinearity that config.json names.
         as_built: config.json -> the same in words that say what the class makes of it, where this
             class alone makes something else of words that others have too; raises what refuses it.
+        mixture: the table of the same class where config.json says that there are experts.
     """
 
     model_type: str
@@ -295,6 +296,7 @@ class Family:
     newer_kinds: tuple[tuple[str, str], ...] = ()
     mlp_key: str = "intermediate_size"
     as_built: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    mixture: Family | None = None
 
     def in_layer(self, kind: str) -> tuple[Sublayer, ...]:
         """The sublayers of a layer of this kind."""

@@ -90,16 +90,17 @@ def in_memory(checkpoint: Checkpoint, parameters: Collection[str]) -> Checkpoint
     stacks: dict[str, Stacked] = {}
     for layer in range(sizes.num_layers):
         for stack in family.stacks or _of_release_5(family):
-            name = family.layer_name(layer, stack.name)
+            known = (
+                family.layer_name(layer, one) for one in (stack.held or stack.name, stack.name)
+            )
             names = [
                 [family.layer_name(layer, part.format(n)) for part in stack.parts]
                 for n in range(sizes.num_experts)
             ]
-            if name in parameters:
+            if name := next(filter(parameters.__contains__, known), None):
                 stacks[name] = Stacked(stack, names)
-        name, source = (family.layer_name(layer, one) for one in _router(family))
-        if name in parameters:
-            moved[name] = source
+        *held, source = (family.layer_name(layer, one) for one in _router(family))
+        moved |= {name: source for name in held if name in parameters and name != source}
     if not stacks:
         return checkpoint
     return Fused(checkpoint.folder, checkpoint.config, checkpoint.files, checkpoint, moved, stacks)
@@ -130,7 +131,10 @@ def _of_release_5(family: Family) -> tuple[Stack, Stack]:
     )
 
 
-def _router(family: Family) -> tuple[str, str]:
-    """Its weight below a layer as transformers 5 has it where experts are fused, and in files."""
-    [router] = [sublayer.router for sublayer in family.sublayers if sublayer.router]
-    return f"{MODULE}.gate.weight", f"{router.name}.weight"
+def _router(family: Family) -> tuple[str, ...]:
+    """Names of its weight below a layer: those that transformers 5 has where experts are fused, and
+    in the end that of files."""
+    [mixture] = [sublayer for sublayer in family.sublayers if sublayer.router]
+    assert mixture.router is not None
+    held = (f"{MODULE}.gate.weight", f"{mixture.module}.router.weight")
+    return (*held, f"{mixture.router.name}.weight")

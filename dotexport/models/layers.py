@@ -20,7 +20,7 @@ from torch.nn.functional import linear as apply_linear
 from dotexport.errors import CheckpointError
 from dotexport.models.beside import Beside, KeysAndValues
 from dotexport.models.families import find_family
-from dotexport.models.family import Family, Linear, Sublayer
+from dotexport.models.family import EACH, Family, Linear, Sublayer
 from dotexport.models.gating import gating_of
 from dotexport.models.rope import stock_config
 from dotexport.models.routing import SHARED, Routing
@@ -210,8 +210,8 @@ class Layer:
 
     def _owner(self, name: str) -> nn.Module | None:
         """What in the module has this parameter; None: it stands outside."""
-        mixtures = (s.module for s in self.sublayers if s.router)
-        if any(name.startswith(f"{mixture}.") for mixture in mixtures):
+        outside = [linear.name for s in self.sublayers if s.router for linear in s.linears]
+        if any(name.startswith(one.partition(EACH)[0]) for one in outside):
             return None
         module = self.module.get_submodule(name.rpartition(".")[0])
         return None if isinstance(module, nn.Identity) else module
@@ -369,6 +369,8 @@ class Layer:
         routing = self.stock.routing(self._through(sublayer.router.name, normed_TD))
         if (shared := sublayer.shared) is None:
             return routing
+        if shared.weight is None:
+            return routing.sharing(None)
         return routing.sharing(self._through(shared.weight.name, normed_TD))
 
     def experts(self, sublayer: Sublayer) -> list[int]:
@@ -377,23 +379,21 @@ class Layer:
 
     def inside_expert(self, sublayer: Sublayer, expert: int, normed_TD: Tensor) -> Tensor:
         """What the writer of one expert sees, (T, I), of the tokens that go to it."""
-        gate, up = self._gate_and_up(sublayer, expert)
-        inside_TI = gating_of(self.family, self.stock.config)(
-            self._through(gate, normed_TD), self._through(up, normed_TD)
-        )
-        return inside_TI.float()
+        read = [self._through(name, normed_TD) for name in self._gate_and_up(sublayer, expert)]
+        gate_TI, up_TI = read if len(read) == 2 else read[0].chunk(2, dim=-1)
+        return gating_of(self.family, self.stock.config)(gate_TI, up_TI).float()
 
-    def _gate_and_up(self, sublayer: Sublayer, expert: int) -> tuple[str, str]:
-        """Names of what one expert reads with."""
+    def _gate_and_up(self, sublayer: Sublayer, expert: int) -> list[str]:
+        """Names of what one expert reads with: two matrices, or one that is both."""
         if expert == SHARED:
             assert sublayer.shared is not None
-            return sublayer.shared.gate.name, sublayer.shared.up.name
+            return [linear.name for linear in sublayer.shared.inner]
         names = {
             linear.name == self.family.gated: linear.name.format(expert)
             for linear in sublayer.readers
             if linear.each
         }
-        return names[True], names[False]
+        return [names[True], names[False]]
 
     def writer_of(self, sublayer: Sublayer, expert: int) -> str:
         """Name of the writer of one expert."""

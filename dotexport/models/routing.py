@@ -34,8 +34,10 @@ class Routing:
             gates_TA = gates_TA / gates_TA.sum(-1, keepdim=True)
         return cls(experts_TA, gates_TA)
 
-    def sharing(self, weight_T1: Tensor) -> Routing:
-        """With a shared expert that counts by the sigmoid of this."""
+    def sharing(self, weight_T1: Tensor | None) -> Routing:
+        """With a shared expert that counts by the sigmoid of this; None: whole."""
+        if weight_T1 is None:
+            return replace(self, shared_T1=torch.ones_like(self.gates_TA[:, :1]))
         return replace(self, shared_T1=weight_T1.float().sigmoid())
 
     def to(self, expert: int) -> tuple[Tensor, Tensor]:

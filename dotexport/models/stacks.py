@@ -27,12 +27,14 @@ class Stack:
         parts: what it has of each expert, by their names in the table; of equal shapes.
         interleaved: whether rows of the parts take turns; else the parts are behind one another.
         transposed: whether it has a matrix as (in, out).
+        held: its name in memory, where the class has another there.
     """
 
     name: str
     parts: tuple[str, ...]
     interleaved: bool = False
     transposed: bool = False
+    held: str | None = None
 
     def shape(self, experts: int, part: Sequence[int]) -> tuple[int, ...]:
         """Of the whole: (E, P O, I), or (E, I, P O) where it is transposed."""

@@ -141,6 +141,32 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
         },
         "GraniteMoeHybridForCausalLM",
     ),
+    "granite-moe": (
+        {
+            "model_type": "granitemoe",
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 5.0,
+            "tie_word_embeddings": True,
+        },
+        "GraniteMoeForCausalLM",
+    ),
+    "granite4-moe": (
+        {
+            "model_type": "granitemoehybrid",
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 56,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 5.0,
+        },
+        "GraniteMoeHybridForCausalLM",
+    ),
     "phi3": (SQUARE | {"model_type": "phi3", "tie_word_embeddings": True}, "MistralForCausalLM"),
     "phi3-window": (
         SQUARE | {"model_type": "phi3", "sliding_window": WINDOW},
@@ -519,6 +545,7 @@ def test_a_narrowed_model_is_stock_loads_and_generates(
         "qwen3-moe",
         "qwen3.5",
         "gpt-oss",
+        "granite-moe",
     ],
 )
 def test_a_narrowed_family_learns_from_its_original(
@@ -555,7 +582,6 @@ def test_what_has_no_table_is_refused_with_the_list_of_what_has() -> None:
     ("kind", "class_"),
     [
         ("olmoe", "OlmoeForCausalLM"),
-        ("granitemoe", "GraniteMoeForCausalLM"),
         ("qwen3_next", "Qwen3NextForCausalLM"),
         ("olmo3", "Olmo3ForCausalLM"),
     ],

@@ -55,8 +55,6 @@ def test_words_are_those_that_every_release_reads() -> None:
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ({"num_local_experts": 4}, "experts beside its MLP"),
-        ({"num_local_experts": None}, "experts beside its MLP"),  # of which the class has 8
         ({"mamba_proj_bias": True}, "state spaces with biases"),
         ({"mamba_conv_bias": False}, "convolutions without biases"),
         ({"time_step_limit": [0.001, 0.1]}, "time_step_limit"),
@@ -67,6 +65,16 @@ def test_another_model_of_the_class_is_refused(words: dict[str, Any], reason: st
     with pytest.raises(UnsupportedModelError, match=reason) as caught:
         read_model(settled(said(**words), of="here"))
     assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize(("said_of_it", "experts"), [(0, 0), (4, 4), (None, 8)])
+def test_experts_make_another_table_of_the_class(said_of_it: int | None, experts: int) -> None:
+    """Which has 8 where nothing is said."""
+    words = said(num_local_experts=said_of_it, intermediate_size=40, shared_intermediate_size=88)
+    family, sizes = read_model(settled(words, of="here"))
+    assert (sizes.num_experts, sizes.mixture) == (experts, bool(experts))
+    assert sizes.intermediate_size == (40 if experts else 88)
+    assert family is (GRANITE_HYBRID.mixture if experts else GRANITE_HYBRID)
 
 
 def test_the_width_stays_where_a_layer_is_a_state_space(tiny_model: Tiny) -> None:

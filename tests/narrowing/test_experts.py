@@ -54,6 +54,24 @@ SHARING: dict[str, Any] = {
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 20,
 }
+# Its shared expert counts whole, and files keep experts together under other names.
+WHOLE: dict[str, Any] = {
+    "model_type": "granitemoehybrid",
+    "num_hidden_layers": 2,
+    "layer_types": ["mamba", "attention"],
+    "num_local_experts": E,
+    "num_experts_per_tok": A,
+    "intermediate_size": 24,
+    "shared_intermediate_size": 20,
+}
+TOGETHER = ("mlp.experts.down_proj", "block_sparse_moe.output_linear.weight")
+ROUTERS = ("mlp.gate.weight", "block_sparse_moe.router.layer.weight")
+WRITERS = (
+    "o_proj.weight",
+    "out_proj.weight",
+    "down_proj.weight",
+    "shared_mlp.output_linear.weight",
+)
 ATTENTION, MIXTURE = QWEN3_MOE.sublayers
 logits = partial(changed_models.logits, tokens_BL=WINDOWS_NL[:4])
 BARE = NarrowOptions(local=None, refit=False)
@@ -71,16 +89,18 @@ def without_tokens_for_some(tensors: dict[str, Tensor]) -> None:
     token goes to the idle experts. These are the largest of all."""
     tensors["model.embed_tokens.weight"][:, 0] = 0.5
     for name in tensors:
-        if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
+        if name.endswith(WRITERS):
             tensors[name][0] = 0.0
-        elif name.endswith("experts.down_proj"):  # of all
+        elif name.endswith(TOGETHER):
             tensors[name][:, 0] = 0.0
     for layer, idle in enumerate(IDLE):
         prefix = f"model.layers.{layer}"
-        together = tensors.get(f"{prefix}.mlp.experts.down_proj")
-        offset = 0.0 if together is None else 1.0  # that class multiplies with 1 + weight
+        [router_ED] = [tensors[name] for n in ROUTERS if (name := f"{prefix}.{n}") in tensors]
+        together = next(
+            (tensors[name] for n in TOGETHER if (name := f"{prefix}.{n}") in tensors), None
+        )
+        offset = f"{prefix}.{TOGETHER[0]}" in tensors  # that class multiplies with 1 + weight
         tensors[f"{prefix}.post_attention_layernorm.weight"][0] = 1.0 - offset
-        router_ED = tensors[f"{prefix}.mlp.gate.weight"]
         router_ED[:, 0] = 0.0
         router_ED[idle, 0] = -30.0
         for expert in idle:
@@ -89,7 +109,7 @@ def without_tokens_for_some(tensors: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("options", [BARE, NarrowOptions(local=None)], ids=["bare", "refit"])
-@pytest.mark.parametrize("words", [QWEN, SHARING], ids=["alone", "shared"])
+@pytest.mark.parametrize("words", [QWEN, SHARING, WHOLE], ids=["alone", "shared", "whole"])
 def test_experts_that_no_token_goes_to_leave_without_a_trace(
     words: dict[str, Any], options: NarrowOptions, tiny_model: TinyModel, tmp_path: Path
 ) -> None:

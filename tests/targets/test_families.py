@@ -110,6 +110,21 @@ MODELS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         ALL,
         [],
     ),
+    "granite4-moe": (
+        {
+            "model_type": "granitemoehybrid",
+            "layer_types": ["mamba", "attention"],
+            "shared_intermediate_size": 40,
+            **EXPERTS,
+        },
+        ALL,
+        [],
+    ),
+    "granite-moe": (
+        {"model_type": "granitemoe", **EXPERTS},
+        ALL,
+        ["onnx", "openvino", "executorch"],
+    ),
     "granite4": (
         {
             "model_type": "granitemoehybrid",
@@ -144,6 +159,7 @@ TWO_KINDS = (
     "lfm2",
     "granite4",
     "granite4-hybrid",
+    "granite4-moe",
 )
 
 
@@ -153,7 +169,7 @@ def test_a_narrowed_family_computes_in_every_target_what_torch_computes(
 ) -> None:
     changes, tried, expected = MODELS[name]
     width = 64 if "gemma" in name and "window" not in name else 40
-    width = 48 if name == "granite4-hybrid" else width  # which stays
+    width = 48 if name in ("granite4-hybrid", "granite4-moe") else width  # which stays
     mixture = "num_local_experts" in changes or name == "qwen3.5-moe"
     inner = {"num_experts": 3} if mixture else {"intermediate_size": 64}
     model = tiny_model(num_hidden_layers=2 if name in TWO_KINDS else 1, **changes)

@@ -11,7 +11,7 @@ from dotexport.models.families.gemma2 import GEMMA2
 from dotexport.models.families.gemma3 import GEMMA3
 from dotexport.models.families.gemma4 import GEMMA4
 from dotexport.models.families.gpt_oss import GPT_OSS
-from dotexport.models.families.granite import GRANITE
+from dotexport.models.families.granite import GRANITE, GRANITE_MOE
 from dotexport.models.families.granite_hybrid import GRANITE_HYBRID
 from dotexport.models.families.hunyuan import HUNYUAN
 from dotexport.models.families.lfm2 import LFM2
@@ -38,6 +38,7 @@ TABLES = (
     MINISTRAL3,
     SMOLLM3,
     GRANITE,
+    GRANITE_MOE,
     GRANITE_HYBRID,
     QWEN2,
     QWEN3,
@@ -68,6 +69,13 @@ def is_buffer(name: str) -> bool:
     return name.rpartition(".")[2] in BUFFERS
 
 
+def table_of(architecture: str, config: Mapping[str, Any]) -> Family | None:
+    """Of two tables for one class, that with experts where config.json says that there are some."""
+    family = SUPPORTED.get(architecture)
+    mixture = family.mixture if family else None
+    return mixture if mixture and config.get(str(mixture.experts_key)) else family
+
+
 def find_family(config: Mapping[str, Any]) -> Family:
     """The table for the architecture that config.json names.
 
@@ -79,8 +87,7 @@ def find_family(config: Mapping[str, Any]) -> Family:
     listed = config.get("architectures") or []
     named = [listed] if isinstance(listed, str) else [str(name) for name in listed]
     for architecture in named:
-        if architecture in known:
-            family = known[architecture]
+        if (family := table_of(architecture, config)) is not None:
             if config.get("model_type") != family.model_type:
                 raise CheckpointError(
                     f"config.json gives model_type = {config.get('model_type')!r} beside "

@@ -1,5 +1,5 @@
-"""Granite 4, dense: layers of a state space (Mamba 2) or of attention, each with an MLP whose gate
-and up are one matrix.
+"""Granite 4: layers of a state space (Mamba 2) or of attention, each with an MLP whose gate and up
+are one matrix; in its mixtures that is an expert that all tokens go to, beside those of a router.
 
 A state space (Dao and Gu, arXiv 2405.21060) has mamba_expand * hidden_size channels, and its class
 insists on that. So hidden_size stays with them. Where all layers attend it is Granite with that
@@ -14,9 +14,9 @@ from dataclasses import replace
 from typing import Any
 
 from dotexport.errors import UnsupportedModelError
-from dotexport.models.families.granite import GRANITE
+from dotexport.models.families.granite import EXPERTS, GRANITE, GRANITE_MOE
 from dotexport.models.families.llama import sublayers
-from dotexport.models.family import Linear, Sublayer, Untouched
+from dotexport.models.family import Linear, Shared, Sublayer, Untouched
 from dotexport.models.rope import stock_config
 
 MIXED = "channels+state+state"
@@ -40,6 +40,13 @@ MLP = Sublayer(
     norm="post_attention_layernorm",
     readers=(Linear("shared_mlp.input_linear", out="mlp+mlp", in_="residual"),),
     writer=Linear("shared_mlp.output_linear", out="residual", in_="mlp"),
+)
+MIXTURE = replace(
+    EXPERTS,
+    shared=Shared(
+        inner=(Linear("shared_mlp.input_linear", out="shared+shared", in_="residual"),),
+        writer=Linear("shared_mlp.output_linear", out="residual", in_="shared"),
+    ),
 )
 # What a step may be, in files of transformers 5: nothing is cut off.
 ANY_STEP = ([0.0, math.inf], [0.0, {"__float__": "Infinity"}])
@@ -68,19 +75,23 @@ def as_built(config: Mapping[str, Any]) -> dict[str, Any]:
     built = {
         "position_embedding_type": "rope" if rotates else "nope",
         "shared_intermediate_size": stock.shared_intermediate_size,
-        "intermediate_size": stock.shared_intermediate_size,
+        "intermediate_size": stock.intermediate_size,
     }
+    if stock.num_local_experts:
+        built |= {key: getattr(stock, key) for key in ("num_local_experts", "num_experts_per_tok")}
+    else:  # what reads no other word for the width of its MLP
+        built["intermediate_size"] = stock.shared_intermediate_size
     return words | built
 
 
 def _unsupported(words: str, meaning: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"config.json gives {words}, with which GraniteMoeHybridForCausalLM {meaning}; dotexport "
-        "narrows the dense models of Granite 4 as they are published"
+        "narrows models of Granite 4 as they are published"
     )
 
 
-GRANITE_HYBRID = replace(
+DENSE = replace(
     GRANITE,
     model_type="granitemoehybrid",
     architecture="GraniteMoeHybridForCausalLM",
@@ -99,8 +110,17 @@ GRANITE_HYBRID = replace(
     release=5,
     mlp_key="shared_intermediate_size",
     as_built=as_built,
-    refused=(
-        ("num_local_experts", "has experts beside its MLP"),
-        ("mamba_proj_bias", "has state spaces with biases"),
-    ),
+    refused=(("mamba_proj_bias", "has state spaces with biases"),),
 )
+GRANITE_HYBRID_MIXTURE = replace(
+    DENSE,
+    sublayers=(STATE_SPACE, ATTENTION, MIXTURE),
+    gated=GRANITE_MOE.gated,
+    kinds=(("mamba", (STATE_SPACE, MIXTURE)), ("attention", (ATTENTION, MIXTURE))),
+    spaces=(*DENSE.spaces, ("shared", ("shared_intermediate_size",))),
+    carriers=(),
+    mlp_key="intermediate_size",
+    experts_key=GRANITE_MOE.experts_key,
+    stacks=GRANITE_MOE.stacks,
+)
+GRANITE_HYBRID = replace(DENSE, mixture=GRANITE_HYBRID_MIXTURE)

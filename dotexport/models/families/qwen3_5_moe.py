@@ -15,8 +15,10 @@ SHARED = "mlp.shared_expert"
 MIXTURE = replace(
     EXPERTS,
     shared=Shared(
-        gate=Linear(f"{SHARED}.gate_proj", out="shared", in_="residual"),
-        up=Linear(f"{SHARED}.up_proj", out="shared", in_="residual"),
+        inner=(
+            Linear(f"{SHARED}.gate_proj", out="shared", in_="residual"),
+            Linear(f"{SHARED}.up_proj", out="shared", in_="residual"),
+        ),
         writer=Linear(f"{SHARED}.down_proj", out="residual", in_="shared"),
         weight=Linear(f"{SHARED}_gate", out="shared_weight", in_="residual"),
     ),
