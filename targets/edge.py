@@ -34,9 +34,9 @@ from litert_lm_builder.runtime.proto import llm_metadata_pb2
 from dotexport.errors import CheckpointError, DotexportError, UsageError
 from dotexport.exports.nasty_texts import Conversation
 from dotexport.exports.target import Logits, Tokens
-from dotexport.exports.text_parity import TextSide, find_tokenizer, load_tokenizer, render
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a measuring process needs an adapter, and no torch
+    from dotexport.exports.text_parity import TextSide
     from dotexport.models.checkpoint import Checkpoint
 
 FILE = "model.litertlm"
@@ -90,6 +90,8 @@ class LiteRt:
 
     def text(self, checkpoint: Checkpoint, folder: Path) -> TextSide | None:
         """Tokens as LiteRT-LM makes them; start, ends and template as its file says them."""
+        from dotexport.exports.text_parity import TextSide, find_tokenizer, load_tokenizer
+
         if find_tokenizer(checkpoint.folder) is None:
             return None
         engine, said = _engine(folder), _metadata(folder / FILE)
@@ -143,6 +145,8 @@ def _tokens(engine: Any, union: Any) -> list[int]:
 
 
 def _render(template: str, named: Mapping[str, Any], conversation: Conversation) -> str | None:
+    from dotexport.exports.text_parity import render
+
     return render(template, conversation, **named) if template else None
 
 

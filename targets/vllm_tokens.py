@@ -54,10 +54,10 @@ print(asked["mark"] + json.dumps(said), flush=True)
 # Classes in which vLLM takes a head for hidden_size / heads wide, whatever config.json says.
 # What then helps.
 WITHOUT_HEAD_DIM = {
-    "GraniteMoeForCausalLM": "plan with --square",
+    "GraniteMoeForCausalLM": "plan with --square and --hidden {square}",
     "GraniteMoeHybridForCausalLM": "keep all KV heads",
     "Lfm2ForCausalLM": "keep all KV heads and hidden_size, or plan with --square",
-    "Qwen2ForCausalLM": "plan with --square",
+    "Qwen2ForCausalLM": "plan with --square and --hidden {square}",
 }
 GPT_OSS = {
     "attention_bias": True,
@@ -80,9 +80,15 @@ class Vllm:
         heads, width = config.get("num_attention_heads") or 1, head_dim(config)
         [architecture] = config.get("architectures") or [""]
         if architecture in WITHOUT_HEAD_DIM and heads * width != config.get("hidden_size"):
+            what_helps = WITHOUT_HEAD_DIM[architecture].format(square=heads * width)
             problems.append(
                 f"hidden_size {config.get('hidden_size')} is not {heads} heads of {width}, and "
-                f"vLLM's {architecture} passes over head_dim; {WITHOUT_HEAD_DIM[architecture]}"
+                f"vLLM's {architecture} passes over head_dim; {what_helps}"
+            )
+        if architecture == "GraniteMoeForCausalLM" and config.get("attention_bias"):
+            problems.append(
+                f"attention has biases, and vLLM's {architecture} passes over them; plan without "
+                "--bias, or take a model that has none"
             )
         rope = rope_words(config)
         original = rope.get("original_max_position_embeddings") or 0

@@ -109,6 +109,7 @@ def settled(config: Mapping[str, Any], *, of: object) -> dict[str, Any]:
     words = in_all_words(kept)
     if family.as_built is not None:  # after words that nobody reads are refused
         words = in_all_words(family.as_built(kept))
+        family = _family(words) or family  # of a class with two tables, the words say which
     if family.experts_key:
         words = _counted(words)
         words = _counted(words | _granted(words))

@@ -363,6 +363,7 @@ def test_words_of_other_classes_mean_nothing_and_are_not_handed_on(
         ("mistral", {"layer_types": ["full_attention"] * 2}),  # Ministral for AutoConfig
         ("qwen3_moe", {"mlp_only_layers": [1]}),
         ("qwen3_moe", {"decoder_sparse_step": 2}),
+        ("qwen3_moe", {"decoder_sparse_step": 0}),
     ],
 )
 def test_words_that_make_another_kind_of_model_are_refused(

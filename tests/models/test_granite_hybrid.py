@@ -75,6 +75,7 @@ def test_experts_make_another_table_of_the_class(said_of_it: int | None, experts
     assert (sizes.num_experts, sizes.mixture) == (experts, bool(experts))
     assert sizes.intermediate_size == (40 if experts else 88)
     assert family is (GRANITE_HYBRID.mixture if experts else GRANITE_HYBRID)
+    assert settled(settled(words, of="here"), of="here") == settled(words, of="here")
 
 
 def test_the_width_stays_where_a_layer_is_a_state_space(tiny_model: Tiny) -> None:
@@ -120,3 +121,13 @@ def test_vllm_takes_heads_for_as_wide_as_the_stream_allows(tiny_model: Tiny) -> 
     assert not Vllm().config_problems(config, "as-stored")
     fewer = {**config, "num_attention_heads": 2, "num_key_value_heads": 1}
     assert "keep all KV heads" in Vllm().config_problems(fewer, "as-stored")[0]
+
+
+def test_vllm_passes_over_biases_and_widths_of_heads_of_a_granite_moe(tiny_model: Tiny) -> None:
+    config = open_source(tiny_model(model_type="granitemoe", head_dim=12)).config
+    assert not Vllm().config_problems(config, "as-stored")
+    [problem] = Vllm().config_problems({**config, "attention_bias": True}, "as-stored")
+    assert "plan without --bias" in problem
+    fewer = {**config, "num_attention_heads": 2, "num_key_value_heads": 1}
+    [problem] = Vllm().config_problems(fewer, "as-stored")
+    assert "--square and --hidden 24" in problem

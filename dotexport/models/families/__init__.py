@@ -118,10 +118,7 @@ HARMLESS = {"decoder_sparse_step": 1}  # flags that are numbers -> the one that 
 
 
 def _check_flags(family: Family, config: Mapping[str, Any]) -> None:
-    said = {flag: config.get(flag) for flag, _ in family.refused}
-    wrong = [
-        (f, meaning) for f, meaning in family.refused if said[f] and said[f] != HARMLESS.get(f)
-    ]
+    wrong = [(flag, meaning) for flag, meaning in family.refused if _is_set(flag, config.get(flag))]
     if not config.get("is_causal", True):  # transformers 5 asks this of every class
         wrong.append(("is_causal", "attends to later tokens too"))
     if config.get("per_layer_config"):
@@ -131,6 +128,10 @@ def _check_flags(family: Family, config: Mapping[str, Any]) -> None:
             f"config.json sets {flag}, with which {family.architecture} {meaning}; dotexport "
             "narrows decoders of equal layers that see what came before"
         )
+
+
+def _is_set(flag: str, said: Any) -> bool:
+    return said not in (None, HARMLESS[flag]) if flag in HARMLESS else bool(said)
 
 
 def find_carrier(family: Family, sizes: Sizes) -> Family:

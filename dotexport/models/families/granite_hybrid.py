@@ -2,8 +2,8 @@
 are one matrix; in its mixtures that is an expert that all tokens go to, beside those of a router.
 
 A state space (Dao and Gu, arXiv 2405.21060) has mamba_expand * hidden_size channels, and its class
-insists on that. So hidden_size stays with them. Where all layers attend it is Granite with that
-matrix in two, which it is written as, and the width is free.
+insists on that. So hidden_size stays with them. Where all layers attend a dense one is Granite with
+that matrix in two, which it is written as, and the width is free.
 """
 
 from __future__ import annotations
@@ -119,6 +119,9 @@ GRANITE_HYBRID_MIXTURE = replace(
     kinds=(("mamba", (STATE_SPACE, MIXTURE)), ("attention", (ATTENTION, MIXTURE))),
     spaces=(*DENSE.spaces, ("shared", ("shared_intermediate_size",))),
     carriers=(),
+    stays=(
+        ("hidden_size", "would not fit mamba_n_heads * mamba_d_head, on which its class insists"),
+    ),
     mlp_key="intermediate_size",
     experts_key=GRANITE_MOE.experts_key,
     stacks=GRANITE_MOE.stacks,
