@@ -25,7 +25,8 @@ from dotexport.sizes.budget import filled, is_legal, num_rungs, preference, with
 
 LOOKED_AT = 64  # plans predicted best, of which those that are apart are measured
 APART = 3  # of these are measured together
-CHECKED = APART + 2  # with the rule's plan, and the best of a single axis
+CHECKED = APART + 3  # with the rule's plan, and the best of one axis alone and of another
+CLOSE = 1.5  # times what the better of two single axes is predicted to cost, and so the best may be
 
 Measure = Callable[[Plan], float]
 Course = Callable[[Plan], Mapping[int, float]]
@@ -135,9 +136,12 @@ def allocate(
 
     plans.sort(key=lambda p: (expected(p), -p.parameters_after))
     rule = min(plans, key=preference)
-    single = [p for p in plans if sum(not _same(p, axis) for axis in axes) == 1]
+    cuts = {p: [axis for axis in axes if not _same(p, axis)] for p in plans}
+    single = {of[0]: p for p, of in reversed(cuts.items()) if len(of) == 1}.values()
+    least = min(map(expected, single), default=0.0)
+    close = sorted((p for p in single if expected(p) <= CLOSE * least), key=expected)
     widest = partial(filled, config, asked, accept=accept)
-    likely = (*_apart(map(widest, plans[:LOOKED_AT])), *map(widest, (*single[:1], rule)))
+    likely = (*_apart(map(widest, plans[:LOOKED_AT])), *map(widest, (*close, rule)))
     finalists = list({p.after: p for p in likely}.values())
     checked = []
     for number, plan in enumerate(finalists):

@@ -104,6 +104,27 @@ def test_a_single_axis_is_taken_where_any_two_cuts_together_cost_more() -> None:
     assert cost(found.plan) == min(row["held_out_kl"] for row in found.checked)
 
 
+def test_of_single_axes_that_are_predicted_alike_each_is_measured() -> None:
+    """The MLP alone seems the best of them; layers cost less than their curve says."""
+
+    def cost(plan: Plan) -> float:
+        cut = shares(plan)
+        alone = sum(w * s**2 for w, s in zip((20.0, 1.0, 9.0, 2.4), cut, strict=True))
+        meets = plan.after.num_layers <= 2  # and half as far, where curves are measured, does not
+        return alone * (0.1 if meets else 1.0) + 5.0 * (sum(map(bool, cut)) > 1)
+
+    asked = SizeOptions(params="0.75x")
+    found = allocate(CONFIG, asked, cost, courses={"num_hidden_layers": _squares})
+    assert [bool(cut) for cut in shares(found.plan)] == [False, False, False, True]
+    singles = [row for row in found.checked if row["held_out_kl"] < 5]
+    assert [row["num_hidden_layers"] for row in singles[:2]] == [4, 2]  # in the order predicted
+    assert cost(found.plan) == min(row["held_out_kl"] for row in found.checked)
+
+
+def _squares(plan: Plan) -> dict[int, float]:
+    return {n: (1 - n / 4) ** 2 for n in range(plan.after.num_layers, 4)}
+
+
 def test_with_more_text_another_plan_is_taken_where_that_makes_it_better() -> None:
     """Curves are measured on little, in which the MLP looks dearer than it is."""
 
