@@ -190,7 +190,7 @@ def a_weight_that_is_no_number(written: bytes, out: Path) -> bytes:
         array[0, 0] = np.nan
         return array
 
-    return changed(written, out, mlp(2, "up"), change)
+    return changed(written, out, mlp(1, "up"), change)
 
 
 def table_rounded(written: bytes, out: Path) -> bytes:

@@ -85,7 +85,7 @@ def test_float16_keeps_its_attention_in_one_operator_and_its_cache_in_float16(
 ) -> None:
     graph = load(exported("wide-heads", "ort-cpu") / "ort-cpu-fp16").graph
     operators = [node.op_type for node in graph.node]
-    assert operators.count("GroupQueryAttention") == 3
+    assert operators.count("GroupQueryAttention") == 2
     assert "MultiHeadAttention" not in operators
     past = [port for port in graph.input if port.name.startswith("past")]
     assert {port.type.tensor_type.elem_type for port in past} == {onnx.TensorProto.FLOAT16}
