@@ -54,7 +54,7 @@ def test_names_are_those_of_optimum_intel_and_the_cache_is_inside(exported: Any)
     names = {port.get_any_name() for port in graph.inputs}
     assert names == {"input_ids", "attention_mask", "position_ids", "beam_idx"}
     assert [port.get_any_name() for port in graph.outputs] == ["logits"]
-    assert len(graph.get_sinks()) == 2 * 3  # a key and a value of each layer
+    assert len(graph.get_sinks()) == 2 * 2  # a key and a value of each layer
 
 
 def test_the_cache_follows_the_beam(exported: Any) -> None:
