@@ -136,10 +136,13 @@ def allocate(
 
     plans.sort(key=lambda p: (expected(p), -p.parameters_after))
     rule = min(plans, key=preference)
-    cuts = {p: [axis for axis in axes if not _same(p, axis)] for p in plans}
-    single = {of[0]: p for p, of in reversed(cuts.items()) if len(of) == 1}.values()
-    least = min(map(expected, single), default=0.0)
-    close = sorted((p for p in single if expected(p) <= CLOSE * least), key=expected)
+    single: dict[str, Plan] = {}  # the best of each axis, the best of all first
+    for p in plans:
+        cut = [axis.name for axis in axes if not _same(p, axis)]
+        if len(cut) == 1:
+            single.setdefault(cut[0], p)
+    least = min(map(expected, single.values()), default=0.0)
+    close = [p for p in single.values() if expected(p) <= CLOSE * least]
     widest = partial(filled, config, asked, accept=accept)
     likely = (*_apart(map(widest, plans[:LOOKED_AT])), *map(widest, (*close, rule)))
     finalists = list({p.after: p for p in likely}.values())
