@@ -25,7 +25,10 @@ pytest.importorskip("onnxscript", reason="needs the extra [diffusion]")
 Tiny = Callable[[str], Path]
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "dit", "unet", "pixart", "sdxl"])
+LARGE = [pytest.param(name, marks=pytest.mark.heavy) for name in ("sd3", "sdxl")]
+
+
+@pytest.mark.parametrize("name", ["flux", "dit", "unet", "pixart", *LARGE])
 def test_a_pruned_pipeline_runs_in_onnx_runtime(name: str, exported: Callable[[str], Path]) -> None:
     out = exported(name)
     parity = manifest.read(out)["artifacts"]["onnx-fp32"]["parity"]
@@ -148,7 +151,7 @@ def test_a_module_that_torch_cannot_trace_is_named(
         graphs.write(pipe.transformer, part, call, call, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["dit", "sdxl"])
+@pytest.mark.parametrize("name", ["dit", LARGE[1]])
 def test_float16_is_close_and_half_as_large(
     name: str, exported: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -46,7 +46,10 @@ CLASSES = {
 }
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.heavy if n.startswith("sd") else ()) for n in CLASSES],
+)
 def test_a_pruned_pipeline_samples_in_optimum(
     name: str, exported: Callable[[str], Path], calls: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -296,13 +296,13 @@ def test_planned_bytes_are_those_of_the_artifacts(
     [
         ("ort-cpu:int4", "onnxruntime_genai", True),
         ("ort-cpu:int4", "onnxruntime_genai", False),
-        ("ort-cuda:int4", "onnxruntime_genai", True),
+        pytest.param("ort-cuda:int4", "onnxruntime_genai", True, marks=pytest.mark.heavy),
         ("onnx:int8", "onnxscript", True),
         ("onnx:int8", "onnxscript", False),
         ("openvino:int8", "openvino", True),
         ("openvino:int4", "openvino", False),
-        ("executorch:int4", "executorch", True),
-        ("executorch:int4", "executorch", False),
+        pytest.param("executorch:int4", "executorch", True, marks=pytest.mark.heavy),
+        pytest.param("executorch:int4", "executorch", False, marks=pytest.mark.heavy),
         ("gguf:int4", "gguf", True),
     ],
 )

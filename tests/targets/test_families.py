@@ -163,7 +163,13 @@ TWO_KINDS = (
 )
 
 
-@pytest.mark.parametrize("name", MODELS)
+# Of those, the ones that take long and that another one is much like.
+HEAVY = ("gemma2", "gemma3", "granite", "gpt-oss", "qwen3-yarn")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.heavy if n in HEAVY else ()) for n in MODELS]
+)
 def test_a_narrowed_family_computes_in_every_target_what_torch_computes(
     name: str, tiny_model: Callable[..., Path], tmp_path: Path, translated_once: None
 ) -> None:

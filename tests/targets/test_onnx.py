@@ -313,6 +313,7 @@ def test_optimum_loads_the_folder_and_generates_the_tokens_of_torch(
     holds_in_optimum(tiny_llama("square"), tmp_path / "onnx-fp32")
 
 
+@pytest.mark.heavy
 @pytest.mark.optimum
 @pytest.mark.parametrize("family", ["mistral", "qwen3", "granite"])
 def test_optimum_generates_the_tokens_of_other_classes(
@@ -323,6 +324,7 @@ def test_optimum_generates_the_tokens_of_other_classes(
     holds_in_optimum(model, tmp_path / "onnx-fp32")
 
 
+@pytest.mark.heavy
 @pytest.mark.optimum
 def test_optimum_generates_the_tokens_of_a_model_that_was_narrowed_square(tmp_path: Path) -> None:
     options = ShrinkOptions(

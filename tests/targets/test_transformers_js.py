@@ -60,7 +60,7 @@ def read(folder: Path, text: str) -> list[int]:
     return tokens
 
 
-@pytest.mark.parametrize("name", ["llama", "odd"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.heavy), "odd"])
 def test_a_narrowed_decoder_says_in_node_what_it_says_in_torch(
     name: str, narrowed: Callable[[str], Path], translated_once: None, in_node: Any
 ) -> None:

@@ -31,6 +31,7 @@ TINY = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.optimum
 def test_both_graphs_of_one_model_are_timed_in_turns(tmp_path: Path) -> None:
     if "DOTEXPORT_OPTIMUM_PYTHON" not in os.environ:
