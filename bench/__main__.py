@@ -7,6 +7,7 @@ from importlib import import_module
 
 from dotexport.app.cli import main
 from dotexport.app.endings import ended
+from dotexport.app.hearing import listen
 
 TABLES = {
     "axes": "axes",
@@ -30,6 +31,7 @@ TABLES = {
 
 if __name__ == "__main__":
     if (name := next(iter(sys.argv[1:]), "")) in TABLES:
+        listen(verbose=False)
         app = import_module(f"dotexport.bench.tables.{TABLES[name]}").app
         ended(lambda: app(sys.argv[2:], prog_name=f"python -m dotexport.bench {name}"))
     else:
