@@ -45,12 +45,11 @@ def write_narrowed(
     processes: Processes,
 ) -> tuple[ClosedForm, dict[str, Any] | None]:
     """Write FOLDER/hf: the closed form, and healing where that was asked for."""
-    if decided.vocabulary_alone and isinstance(source, Trimmed):
-        if options.heal is not None:
-            logger.warning("nothing is healed: only tokens leave, and every weight stays as it is")
-        return _copied(source, decided.on_kept_tokens, folder, options), None
+    alone = decided.vocabulary_alone
     decided = decided.on_kept_tokens
-    _warn_if_thin([kind_NL for kind_NL in (windows_NL, other_NL) if kind_NL is not None], decided)
+    if not alone:
+        texts = [kind_NL for kind_NL in (windows_NL, other_NL) if kind_NL is not None]
+        _warn_if_thin(texts, decided)
     text = None
     if options.heal is not None:  # refuses what cannot be, before hours of narrowing
         options.heal.settled(windows_NL.shape[1], processes.size)
@@ -62,16 +61,19 @@ def write_narrowed(
             seed=options.narrow.seed,
             other_NL=other_NL,
         )
-    closed = _closed_form(
-        *(source, decided, folder, windows_NL, other_NL, options, device, workspace, progress),
-        processes,
-    )
+    if alone and isinstance(source, Trimmed):
+        closed = _copied(source, decided, folder, options)
+    else:
+        closed = _closed_form(
+            *(source, decided, folder, windows_NL, other_NL, options, device, workspace, progress),
+            processes,
+        )
     if text is None or options.heal is None:
         return closed, None
     writer = partial(
         CheckpointWriter,
         folder / "hf",
-        tensor_specs(*carry(source, decided)),
+        tensor_specs(*((source, decided) if alone else carry(source, decided))),
         max_shard_bytes=options.max_shard_bytes,
     )
     report = heal_into(

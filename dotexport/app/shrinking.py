@@ -126,7 +126,7 @@ def shrink(
         workspace.given({"windows": sha256_of(windows_NL)})
         allocation = None
         other_NL = None
-        if not decided.vocabulary_alone:
+        if not decided.vocabulary_alone or options.heal is not None:
             other_NL = _other_windows(
                 original, source, text, windows_NL, options, folder, where, workspace, progress
             )
@@ -182,7 +182,11 @@ def shrink(
             closed.sites,
             allocation,
             healing,
-            {**source.report, "exact": decided.vocabulary_alone}
+            {
+                **source.report,
+                "alone": decided.vocabulary_alone,
+                "exact": decided.vocabulary_alone and healing is None,
+            }
             if isinstance(source, Trimmed)
             else None,
         )

@@ -34,6 +34,8 @@ from dotexport.models.fused import in_memory
 from dotexport.models.loading import load_float32, load_model
 from dotexport.processes.processes import ALONE, Processes, Several
 from dotexport.storage.workspace import Workspace
+from dotexport.vocabulary.joining import Spellings
+from dotexport.vocabulary.trimming import Trimmed
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +97,8 @@ def heal(
 ) -> Healed:
     """Distil a narrowed checkpoint from its original.
 
+    Of a model that lost tokens the original is the one that still has them (vocabulary/joining.py).
+
     Both models are in memory whole, in bfloat16 where steps compute so; of the narrowed one also
     weights, gradients and two moments in float32. Of several processes each has its piece of all
     that, and its windows of every step.
@@ -137,6 +141,7 @@ class Healing:
 
     Attributes:
         teacher: computes in the dtype of passes.
+        spellings: of its tokens that the student lost.
         masters: the student's weights in float32.
         batches: number of a step -> its windows; the first process has them.
         passes: dtype of the products of a step.
@@ -144,6 +149,7 @@ class Healing:
 
     student: Any
     teacher: Any
+    spellings: Spellings | None
     masters: Masters
     E_DK: Tensor
     behind: Sequence[int] | None
@@ -178,10 +184,13 @@ class Healing:
         bf16 = options.chosen_precision(device) == "bf16"
         passes = torch.bfloat16 if bf16 else torch.float32
         schedule = options.settled(text.train_NL.shape[1], processes.size)
+        spellings = None
+        if isinstance(lost := source, Trimmed):
+            spellings, source = processes.agreed(lambda: Spellings.of(lost)), lost.original
         if isinstance(processes, Several):
-            loaded = _in_shards(student, source, text, passes, processes)
+            loaded = _in_shards(student, source, spellings, text, passes, processes)
         else:
-            loaded = _whole(student, source, text, passes, device)
+            loaded = _whole(student, source, spellings, text, passes, device)
         masters, teacher, held, speaker = loaded
         model = masters.model
         most = windows_at_once(model.config, schedule.length, passes, device)
@@ -204,6 +213,7 @@ class Healing:
         return cls(
             model,
             teacher,
+            spellings,
             masters,
             E_DK.to(device, passes),
             behind,
@@ -260,6 +270,7 @@ class Healing:
                 hidden_weight=self.options.hidden_weight,
                 behind=self.behind,
                 reads=self.masters.read,
+                spellings=self.spellings,
             )
             loss = loss * (len(piece_BL) / len(share_BL))
             torch.autograd.backward(loss)
@@ -382,12 +393,14 @@ that, and a model that says text."""
 def _whole(
     student: Checkpoint,
     source: Checkpoint,
+    spellings: Spellings | None,
     text: HealingText,
     passes: torch.dtype,
     device: torch.device,
 ) -> Loaded:
     teacher = load_float32(source).requires_grad_(False).to(device)
-    held = HeldOut.of(text.held_NL, teacher, partial(_head, teacher, source))
+    head = partial(_head, teacher, source)
+    held = HeldOut.of(text.held_NL, teacher, head, spellings=spellings)
     compute_in(teacher, passes)
     masters = Masters.of(load_float32(student).to(device), passes)
     return masters, teacher, held, lambda: teacher
@@ -396,6 +409,7 @@ def _whole(
 def _in_shards(
     student: Checkpoint,
     source: Checkpoint,
+    spellings: Spellings | None,
     text: HealingText,
     passes: torch.dtype,
     processes: Several,
@@ -404,7 +418,7 @@ def _in_shards(
 
     exact = in_shards(source, torch.float32, processes).requires_grad_(False)
     head = partial(_head, exact, source)
-    held = HeldOut.of(text.held_NL, exact, head, read_shards, processes)
+    held = HeldOut.of(text.held_NL, exact, head, read_shards, processes, spellings)
     teacher = in_shards(source, passes, processes).requires_grad_(False)
     # Text is said by the first process alone, and by a model that is not in pieces.
     speaker = cache(lambda: load_model(source, passes).to(processes.device))

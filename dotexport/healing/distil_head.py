@@ -4,13 +4,16 @@ Hidden states become logits a chunk of rows at a time, of both models at once, a
 a chunk is its share of the loss and of the gradients. Nothing is computed twice: the gradient is
 made on the way there, because it is the difference of the two distributions.
 
+Where tokens left, the original predicts some that the narrowed model does not have; which of its
+pieces that makes likely is then asked of `Odds` (vocabulary/joining.py).
+
 Shapes: C predictions, R rows of a chunk, D width of the original, K of the narrowed model,
 V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +23,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import log_softmax
 
 CHUNK_BYTES = 64 << 20  # of a chunk's logits in the dtype of the products
+Odds = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""The original's probabilities of its own tokens, and what each prediction is given -> those of the
+narrowed model's, as logarithms, and what each prediction is worth."""
+
 # Of float32 logits that are worked on together: on a CPU as many as its caches hold.
 BLOCK_BYTES = {"cpu": 4 << 20}
 
@@ -61,20 +68,50 @@ class Head:
         return log_softmax(logits_CV, -1), slope_CV
 
 
-def divergence(ours_CK: Tensor, theirs_CD: Tensor, ours: Head, theirs: Head) -> Tensor:
+@dataclass(frozen=True)
+class Given:
+    """What pieces the original's predictions make likely.
+
+    Attributes:
+        odds: of predictions.
+        given_C: what each is given.
+    """
+
+    odds: Odds
+    given_C: Tensor
+
+    def __getitem__(self, rows: slice) -> Given:
+        return Given(self.odds, self.given_C[rows])
+
+    def __call__(self, log_p_RV: Tensor) -> tuple[Tensor, Tensor]:
+        return self.odds(log_p_RV.exp(), self.given_C)
+
+
+def divergence(
+    ours_CK: Tensor, theirs_CD: Tensor, ours: Head, theirs: Head, given: Given | None = None
+) -> Tensor:
     """Mean over predictions of KL(theirs || ours), in nats, from states behind the last norm.
 
     Gradients flow into our hidden states and our table.
+
+    Args:
+        given: where the original's tokens are others.
     """
     apply: Any = _Divergence.apply
-    total: Tensor = apply(ours_CK, ours.table_VK, theirs_CD, ours, theirs)
+    total: Tensor = apply(ours_CK, ours.table_VK, theirs_CD, ours, theirs, given)
     return total
 
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, ours_CK: Tensor, table_VK: Tensor, theirs_CD: Tensor, ours: Head, theirs: Head
+        ctx: Any,
+        ours_CK: Tensor,
+        table_VK: Tensor,
+        theirs_CD: Tensor,
+        ours: Head,
+        theirs: Head,
+        given: Given | None,
     ) -> Tensor:
         C, V = len(ours_CK), len(table_VK)
         gradient_CK = torch.empty_like(ours_CK)
@@ -84,8 +121,11 @@ class _Divergence(torch.autograd.Function):
         for rows in slices(C, CHUNK_BYTES // (V * ours_CK.element_size())):
             products_RV = ours_CK[rows] @ table_VK.T
             targets_RV = theirs_CD[rows] @ theirs.table_VK.T
+            some = given and given[rows]
             for block in slices(len(products_RV), _block_rows(V, ours_CK.device)):
-                total += _turn_into_gradient(products_RV[block], targets_RV[block], ours, theirs)
+                total += _turn_into_gradient(
+                    products_RV[block], targets_RV[block], ours, theirs, some and some[block]
+                )
             gradient_CK[rows] = products_RV @ table_VK
             gradient_VK += products_RV.T @ ours_CK[rows]
         ctx.save_for_backward(gradient_CK.div_(C), gradient_VK.div_(C).to(table_VK.dtype))
@@ -95,11 +135,11 @@ class _Divergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         gradient_CK, gradient_VK = ctx.saved_tensors
-        return gradient_CK * scale, gradient_VK * scale, None, None, None
+        return gradient_CK * scale, gradient_VK * scale, None, None, None, None
 
 
 def _turn_into_gradient(
-    products_RV: Tensor, targets_RV: Tensor, ours: Head, theirs: Head
+    products_RV: Tensor, targets_RV: Tensor, ours: Head, theirs: Head, given: Given | None
 ) -> Tensor:
     """Summed KL(theirs || ours) of these rows; its gradient takes the place of our products.
 
@@ -107,9 +147,15 @@ def _turn_into_gradient(
     """
     log_p_RV, _ = theirs.log_probabilities(targets_RV)
     log_q_RV, slope_RV = ours.log_probabilities(products_RV)
+    worth_R = None
+    if given is not None:
+        log_p_RV, worth_R = given(log_p_RV)
     p_RV = log_p_RV.exp()
-    summed = log_p_RV.sub_(log_q_RV).mul_(p_RV).sum()
+    gaps_RV = log_p_RV.sub_(log_q_RV).mul_(p_RV)
     gradient_RV = log_q_RV.exp_().sub_(p_RV)
+    if worth_R is not None:
+        gaps_RV, gradient_RV = (part.mul_(worth_R[:, None]) for part in (gaps_RV, gradient_RV))
+    summed = gaps_RV.sum()
     products_RV.copy_(gradient_RV if slope_RV is None else gradient_RV.mul_(slope_RV))
     return summed
 

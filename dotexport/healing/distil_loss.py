@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dotexport.healing.distil_head import Head, divergence
+from dotexport.healing.distil_head import Given, Head, divergence
+from dotexport.vocabulary.joining import END, Spellings
 
 Streams = list[Tensor]
 
@@ -23,11 +24,16 @@ Reads = Callable[..., tuple[Tensor, Streams]]
 """As `read`."""
 
 
-def stream_distance(ours: Streams, theirs: Streams, E_DK: Tensor) -> Tensor:
+def stream_distance(
+    ours: Streams, theirs: Streams, E_DK: Tensor, counted_BL: Tensor | None = None
+) -> Tensor:
     """Mean over layers and tokens of |s - E^T x|^2 / |E^T x|^2, s our stream and x theirs.
 
     Relative token by token: the next norm divides by its length, and in a plain sum the few
     positions with massive activations would be all that counts.
+
+    Args:
+        counted_BL: tokens whose distance counts, others have none; None: all.
     """
     errors = []
     for s_BLK, x_BLD in zip(ours, theirs, strict=True):
@@ -35,7 +41,8 @@ def stream_distance(ours: Streams, theirs: Streams, E_DK: Tensor) -> Tensor:
         # Summed in float32, whatever the streams are in.
         gap_BL = (s_BLK.to(E_DK.dtype) - target_BLK).square().sum(-1, dtype=torch.float32)
         size_BL = target_BLK.square().sum(-1, dtype=torch.float32)
-        errors.append((gap_BL / size_BL.clamp_min(1e-12)).mean())
+        error_BL = gap_BL / size_BL.clamp_min(1e-12)
+        errors.append((error_BL if counted_BL is None else error_BL * counted_BL).mean())
     return torch.stack(errors).mean()
 
 
@@ -48,6 +55,7 @@ def distillation_loss(
     hidden_weight: float,
     behind: Sequence[int] | None = None,
     reads: Reads | None = None,
+    spellings: Spellings | None = None,
 ) -> Tensor:
     """KL of the predictions + hidden_weight * distance of the residual streams behind each layer.
 
@@ -56,15 +64,24 @@ def distillation_loss(
     Args:
         behind: the teacher's layer that each of the student's answers for; None: its own number.
         reads: asks either for its states; None: `read`.
+        spellings: of the teacher's tokens that the student does not have; None: it has them all.
     """
     reads = reads or read
+    joined = spellings.joined(tokens_BL) if spellings else None
     with torch.no_grad():
-        theirs_CD, their_streams = reads(teacher, tokens_BL, streams=bool(hidden_weight))
+        theirs_CD, their_streams = reads(
+            teacher, tokens_BL if joined is None else joined.ids_BL, streams=bool(hidden_weight)
+        )
+    given = counted_BL = None
+    if spellings and joined:
+        theirs_CD, given = theirs_CD[joined.at_C], Given(spellings.odds, joined.given_C)
+        their_streams = [joined.placed(stream_BLD) for stream_BLD in their_streams]
+        counted_BL = (joined.given_C == END).reshape(tokens_BL.shape).to(tokens_BL.device)
     ours_CK, our_streams = reads(student, tokens_BL, streams=bool(hidden_weight))
-    loss = divergence(ours_CK, theirs_CD, Head.of(student), Head.of(teacher))
+    loss = divergence(ours_CK, theirs_CD, Head.of(student), Head.of(teacher), given)
     if hidden_weight:
         their_streams = [their_streams[n] for n in behind or range(len(their_streams))]
-        loss = loss + hidden_weight * stream_distance(our_streams, their_streams, E_DK)
+        loss = loss + hidden_weight * stream_distance(our_streams, their_streams, E_DK, counted_BL)
     return loss
 
 

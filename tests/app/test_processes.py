@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM
 
 from dotexport.app.cli import main
 from dotexport.axes.plan import SizeOptions
+from dotexport.embedded import MODEL_DIR
 from dotexport.healing import distil
 from dotexport.healing.distil import Healing
 from dotexport.narrowing.narrow_options import LocalOptions
@@ -226,6 +227,30 @@ def test_several_distil_to_what_one_does(
         assert healing["tokens"] == wanted["healing"]["tokens"]
         for ours, theirs in zip(healing["curve"], wanted["healing"]["curve"], strict=True):
             assert ours == pytest.approx(theirs, rel=close)
+
+
+def test_several_teach_a_model_that_lost_tokens_to_spell_them(tmp_path: Path) -> None:
+    """Nothing is narrowed, so that both begin with the same bits; the rest as above."""
+    for size in (1, 2):
+        command = ("shrink", MODEL_DIR, "-o", tmp_path / f"{size}", "--vocab", 700)
+        command += (
+            "--calib",
+            "embedded:calibration",
+            "--samples",
+            8,
+            "--seqlen",
+            32,
+            "--other",
+            "none",
+        )
+        options = ("--heal", 4, "--heal-precision", "fp32", "--device", "cpu")
+        endings = torchrun(size, tmp_path, *command, *options)
+        assert [ending.code for ending in endings] == [0] * size, endings
+    one, two = (report(tmp_path / name)["healing"] for name in ("1", "2"))
+    assert two["tokens"] == one["tokens"]
+    assert one["kl"][1] < one["kl"][0]
+    for ours, theirs in zip(two["curve"], one["curve"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
 
 
 def test_several_distil_a_mixture_on_what_the_original_says(

@@ -7,6 +7,7 @@ Shapes: L tokens, V rows of the original's tables, K of those that stay.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -32,12 +33,15 @@ from dotexport.exports.quality import evaluate
 from dotexport.exports.verifying import verify
 from dotexport.generation.second_text import NONE
 from dotexport.healing.heal_options import parse_heal
+from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.streams import held_out_windows
 from dotexport.storage import manifest
 from dotexport.storage.workspace import Workspace
+from dotexport.vocabulary.joining import Spellings
 from dotexport.vocabulary.segmenting import Reading
+from dotexport.vocabulary.trimming import Trimmed, trim
 from dotexport.vocabulary.vocabulary_options import VocabularyOptions
 
 TEXT = TextOptions(source="embedded:calibration", samples=8, seqlen=128)
@@ -67,6 +71,11 @@ def cut(tmp_path_factory: pytest.TempPathFactory, assets: Path) -> Callable[[str
 def kept(out: Path) -> list[int]:
     ids: list[int] = json.loads((out / "reports/vocabulary.json").read_text())["original_ids"]
     return ids
+
+
+def _trimmed(scratch: Path) -> Trimmed:
+    cut = VocabularyOptions(vocab=1000)
+    return trim(Checkpoint.open(MODEL_DIR), cut, TEXT.source, scratch)
 
 
 def vocab_size(folder: Path) -> int:
@@ -223,9 +232,21 @@ def test_healing_has_the_tokens_that_stay_for_its_original(
     exact = shrink(MODEL_DIR, tmp_path / "exact", asked(text=text))
     windows_NL = token_windows(tmp_path / "exact/hf", text)
     held_NL = windows_NL[sorted(held_out_windows(4, 0))]
-    alone = evaluate(exact.out / "hf", None, held_NL)
     assert narrowed.healing is not None
-    assert narrowed.healing["original_perplexity"] == pytest.approx(alone.perplexity, rel=1e-5)
+    # Its odds of pieces, whole windows, one after another.
+    spellings = Spellings.of(_trimmed(tmp_path))
+    assert spellings.kept == tuple(kept(exact.out))
+    original = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
+    nats = []
+    for window_L in held_NL:
+        joined = spellings.joined(window_L[None, :-1])
+        with torch.inference_mode():
+            p_LO = original(joined.ids_BL).logits[0].softmax(-1)
+        log_p_LV, worth_L = spellings.odds(p_LO[joined.at_C], joined.given_C)
+        said_L = log_p_LV.gather(1, window_L[1:, None])[:, 0]
+        nats += [-float(n) for n, worth in zip(said_L, worth_L, strict=True) if worth > 0]
+    expected = math.exp(sum(nats) / len(nats))
+    assert narrowed.healing["original_perplexity"] == pytest.approx(expected, rel=1e-4)
     # Where an interrupted run is looked for hangs on nothing that another run has otherwise.
     shrink(MODEL_DIR, tmp_path / "out", options, overwrite=True)
     assert places[0] == places[2] != places[1]
