@@ -275,6 +275,8 @@ def _measured(
             }
         seconds = row.pop("seconds")
         shutil.copytree(narrowed, kept, dirs_exist_ok=True)
+        if (reports := folder / "reports").is_dir():  # why these sizes, and what each layer cost
+            shutil.copytree(reports, kept / "reports", dirs_exist_ok=True)
     return row | judge.of(kept) | {"seconds": seconds}
 
 

@@ -185,7 +185,7 @@ def shrink(
             {
                 **source.report,
                 "alone": decided.vocabulary_alone,
-                "exact": decided.vocabulary_alone and healing is None,
+                "exact": decided.vocabulary_alone and not (healing or {}).get("best_step"),
             }
             if isinstance(source, Trimmed)
             else None,

@@ -5,7 +5,7 @@ a chunk is its share of the loss and of the gradients. Nothing is computed twice
 made on the way there, because it is the difference of the two distributions.
 
 Where tokens left, the original predicts some that the narrowed model does not have; which of its
-pieces that makes likely is then asked of `Odds` (vocabulary/joining.py).
+pieces that makes likely is then asked of `Given` (vocabulary/joining.py).
 
 Shapes: C predictions, R rows of a chunk, D width of the original, K of the narrowed model,
 V vocabulary.
@@ -13,7 +13,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import log_softmax
 
-CHUNK_BYTES = 64 << 20  # of a chunk's logits in the dtype of the products
-Odds = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""The original's probabilities of its own tokens, and what each prediction is given -> those of the
-narrowed model's, as logarithms, and what each prediction is worth."""
+from dotexport.vocabulary.joining import UNKNOWN, Spellings
 
+CHUNK_BYTES = 64 << 20  # of a chunk's logits in the dtype of the products
 # Of float32 logits that are worked on together: on a CPU as many as its caches hold.
 BLOCK_BYTES = {"cpu": 4 << 20}
 
@@ -73,18 +71,23 @@ class Given:
     """What pieces the original's predictions make likely.
 
     Attributes:
-        odds: of predictions.
-        given_C: what each is given.
+        given_C: as `Joined.given_C`.
     """
 
-    odds: Odds
+    spellings: Spellings
     given_C: Tensor
 
     def __getitem__(self, rows: slice) -> Given:
-        return Given(self.odds, self.given_C[rows])
+        return Given(self.spellings, self.given_C[rows])
 
-    def __call__(self, log_p_RV: Tensor) -> tuple[Tensor, Tensor]:
-        return self.odds(log_p_RV.exp(), self.given_C)
+    def odds(self, log_p_CO: Tensor) -> Tensor:
+        """Of the original's log-probabilities, (C, O), those of pieces, (C, V)."""
+        return self.spellings.odds(log_p_CO.exp(), self.given_C)
+
+    @property
+    def known(self) -> Tensor:
+        """Predictions that count, (C,), on the host: of the others nothing is known."""
+        return self.given_C != UNKNOWN
 
 
 def divergence(
@@ -113,7 +116,7 @@ class _Divergence(torch.autograd.Function):
         theirs: Head,
         given: Given | None,
     ) -> Tensor:
-        C, V = len(ours_CK), len(table_VK)
+        C, V = len(ours_CK), max(len(table_VK), len(theirs.table_VK))
         gradient_CK = torch.empty_like(ours_CK)
         # Sums of many chunks: bfloat16 would lose the later ones.
         gradient_VK = _wide(torch.zeros_like(table_VK))
@@ -147,14 +150,14 @@ def _turn_into_gradient(
     """
     log_p_RV, _ = theirs.log_probabilities(targets_RV)
     log_q_RV, slope_RV = ours.log_probabilities(products_RV)
-    worth_R = None
     if given is not None:
-        log_p_RV, worth_R = given(log_p_RV)
+        log_p_RV = given.odds(log_p_RV)
     p_RV = log_p_RV.exp()
     gaps_RV = log_p_RV.sub_(log_q_RV).mul_(p_RV)
     gradient_RV = log_q_RV.exp_().sub_(p_RV)
-    if worth_R is not None:
-        gaps_RV, gradient_RV = (part.mul_(worth_R[:, None]) for part in (gaps_RV, gradient_RV))
+    if given is not None:
+        known_R1 = given.known[:, None].to(p_RV.device)
+        gaps_RV, gradient_RV = (part.mul_(known_R1) for part in (gaps_RV, gradient_RV))
     summed = gaps_RV.sum()
     products_RV.copy_(gradient_RV if slope_RV is None else gradient_RV.mul_(slope_RV))
     return summed

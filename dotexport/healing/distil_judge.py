@@ -19,10 +19,11 @@ from dotexport.exports.quality import predictions
 from dotexport.healing.distil_head import Given, Head, slices
 from dotexport.healing.distil_loss import Reads, read
 from dotexport.processes.processes import ALONE, Processes
-from dotexport.vocabulary.joining import Spellings
+from dotexport.vocabulary.joining import END, UNKNOWN, Spellings
 
 TOKENS_AT_ONCE = 2048
-KL = 2  # its place in what `predictions` gives
+THEIR_NATS = 1  # their place in what `predictions` gives
+NONE = -1
 LOGITS_BYTES = 32 << 20  # of a chunk's logits; a few of these exist at a time
 
 
@@ -32,12 +33,57 @@ class Judgement:
 
     Attributes:
         kl: mean KL(original || model) per prediction, in nats.
-        perplexity, original_perplexity: of both on the same predictions.
+        perplexity, original_perplexity: of both on the same text, per token of the model.
     """
 
     kl: float
     perplexity: float
     original_perplexity: float
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """What the original makes of some windows, on the host.
+
+    Attributes:
+        states_CD: behind its last norm.
+        next_C: its token that begins behind each prediction; NONE within one.
+        counted_C: predictions that are judged.
+        given: what pieces they make likely, where the original's tokens are others.
+    """
+
+    states_CD: Tensor
+    next_C: Tensor
+    counted_C: Tensor
+    given: Given | None = None
+
+    @classmethod
+    def of(
+        cls, windows_BL: Tensor, ask: Callable[[Tensor], Tensor], spellings: Spellings | None
+    ) -> Theirs:
+        if spellings is None:
+            next_C = windows_BL[:, 1:].flatten()
+            return cls(ask(windows_BL[:, :-1]), next_C, torch.ones_like(next_C, dtype=torch.bool))
+        joined = spellings.joined(windows_BL)
+        at_BL, given_BL = (part.reshape(windows_BL.shape) for part in (joined.at_C, joined.given_C))
+        at_C, given_C, behind_C = (
+            part.flatten() for part in (at_BL[:, :-1], given_BL[:, :-1], given_BL[:, 1:])
+        )
+        next_C = joined.ids_BL.flatten()[(at_C + 1).clamp(max=windows_BL.numel() - 1)]
+        # The token whose end is not in the window is not known either.
+        counted_C = (given_C != UNKNOWN) & (behind_C != UNKNOWN)
+        return cls(
+            ask(joined.ids_BL)[at_C],
+            torch.where(given_C == END, next_C, NONE),
+            counted_C,
+            Given(spellings, given_C),
+        )
+
+    def nats(self, log_p_CO: Tensor, some: slice) -> Tensor:
+        """Of the text by the original's own tokens: a piece within one was said with its first."""
+        next_C = self.next_C[some].to(log_p_CO.device)
+        found_C = -log_p_CO.gather(1, next_C.clamp(min=0)[:, None])[:, 0].double()
+        return torch.where(next_C == NONE, 0.0, found_C)
 
 
 @dataclass(frozen=True)
@@ -47,15 +93,13 @@ class HeldOut:
     Attributes:
         windows: those of this process, some at a time; and whether they count: all processes read
             as often.
-        theirs: hidden states behind the original's last norm, on the host: it is asked once.
-        given: what pieces these predictions make likely, where the original's tokens are others.
+        theirs: what the original makes of each: it is asked once.
         head: of the original, read anew whenever it is asked for.
         reads: how a model is asked for its states.
     """
 
     windows: tuple[tuple[Tensor, bool], ...]
-    theirs: tuple[Tensor, ...]
-    given: tuple[Given | None, ...]
+    theirs: tuple[Theirs, ...]
     head: Callable[[], Head]
     reads: Reads
     processes: Processes
@@ -76,14 +120,12 @@ class HeldOut:
             spellings: of its tokens that are none of the windows'; None: they are the same.
         """
         windows = tuple(_own(windows_NL, processes))
-        theirs, given = [], []
-        for windows_BL, _ in windows:
-            joined = spellings.joined(windows_BL[:, :-1]) if spellings else None
-            read_BL = windows_BL[:, :-1] if joined is None else joined.ids_BL
-            found_CD = _read(teacher, read_BL, reads).cpu()
-            theirs.append(found_CD if joined is None else found_CD[joined.at_C])
-            given.append(Given(spellings.odds, joined.given_C) if spellings and joined else None)
-        return cls(windows, tuple(theirs), tuple(given), head, reads, processes)
+
+        def ask(ids_BL: Tensor) -> Tensor:
+            return _read(teacher, ids_BL, reads).cpu()
+
+        theirs = (Theirs.of(windows_BL, ask, spellings) for windows_BL, _ in windows)
+        return cls(windows, tuple(theirs), head, reads, processes)
 
 
 @torch.no_grad()
@@ -93,23 +135,26 @@ def judge(student: Any, held: HeldOut) -> Judgement:
     rows = LOGITS_BYTES // (4 * len(theirs.table_VK))
     device = theirs.table_VK.device
     sums = torch.zeros(5, dtype=torch.float64, device=device)
-    asked = zip(held.windows, held.theirs, held.given, strict=True)
-    for (windows_BL, counts), theirs_CD, given in asked:
+    for (windows_BL, counts), original in zip(held.windows, held.theirs, strict=True):
         ours_CK = _read(student, windows_BL[:, :-1], held.reads)
-        next_C = windows_BL[:, 1:].flatten()
         if not counts:
             continue
-        ours, next_C, theirs_CD = Head.of(student), next_C.to(device), theirs_CD.to(device)
+        ours, next_C = Head.of(student), windows_BL[:, 1:].flatten().to(device)
         for chunk in slices(len(next_C), rows):
-            said_CV = theirs.logits(theirs_CD[chunk])
-            worth_C = torch.ones(len(said_CV), dtype=torch.float64, device=device)
-            if given is not None:
-                said_CV, worth_C = given[chunk](log_softmax(said_CV, -1))
+            said_CV = theirs.logits(original.states_CD[chunk].to(device))
+            nats_C = None
+            if original.given is not None:
+                log_p_CO = log_softmax(said_CV, -1)
+                said_CV, nats_C = (
+                    original.given[chunk].odds(log_p_CO),
+                    original.nats(log_p_CO, chunk),
+                )
             found_C4 = predictions(ours.logits(ours_CK[chunk]), said_CV, next_C[chunk])
-            found_C4[:, KL] *= worth_C
-            known_C = worth_C > 0
-            sums[:4] += found_C4[known_C].sum(0)
-            sums[4] += known_C.sum()
+            if nats_C is not None:
+                found_C4[:, THEIR_NATS] = nats_C
+            counted_C = original.counted_C[chunk].to(device)
+            sums[:4] += found_C4[counted_C].sum(0)
+            sums[4] += counted_C.sum()
     held.processes.sum(sums)
     nats, original, kl, _ = (sums[:4] / sums[4]).tolist()
     return Judgement(kl, math.exp(min(nats, 700.0)), math.exp(min(original, 700.0)))

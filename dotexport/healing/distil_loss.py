@@ -1,7 +1,7 @@
 """What healing minimises: how far a narrowed model is from its original on the same tokens.
 
 Forward KL divergence of the predictions, and the distance between the two residual streams in the
-basis that narrowed one into the other. Both are 0 for the original itself.
+basis that narrowed one into the other. Both are 0 for the original itself, unless tokens left.
 
 Shapes: B windows, L tokens of one, C = B * L predictions, D width before, K width after.
 """
@@ -33,7 +33,9 @@ def stream_distance(
     positions with massive activations would be all that counts.
 
     Args:
-        counted_BL: tokens whose distance counts, others have none; None: all.
+        counted_BL: tokens whose distance counts, at most as 1, and others have none; None: all.
+            Where both read other tokens, a massive activation of one may be none of the other, and
+            such a distance, dozens of times the stream's length, would be all that steps follow.
     """
     errors = []
     for s_BLK, x_BLD in zip(ours, theirs, strict=True):
@@ -42,7 +44,9 @@ def stream_distance(
         gap_BL = (s_BLK.to(E_DK.dtype) - target_BLK).square().sum(-1, dtype=torch.float32)
         size_BL = target_BLK.square().sum(-1, dtype=torch.float32)
         error_BL = gap_BL / size_BL.clamp_min(1e-12)
-        errors.append((error_BL if counted_BL is None else error_BL * counted_BL).mean())
+        if counted_BL is not None:
+            error_BL = error_BL.clamp(max=1) * counted_BL
+        errors.append(error_BL.mean())
     return torch.stack(errors).mean()
 
 
@@ -74,7 +78,8 @@ def distillation_loss(
         )
     given = counted_BL = None
     if spellings and joined:
-        theirs_CD, given = theirs_CD[joined.at_C], Given(spellings.odds, joined.given_C)
+        theirs_CD = theirs_CD[joined.at_C]
+        given = Given(spellings, joined.given_C)
         their_streams = [joined.placed(stream_BLD) for stream_BLD in their_streams]
         counted_BL = (joined.given_C == END).reshape(tokens_BL.shape).to(tokens_BL.device)
     ours_CK, our_streams = reads(student, tokens_BL, streams=bool(hidden_weight))

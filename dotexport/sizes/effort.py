@@ -160,7 +160,7 @@ def work_of_distilling(decided: Plan, schedule: Schedule, held: int) -> Work:
         sum((s.passed * s.count for s in sites), Work()),
         sum((s.passed_after * s.count_after for s in sites), Work()),
     )
-    heads = tuple(Work(passes=2 * _stream(sizes) * V) for sizes in (before, after))
+    heads = tuple(Work(passes=2 * _stream(of) * of.vocab_size) for of in (before, after))
     step = bodies[0] + heads[0] + (bodies[1] + heads[1]) * BACKWARD + said
     look = _in_float32(bodies[1] + heads[0] + heads[1]) + said
     return (

@@ -208,7 +208,7 @@ def calibrated(
     costs = chosen.costs
     trial = heal.trial(window) if heal else None
     if trial is not None and costs.allocation_seconds:
-        each = distillation_seconds(decided, trial, samples=samples, seqlen=window)
+        each = distillation_seconds(chosen.plan, trial, samples=samples, seqlen=window)
         costs = replace(
             costs,
             allocation_seconds=costs.allocation_seconds + CHECKED * each,
@@ -219,7 +219,7 @@ def calibrated(
         costs,
         shrink_memory=shrink_memory(config, decided, **shared),
         shrink_seconds=shrink_seconds(decided, passes=_passes(config, decided), **shared),
-        distillation_seconds=distillation_seconds(decided, heal, **shared) if heal else None,
+        distillation_seconds=distillation_seconds(chosen.plan, heal, **shared) if heal else None,
         processes=processes,
         exchanged=0 if processes == 1 else exchanged_bytes(decided, samples=samples, seqlen=window),
     )

@@ -8,11 +8,12 @@ that they spell, it reads them well, and its predictions of whole tokens p tell 
     within a token        the sum of p over tokens that begin with the pieces so far and this one,
                           over the same without this one                              (2)
 
-which is the chain rule, if a piece that is a token by itself did not end one. It may: (2) is worth
-the share of p that goes on, of what begins with these pieces.
+A piece may end a token or not. The text says how often it does which, and what follows has (1) in
+the one case and (2) in the other; a model that cannot tell them apart does best by the mixture of
+both, which is the chain rule.
 
 Shapes: B windows, L tokens of one, C = B * L predictions, R some of them, O rows of the original's
-table, V rows that stay, T tokens that left, S of them that go on behind given pieces.
+table, V rows that stay, T tokens that left, F entries of `within`, G of them that are asked for.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from dotexport.vocabulary.segmenting import Reading
 from dotexport.vocabulary.trimming import Trimmed
 
 Pieces = tuple[int, ...]
-END, UNKNOWN = -1, -2  # behind whole tokens; within a token, of whose odds nothing was read
+END, UNKNOWN = -1, -2  # behind whole tokens; within one of which the window has not the whole
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,11 @@ class Spellings:
                 found.setdefault(pieces[:count], len(found))
         return found
 
+    @cached_property
+    def longest(self) -> int:
+        """Pieces of a beginning, at most."""
+        return max(map(len, self.beginnings), default=0)
+
     def joined(self, tokens_BL: Tensor) -> Joined:
         """As the original reads these windows: from the left, the longest that pieces spell."""
         read = [self._joined(row_L) for row_L in tokens_BL.tolist()]
@@ -96,16 +102,19 @@ class Spellings:
         ids: list[int] = []
         at: list[int] = []
         given: list[int] = []
-        place = 0
+        place, cut = 0, False
         while place < len(row_L):
+            # What the window ends with may go on behind it.
+            cut = cut or (
+                len(row_L) - place <= self.longest and tuple(row_L[place:]) in self.beginnings
+            )
             pieces = self._whole(row_L, place)
             for count in range(1, len(pieces)):
-                before = len(ids) - 1
-                at.append(max(before, 0))
+                at.append(max(len(ids) - 1, 0))
                 given.append(self.beginnings[pieces[:count]] if ids else UNKNOWN)
             ids.append(self.wholes[pieces] if len(pieces) > 1 else self.kept[pieces[0]])
             at.append(len(ids) - 1)
-            given.append(END)
+            given.append(UNKNOWN if cut else END)
             place += len(pieces)
         # What comes behind is looked at by nobody, and of one length graphs are compiled once.
         return ids + [ids[-1]] * (len(row_L) - len(ids)), at, given
@@ -119,53 +128,65 @@ class Spellings:
 
     # Predictions ------------------------------------------------------------------------------
 
-    def odds(self, p_RO: Tensor, given_R: Tensor) -> tuple[Tensor, Tensor]:
-        """Equations (1) and (2): log-probabilities (R, V) of pieces, and what each prediction is
-        worth (R,), from 0 to 1.
+    def odds(self, p_RO: Tensor, given_R: Tensor) -> Tensor:
+        """Equations (1) and (2): log-probabilities of pieces, (R, V); of UNKNOWN anything.
 
         Args:
             p_RO: the original's probabilities.
-            given_R: `Joined.given_C`.
+            given_R: `Joined.given_C`, on the host.
         """
-        kept_V, left_T, first_T = (part.to(p_RO.device) for part in self.tables)
+        kept_V, left_T, first_T = self._on(p_RO.device)
         p_RV = p_RO[:, kept_V].index_add_(1, first_T, p_RO[:, left_T])
-        worth_R = torch.ones_like(p_RO[:, 0])
-        for row, number in enumerate(given_R.tolist()):
-            if number != END:
-                worth_R[row] = self._go_on(p_RO[row], number, p_RV[row])
+        inside_R = given_R >= 0
+        if bool(inside_R.any()):
+            rows, left_G, next_G = (t.to(p_RO.device) for t in self._asked(given_R, inside_R))
+            p_RV[inside_R.to(p_RO.device)] = 0
+            p_RV.index_put_((rows, next_G), p_RO[rows, left_G], accumulate=True)
         tiny = torch.finfo(p_RV.dtype).tiny
-        return (p_RV / p_RV.sum(-1, keepdim=True).clamp_min(tiny)).clamp_min(tiny).log(), worth_R
+        return (p_RV / p_RV.sum(-1, keepdim=True).clamp_min(tiny)).clamp_min(tiny).log()
 
-    def _go_on(self, p_O: Tensor, number: int, p_V: Tensor) -> Tensor:
-        """Write (2) into p_V; returns what it is worth."""
-        if number == UNKNOWN:
-            return p_O.new_zeros(())
-        ends, left_S, next_S = (part.to(p_O.device) for part in self.continuations[number])
-        p_V.zero_().index_add_(0, next_S, p_O[left_S])
-        on = p_V.sum()
-        return on / (on + p_O[ends].sum()).clamp_min(torch.finfo(p_O.dtype).tiny)
+    def _asked(self, given_R: Tensor, inside_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which predictions (G,) ask for which entries of `within`, and these."""
+        left_F, next_F, ends_P = self.within
+        rows = inside_R.nonzero()[:, 0]
+        stops, starts = ends_P[given_R[rows] + 1], ends_P[given_R[rows]]
+        counts = stops - starts
+        shifts = starts - (counts.cumsum(0) - counts)
+        places_G = torch.arange(int(counts.sum())) + shifts.repeat_interleave(counts)
+        return rows.repeat_interleave(counts), left_F[places_G], next_F[places_G]
 
     @cached_property
-    def continuations(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Number of a beginning -> the original's id of the token that it is, if it is one; of the
-        tokens that go on behind it; and the piece that comes next in each."""
+    def within(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For each beginning, one behind another, the original's ids of the tokens that go on
+        behind it, (F,); the piece that comes next in each; and where those of each beginning
+        start, and the last ones end."""
         found: list[list[tuple[int, int]]] = [[] for _ in self.beginnings]
         for number, pieces in self.spelled.items():
             for count in range(1, len(pieces)):
                 found[self.beginnings[pieces[:count]]].append((number, pieces[count]))
-        wholes = self.wholes | {(row,): number for row, number in enumerate(self.kept)}
-        ends = [[wholes[pieces]] if pieces in wholes else [] for pieces in self.beginnings]
-        return [
-            (torch.tensor(end, dtype=torch.int64), *torch.tensor(pairs).T)
-            for end, pairs in zip(ends, found, strict=True)
-        ]
+        pairs = torch.tensor([pair for some in found for pair in some], dtype=torch.int64)
+        counts = torch.tensor([0, *map(len, found)])
+        return (*pairs.reshape(-1, 2).T, counts.cumsum(0))
+
+    def _on(self, device: torch.device) -> tuple[Tensor, ...]:
+        if device not in self._placed:
+            self._placed[device] = tuple(part.to(device) for part in self.tables)
+        return self._placed[device]
+
+    @cached_property
+    def _placed(self) -> dict[torch.device, tuple[Tensor, ...]]:
+        return {}
 
     @cached_property
     def tables(self) -> tuple[Tensor, Tensor, Tensor]:
         """The original's id of each row, (V,); of each token that left, (T,); and the row of its
         first piece."""
         firsts = [pieces[0] for pieces in self.spelled.values()]
-        return torch.tensor(self.kept), torch.tensor([*self.spelled]), torch.tensor(firsts)
+        kept, left, first = (
+            torch.tensor(numbers, dtype=torch.int64)
+            for numbers in (self.kept, [*self.spelled], firsts)
+        )
+        return kept, left, first
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.streams import held_out_windows
 from dotexport.storage import manifest
 from dotexport.storage.workspace import Workspace
-from dotexport.vocabulary.joining import Spellings
+from dotexport.vocabulary.joining import END, UNKNOWN, Spellings
 from dotexport.vocabulary.segmenting import Reading
 from dotexport.vocabulary.trimming import Trimmed, trim
 from dotexport.vocabulary.vocabulary_options import VocabularyOptions
@@ -211,7 +211,7 @@ def test_cuts_are_measured_on_the_tokens_that_stay(tmp_path: Path) -> None:
     assert all(row["parameters"] <= 0.5 * PARAMETERS for row in shrunk.allocation.checked)
 
 
-def test_healing_has_the_tokens_that_stay_for_its_original(
+def test_healing_has_the_original_with_all_of_its_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     places: list[Path] = []
@@ -233,19 +233,23 @@ def test_healing_has_the_tokens_that_stay_for_its_original(
     windows_NL = token_windows(tmp_path / "exact/hf", text)
     held_NL = windows_NL[sorted(held_out_windows(4, 0))]
     assert narrowed.healing is not None
-    # Its odds of pieces, whole windows, one after another.
+    # What it says of the text by its own tokens, for each token of ours, one window after another.
     spellings = Spellings.of(_trimmed(tmp_path))
     assert spellings.kept == tuple(kept(exact.out))
     original = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
-    nats = []
+    nats, count = 0.0, 0
     for window_L in held_NL:
-        joined = spellings.joined(window_L[None, :-1])
+        joined = spellings.joined(window_L[None])
+        given, at = joined.given_C.tolist(), joined.at_C.tolist()
         with torch.inference_mode():
-            p_LO = original(joined.ids_BL).logits[0].softmax(-1)
-        log_p_LV, worth_L = spellings.odds(p_LO[joined.at_C], joined.given_C)
-        said_L = log_p_LV.gather(1, window_L[1:, None])[:, 0]
-        nats += [-float(n) for n, worth in zip(said_L, worth_L, strict=True) if worth > 0]
-    expected = math.exp(sum(nats) / len(nats))
+            log_p_LO = original(joined.ids_BL).logits[0].log_softmax(-1)
+        for place in range(len(given) - 1):
+            if UNKNOWN not in given[place : place + 2]:
+                count += 1
+                if given[place] == END:
+                    nats -= float(log_p_LO[at[place], joined.ids_BL[0, at[place] + 1]])
+    assert count > 0.9 * held_NL[:, 1:].numel()
+    expected = math.exp(nats / count)
     assert narrowed.healing["original_perplexity"] == pytest.approx(expected, rel=1e-4)
     # Where an interrupted run is looked for hangs on nothing that another run has otherwise.
     shrink(MODEL_DIR, tmp_path / "out", options, overwrite=True)

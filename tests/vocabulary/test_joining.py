@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from dotexport.app.shrink_options import ShrinkOptions
-from dotexport.app.shrinking import Shrunk, shrink
+from dotexport.app.shrinking import shrink
 from dotexport.embedded import MODEL_DIR
 from dotexport.exports.two_vocabularies import evaluate_across
 from dotexport.exports.verifying import verify
 from dotexport.generation.second_text import NONE
+from dotexport.healing.distil_head import Given, Head, divergence
 from dotexport.healing.distil_loss import distillation_loss
 from dotexport.healing.heal_options import parse_heal
 from dotexport.models.checkpoint import Checkpoint
@@ -34,48 +34,55 @@ TOY = Spellings((0, 2, 3, 5, 8), {1: (0, 1), 4: (0, 1, 2), 6: (0, 1, 3), 7: (2, 
 TEXT = TextOptions(source="embedded:calibration", samples=16, seqlen=64)
 
 
-def odds_of(p_O: torch.Tensor, *pieces: int) -> tuple[torch.Tensor, float]:
-    """Probabilities of the next piece behind these, and what they are worth."""
+def odds_of(p_O: torch.Tensor, *pieces: int) -> list[float]:
+    """Probabilities of the next piece behind these."""
     given = TOY.beginnings[pieces] if pieces else END
-    log_p_RV, worth_R = TOY.odds(p_O[None], torch.tensor([given]))
-    return log_p_RV[0].exp(), float(worth_R[0])
+    return TOY.odds(p_O[None], torch.tensor([given]))[0].exp().tolist()
 
 
-def test_pieces_are_as_likely_together_as_the_tokens_that_they_spell() -> None:
-    """The chain rule, with what ends after each piece: in float64, to its rounding."""
+def test_pieces_are_as_likely_as_all_tokens_that_go_on_so() -> None:
+    """Equations (1) and (2) written out, in float64 to its rounding; many predictions together."""
     p_O = torch.rand(9, generator=torch.Generator().manual_seed(0)).double()
     p_O /= p_O.sum()
-    first, worth = odds_of(p_O)
-    assert worth == 1
-    assert float(first.sum()) == pytest.approx(1)
     wholes = {(row,): number for row, number in enumerate(TOY.kept)} | TOY.wholes
-    for pieces, number in wholes.items():
-        likely = float(first[pieces[0]])
-        for count in range(1, len(pieces)):
-            next_V, goes_on = odds_of(p_O, *pieces[:count])
-            assert float(next_V.sum()) == pytest.approx(1)
-            likely *= goes_on * float(next_V[pieces[count]])
-        if pieces in TOY.beginnings:  # and then it ends
-            likely *= 1 - odds_of(p_O, *pieces)[1]
-        assert likely == pytest.approx(float(p_O[number]), rel=1e-12)
+    asked = [(), *TOY.beginnings]
+    assert len(asked) == 4  # nothing, a, ab, and c
+    for so_far in asked:
+        count = len(so_far)
+        longer = {w: float(p_O[n]) for w, n in wholes.items() if w[:count] == so_far != w}
+        summed = [sum(p for w, p in longer.items() if w[count] == row) for row in range(5)]
+        expected = [part / sum(longer.values()) for part in summed]
+        assert odds_of(p_O, *so_far) == pytest.approx(expected, rel=1e-12)
+    given_R = torch.tensor([TOY.beginnings[pieces] if pieces else END for pieces in asked])
+    together = TOY.odds(p_O.expand(4, 9), given_R).exp()
+    assert together.tolist() == [pytest.approx(odds_of(p_O, *pieces)) for pieces in asked]
 
 
 def test_windows_are_read_from_the_left_the_longest_first() -> None:
-    #                        ab is abc, then b, cd, a, and abd begins but its end is not here
+    #                          abc, then b, cd, a, and ab, which may be the beginning of abc
     joined = TOY.joined(torch.tensor([[0, 1, 2, 1, 2, 3, 0, 0, 1], [4, 4, 4, 4, 4, 4, 4, 4, 0]]))
     assert joined.ids_BL.tolist() == [[4, 2, 7, 0, 1, 1, 1, 1, 1], [8] * 8 + [0]]
     within = TOY.beginnings
-    assert joined.given_C.tolist()[:9] == [
-        *(UNKNOWN, UNKNOWN, END, END, within[2,], END, END, within[0,], END)
+    assert joined.given_C.tolist() == [
+        *(UNKNOWN, UNKNOWN, END, END, within[2,], END, END, within[0,], UNKNOWN),
+        *([END] * 8 + [UNKNOWN]),
     ]
     # Within a token the odds stand where it was predicted; behind the window's last one, at it.
     assert joined.at_C.tolist() == [0, 0, 0, 1, 1, 2, 3, 3, 4, *range(9, 18)]
 
 
-def test_what_nothing_was_read_before_is_worth_nothing() -> None:
-    log_p_RV, worth_R = TOY.odds(torch.full((1, 9), 1 / 9), torch.tensor([UNKNOWN]))
-    assert worth_R.tolist() == [0]
-    assert bool(log_p_RV.isfinite().all())
+def test_of_what_nothing_was_read_nothing_is_learned() -> None:
+    """Of three predictions the second has no odds: it adds no loss and no gradient."""
+    torch.manual_seed(0)
+    states_CK = torch.randn(3, 4).requires_grad_()
+    heads = Head(torch.randn(5, 4)), Head(torch.randn(9, 4))
+    theirs_CD = torch.randn(3, 4)
+    given = Given(TOY, torch.tensor([END, UNKNOWN, END]))
+    loss = divergence(states_CK, theirs_CD, *heads, given)
+    [gradient_CK] = torch.autograd.grad(loss, [states_CK])
+    rest = divergence(states_CK[::2], theirs_CD[::2], *heads, given[::2])
+    assert 3 * loss.item() == pytest.approx(2 * rest.item(), rel=1e-6)
+    assert gradient_CK.abs().amax(-1).gt(0).tolist() == [True, False, True]
 
 
 @pytest.fixture(scope="module", params=["embedded", "stories260k"])
@@ -111,47 +118,50 @@ def test_joined_it_is_the_text_and_nearly_always_the_originals_tokens(trimmed: A
 
 
 def test_it_is_the_plain_loss_where_no_token_left() -> None:
-    """All rows stay, and no text is spelled otherwise: the same numbers, but for the order in which
-    probabilities are summed to 1 again."""
+    """All rows stay: the same numbers, but for probabilities that are summed to 1 again."""
     model, other = (load_float32(Checkpoint.open(MODEL_DIR)) for _ in range(2))
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.01)
     tokens_BL = torch.randint(4096, (2, 24), generator=torch.Generator().manual_seed(0))
-    everything = replace(TOY, kept=tuple(range(4096)), spelled={4096: (0, 1)})
-    everything.__dict__["tables"] = (torch.arange(4096), *torch.empty(2, 0, dtype=torch.int64))
-    E_DD = torch.eye(256)
+    everything = Spellings(tuple(range(4096)), {})
     plain, found = (
-        distillation_loss(other, model, E_DD, tokens_BL, hidden_weight=1.0, spellings=spellings)
+        distillation_loss(
+            other, model, torch.eye(256), tokens_BL, hidden_weight=0.1, spellings=spellings
+        )
         for spellings in (None, everything)
     )
     assert found.item() == pytest.approx(plain.item(), rel=1e-5)
 
 
-@pytest.fixture(scope="module")
-def healed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Shrunk]:
-    """The embedded model with a quarter of its tokens, healed by some steps or none."""
-
-    def make(heal: str) -> Shrunk:
-        _, distil = parse_heal(heal, samples=None, precision="fp32", seed=0)
-        options = ShrinkOptions(
-            text=TEXT,
-            other=NONE,
-            narrow=NarrowOptions(local=None),
-            vocabulary=VocabularyOptions(vocab=1000),
-            heal=distil,
-        )
-        return shrink(MODEL_DIR, tmp_path_factory.mktemp("healed") / "out", options)
-
-    return make
+def test_where_rows_leave_that_no_token_has_it_is_healed_like_any_other(tmp_path: Path) -> None:
+    """Nothing that left is spelled, and still the original predicts more than there is."""
+    model = load_float32(Checkpoint.open(MODEL_DIR))
+    model.resize_token_embeddings(4224, mean_resizing=False)
+    model.save_pretrained(tmp_path / "padded")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "padded" / name).write_bytes((MODEL_DIR / name).read_bytes())
+    made = shrink(tmp_path / "padded", tmp_path / "out", asked("2", vocab=4096))
+    assert made.healing is not None
+    assert made.healing["kl"][0] < 0.1  # what the rows without a token had
 
 
-def test_a_model_that_lost_nothing_but_tokens_learns_to_spell_them(
-    healed: Callable[[str], Shrunk],
-) -> None:
+def asked(heal: str, vocab: int = 1000) -> ShrinkOptions:
+    """So many tokens, healed by some steps or none."""
+    _, distil = parse_heal(heal, samples=None, precision="fp32", seed=0)
+    return ShrinkOptions(
+        text=TEXT,
+        other=NONE,
+        narrow=NarrowOptions(local=None),
+        vocabulary=VocabularyOptions(vocab=vocab),
+        heal=distil,
+    )
+
+
+def test_a_model_that_lost_nothing_but_tokens_learns_to_spell_them(tmp_path: Path) -> None:
     """On text that it was not trained on, per token of the original."""
     text = TextOptions(source="embedded:evaluation", samples=4, seqlen=128)
-    outs = {heal: healed(heal) for heal in ("none", "60")}
+    outs = {heal: shrink(MODEL_DIR, tmp_path / heal, asked(heal)) for heal in ("none", "60")}
     found = {
         heal: evaluate_across(shrunk.out / "hf", MODEL_DIR, text) for heal, shrunk in outs.items()
     }
@@ -159,7 +169,7 @@ def test_a_model_that_lost_nothing_but_tokens_learns_to_spell_them(
     told = outs["60"].healing
     assert told is not None
     assert told["kl"][1] < 0.95 * told["kl"][0]
-    # The original says of each piece what it says of its own tokens: it is no worse at pieces.
+    # By its own tokens the original knows the text far better than by pieces.
     assert told["original_perplexity"] < 0.5 * told["perplexity"][0]
     cards = [" ".join((outs[heal].out / "README.md").read_text().split()) for heal in outs]
     assert ["every weight is the original's" in card for card in cards] == [True, False]
