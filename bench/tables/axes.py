@@ -136,6 +136,7 @@ def axes(
     ] = None,
     samples: int = 48,
     seqlen: int = 512,
+    every: Annotated[int, typer.Option(help="As shrink --every.")] = 1,
     windows: Annotated[int, typer.Option(help="Of each text, at its start.")] = 12,
     length: Annotated[int, typer.Option(help="Tokens of these windows.")] = 1024,
     lambada: Annotated[Path | None, typer.Option(help="LAMBADA's passages, JSON lines.")] = None,
@@ -164,7 +165,7 @@ def axes(
         (lambada, passages) if lambada else None,
     )
     asked = ShrinkOptions(
-        text=TextOptions(source=calib, samples=samples, seqlen=seqlen),
+        text=TextOptions(source=calib, samples=samples, seqlen=seqlen, every=every),
         other=second,
         narrow=NarrowOptions(local=LocalOptions() if local else None, passes=passes),
         vocabulary=VocabularyOptions(
@@ -193,6 +194,7 @@ def axes(
         model=model.name,
         samples=samples,
         seqlen=seqlen,
+        every=f" (one in {every} of the first)" if every > 1 else "",
         windows=windows,
         length=length,
         healing="local healing" if local else "closed form alone, no healing",
@@ -206,7 +208,7 @@ def axes(
     notes.file.unlink()
 
 
-PROTOCOL = """{model}, calibrated on {samples} windows of {seqlen} tokens, half of them the second
+PROTOCOL = """{model}, calibrated on {samples} windows of {seqlen} tokens{every}, half of them the second
 text, which the original sampled; {healing}; passes {passes}. Perplexity, its ratio to the
 original's and KL divergence from the original (nats per token) on the first {windows} windows of
 {length} tokens of two texts: of the calibration's domain, and of another one{passages}. Where

@@ -88,8 +88,9 @@ def aligned_windows(
     more tokens than the context is cut.
     """
     length = window_length(model, options)
-    whole = _stream(original, candidate, options, (options.skip + options.samples) * length)
-    starts = range(options.skip * length, len(whole.one_N) - length + 1, length)
+    apart = options.every * length
+    whole = _stream(original, candidate, options, (options.skip + options.samples) * apart)
+    starts = range(options.skip * apart, len(whole.one_N) - length + 1, apart)
     context = int(read_config(model).get("max_position_embeddings") or length)
     for start in starts[: options.samples]:
         inside = whole.marks_B2[:, 0] >= start

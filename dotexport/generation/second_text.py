@@ -49,7 +49,7 @@ def second_text(
     }:
         return None
     length = min(window_length(original.folder, text), seqlen)
-    found = replace(text, source=other, samples=samples, seqlen=length, skip=0, own=None)
+    found = replace(text, source=other, samples=samples, seqlen=length, skip=0, every=1, own=None)
     if SELF not in {part.source for part in parts_of(other)}:
         return found
     if not fits(2 * original.num_parameters, device):  # sampling holds it in 16 bits

@@ -36,6 +36,8 @@ class TextOptions:
         samples: how many windows, at most.
         seqlen: tokens per window; None is 2048, or the model's context if that is shorter.
         skip: windows left out at the start, so that one file can serve two disjoint purposes.
+        every: of the windows of a source one in so many is taken, so that as many see more of a
+            text whose neighbouring windows are of one kind; not of what the original samples.
     """
 
     source: str = option(help=f"Text. {SOURCES}", flag="text")
@@ -44,11 +46,15 @@ class TextOptions:
         None, help="Tokens per window; default: 2048 or the model's context."
     )
     skip: int = option(0, help="Windows left out at the start of the text.")
+    every: int = option(
+        1,
+        help="Of a long text take one window in so many: as many windows then see more of it.",
+    )
     own: str | None = None
 
     def __post_init__(self) -> None:
         parts_of(self.source)
-        for name, least in (("samples", 1), ("seqlen", 2), ("skip", 0)):
+        for name, least in (("samples", 1), ("seqlen", 2), ("skip", 0), ("every", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"{name} must be at least {least}, not {value}")

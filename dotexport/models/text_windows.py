@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from dotexport.errors import CalibrationError, CheckpointError, UsageError
 from dotexport.models.documents import documents
-from dotexport.models.text_options import TextOptions, parts_of
+from dotexport.models.text_options import SELF, TextOptions, parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def token_windows(model: Path, options: TextOptions) -> torch.Tensor:
 
     Each document keeps the start token its tokenizer gives it. Of a mix, each part is cut by
     itself, and every beginning of the windows holds the shares of the weights. Fewer than
-    `samples` windows are fine; not one is an error.
+    `samples` windows are fine; not one is an error. `skip` counts windows that would be taken.
 
     Raises:
         CalibrationError: no text, or less than one window of it.
@@ -46,7 +46,7 @@ def token_windows(model: Path, options: TextOptions) -> torch.Tensor:
     order, found = _mixed(
         [part.weight for part in parts],
         options.skip + options.samples,
-        lambda number, count: _cut(parts[number].source, options.own, encode, count, seqlen),
+        lambda number, count: _cut(parts[number].source, options, encode, count, seqlen),
     )
     if len(order) <= options.skip:
         raise CalibrationError(
@@ -66,12 +66,17 @@ Windows = NDArray[np.int64]
 
 
 def _cut(
-    source: str, own: str | None, encode: Callable[[str], list[int]], count: int, seqlen: int
+    source: str,
+    options: TextOptions,
+    encode: Callable[[str], list[int]],
+    count: int,
+    seqlen: int,
 ) -> Windows:
-    """The first windows of one source, `count` if it has so many."""
-    wanted = count * seqlen
+    """The first windows of one source, one in `every`, `count` if it has so many."""
+    every = 1 if source == SELF else options.every
+    wanted = count * every * seqlen
     ids: list[int] = []
-    for document in documents(source, own):
+    for document in documents(source, options.own):
         ids += encode_start(document, wanted - len(ids), encode)
         if len(ids) >= wanted:
             break
@@ -82,8 +87,8 @@ def _cut(
             f"{source} gives {len(ids)} tokens, which is less than one window of {seqlen}; "
             "give more text or a smaller --seqlen"
         )
-    count = min(count, len(ids) // seqlen)
-    return np.asarray(ids[: count * seqlen], dtype=np.int64).reshape(count, seqlen)
+    read = min(count * every, len(ids) // seqlen)
+    return np.asarray(ids[: read * seqlen], dtype=np.int64).reshape(read, seqlen)[::every]
 
 
 def _mixed(

@@ -266,6 +266,23 @@ def test_a_mix_holds_the_shares_of_its_weights_from_the_start(model: Path, tmp_p
     assert torch.equal(token_windows(model, replace(mixed, skip=3, samples=5)), found[3:])
 
 
+def test_one_window_in_several_is_taken_of_each_source(model: Path, tmp_path: Path) -> None:
+    """Of a mix too, whose order is another than that of the windows; what the original sampled is
+    taken whole."""
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    one.write_text(words(*range(10, 50)))
+    two.write_text(words(*range(50, 80)))
+    everything = windows(model, one, seqlen=4)
+    assert windows(model, one, seqlen=4, every=3) == everything[::3]
+    assert windows(model, one, seqlen=4, every=3, skip=1, samples=2) == everything[3:9:3]
+    mixed = TextOptions(source=f"{one},{two}", seqlen=2, samples=6, every=2)
+    assert (token_windows(model, mixed)[:, 0] - 3).tolist() == [10, 50, 14, 54, 18, 58]
+    own = replace(mixed, source=f"{one},self", own=str(two))
+    assert (token_windows(model, own)[:, 0] - 3).tolist() == [10, 50, 14, 52, 18, 54]
+    with pytest.raises(UsageError, match="every must be at least 1, not 0"):
+        TextOptions(source="x", every=0)
+
+
 def test_a_part_that_is_too_short_is_told_and_the_others_go_on(
     model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
