@@ -208,8 +208,8 @@ def axes(
     notes.file.unlink()
 
 
-PROTOCOL = """{model}, calibrated on {samples} windows of {seqlen} tokens{every}, half of them the second
-text, which the original sampled; {healing}; passes {passes}. Perplexity, its ratio to the
+PROTOCOL = """{model}, calibrated on {samples} windows of {seqlen} tokens{every}, half of them
+the second text, which the original sampled; {healing}; passes {passes}. Perplexity, its ratio to the
 original's and KL divergence from the original (nats per token) on the first {windows} windows of
 {length} tokens of two texts: of the calibration's domain, and of another one{passages}. Where
 tokens left, perplexity is per token of the original, over all of the text. Seconds are of the whole
