@@ -209,17 +209,19 @@ def axes(
 
 
 PROTOCOL = """{model}, calibrated on {samples} windows of {seqlen} tokens{every}, half of them
-the second text, which the original sampled; {healing}; passes {passes}. Perplexity, its ratio to the
-original's and KL divergence from the original (nats per token) on the first {windows} windows of
-{length} tokens of two texts: of the calibration's domain, and of another one{passages}. Where
+the second text, which the original sampled; {healing}; passes {passes}. Perplexity, its ratio to
+the original's and KL divergence from the original (nats per token) on the first {windows} windows
+of {length} tokens of two texts: of the calibration's domain, and of another one{passages}. Where
 tokens left, perplexity is per token of the original, over all of the text. Seconds are of the whole
 shrink, the choice of layers and of sizes included. ShortGPT and ReplaceMe drop as many layers as
 depth alone, and see the same text.{later}"""
 
 
-def _mixed(asked: ShrinkOptions) -> TextOptions:
-    """The windows that all are calibrated on."""
-    return replace(asked.text, source=f"{asked.text.source},{asked.other}")
+def _kinds(model: Path, asked: ShrinkOptions) -> tuple[torch.Tensor, torch.Tensor]:
+    """The windows that all are calibrated on: of the text, and as many of the second one."""
+    first = replace(asked.text, samples=asked.text.samples // 2)
+    second = replace(first, source=asked.other, every=1)
+    return token_windows(model, first), token_windows(model, second)
 
 
 def _later_in_words(healed: int, heal_text: str | None, timed: str) -> str:
@@ -291,11 +293,9 @@ def _healed(
     if student.config["vocab_size"] != source.config["vocab_size"]:
         return {}
     options = HealOptions(steps=steps, batch=BATCH, text=heal_text, hidden_weight=0.0, every=steps)
-    half = asked.text.samples // 2
-    kinds = replace(asked.text, samples=half), replace(asked.text, source=asked.other, samples=half)
-    windows_NL, other_NL = (token_windows(judge.model, kind) for kind in kinds)
+    windows_NL, other_NL = _kinds(judge.model, asked)
     split = healing_text(
-        windows_NL, judge.model, kinds[0], options, seed=asked.narrow.seed, other_NL=other_NL
+        windows_NL, judge.model, asked.text, options, seed=asked.narrow.seed, other_NL=other_NL
     )
     device = torch.device("cpu")
     started = time.perf_counter()
@@ -330,7 +330,9 @@ def _rival(
     decided = plan(Checkpoint.open(model).config, SizeOptions(params=budget, axes=DEPTH))
     count = decided.before.num_layers - decided.after.num_layers
     started = time.perf_counter()
-    words = without_layers(name, model, folder, count, token_windows(model, _mixed(asked)))
+    kinds = _kinds(model, asked)
+    turns = [window_L for both in zip(*kinds, strict=False) for window_L in both]
+    words = without_layers(name, model, folder, count, torch.stack(turns))
     return {
         "sizes": words,
         "class": decided.architectures[0].removesuffix("ForCausalLM"),
