@@ -98,7 +98,6 @@ def heal(
     """Distil a narrowed checkpoint from its original.
 
     Of a model that lost tokens the original is the one that still has them (vocabulary/joining.py).
-
     Both models are in memory whole, in bfloat16 where steps compute so; of the narrowed one also
     weights, gradients and two moments in float32. Of several processes each has its piece of all
     that, and its windows of every step.
@@ -399,8 +398,7 @@ def _whole(
     device: torch.device,
 ) -> Loaded:
     teacher = load_float32(source).requires_grad_(False).to(device)
-    head = partial(_head, teacher, source)
-    held = HeldOut.of(text.held_NL, teacher, head, spellings=spellings)
+    held = HeldOut.of(text.held_NL, teacher, partial(_head, teacher, source), spellings=spellings)
     compute_in(teacher, passes)
     masters = Masters.of(load_float32(student).to(device), passes)
     return masters, teacher, held, lambda: teacher
