@@ -93,6 +93,7 @@ def describe(
     passes: torch.dtype,
 ) -> None:
     recipe = json.loads(json.dumps(asdict(options)))
+    exact = (shrunk.vocabulary or {}).get("exact", False)
     manifest.update(
         folder,
         source=source,
@@ -109,7 +110,7 @@ def describe(
         kept_layers=shrunk.plan.kept_layers,
         architecture=shrunk.plan.architectures,
         basis=closed.basis,
-        **({} if shrunk.plan.vocabulary_alone else {"held_out": shrunk.cost()}),
+        **({} if exact else {"held_out": shrunk.cost()}),
         **({"vocabulary": shrunk.vocabulary} if shrunk.vocabulary else {}),
         artifacts={"hf": _artifact(folder / "hf")},
         timings={"shrink_seconds": round(shrunk.seconds, 2)},

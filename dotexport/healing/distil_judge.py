@@ -61,6 +61,7 @@ class Theirs:
     def of(
         cls, windows_BL: Tensor, ask: Callable[[Tensor], Tensor], spellings: Spellings | None
     ) -> Theirs:
+        """Args: ask: the original for its states (C, D) behind tokens (B, L)."""
         if spellings is None:
             next_C = windows_BL[:, 1:].flatten()
             return cls(ask(windows_BL[:, :-1]), next_C, torch.ones_like(next_C, dtype=torch.bool))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.app.shrinking import shrink
 from dotexport.embedded import MODEL_DIR
-from dotexport.exports.two_vocabularies import evaluate_across
+from dotexport.exports.two_vocabularies import aligned_windows, evaluate_across
 from dotexport.exports.verifying import verify
 from dotexport.generation.second_text import NONE
 from dotexport.healing.distil_head import Given, Head, divergence
@@ -117,6 +118,14 @@ def test_joined_it_is_the_text_and_nearly_always_the_originals_tokens(trimmed: A
         assert theirs.widths[ids[: read + 1]].sum() == ours.widths[row[: place + 1]].sum()
 
 
+def test_windows_of_two_tokenizations_are_taken_one_in_several_as_well() -> None:
+    reading = Reading.of(MODEL_DIR)
+    text = TextOptions(source="embedded:evaluation", samples=5, seqlen=32)
+    near = list(aligned_windows(reading, reading, MODEL_DIR, text))
+    apart = aligned_windows(reading, reading, MODEL_DIR, replace(text, samples=3, every=2))
+    assert [window.one_N.tolist() for window in apart] == [w.one_N.tolist() for w in near[::2]]
+
+
 def test_it_is_the_plain_loss_where_no_token_left() -> None:
     """All rows stay: the same numbers, but for probabilities that are summed to 1 again."""
     model, other = (load_float32(Checkpoint.open(MODEL_DIR)) for _ in range(2))
@@ -177,3 +186,4 @@ def test_a_model_that_lost_nothing_but_tokens_learns_to_spell_them(tmp_path: Pat
     assert [parity.passed for parity in verify(outs["60"].out)] == [True]
     record = json.loads((outs["60"].out / "dotexport.json").read_text())
     assert record["sizes"]["vocab_size"] == [4096, 1024]
+    assert record["held_out"]["kl"] == told["kl"][1]
