@@ -294,9 +294,7 @@ def _healed(
         return {}
     options = HealOptions(steps=steps, batch=BATCH, text=heal_text, hidden_weight=0.0, every=steps)
     windows_NL, other_NL = _kinds(judge.model, asked)
-    split = healing_text(
-        windows_NL, judge.model, asked.text, options, seed=asked.narrow.seed, other_NL=other_NL
-    )
+    split = healing_text(windows_NL, judge.model, asked.text, options, other_NL=other_NL)
     device = torch.device("cpu")
     started = time.perf_counter()
     found = heal(student, source, torch.eye(1), split, options, device=device)

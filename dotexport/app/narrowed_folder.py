@@ -58,7 +58,6 @@ def write_narrowed(
             source.folder,
             read,
             options.heal,
-            seed=options.narrow.seed,
             other_NL=other_NL,
         )
     if alone and isinstance(source, Trimmed):

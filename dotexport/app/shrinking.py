@@ -136,7 +136,6 @@ def shrink(
         depths = Depths(
             source,
             windows_NL,
-            options.narrow.seed,
             where,
             passes,
             progress,

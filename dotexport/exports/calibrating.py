@@ -145,7 +145,7 @@ def _inputs(
     passes = usual_passes(sizes.hidden_size, stored, device)
     stock = Stock.of(checkpoint.config, device, passes)
     model = Original(checkpoint, family, sizes, stock, device)
-    streams = Streams.allocate(text.windows_NL, sizes.hidden_size, 0, seed=0, device=device)
+    streams = Streams.allocate(text.windows_NL, sizes.hidden_size, 0, device=device)
     model.enter(model.embedding(), streams)
     for number in range(sizes.num_layers):
         progress(STAGE, number, sizes.num_layers + 1)

@@ -97,7 +97,6 @@ def healing_text(
     text: TextOptions,
     options: HealOptions,
     *,
-    seed: int,
     other_NL: Tensor | None = None,
 ) -> HealingText:
     """The split that narrowing used too, and more windows of the same text, or other text, where
@@ -115,7 +114,7 @@ def healing_text(
             f"--heal-samples {options.samples} is less than the {len(windows_NL)} windows of "
             "calibration, which healing trains on too; give more, or fewer --samples"
         )
-    splits = [split(kind_NL, seed) for kind_NL in (windows_NL, other_NL) if kind_NL is not None]
+    splits = [split(kind_NL) for kind_NL in (windows_NL, other_NL) if kind_NL is not None]
     train_NL, held_NL = (torch.cat(parts) for parts in zip(*splits, strict=True))
     if not len(held_NL):  # a single window is both: nothing can be held out of it
         held_NL = windows_NL
@@ -146,8 +145,8 @@ def _warn_if_repeated(train_NL: Tensor, source: str, options: HealOptions) -> No
         )
 
 
-def split(windows_NL: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def split(windows_NL: Tensor) -> tuple[Tensor, Tensor]:
     """Windows to train on, and those that are held out."""
-    held = held_out_windows(len(windows_NL), seed)
+    held = held_out_windows(len(windows_NL))
     train = [n for n in range(len(windows_NL)) if n not in held]
     return windows_NL[train], windows_NL[sorted(held)]

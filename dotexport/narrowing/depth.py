@@ -61,7 +61,6 @@ class Depths:
 
     source: Checkpoint
     windows_NL: Tensor
-    seed: int
     device: torch.device
     passes: torch.dtype = torch.float32
     progress: Progress = lambda stage, done, total: None
@@ -130,7 +129,7 @@ class Depths:
             source, whole = carry(self.source, plan)
             stock = Stock.of(source.config, self.device, self.passes)
             original = Original(source, whole.family, whole.before, stock, self.device)
-            self._made = Stack(original, *_parts(self.windows_NL, self.seed, self.other_NL))
+            self._made = Stack(original, *_parts(self.windows_NL, self.other_NL))
         return self._made
 
 
@@ -144,12 +143,12 @@ def may_leave(kept: Sequence[int], before: Sizes) -> list[int]:
     ]
 
 
-def _parts(windows_NL: Tensor, seed: int, other_NL: Tensor | None) -> tuple[Tensor, Tensor]:
+def _parts(windows_NL: Tensor, other_NL: Tensor | None) -> tuple[Tensor, Tensor]:
     """Windows to fit on, and windows to judge by, as many of either kind; a single one is both."""
     kinds = [windows_NL] if other_NL is None else [windows_NL, other_NL]
     fitted_NL, judged_NL = [], []
     for kind_NL in kinds:
-        held = held_out_windows(len(kind_NL), seed)
+        held = held_out_windows(len(kind_NL))
         short_NL = kind_NL[:, :LENGTH]
         length = short_NL.shape[1]
         fitted = [n for n in range(len(short_NL)) if n not in held]

@@ -65,7 +65,7 @@ class NarrowOptions:
         passes: dtype of the products of a pass through a layer, `bfloat16` or `float32`; `auto`:
             bfloat16 where weights are stored in it, the device multiplies it natively and
             hidden_size is at least 512. Streams, norms, sums and solves are not touched by it.
-        seed: which calibration windows are held out to choose ridges and accept merges.
+        seed: which tokens steps of local healing take; of distillation, which windows.
     """
 
     basis: str | None = option(

@@ -129,7 +129,7 @@ def _weights(
     original = Original(source, whole.family, whole.before, stock, device)
     found = []
     for text_NL in texts:
-        judging = sorted(held_out_windows(len(text_NL), options.seed)) or [0]
+        judging = sorted(held_out_windows(len(text_NL))) or [0]
         judging = judging[: -(-JUDGED // text_NL.shape[1])]
         weights_NL = torch.ones(text_NL.shape)
         weights_NL[judging] = context_weights(original, text_NL[judging])
@@ -189,7 +189,6 @@ def _streams(
         windows_NL,
         decided.before.hidden_size,
         decided.after.hidden_size,
-        seed=options.seed,
         device=device,
         scratch=scratch,
         other_NL=other_NL,

@@ -80,7 +80,6 @@ class Streams:
         width_before: int,
         width_after: int,
         *,
-        seed: int,
         device: torch.device,
         scratch: Path | None = None,
         other_NL: Tensor | None = None,
@@ -88,11 +87,11 @@ class Streams:
     ) -> Streams:
         """Args: other_NL: windows of another kind of text, of the same length; a share of either
         kind is held out."""
-        held_out, other = held_out_windows(len(windows_NL), seed), frozenset[int]()
+        held_out, other = held_out_windows(len(windows_NL)), frozenset[int]()
         if other_NL is not None:
             first = len(windows_NL)
             other = frozenset(range(first, first + len(other_NL)))
-            held_out |= {first + window for window in held_out_windows(len(other_NL), seed)}
+            held_out |= {first + window for window in held_out_windows(len(other_NL))}
             windows_NL = torch.cat([windows_NL, other_NL])
         own = dealt(len(windows_NL), held_out, other, processes)
         shape = (len(own), windows_NL.shape[1])
@@ -256,12 +255,12 @@ def check_finite(energy: Tensor) -> None:
         )
 
 
-def held_out_windows(count: int, seed: int) -> frozenset[int]:
-    """One window in eight, drawn by seed; none of a single one."""
-    if count < 2:
-        return frozenset()
-    drawn = np.random.default_rng(seed).permutation(count)[: max(1, count // 8)]
-    return frozenset(int(window) for window in drawn)
+def held_out_windows(count: int) -> frozenset[int]:
+    """The last eighth of the windows; none of a single one.
+
+    Windows between fitted ones are of the same articles, and flatter what learned these.
+    """
+    return frozenset(range(count - max(1, count // 8), count)) if count > 1 else frozenset()
 
 
 def dealt(

@@ -138,5 +138,5 @@ def test_streams_lie_on_the_device_while_they_fit_and_pinned_beside_it_else(
     monkeypatch.setattr(torch, "empty", noted)
     for name, free in (("cuda:1", 1 << 20), ("cuda:1", 1 << 10), ("cpu", 0)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 1 << 30))
-        Streams.allocate(windows_NL, 6, 5, seed=0, device=torch.device(name))
+        Streams.allocate(windows_NL, 6, 5, device=torch.device(name))
     assert seen == [("cuda:1", False)] * 2 + [("host", True)] * 2 + [("host", False)] * 2

@@ -95,7 +95,7 @@ def test_healing_lowers_held_out_divergence(healed: Path, tmp_path: Path) -> Non
     half = TEXT.samples // 2
     texts = TEXT, replace(TEXT, source=str(healed / "reports" / "second.jsonl"))
     halves = [token_windows(embedded.MODEL_DIR, text)[:half] for text in texts]
-    held_NL = torch.cat([kind_NL[sorted(held_out_windows(half, 0))] for kind_NL in halves])
+    held_NL = torch.cat([kind_NL[sorted(held_out_windows(half))] for kind_NL in halves])
     shrink(embedded.MODEL_DIR, tmp_path / "plain", replace(ROUGH, heal=None))
     before, after = (
         evaluate(out / "hf", embedded.MODEL_DIR, held_NL) for out in (tmp_path / "plain", healed)
@@ -207,9 +207,9 @@ def test_held_out_windows_are_never_trained_on() -> None:
     windows_NL = token_windows(embedded.MODEL_DIR, TEXT)
     for samples in (None, 14):
         options = replace(STEPS, samples=samples)
-        text = healing_text(windows_NL, embedded.MODEL_DIR, TEXT, options, seed=3)
+        text = healing_text(windows_NL, embedded.MODEL_DIR, TEXT, options)
         seen = {tuple(row.tolist()) for row in text.train_NL}
-        held = {tuple(windows_NL[n].tolist()) for n in held_out_windows(len(windows_NL), 3)}
+        held = {tuple(windows_NL[n].tolist()) for n in held_out_windows(len(windows_NL))}
         assert held == {tuple(row.tolist()) for row in text.held_NL}
         assert not seen & held
         assert len(text.train_NL) == (samples or 10) - len(held)
@@ -224,7 +224,7 @@ def test_text_that_is_read_again_and_again_is_said(
     text = TextOptions(source=source, samples=8, seqlen=64)
     for tokens, told in ((7 * 64 * 7, 0), (7 * 64 * 9, 1)):
         options = HealOptions(tokens=tokens, batch=1)
-        healing_text(windows_NL, Path("nowhere"), text, options, seed=0)
+        healing_text(windows_NL, Path("nowhere"), text, options)
         assert caplog.text.count("9 times") == told
     assert "--heal-text a.txt,self" in caplog.text
 
@@ -515,7 +515,7 @@ def test_fewer_windows_than_calibration_has_are_refused() -> None:
     windows_NL = torch.zeros(4, 8, dtype=torch.long)
     options = replace(STEPS, samples=3)
     with pytest.raises(UsageError, match="--heal-samples 3 is less than the 4 windows"):
-        healing_text(windows_NL, embedded.MODEL_DIR, TEXT, options, seed=0)
+        healing_text(windows_NL, embedded.MODEL_DIR, TEXT, options)
 
 
 def test_the_rate_rises_and_falls() -> None:

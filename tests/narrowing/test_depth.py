@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 def depths(model: Path) -> Depths:
-    return Depths(open_source(model), WINDOWS_NL, 0, CPU)
+    return Depths(open_source(model), WINDOWS_NL, CPU)
 
 
 def planned(model: Path, layers: int) -> Plan:

@@ -17,7 +17,7 @@ def streams(windows: int = 16) -> Streams:
     """A stream of random tokens, and what a gated layer of four neurons makes of it."""
     random = torch.Generator().manual_seed(0)
     made = Streams.allocate(
-        torch.zeros(windows, 8, dtype=torch.long), WIDTH, WIDTH, seed=0, device=torch.device("cpu")
+        torch.zeros(windows, 8, dtype=torch.long), WIDTH, WIDTH, device=torch.device("cpu")
     )
     made.narrowed_NLK[:] = torch.randn(windows, 8, WIDTH, generator=random)
     gate, up, down = (torch.randn(4, WIDTH, generator=random) for _ in range(3))

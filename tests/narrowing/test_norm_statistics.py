@@ -29,7 +29,7 @@ def original(folder: Path) -> Original:
 
 
 def streams(tokens_NL: torch.Tensor) -> Streams:
-    return Streams.allocate(tokens_NL, 48, 48, seed=0, device=CPU)
+    return Streams.allocate(tokens_NL, 48, 48, device=CPU)
 
 
 def quiet(stage: str, done: int, total: int) -> None:

@@ -86,7 +86,7 @@ def site(
         name = f"{linear.name}.weight"
         weight = tensors[name].double()
         narrow[name] = weight @ E_DK * scale if linear.in_ == "residual" else E_DK.T @ weight
-    streams = Streams.allocate(torch.zeros(N, L), D, K, seed=0, device=CPU)
+    streams = Streams.allocate(torch.zeros(N, L), D, K, device=CPU)
     streams.original_NLD[:] = noise(N, L, D, seed=50) * noise(N, L, 1, seed=51).exp()
     # Astray in a way that the stream itself tells of, as a real prefix goes.
     streams.narrowed_NLK[:] = streams.original_NLD @ (E_DK + drift * noise(D, K, seed=52)).float()

@@ -145,9 +145,7 @@ def test_products_of_choosing_layers_are_those_that_are_counted(
     chosen = plan(source.config, SizeOptions(num_hidden_layers=layers))
     windows_NL = torch.randint(0, 90, (136, 64), generator=torch.Generator().manual_seed(0))
     with sdpa_kernel(SDPBackend.MATH), Counted() as counted:
-        Depths(source, windows_NL, 0, torch.device("cpu"), other_NL=windows_NL.flip(0)).settled(
-            chosen
-        )
+        Depths(source, windows_NL, torch.device("cpu"), other_NL=windows_NL.flip(0)).settled(chosen)
     expected = work_of_choosing_layers(chosen, 64)
     # An average of what lies behind a candidate; attention for half of what the unfused one does.
     in_float32 = expected.passes + expected.products
