@@ -302,6 +302,10 @@ class Family:
         """The sublayers of a layer of this kind."""
         return dict(self.kinds)[kind] if self.kinds else self.sublayers
 
+    def attends(self, kind: str) -> bool:
+        """Whether such a layer has keys of its own."""
+        return any(part.keys is not None for part in self.in_layer(kind))
+
     def kind(self, said: str) -> str:
         """An entry of `layer_types` in the words that are written."""
         return dict(self.newer_kinds).get(said, said)

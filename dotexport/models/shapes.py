@@ -9,7 +9,7 @@ from math import prod
 from types import SimpleNamespace
 from typing import Any
 
-from dotexport.errors import CheckpointError
+from dotexport.errors import CheckpointError, UnsupportedModelError
 from dotexport.models.family import ALWAYS, HEADS, Family, Linear, Sublayer
 from dotexport.models.rope import stock_config
 from dotexport.models.stacks import Slot
@@ -342,6 +342,12 @@ def _kinds(config: Mapping[str, Any], family: Family, said: Sequence[str]) -> tu
             f"config.json gives layer_types = {said!r}; expected {' or '.join(known)} for each of "
             f"its {config.get('num_hidden_layers')} layers: take the config.json that belongs to "
             "these weights"
+        )
+    if not any(map(family.attends, said)):
+        raise UnsupportedModelError(
+            f"config.json gives layer_types of which none attends: {', '.join(sorted(set(said)))}; "
+            f"{family.architecture} has no cache that decodes these alone: take a model with a "
+            "layer of attention"
         )
     return tuple(said)
 

@@ -277,7 +277,7 @@ def _runtime_of(config: Mapping[str, Any]) -> str | None:
     """A target that takes the class: not every one is written by onnxruntime-genai's builder, and
     layers without keys of their own are in no graph."""
     family = find_family(config)
-    if any(all(part.keys is None for part in layer) for _, layer in family.kinds):
+    if not all(family.attends(kind) for kind, _ in family.kinds):
         return None
     unbuilt = family.experts_key or family.architecture == "SmolLM3ForCausalLM"
     if family.architecture == "GptOssForCausalLM":  # windows, which ONNX graphs here have not

@@ -33,7 +33,11 @@ ALL_ATTEND = {"layer_types": ["attention"] * 2, "position_embedding_type": "rope
 def said(**words: Any) -> dict[str, Any]:
     """A config.json; without the words that are None."""
     sizes = {"hidden_size": 48, "num_hidden_layers": 2, "vocab_size": 90, "mamba_n_heads": 6}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "layer_types": ["mamba"] * 2}
+    heads = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "layer_types": ["mamba", "attention"],
+    }
     class_ = {"architectures": ["GraniteMoeHybridForCausalLM"], "model_type": "granitemoehybrid"}
     all_ = {**class_, "num_local_experts": 0, **sizes, **heads, **words}
     return {key: value for key, value in all_.items() if value is not None}
@@ -59,6 +63,8 @@ def test_words_are_those_that_every_release_reads() -> None:
         ({"mamba_conv_bias": False}, "convolutions without biases"),
         ({"time_step_limit": [0.001, 0.1]}, "time_step_limit"),
         (ALL_ATTEND | {"position_embedding_type": None}, "knows no positions"),
+        ({"layer_types": ["mamba"] * 2}, "none attends"),
+        ({"shared_intermediate_size": 0}, "shared_intermediate_size = 0"),
     ],
 )
 def test_another_model_of_the_class_is_refused(words: dict[str, Any], reason: str) -> None:

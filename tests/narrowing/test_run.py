@@ -294,7 +294,7 @@ def test_auto_measures_every_basis_and_takes_the_best(
     assert basis["tried"][basis["method"]] == min(basis["tried"].values())
 
 
-def test_another_seed_holds_out_other_windows(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+def test_another_seed_takes_other_steps(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     one, two = (
         narrow(
             tiny_llama("wide-heads"),

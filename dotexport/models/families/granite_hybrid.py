@@ -72,6 +72,8 @@ def as_built(config: Mapping[str, Any]) -> dict[str, Any]:
         raise _unsupported("mamba_conv_bias = false", "has convolutions without biases")
     if not (rotates or {"linear_attention", "mamba"} & set(kinds)):
         raise _unsupported("layers that all attend, and none that rotates", "knows no positions")
+    if not stock.shared_intermediate_size:
+        raise _unsupported("shared_intermediate_size = 0", "has an MLP of no neurons in each layer")
     built = {
         "position_embedding_type": "rope" if rotates else "nope",
         "shared_intermediate_size": stock.shared_intermediate_size,
