@@ -70,6 +70,8 @@ OF_CLASS: dict[str, dict[str, Any]] = {
         "mamba_d_state": 8,
         "mamba_chunk_size": 8,
     },
+    "qwen3_5_text": {"full_attention_interval": 2},
+    "qwen3_5_moe_text": {"full_attention_interval": 2},
 }
 WINDOW = 6  # shorter than the text
 TOKENS_BL = torch.randint(3, 50, (2, 24), generator=torch.Generator().manual_seed(1))
