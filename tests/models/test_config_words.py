@@ -575,7 +575,8 @@ def _examples() -> int:
 # Read by the code of their relatives: Mistral, Llama, Qwen3 and Qwen3-MoE.
 RELATIVES = ("ministral", "seed_oss", "hunyuan_v1_dense", "mixtral")
 # A model takes seconds: drawn where a number of examples is asked for.
-SLOW = () if "DOTEXPORT_FUZZ" in os.environ else ("granitemoehybrid",)
+HYBRIDS = ("granitemoehybrid", "qwen3_5_text", "qwen3_5_moe_text")
+SLOW = () if "DOTEXPORT_FUZZ" in os.environ else HYBRIDS
 FUZZED = [f.model_type for f in SUPPORTED.values() if f.model_type not in RELATIVES + SLOW]
 
 

@@ -225,7 +225,7 @@ def test_a_plan_in_a_file_becomes_the_model_that_it_describes(tmp_path: Path) ->
     assert model.num_parameters() == planned["parameters"][1] < planned["parameters"][0]
 
 
-@pytest.mark.parametrize("hidden", [256, 384])
+@pytest.mark.parametrize("hidden", [pytest.param(256, marks=pytest.mark.heavy), 384])
 def test_the_estimated_time_of_shrink_is_near_what_it_takes(hidden: int, tmp_path: Path) -> None:
     """On the embedded model, and on one of another width and depth with random weights."""
     folder = MODEL_DIR

@@ -18,7 +18,7 @@ from dotexport.models.checkpoint import Checkpoint
 
 from .conftest import assert_measured_without_torch, specs
 
-MODELS = ["wide-heads", "tied-bf16", "biased"]
+MODELS = ["wide-heads", "tied-bf16", pytest.param("biased", marks=pytest.mark.heavy)]
 
 
 def opened(exported: Callable[[str, str], Path], model: str, spec: str) -> tuple[Target, str, Path]:
