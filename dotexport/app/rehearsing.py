@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,8 +52,8 @@ def measures(
         return remembered(lambda p: measure(depths.settled(p).on_kept_tokens), workspace, step)
 
     text = (source, windows_NL, options.narrow, depths.device, other_NL)
-    first = kept(rehearsals(*text, processes=processes), CUTS)
-    closer = kept(rehearsals(*text, times=CLOSER, processes=processes), CLOSER_CUTS)
+    rehearse = rehearsals(*text, processes=processes)
+    first, closer = kept(rehearse, CUTS), kept(partial(rehearse, times=CLOSER), CLOSER_CUTS)
     trial = options.heal.trial(windows_NL.shape[1]) if options.heal else None
     if trial is None:
         return first, closer, None

@@ -30,7 +30,7 @@ from dotexport.narrowing.run import (
     Nowhere,
     Writer,
 )
-from dotexport.narrowing.streams import Streams, held_out_windows
+from dotexport.narrowing.streams import Streams
 from dotexport.processes.processes import ALONE, Processes, Several
 from dotexport.storage.files import write_json
 from dotexport.storage.workspace import Workspace
@@ -81,30 +81,29 @@ def rehearsals(
     device: torch.device,
     other_NL: torch.Tensor | None = None,
     *,
-    times: int = 1,
     processes: Processes = ALONE,
-) -> Callable[[Plan], float]:
-    """A function from a plan to its held-out divergence, from a closed form that writes nothing.
+) -> Callable[..., float]:
+    """A function from a plan, and how many times the text of a first look it takes (`times`), to
+    its held-out divergence, from a closed form that writes nothing.
 
     It sees a part of the text, and takes the cheap way where there is one: PCA for a basis that
     would be learned or searched, no transport, no healing.
 
     Args:
         other_NL: windows of another kind of text; the divergence is then the mean of both.
-        times: as much text as a first look takes.
 
     In the divergence tokens count by context (context.py).
     """
     windows_NL = windows_NL[:, :REHEARSED_LENGTH]
     if other_NL is not None:
         other_NL = other_NL[:, :REHEARSED_LENGTH]
-    tokens = times * rehearsed_tokens(source.config["hidden_size"])
-    fitted_on = -(-tokens // windows_NL.shape[1])
+    tokens = rehearsed_tokens(source.config["hidden_size"])
     cheap = replace(settled(options, source, device), mlp="obs", heads="obs", local=None)
     texts = [windows_NL] if other_NL is None else [windows_NL, other_NL]
     known: list[torch.Tensor] = []
 
-    def measure(planned: Plan) -> float:
+    def measure(planned: Plan, times: int = 1) -> float:
+        fitted_on = -(-times * tokens // windows_NL.shape[1])
         rough = "pca" if carry(source, planned)[1].family.rotates else "select"
         basis = options.basis if options.basis in ("dot", "select") else rough
         asked = (source, planned, windows_NL, other_NL, replace(cheap, basis=basis), fitted_on)
@@ -129,8 +128,7 @@ def _weights(
     original = Original(source, whole.family, whole.before, stock, device)
     found = []
     for text_NL in texts:
-        judging = sorted(held_out_windows(len(text_NL))) or [0]
-        judging = judging[: -(-JUDGED // text_NL.shape[1])]
+        judging = slice(-_judged(text_NL), None)
         weights_NL = torch.ones(text_NL.shape)
         weights_NL[judging] = context_weights(original, text_NL[judging])
         found.append(weights_NL)
@@ -163,12 +161,17 @@ def _rehearsed(
     streams = _streams(decided, windows_NL, options, device, None, other_NL, processes)
     streams.weights_NL = weights_NL
     if fitted_on is not None:
-        streams = streams.some(fitted_on)
+        streams = streams.some(fitted_on, _judged(windows_NL))
     writer = Nowhere(tensor_specs(carried, decided))
     quiet: Progress = lambda stage, done, total: None  # noqa: E731
     run = _assemble(carried, decided, streams, writer, options, quiet)
     run.run()
     return run
+
+
+def _judged(windows_NL: torch.Tensor) -> int:
+    """How many windows of a kind judge a rehearsal, where it leaves so many."""
+    return -(-JUDGED // windows_NL.shape[1])
 
 
 def rehearsed_tokens(hidden_size: int) -> int:

@@ -148,7 +148,7 @@ class Narrowing:
         """Held-out KL divergence of a run over a part of the text that writes nothing."""
         run = replace(
             self,
-            streams=self.streams.some(COMPARED),
+            streams=self.streams.some(COMPARED, COMPARED // 2),
             writer=Nowhere(self.writer.specs),
             options=replace(self.options, mlp="obs", heads="obs", local=None),
             progress=lambda stage, done, total: None,

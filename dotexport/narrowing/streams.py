@@ -108,16 +108,22 @@ class Streams:
             share=own,
         )
 
-    def some(self, count: int) -> Streams:
-        """Streams of their own over `count` windows to fit on, shared by the kinds, and half as
-        many held-out ones of either kind."""
-        kinds = (self.of_its_kind, self.held_out & self.other)
-        held = [window for kind in kinds for window in sorted(kind)[: max(1, count // 2)]]
-        chosen = sorted([*self._fitted(count), *held])
+    def some(self, count: int, judged: int) -> Streams:
+        """Streams of their own over `count` windows to fit on, shared by the kinds.
+
+        Of either kind up to `judged` others are held out, the furthest: few windows hold most of
+        what one cut loses and another does not.
+        """
+        fitted = self._fitted(count)
+        held: list[int] = []
+        for kind in (set(range(len(self.windows_NL))) - self.other, self.other):
+            left = sorted(kind.difference(fitted)) if kind & self.held_out else []
+            held += left[-judged:]
+        chosen = sorted([*fitted, *held])
         windows_NL = self.windows_NL[chosen]
         held_out, other = (
             frozenset(n for n, window in enumerate(chosen) if window in kind)
-            for kind in (self.held_out, self.other)
+            for kind in (held, self.other)
         )
         own = dealt(len(chosen), held_out, other, self.processes)
         shape = (len(own), windows_NL.shape[1])

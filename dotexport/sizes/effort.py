@@ -112,6 +112,7 @@ def allocation_seconds(
     rehearsed: Sequence[Plan],
     checked: Sequence[Plan] = (),
     *,
+    samples: int = 128,
     seqlen: int = 2048,
     passes: torch.dtype = torch.float32,
 ) -> float:
@@ -121,11 +122,14 @@ def allocation_seconds(
         return 0.0
     seqlen = min(seqlen, REHEARSED_LENGTH)
     tokens = rehearsed_tokens(_stream(rehearsed[0].before))
-    samples = math.ceil(1.5 * tokens / seqlen)  # half as many are held out
-    looks = [*((p, samples) for p in rehearsed), *((p, CLOSER * samples) for p in checked)]
+    few, more = (
+        min(samples, math.ceil(times * tokens / seqlen) + 2 * math.ceil(JUDGED / seqlen))
+        for times in (1, CLOSER)
+    )
+    looks = [*((p, few) for p in rehearsed), *((p, more) for p in checked)]
     work = sum((work_of(p, count, seqlen, local=False) for p, count in looks), Work())
     deepest = min((p for p, _ in looks), key=lambda p: p.after.num_layers)
-    work += work_of_choosing_layers(deepest, seqlen) + work_of_context(deepest, JUDGED)
+    work += work_of_choosing_layers(deepest, seqlen) + work_of_context(deepest, 2 * JUDGED)
     return work.seconds(rates(_stream(deepest.before), passes))
 
 

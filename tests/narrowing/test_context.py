@@ -117,6 +117,6 @@ def test_sizes_are_rehearsed_by_context(
         return first
 
     by_context, alike, twice = figure(None), figure(1.0), figure(2.0)
-    assert calls == [2, 2, 2]
+    assert calls == [16, 16, 16]
     assert twice == pytest.approx(2 * alike, rel=1e-6)
     assert abs(by_context / alike - 1) > 1e-3

@@ -114,14 +114,16 @@ def test_other_text_too_short_to_hold_any_out_is_fitted_on() -> None:
 
 
 def test_a_part_of_the_streams_has_windows_of_every_kind() -> None:
-    part = made(40, others=24).some(9)
-    assert len(part.windows_NL) == 9 + 4 + 3
-    assert len(part.of_its_kind) == 4
+    part = made(40, others=24).some(9, 6)
+    assert len(part.windows_NL) == 9 + 6 + 6
+    assert len(part.of_its_kind) == 6
     assert all(bool((part.windows_NL[n] <= 0).all()) for n in part.other)
-    assert len(part.other & part.held_out) == 3
+    assert len(part.other & part.held_out) == 6
     assert len(part.other - part.held_out) == 4
-    few = made(40, others=3).some(9)  # one of them held out, and both others fitted on
-    assert (len(few.other), len(few.windows_NL)) == (3, 9 + 4 + 1)
+    few = made(40, others=3).some(9, 6)  # one of them held out, and both others fitted on
+    assert (len(few.other), len(few.windows_NL)) == (3, 9 + 6 + 1)
+    single = made(40, others=1).some(9, 6)  # of which nothing can be held out
+    assert single.other - single.held_out == single.other
 
 
 def test_of_a_single_window_nothing_is_held_out_and_it_judges_itself() -> None:
@@ -163,22 +165,22 @@ def test_one_window_in_eight_is_held_out_behind_all_that_are_fitted(count: int) 
 
 
 @pytest.mark.parametrize(
-    ("asked", "fitted", "judged"), [(1, 1, 1), (4, 4, 2), (7, 7, 3), (90, 42, 6)]
+    ("asked", "fitted", "judged"), [(1, 1, 8), (4, 4, 8), (38, 38, 8), (40, 40, 8), (90, 42, 6)]
 )
 def test_some_windows_keep_held_out_ones_apart_and_share_no_memory(
     asked: int, fitted: int, judged: int
 ) -> None:
-    """48 windows, 6 of them held out: those asked for to fit on, and half as many to judge by."""
+    """48 windows, 6 of them held out: those asked for to fit on, and the last of the others."""
     whole = made(48)
     kept = whole.original_NLD.clone()
-    some = whole.some(asked)
+    some = whole.some(asked, 8)
     assert len(some.windows_NL) == fitted + judged
     assert len(some.held_out) == judged
     origin = [int(first) // L for first in some.windows_NL[:, 0]]  # tokens are numbered through
     assert origin == sorted(set(origin))
     for window, source in enumerate(origin):
         assert torch.equal(some.windows_NL[window], whole.windows_NL[source])
-        assert (window in some.held_out) == (source in whole.held_out)
+        assert (window in some.held_out) == (source >= 48 - judged)
     some.original_NLD.fill_(1.0)
     some.narrowed_NLK.fill_(1.0)
     assert some.original_NLD.shape == (fitted + judged, L, D)

@@ -194,7 +194,7 @@ def test_measuring_cuts_costs_every_rehearsal_and_one_search_for_layers() -> Non
         plan(LLAMA_3_2_1B, SizeOptions(**{key: size}))
         for key, size in (("intermediate_size", 6144), ("num_hidden_layers", 12))
     )
-    context = work_of_context(mlp, effort.JUDGED).seconds(rates(2048))  # once for all
+    context = work_of_context(mlp, 2 * effort.JUDGED).seconds(rates(2048))  # once for all
     once, twice, deep = (
         allocation_seconds(plans) - context for plans in ([mlp], [mlp, mlp], [mlp, mlp, depth])
     )
