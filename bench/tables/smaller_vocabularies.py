@@ -8,6 +8,7 @@ DOTEXPORT_ASSETS names the folder of wikitext2, tinystories and tasks.
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -29,7 +30,12 @@ from dotexport.vocabulary.vocabulary_options import VocabularyOptions
 from .result_files import RESULTS, Out, Table, save
 
 # Which text counts, and how many tokens stay; None: all that occur.
-CUTS = (("valid", 16384), ("English", 16384), ("English", 24576), ("English", None))
+CUTS = (
+    *(("valid", 16384), ("valid", 32768)),
+    *(("English", 16384), ("English", 24576), ("English", 32768), ("English", None)),
+)
+
+WHY = ("always", "used", "expected", "ancestors", "filled")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -84,8 +90,9 @@ PROTOCOL = """{name} in float32, `shrink --vocab N --vocab-for TEXT`; every weig
 that stays is the original's. `valid`: wikitext2/valid.txt ({valid:.1f} MB, word level). `English`:
 that and the contexts and questions of LAMBADA, PIQA, ARC-easy and COPA ({English:.1f} MB). Neither
 holds what is judged. `ancestors`: share of the tokens that stay only because others are merged
-from them. `seconds` are of the whole shrink: tokens counted, weights written and the tokenizer held
-against the original's, beside other work.
+from them; `expected`: share of what the original expects in that text that stays. `seconds` are of
+the whole shrink: tokens counted, weights written and the tokenizer held against the original's,
+beside other work.
 
 Then tokens per byte of held-out texts (the first MiB), and the share of the original's tokens that
 are the same ones under new ids. Then the first {samples} windows of {seqlen} tokens of
@@ -112,8 +119,9 @@ def _sizes(shrunk: Shrunk) -> dict[str, Any]:
     before, after = shrunk.plan.parameters_before, shrunk.plan.parameters_after
     return {
         "rows": shrunk.vocabulary["rows"][1],
-        **shrunk.vocabulary["kept"],
+        **{why: shrunk.vocabulary["kept"].get(why, 0) for why in WHY},
         "ancestors, %": 100 * shrunk.vocabulary["ancestors"],
+        "expected, %": 100 * (shrunk.vocabulary["expected"] or math.nan),
         "parameters, M": f"{before / 1e6:.1f} -> {after / 1e6:.1f}",
         "over": f"{shrunk.plan.ratio:.3f}x",
         "seconds": shrunk.seconds,

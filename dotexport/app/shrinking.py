@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from dotexport.storage import manifest
 from dotexport.storage.files import write_json, write_text
 from dotexport.storage.output import new_folder
 from dotexport.storage.workspace import Workspace, settle_others
+from dotexport.vocabulary.expecting import expected
 from dotexport.vocabulary.trimming import Trimmed, trim
 
 RECIPE = "recipe.yaml"
@@ -118,7 +120,7 @@ def shrink(
             progress=progress,
         )
         source, config, sizes = _on_kept_tokens(
-            original, options, text, Path(scratch), workspace, progress
+            original, options, text, Path(scratch), where, passes, workspace, progress
         )
         decided = plan(config, sizes)
         progress("reading the calibration text", 0, 1)
@@ -239,13 +241,19 @@ def _on_kept_tokens(
     options: ShrinkOptions,
     text: TextOptions,
     scratch: Path,
+    device: torch.device,
+    passes: torch.dtype,
     workspace: Workspace,
     progress: Progress,
 ) -> tuple[Checkpoint, Mapping[str, Any], SizeOptions]:
     """What is narrowed, and a config and sizes for its plan: a budget is a share of all rows."""
     if not options.vocabulary.asked:
         return original, original.config, options.sizes
-    source = trim(original, options.vocabulary, text.source, scratch, progress, text.own, workspace)
+    expect = partial(expected, original, dtype=passes, device=device, progress=progress)
+    source = trim(
+        *(original, options.vocabulary, text.source, scratch, progress, text.own, workspace),
+        expect=expect,
+    )
     sizes = replace(options.sizes, vocab_size=source.config["vocab_size"])
     return source, {**source.config, "vocab_size": original.config["vocab_size"]}, sizes
 

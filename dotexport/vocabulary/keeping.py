@@ -3,6 +3,8 @@
     always      what spells any text (bytes, characters), special and added tokens, the chat
                 template's, ids that config files name, and those that the user lists
     used        in the text, the most used first
+    expected    not in the text, but by the original's odds there (expecting.py), which count as
+                much as what occurs, and a little by ids
     ancestors   tokens that no text uses by themselves, without which BPE does not come to others
     filled      further ones in the order of their ids, which is that of their use in training, up
                 to a number of rows that runtimes like: no row stays that nobody could sample
@@ -27,6 +29,9 @@ from dotexport.vocabulary.vocabulary_options import padded
 
 Counts = NDArray[np.int64]
 
+# Of what is added to uses for tokens of other text: a tenth as much, flat among the first ranks.
+ZIPF_SHARE, ZIPF_RANKS = 0.1, 300
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -38,6 +43,8 @@ class Kept:
         tokens: of the original; rows that no token has leave first.
         groups: why they stay -> how many.
         covered: share of the tokens of the counted text that stay; None: nothing was counted.
+        expected: share of what the original expects there that stays: of the next text of its kind
+            about as much will; None: it was not asked.
     """
 
     ids: tuple[int, ...]
@@ -45,6 +52,7 @@ class Kept:
     tokens: int
     groups: Mapping[str, int]
     covered: float | None
+    expected: float | None = None
 
     @property
     def new_ids(self) -> dict[int, int]:
@@ -57,6 +65,7 @@ class Kept:
             "kept": dict(self.groups),
             "ancestors": self.groups.get("ancestors", 0) / len(self.ids),
             "covered": self.covered,
+            "expected": self.expected,
         }
 
 
@@ -93,6 +102,7 @@ def keep(
     always: Iterable[int],
     *,
     wanted: int | None,
+    expected_R: NDArray[np.float64] | None = None,
 ) -> Kept:
     """Choose the tokens that stay.
 
@@ -101,6 +111,7 @@ def keep(
         counts_R: how often each occurs in the text.
         always: ids that stay besides what spells any text.
         wanted: how many, rounded up (`padded`); None: all that occur.
+        expected_R: how often the original expects each at a position of the text; None: unknown.
 
     Raises:
         SizeError: fewer than must stay, more than there are, or all of them.
@@ -109,7 +120,8 @@ def keep(
     if wanted is not None and wanted > rows:
         raise SizeError(f"--vocab {wanted} is more than the {rows} rows of the original's table")
     choice, ancestors = _Choice(pieces, ids), "ancestors"
-    by_use = sorted(np.flatnonzero(counts_R).tolist(), key=lambda n: (-counts_R[n], n))
+    use_R = counts_R if expected_R is None else _likely(counts_R, expected_R)
+    by_use = sorted((n for n in everything if use_R[n] > 0), key=lambda n: (-use_R[n], n))
     first = sorted({*always, *(ids[token] for token in pieces.spelling())})
     choice.take(first, "always", np.inf, ancestors)
     least = len(choice.groups)
@@ -129,22 +141,35 @@ def keep(
             f"all {rows} rows would stay, so that nothing leaves; give a smaller --vocab, or a "
             "text that uses fewer tokens"
         )
+    ids_K = sorted(choice.groups)
     return Kept(
-        tuple(sorted(choice.groups)),
+        tuple(ids_K),
         rows,
         len(everything),
         _counted(choice.groups, counts_R),
-        float(counts_R[list(choice.groups)].sum() / counts_R.sum()) if by_use else None,
+        float(counts_R[ids_K].sum() / counts_R.sum()) if counts_R.any() else None,
+        None if expected_R is None else float(expected_R[ids_K].sum() / expected_R.sum()),
     )
+
+
+def _likely(counts_R: Counts, expected_R: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How often each token is to be expected in the next text: as it occurred, as the original
+    expected it, and for text of another kind as Zipf's law has it of ids."""
+    zipf_R = 1 / (np.arange(len(counts_R)) + ZIPF_RANKS)
+    found: NDArray[np.float64] = expected_R + counts_R / counts_R.sum()
+    found += ZIPF_SHARE * zipf_R / zipf_R.sum()
+    return found
 
 
 def _counted(groups: Mapping[int, str], counts_R: Counts) -> dict[str, int]:
     """Why -> how many; what others need and the text uses too is used."""
     named = [
-        "used" if group == "ancestors" and counts_R[number] else group
+        ("used" if counts_R[number] else "ancestors" if group == "ancestors" else "expected")
+        if group in ("used", "ancestors")
+        else group
         for number, group in groups.items()
     ]
-    order = ("always", "used", "ancestors", "filled", "empty rows")
+    order = ("always", "used", "expected", "ancestors", "filled", "empty rows")
     return {name: named.count(name) for name in order if name in named}
 
 

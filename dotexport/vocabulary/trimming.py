@@ -29,6 +29,7 @@ from dotexport.storage.files import write_json, write_text
 from dotexport.storage.reading import read_json
 from dotexport.storage.workspace import Workspace
 from dotexport.vocabulary import token_ids
+from dotexport.vocabulary.expecting import LENGTH, Expect, Spread
 from dotexport.vocabulary.keeping import Kept, keep, listed
 from dotexport.vocabulary.pieces import TOKENIZER, Bpe
 from dotexport.vocabulary.proving import OTHER, check_names, prove
@@ -91,6 +92,7 @@ def choose_tokens(
     progress: Progress = lambda stage, done, total: None,
     own: str | None = None,
     workspace: Workspace | None = None,
+    expect: Expect | None = None,
 ) -> tuple[Reading, Kept]:
     """Which tokens of a model stay; reads its tokenizer and the text, no weights.
 
@@ -98,6 +100,8 @@ def choose_tokens(
         calibration: the text that counts where no other was named; None: nothing is counted.
         own: the file that `self` in a text stands for.
         workspace: keeps the choice.
+        expect: asks the original which tokens it expects in the text, where some of them are to be
+            chosen; None: what occurs decides alone.
 
     Raises:
         UnsupportedModelError, CheckpointError, CalibrationError, SizeError, UsageError.
@@ -114,10 +118,21 @@ def choose_tokens(
     if found := workspace.load(CHOICE):
         return reading, Kept(**found[0] | {"ids": tuple(found[0]["ids"])})
     text = documents(source, own) if source else ()
+    spread = Spread(length=min(LENGTH, config.get("max_position_embeddings") or LENGTH))
     counts_R = count(
-        reading.tokenizer, text, reading.rows, lambda read: progress("counting tokens", read, 0)
+        reading.tokenizer,
+        text,
+        reading.rows,
+        lambda read: progress("counting tokens", read, 0),
+        spread,
     )
-    kept = keep(reading.pieces, reading.ids, counts_R, always, wanted=options.vocab)
+    asked = expect is not None and options.vocab is not None and counts_R.any()
+    expected_R = expect(spread.windows()) if expect and asked else None
+    kept = keep(
+        *(reading.pieces, reading.ids, counts_R, always),
+        wanted=options.vocab,
+        expected_R=expected_R,
+    )
     workspace.save(CHOICE, asdict(kept))
     return reading, kept
 
@@ -144,12 +159,14 @@ def trim(
     progress: Progress = lambda stage, done, total: None,
     own: str | None = None,
     workspace: Workspace | None = None,
+    expect: Expect | None = None,
 ) -> Trimmed:
     """The original with fewer tokens, its tokenizer held against the original's.
 
     Args:
         folder: an empty one, for config.json and what travels with a model.
         workspace: keeps the choice of tokens.
+        expect: as `choose_tokens`.
 
     Raises:
         UnsupportedModelError, CheckpointError, CalibrationError, SizeError, UsageError.
@@ -164,6 +181,7 @@ def trim(
         progress,
         own,
         workspace,
+        expect,
     )
     return Trimmed(folder, made.config, original.files, original, made.kept, made.report)
 
@@ -178,6 +196,7 @@ def trim_text(
     progress: Progress = lambda stage, done, total: None,
     own: str | None = None,
     workspace: Workspace | None = None,
+    expect: Expect | None = None,
 ) -> TrimmedText:
     """The same without weights.
 
@@ -185,7 +204,9 @@ def trim_text(
         source: folder of the tokenizer.
         companions: files that travel with the model; those that would contradict it are left out.
     """
-    before, kept = choose_tokens(source, config, options, calibration, progress, own, workspace)
+    before, kept = choose_tokens(
+        source, config, options, calibration, progress, own, workspace, expect
+    )
     new = kept.new_ids
     rows = (key for key in ROW_KEYS if key in config)
     config = renumbered(config, kept) | dict.fromkeys(rows, len(kept.ids))

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from dotexport.vocabulary.expecting import Spread
 from dotexport.vocabulary.keeping import Counts
 
 logger = logging.getLogger(__name__)
@@ -51,15 +52,24 @@ TALKS = (TALK, TALK[1:], [TALK[0], TALK[1]], [TALK[1]], [TALK[1], TALK[4], TALK[
 
 
 def count(
-    tokenizer: Any, documents: Iterable[str], rows: int, told: Callable[[int], None]
+    tokenizer: Any,
+    documents: Iterable[str],
+    rows: int,
+    told: Callable[[int], None],
+    spread: Spread | None = None,
 ) -> Counts:
-    """How often each token occurs; `told` hears the characters that were read."""
+    """How often each token occurs; `told` hears the characters that were read, `spread` the
+    tokens."""
     counts_R = np.zeros(rows, dtype=np.int64)
     read = 0
     every = _pieces(documents)
     while pieces := list(islice(every, AT_ONCE)):
         for ids in tokenizer(pieces)["input_ids"]:
-            counts_R += np.bincount(ids, minlength=rows)[:rows]
+            known = np.asarray(ids, dtype=np.int64)
+            known = known[known < rows]
+            counts_R += np.bincount(known, minlength=rows)
+            if spread is not None:
+                spread.read(known.tolist())
         read += sum(map(len, pieces))
         told(read)
         if read >= MOST:

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.streams import held_out_windows
 from dotexport.storage import manifest
 from dotexport.storage.workspace import Workspace
+from dotexport.vocabulary.expecting import expected
 from dotexport.vocabulary.joining import END, UNKNOWN, Spellings
 from dotexport.vocabulary.segmenting import Reading
 from dotexport.vocabulary.trimming import Trimmed, trim
@@ -74,8 +75,9 @@ def kept(out: Path) -> list[int]:
 
 
 def _trimmed(scratch: Path) -> Trimmed:
-    cut = VocabularyOptions(vocab=1000)
-    return trim(Checkpoint.open(MODEL_DIR), cut, TEXT.source, scratch)
+    original, cut = Checkpoint.open(MODEL_DIR), VocabularyOptions(vocab=1000)
+    expect = partial(expected, original, dtype=torch.float32, device=torch.device("cpu"))
+    return trim(original, cut, TEXT.source, scratch, expect=expect)
 
 
 def vocab_size(folder: Path) -> int:

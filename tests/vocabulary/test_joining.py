@@ -127,7 +127,8 @@ def test_windows_of_two_tokenizations_are_taken_one_in_several_as_well() -> None
 
 
 def test_it_is_the_plain_loss_where_no_token_left() -> None:
-    """All rows stay: the same numbers, but for probabilities that are summed to 1 again."""
+    """All rows stay: the same numbers, but for probabilities that are summed to 1 again, which
+    float32 leaves 1e-7 of: the loss is 2e-3, left over of terms of about 1."""
     model, other = (load_float32(Checkpoint.open(MODEL_DIR)) for _ in range(2))
     with torch.no_grad():
         for parameter in other.parameters():
@@ -140,7 +141,7 @@ def test_it_is_the_plain_loss_where_no_token_left() -> None:
         )
         for spellings in (None, everything)
     )
-    assert found.item() == pytest.approx(plain.item(), rel=1e-5)
+    assert found.item() == pytest.approx(plain.item(), abs=5e-7)
 
 
 def test_where_rows_leave_that_no_token_has_it_is_healed_like_any_other(tmp_path: Path) -> None:
