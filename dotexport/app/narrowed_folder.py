@@ -43,8 +43,13 @@ def write_narrowed(
     workspace: Workspace,
     progress: Progress,
     processes: Processes,
+    sinks: Sequence[int] = (),
 ) -> tuple[ClosedForm, dict[str, Any] | None]:
-    """Write FOLDER/hf: the closed form, and healing where that was asked for."""
+    """Write FOLDER/hf: the closed form, and healing where that was asked for.
+
+    Args:
+        sinks: tokens that were sown in the windows, and are in other text to heal on.
+    """
     alone = decided.vocabulary_alone
     decided = decided.on_kept_tokens
     if not alone:
@@ -59,6 +64,7 @@ def write_narrowed(
             read,
             options.heal,
             other_NL=other_NL,
+            sinks=sinks,
         )
     if alone and isinstance(source, Trimmed):
         closed = _copied(source, decided, folder, options)

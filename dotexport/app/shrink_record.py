@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,8 @@ def describe(
     own: Mapping[str, Any],
     closed: ClosedForm,
     passes: torch.dtype,
+    *,
+    sinks: Sequence[int],
 ) -> None:
     recipe = json.loads(json.dumps(asdict(options)))
     exact = (shrunk.vocabulary or {}).get("exact", False)
@@ -103,6 +105,7 @@ def describe(
             "windows": len(windows_NL),
             "seqlen": windows_NL.shape[1],
             "sha256": sha256_of(windows_NL),
+            **({"sinks": list(sinks)} if sinks else {}),
             **({"own_text": {"file": OWN_TEXT, **own}} if own else {}),
             **({} if other_NL is None else {"other": _second(options.other, other_NL)}),
         },

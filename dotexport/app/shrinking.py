@@ -39,6 +39,7 @@ from dotexport.narrowing.prepare import (
     dtype_of_passes,
     pick_device,
 )
+from dotexport.narrowing.sinks import sinks, sown
 from dotexport.processes.processes import ALONE, Processes
 from dotexport.sizes.allocation import allocate
 from dotexport.sizes.beside_towers import beside_towers
@@ -134,6 +135,13 @@ def shrink(
             )
         if other_NL is not None:
             windows_NL = windows_NL[: options.text.samples - len(other_NL)]
+        resting: tuple[int, ...] = ()
+        if not decided.vocabulary_alone or options.heal is not None:
+            progress("looking for tokens that attention rests on", 0, 1)
+            resting = sinks(source, windows_NL, dtype=passes, device=where, workspace=workspace)
+            seed = options.narrow.seed
+            windows_NL = sown(windows_NL, resting, seed)
+            other_NL = None if other_NL is None else sown(other_NL, resting, seed)
         _check_share(windows_NL, other_NL, processes)
         depths = Depths(
             source,
@@ -169,7 +177,7 @@ def shrink(
         steps_of(decided, workspace)
         closed, healing = write_narrowed(
             *(source, decided, folder, windows_NL, other_NL, text, options, where, workspace),
-            *(progress, processes),
+            *(progress, processes, resting),
         )
         _copy_companions(source, folder / "hf")
         seconds = time.perf_counter() - started
@@ -194,7 +202,10 @@ def shrink(
         if recipe:
             write_text(folder / RECIPE, recipe)
             manifest.update(folder, recipe=hashlib.sha256(recipe.encode()).hexdigest())
-        describe(folder, described, options, shrunk, windows_NL, other_NL, own, closed, passes)
+        describe(
+            *(folder, described, options, shrunk, windows_NL, other_NL, own, closed, passes),
+            sinks=resting,
+        )
         if isinstance(source, Trimmed):
             write_json(folder / "reports" / "vocabulary.json", {"original_ids": source.kept.ids})
     workspace.remove()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from dotexport.healing.healing_stream import Batches, Streamed
 from dotexport.models.documents import documents
 from dotexport.models.text_options import SELF, Part, TextOptions, parts_of
 from dotexport.models.text_windows import read_tokenizer, token_windows
+from dotexport.narrowing.sinks import sown
 from dotexport.narrowing.streams import held_out_windows
 from dotexport.storage.manifest import sha256
 
@@ -41,12 +42,14 @@ class HealingText:
     Attributes:
         source: other text to train on, which is read as it is needed; train_NL is not.
         folder: of the tokenizer that reads it.
+        sinks: tokens that are sown in it (narrowing/sinks.py); the windows have them.
     """
 
     train_NL: Tensor
     held_NL: Tensor
     source: str | None = None
     folder: Path | None = None
+    sinks: Sequence[int] = ()
 
     def batches(self, schedule: Schedule, seed: int, own: Own) -> Callable[[int], Tensor]:
         """Number of a step -> its windows (batch, L)."""
@@ -61,7 +64,8 @@ class HealingText:
             self.held_NL,
             seed,
         )
-        return Batches(streamed, schedule.batch)
+        drawn = Batches(streamed, schedule.batch)
+        return lambda step: sown(drawn(step), self.sinks, seed=step)
 
     def digests(self) -> list[str]:
         parts = (self.train_NL, self.held_NL)
@@ -98,12 +102,14 @@ def healing_text(
     options: HealOptions,
     *,
     other_NL: Tensor | None = None,
+    sinks: Sequence[int] = (),
 ) -> HealingText:
     """The split that narrowing used too, and more windows of the same text, or other text, where
     asked for.
 
     Args:
         other_NL: windows of another kind of text, which narrowing used beside the others.
+        sinks: tokens that both have had sown.
 
     Raises:
         UsageError: fewer windows than calibration has.
@@ -122,10 +128,11 @@ def healing_text(
         for part in parts_of(options.text):
             if part.source != SELF:
                 next(documents(part.source), None)  # refused now, and not after hours
-        return HealingText(train_NL, held_NL, options.text, model)
+        return HealingText(train_NL, held_NL, options.text, model, sinks)
     if options.samples is not None and options.samples > len(windows_NL):
         everything_NL = token_windows(model, replace(text, samples=options.samples))
-        train_NL = torch.cat([train_NL, everything_NL[len(windows_NL) :]])
+        more_NL = sown(everything_NL[len(windows_NL) :], sinks, seed=len(windows_NL))
+        train_NL = torch.cat([train_NL, more_NL])
     _warn_if_repeated(train_NL, text.source, options)
     return HealingText(train_NL, held_NL)
 
