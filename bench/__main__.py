@@ -23,6 +23,7 @@ TABLES = {
     "optimum": "optimum",
     "pairs": "pairs",
     "rounding": "rounded_for_text",
+    "specials": "special_tokens",
     "targets": "artifacts_written",
     "trust": "trust",
     "vocabulary": "smaller_vocabularies",
