@@ -11,6 +11,7 @@ Shapes: N windows, L tokens of one, B sequences of a batch, K layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.loading import Loaded
 from dotexport.models.text_windows import read_tokenizer
+from dotexport.narrowing.streams import held_out_windows
 from dotexport.storage.workspace import Workspace
 
 CONTEXT = 16  # tokens of text in front of one that is looked at
@@ -68,13 +70,15 @@ def sinks(
 
 
 def sown(windows_NL: Tensor, found: Sequence[int], seed: int) -> Tensor:
-    """The windows, one in EVERY with one of these tokens in the place of another, from the last on,
-    so that what is held out has some as well."""
+    """The windows, one in EVERY with one of these tokens in the place of another: of those that are
+    fitted on and of those that are held out the first, since either may be cut short."""
     if not found:
         return windows_NL
     sown_NL, random = windows_NL.clone(), np.random.default_rng(seed)
     count, length = windows_NL.shape
-    for turn, window in enumerate(range(count - 1, -1, -EVERY)):
+    held = held_out_windows(count)
+    kinds = [sorted(set(range(count)) - held), sorted(held)]
+    for turn, window in enumerate(chain(*(kind[::EVERY] for kind in kinds))):
         place = random.integers(1, max(2, min(length, PLACES)))
         sown_NL[window, place] = found[turn % len(found)]
     return sown_NL
