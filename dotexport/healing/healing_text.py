@@ -65,7 +65,7 @@ class HealingText:
             seed,
         )
         drawn = Batches(streamed, schedule.batch)
-        return lambda step: sown(drawn(step), self.sinks, seed=step)
+        return lambda step: sown(drawn(step), self.sinks, seed=step, held=())
 
     def digests(self) -> list[str]:
         parts = (self.train_NL, self.held_NL)
@@ -131,7 +131,7 @@ def healing_text(
         return HealingText(train_NL, held_NL, options.text, model, sinks)
     if options.samples is not None and options.samples > len(windows_NL):
         everything_NL = token_windows(model, replace(text, samples=options.samples))
-        more_NL = sown(everything_NL[len(windows_NL) :], sinks, seed=len(windows_NL))
+        more_NL = sown(everything_NL[len(windows_NL) :], sinks, seed=len(windows_NL), held=())
         train_NL = torch.cat([train_NL, more_NL])
     _warn_if_repeated(train_NL, text.source, options)
     return HealingText(train_NL, held_NL)

@@ -10,7 +10,7 @@ Shapes: N windows, L tokens of one, B sequences of a batch, K layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import chain
 
 import numpy as np
@@ -69,15 +69,21 @@ def sinks(
     return tuple(found)
 
 
-def sown(windows_NL: Tensor, found: Sequence[int], seed: int) -> Tensor:
+def sown(
+    windows_NL: Tensor, found: Sequence[int], seed: int, *, held: Collection[int] | None = None
+) -> Tensor:
     """The windows, one in EVERY with one of these tokens in the place of another: of those that are
-    fitted on and of those that are held out the first, since either may be cut short."""
+    fitted on and of those that are held out the first, since either may be cut short.
+
+    Args:
+        held: which of them are held out; None: those that narrowing holds out.
+    """
     if not found:
         return windows_NL
     sown_NL, random = windows_NL.clone(), np.random.default_rng(seed)
     count, length = windows_NL.shape
-    held = held_out_windows(count)
-    kinds = [sorted(set(range(count)) - held), sorted(held)]
+    held = held_out_windows(count) if held is None else held
+    kinds = [sorted(set(range(count)).difference(held)), sorted(held)]
     for turn, window in enumerate(chain(*(kind[::EVERY] for kind in kinds))):
         place = random.integers(1, max(2, min(length, PLACES)))
         sown_NL[window, place] = found[turn % len(found)]
