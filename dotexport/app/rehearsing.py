@@ -78,7 +78,7 @@ def healed_rehearsals(
         other_NL: windows of another kind of text; both kinds are fitted and judged.
     """
     kinds = [windows_NL] if other_NL is None else [windows_NL, other_NL]
-    splits = [split(text_NL[:, :REHEARSED_LENGTH]) for text_NL in kinds]
+    splits = [split(text_NL[:, -REHEARSED_LENGTH:]) for text_NL in kinds]
     train_NL, held_NL = (torch.cat(parts) for parts in zip(*splits, strict=True))
     text = HealingText(train_NL, held_NL if len(held_NL) else train_NL)
     tokens_of_each = train_NL.shape[1] * len(kinds)

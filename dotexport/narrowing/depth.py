@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 
-LENGTH = 512  # of a window, at most
+LENGTH = 512  # of a window, the last, at most
 FITTED, JUDGED = 3072, 1024  # tokens
 RIDGE = 1e-3
 SEARCH = "depth"  # its name in a workspace
@@ -149,7 +149,7 @@ def _parts(windows_NL: Tensor, other_NL: Tensor | None) -> tuple[Tensor, Tensor]
     fitted_NL, judged_NL = [], []
     for kind_NL in kinds:
         held = held_out_windows(len(kind_NL))
-        short_NL = kind_NL[:, :LENGTH]
+        short_NL = kind_NL[:, -LENGTH:]
         length = short_NL.shape[1]
         fitted = [n for n in range(len(short_NL)) if n not in held]
         fitted_NL.append(short_NL[fitted[: -(-FITTED // (length * len(kinds)))]])

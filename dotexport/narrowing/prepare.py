@@ -94,9 +94,9 @@ def rehearsals(
 
     In the divergence tokens count by context (context.py).
     """
-    windows_NL = windows_NL[:, :REHEARSED_LENGTH]
+    windows_NL = windows_NL[:, -REHEARSED_LENGTH:]
     if other_NL is not None:
-        other_NL = other_NL[:, :REHEARSED_LENGTH]
+        other_NL = other_NL[:, -REHEARSED_LENGTH:]
     tokens = rehearsed_tokens(source.config["hidden_size"])
     cheap = replace(settled(options, source, device), mlp="obs", heads="obs", local=None)
     texts = [windows_NL] if other_NL is None else [windows_NL, other_NL]

@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 # the stream.
 REHEARSED, REHEARSED_PER_AXIS = 4096, 8
 CLOSER = 4  # times as much text, for the last few sizes: a wide writer gains more by it than others
-REHEARSED_LENGTH = 512  # of their windows, at most
+REHEARSED_LENGTH = 512  # of their windows, the last, at most
 COMPARED = 64  # the same for several bases, which are closer together than sizes
 EMBEDDING, HEAD = "embedding", "head"  # steps before and behind the layers
 

@@ -27,7 +27,7 @@ CONTEXT = 16  # tokens of text in front of one that is looked at
 MASSIVE = 16.0  # times the median length of the stream at these
 LOOKED_AT = 512  # special tokens, the first; some tokenizers reserve hundreds
 BATCH = 64
-EVERY, PLACES = 4, 256  # one window in four has one, among its first 256 tokens
+EVERY, TAIL = 4, 5  # one window in four has one, in its last fifth: what follows has lost its past
 STEP = "sinks"  # its name in a workspace
 
 
@@ -85,7 +85,7 @@ def sown(
     held = held_out_windows(count) if held is None else held
     kinds = [sorted(set(range(count)).difference(held)), sorted(held)]
     for turn, window in enumerate(chain(*(kind[::EVERY] for kind in kinds))):
-        place = random.integers(1, max(2, min(length, PLACES)))
+        place = random.integers(length - max(1, length // TAIL), length)
         sown_NL[window, place] = found[turn % len(found)]
     return sown_NL
 
