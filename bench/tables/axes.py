@@ -45,6 +45,7 @@ from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.text_options import TextOptions, parts_of
 from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.narrow_options import LocalOptions, NarrowOptions
+from dotexport.narrowing.sinks import sinks, sown
 from dotexport.sizes.budget import plan
 from dotexport.vocabulary.vocabulary_options import VocabularyOptions
 
@@ -218,10 +219,14 @@ depth alone, and see the same text.{later}"""
 
 
 def _kinds(model: Path, asked: ShrinkOptions) -> tuple[torch.Tensor, torch.Tensor]:
-    """The windows that all are calibrated on: of the text, and as many of the second one."""
+    """The windows that all are calibrated on: of the text, and as many of the second one, with the
+    tokens that `shrink` sows in them."""
     first = replace(asked.text, samples=asked.text.samples // 2)
     second = replace(first, source=asked.other, every=1)
-    return token_windows(model, first), token_windows(model, second)
+    kinds = token_windows(model, first), token_windows(model, second)
+    cpu, seed = torch.device("cpu"), asked.narrow.seed
+    resting = sinks(Checkpoint.open(model), kinds[0], dtype=torch.float32, device=cpu)
+    return sown(kinds[0], resting, seed), sown(kinds[1], resting, seed, turn=len(kinds[0]))
 
 
 def _later_in_words(healed: int, heal_text: str | None, timed: str) -> str:

@@ -8,7 +8,6 @@ DOTEXPORT_ASSETS names the folder of wikitext2, tinystories and tasks.
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -121,7 +120,7 @@ def _sizes(shrunk: Shrunk) -> dict[str, Any]:
         "rows": shrunk.vocabulary["rows"][1],
         **{why: shrunk.vocabulary["kept"].get(why, 0) for why in WHY},
         "ancestors, %": 100 * shrunk.vocabulary["ancestors"],
-        "expected, %": 100 * (shrunk.vocabulary["expected"] or math.nan),
+        "expected, %": 100 * expected if (expected := shrunk.vocabulary["expected"]) else "",
         "parameters, M": f"{before / 1e6:.1f} -> {after / 1e6:.1f}",
         "over": f"{shrunk.plan.ratio:.3f}x",
         "seconds": shrunk.seconds,

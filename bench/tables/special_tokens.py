@@ -14,6 +14,7 @@ from torch.nn.functional import kl_div
 from dotexport.bench.tables.result_files import RESULTS, Out, Table, save
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.loading import Loaded
+from dotexport.models.origin import model_name
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import read_tokenizer, token_windows
 
@@ -34,7 +35,8 @@ def main(
     tokenizer = read_tokenizer(model)
     models = [Loaded(Checkpoint.open(folder)) for folder in (model, *narrowed)]
     rows: Table = []
-    for number in sorted(set(tokenizer.all_special_ids)):
+    known = range(models[0].model.config.vocab_size)
+    for number in sorted(set(tokenizer.all_special_ids).intersection(known)):
         tokens_NL = windows_NL.clone()
         tokens_NL[:, length // 2] = number
         row: dict[str, Any] = {"token": tokenizer.convert_ids_to_tokens(number)}
@@ -43,7 +45,7 @@ def main(
             kl_L = kl_div(ours_NLV, theirs_NLV, reduction="none", log_target=True).sum(-1).mean(0)
             parts = kl_L.split([length // 2, 1, length - length // 2 - 1])
             for place, part_L in zip(("before", "at", "behind"), parts, strict=True):
-                row[f"{folder.name}, {place}"] = float(part_L.mean())
+                row[f"{model_name(folder)}, {place}"] = float(part_L.mean())
         rows.append(row)
     save(
         out / "special-tokens",

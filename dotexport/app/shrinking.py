@@ -139,9 +139,10 @@ def shrink(
         if not decided.vocabulary_alone or options.heal is not None:
             progress("looking for tokens that attention rests on", 0, 1)
             resting = sinks(source, windows_NL, dtype=passes, device=where, workspace=workspace)
-            seed = options.narrow.seed
+            workspace.given({"sinks": resting})
+            seed, turn = options.narrow.seed, len(windows_NL)
             windows_NL = sown(windows_NL, resting, seed)
-            other_NL = None if other_NL is None else sown(other_NL, resting, seed)
+            other_NL = None if other_NL is None else sown(other_NL, resting, seed, turn=turn)
         _check_share(windows_NL, other_NL, processes)
         depths = Depths(
             source,

@@ -122,7 +122,8 @@ class Runs:
     """
 
     def __init__(self, held_NL: Window, length: int) -> None:
-        self._size = min(RUN, length, held_NL.shape[1])
+        # Held-out windows may have a token sown in their last fifth (narrowing/sinks.py).
+        self._size = max(1, min(RUN, 3 * min(length, held_NL.shape[1]) // 4))
         factors = np.random.default_rng(0).integers(1 << 63, size=self._size, dtype=np.uint64)
         self._factors_S = 2 * factors + np.uint64(1)
         self._known = np.unique(self._hashes(held_NL))

@@ -23,7 +23,7 @@ from dotexport.healing.healing_stream import Batches, Streamed
 from dotexport.models.documents import documents
 from dotexport.models.text_options import SELF, Part, TextOptions, parts_of
 from dotexport.models.text_windows import read_tokenizer, token_windows
-from dotexport.narrowing.sinks import sown
+from dotexport.narrowing.sinks import sown, sown_in_steps
 from dotexport.narrowing.streams import held_out_windows
 from dotexport.storage.manifest import sha256
 
@@ -65,7 +65,7 @@ class HealingText:
             seed,
         )
         drawn = Batches(streamed, schedule.batch)
-        return lambda step: sown(drawn(step), self.sinks, seed=step, held=())
+        return lambda step: sown_in_steps(drawn(step), self.sinks, step)
 
     def digests(self) -> list[str]:
         parts = (self.train_NL, self.held_NL)
@@ -131,7 +131,7 @@ def healing_text(
         return HealingText(train_NL, held_NL, options.text, model, sinks)
     if options.samples is not None and options.samples > len(windows_NL):
         everything_NL = token_windows(model, replace(text, samples=options.samples))
-        more_NL = sown(everything_NL[len(windows_NL) :], sinks, seed=len(windows_NL), held=())
+        more_NL = sown(everything_NL[len(windows_NL) :], sinks, seed=len(windows_NL))
         train_NL = torch.cat([train_NL, more_NL])
     _warn_if_repeated(train_NL, text.source, options)
     return HealingText(train_NL, held_NL)

@@ -10,7 +10,7 @@ Shapes: N windows, L tokens of one, B sequences of a batch, K layers.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import numpy as np
@@ -20,14 +20,17 @@ from torch import Tensor
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.loading import Loaded
 from dotexport.models.text_windows import read_tokenizer
+from dotexport.narrowing.run import REHEARSED_LENGTH
 from dotexport.narrowing.streams import held_out_windows
 from dotexport.storage.workspace import Workspace
 
 CONTEXT = 16  # tokens of text in front of one that is looked at
 MASSIVE = 16.0  # times the median length of the stream at these
 LOOKED_AT = 512  # special tokens, the first; some tokenizers reserve hundreds
-BATCH = 64
-EVERY, TAIL = 4, 5  # one window in four has one, in its last fifth: what follows has lost its past
+BATCH = 128
+EVERY = 4  # one window in four has one
+# In the last fifth of what is read where windows are cut short: what follows has lost its past.
+TAIL, READ = 5, REHEARSED_LENGTH
 STEP = "sinks"  # its name in a workspace
 
 
@@ -56,7 +59,8 @@ def sinks(
     workspace = workspace or Workspace()
     if kept := workspace.load(STEP):
         return tuple(kept[0]["tokens"])
-    loaded = Loaded(source, dtype, device=device)
+    # Each matrix is read once in a batch, so that no room for all of them is needed.
+    loaded = Loaded(source, dtype, device=device, whole=False)
     found: list[int] = []
     for last_B in torch.tensor(special[:LOOKED_AT]).split(BATCH):
         tokens_BL = torch.cat([context_L.expand(len(last_B), -1), last_B[:, None]], dim=1)
@@ -69,23 +73,37 @@ def sinks(
     return tuple(found)
 
 
-def sown(
-    windows_NL: Tensor, found: Sequence[int], seed: int, *, held: Collection[int] | None = None
-) -> Tensor:
+def sown(windows_NL: Tensor, found: Sequence[int], seed: int, *, turn: int = 0) -> Tensor:
     """The windows, one in EVERY with one of these tokens in the place of another: of those that are
     fitted on and of those that are held out the first, since either may be cut short.
 
     Args:
-        held: which of them are held out; None: those that narrowing holds out.
+        turn: number of the first token that is sown, as they take turns.
     """
+    count = len(windows_NL)
+    held = held_out_windows(count)
+    kinds = [sorted(set(range(count)) - held), sorted(held)]
+    return _sown(
+        windows_NL, found, enumerate(chain(*(kind[::EVERY] for kind in kinds)), turn), seed
+    )
+
+
+def sown_in_steps(windows_BL: Tensor, found: Sequence[int], step: int) -> Tensor:
+    """The windows of a step of training, of all of which one in EVERY has one of these tokens."""
+    numbers = enumerate(range(step * len(windows_BL), (step + 1) * len(windows_BL)))
+    turns = ((number // EVERY, row) for row, number in numbers if number % EVERY == 0)
+    return _sown(windows_BL, found, turns, step)
+
+
+def _sown(
+    windows_NL: Tensor, found: Sequence[int], turns: Iterable[tuple[int, int]], seed: int
+) -> Tensor:
     if not found:
         return windows_NL
+    length = windows_NL.shape[1]
     sown_NL, random = windows_NL.clone(), np.random.default_rng(seed)
-    count, length = windows_NL.shape
-    held = held_out_windows(count) if held is None else held
-    kinds = [sorted(set(range(count)).difference(held)), sorted(held)]
-    for turn, window in enumerate(chain(*(kind[::EVERY] for kind in kinds))):
-        place = random.integers(length - max(1, length // TAIL), length)
+    for turn, window in turns:
+        place = random.integers(length - max(1, min(length, READ) // TAIL), length)
         sown_NL[window, place] = found[turn % len(found)]
     return sown_NL
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dotexport.errors import CheckpointError
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.loading import Loaded
 
@@ -74,16 +75,17 @@ def expected(
 ) -> NDArray[np.float64]:
     """Mean over all positions of the original's odds of every row as the next token; sums to 1.
 
-    A model that does not fit into memory is read part by part for every batch of windows.
+    A model that does not fit into memory is read part by part for every batch of windows, its head
+    for every chunk of their logits.
 
     Raises:
-        CheckpointError: weights that are not whole.
+        CheckpointError: weights that are not whole, or odds that are NaN.
     """
     stage = "asking the original which tokens it expects"
     progress(stage, 0, len(windows_NL))
     loaded = Loaded(original, dtype, device=device)
     rows = original.config["vocab_size"]
-    step = max(1, CHUNK_BYTES // (4 * rows))
+    step = max(1, (CHUNK_BYTES if loaded.whole else 8 * CHUNK_BYTES) // (4 * rows))
     sums_R = torch.zeros(rows, dtype=torch.float64)
     batch = max(1, TOKENS_PER_BATCH // windows_NL.shape[1])
     for number, windows_BL in enumerate(windows_NL.split(batch)):
@@ -92,5 +94,10 @@ def expected(
         for some_CD in hidden_CD.split(step):
             odds_CR = loaded.head(some_CD[None])[0].float().softmax(-1)
             sums_R += odds_CR.sum(0, dtype=torch.float64).cpu()
+    if not bool(sums_R.sum().isfinite()):
+        raise CheckpointError(
+            f"the logits of {original.folder} are NaN or infinite on the text that tokens are "
+            "chosen by; expected a model that works in transformers: take an undamaged copy"
+        )
     found: NDArray[np.float64] = (sums_R / windows_NL.numel()).numpy()
     return found

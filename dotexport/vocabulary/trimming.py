@@ -14,7 +14,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -126,13 +126,11 @@ def choose_tokens(
         lambda read: progress("counting tokens", read, 0),
         spread,
     )
-    asked = expect is not None and options.vocab is not None and counts_R.any()
-    expected_R = expect(spread.windows()) if expect and asked else None
-    kept = keep(
-        *(reading.pieces, reading.ids, counts_R, always),
-        wanted=options.vocab,
-        expected_R=expected_R,
-    )
+    asked = (reading.pieces, reading.ids, counts_R, always)
+    choose = partial(keep, *asked, wanted=options.vocab)
+    kept = choose()  # refuses what cannot be, before the original is asked
+    if expect is not None and options.vocab is not None and counts_R.any():
+        kept = choose(expected_R=expect(spread.windows()))
     workspace.save(CHOICE, asdict(kept))
     return reading, kept
 

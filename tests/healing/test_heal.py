@@ -537,19 +537,20 @@ def test_rates_fall_with_the_square_of_the_width_and_rise_with_the_root_of_the_t
     assert HealOptions(steps=1, rate=0.5).peak_rate(192, 8192) == 0.5
 
 
-def test_other_text_has_the_tokens_that_attention_rests_on() -> None:
-    """One window of four, another place in each step; the same windows otherwise."""
+@pytest.mark.parametrize("size", [1, 4, 6])
+def test_other_text_has_the_tokens_that_attention_rests_on(size: int) -> None:
+    """One window of four over all steps, the tokens by turns; the same windows otherwise."""
     held_NL = token_windows(embedded.MODEL_DIR, replace(TEXT, samples=1))
     with_none = HealingText(held_NL, held_NL, TEXT.source, embedded.MODEL_DIR)
-    schedule = HealOptions(steps=2, batch=4).settled(held_NL.shape[1])
-    drawn = [
-        text.batches(schedule, 0, own=list) for text in (with_none, replace(with_none, sinks=(7,)))
-    ]
-    places = []
-    for step in range(2):
-        plain_BL, sown_BL = (windows(step) for windows in drawn)
-        differing = torch.nonzero(plain_BL != sown_BL).tolist()
-        assert [row for row, _ in differing] == [0]
-        assert sown_BL[0, differing[0][1]] == 7
-        places.append(differing[0][1])
-    assert places[0] != places[1]
+    schedule = HealOptions(steps=12, batch=size).settled(held_NL.shape[1])
+    plain, sown = (
+        torch.cat([batches(step) for step in range(12)])
+        for batches in (
+            text.batches(schedule, 0, own=list)
+            for text in (with_none, replace(with_none, sinks=(7, 8)))
+        )
+    )
+    windows, places = torch.nonzero(plain != sown, as_tuple=True)
+    assert windows.tolist() == list(range(0, 12 * size, 4))
+    assert sown[windows, places].tolist() == ([7, 8] * 12 * size)[: len(windows)]
+    assert len(set(places.tolist())) > 1

@@ -27,7 +27,7 @@ def test_a_token_that_is_another_is_told_where_it_stands_and_behind(tmp_path: Pa
     assert done.exit_code == 0, done.output
     (row,) = json.loads((tmp_path / "special-tokens.json").read_text())["rows"]
     assert row["token"] == "<|endoftext|>"
-    same = [row[f"{MODEL_DIR.name}, {place}"] for place in ("before", "at", "behind")]
+    same = [row[f"dotexport-embedded, {place}"] for place in ("before", "at", "behind")]
     assert same == pytest.approx([0, 0, 0], abs=1e-9)
     # The head is tied, so that one logit of many moves in front of it, too.
     before, at, behind = (row[f"other, {place}"] for place in ("before", "at", "behind"))
