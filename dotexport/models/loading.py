@@ -116,7 +116,9 @@ class Loaded:
         from transformers.modeling_outputs import MoeModelOutputWithPast
 
         decoder = self.model.get_decoder()
-        decoder.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden_BLD)
+        said = MoeModelOutputWithPast(last_hidden_state=hidden_BLD)
+        said.shared_kv_states = None  # Gemma 4 hands these on
+        decoder.forward = lambda *_, **__: said
         try:
             return self.logits(torch.zeros(1, 1, dtype=torch.long))
         finally:

@@ -69,6 +69,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         **WINDOW,
     },
+    "gemma4": {"model_type": "gemma4_text", "num_hidden_layers": 5},
+    "smollm3": {"model_type": "smollm3"},
+    "lfm2": {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
 }
 TOKENS_BL = torch.randint(90, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -77,7 +80,7 @@ TOKENS_BL = torch.randint(90, (2, 24), generator=torch.Generator().manual_seed(0
 def test_every_family_is_the_same_bits_part_by_part(
     name: str, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tiny_model(num_hidden_layers=2, **FAMILIES[name])
+    folder = tiny_model(**{"num_hidden_layers": 2} | FAMILIES[name])
     checkpoint = Checkpoint.open(folder)
     whole, streamed = Loaded(checkpoint, whole=True), Loaded(checkpoint, whole=False)
     expected_BLV = whole.logits(TOKENS_BL)
