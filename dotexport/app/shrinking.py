@@ -135,6 +135,7 @@ def shrink(
             )
         if other_NL is not None:
             windows_NL = windows_NL[: options.text.samples - len(other_NL)]
+        _check_share(windows_NL, other_NL, processes)
         resting: tuple[int, ...] = ()
         if not decided.vocabulary_alone or options.heal is not None:
             progress("looking for tokens that attention rests on", 0, 1)
@@ -143,7 +144,6 @@ def shrink(
             seed, turn = options.narrow.seed, len(windows_NL)
             windows_NL = sown(windows_NL, resting, seed)
             other_NL = None if other_NL is None else sown(other_NL, resting, seed, turn=turn)
-        _check_share(windows_NL, other_NL, processes)
         depths = Depths(
             source,
             windows_NL,
