@@ -224,8 +224,7 @@ def _kinds(model: Path, asked: ShrinkOptions) -> tuple[torch.Tensor, torch.Tenso
     first = replace(asked.text, samples=asked.text.samples // 2)
     second = replace(first, source=asked.other, every=1)
     kinds = token_windows(model, first), token_windows(model, second)
-    cpu, seed = torch.device("cpu"), asked.narrow.seed
-    resting = sinks(Checkpoint.open(model), kinds[0], dtype=torch.float32, device=cpu)
+    seed, resting = asked.narrow.seed, sinks(Checkpoint.open(model), kinds[0])
     return sown(kinds[0], resting, seed), sown(kinds[1], resting, seed, turn=len(kinds[0]))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dotexport.errors import CalibrationError
 from dotexport.models.text_options import SELF, Part
+from dotexport.narrowing.sinks import TAIL
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,8 @@ class Runs:
 
     def __init__(self, held_NL: Window, length: int) -> None:
         # Held-out windows may have a token sown in their last fifth (narrowing/sinks.py).
-        self._size = max(1, min(RUN, 3 * min(length, held_NL.shape[1]) // 4))
+        least = min(length, held_NL.shape[1])
+        self._size = min(RUN, least - least // TAIL)
         factors = np.random.default_rng(0).integers(1 << 63, size=self._size, dtype=np.uint64)
         self._factors_S = 2 * factors + np.uint64(1)
         self._known = np.unique(self._hashes(held_NL))

@@ -35,14 +35,11 @@ STEP = "sinks"  # its name in a workspace
 
 
 def sinks(
-    source: Checkpoint,
-    windows_NL: Tensor,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    workspace: Workspace | None = None,
+    source: Checkpoint, windows_NL: Tensor, workspace: Workspace | None = None
 ) -> tuple[int, ...]:
     """Special tokens whose stream is massive behind some layer, though ordinary text precedes them.
+
+    On the CPU: it is a pass over a few hundred tokens, for which no device should read the model.
 
     Args:
         windows_NL: ordinary text.
@@ -60,7 +57,7 @@ def sinks(
     if kept := workspace.load(STEP):
         return tuple(kept[0]["tokens"])
     # Each matrix is read once in a batch, so that no room for all of them is needed.
-    loaded = Loaded(source, dtype, device=device, whole=False)
+    loaded = Loaded(source, whole=False)
     found: list[int] = []
     for last_B in torch.tensor(special[:LOOKED_AT]).split(BATCH):
         tokens_BL = torch.cat([context_L.expand(len(last_B), -1), last_B[:, None]], dim=1)

@@ -25,7 +25,6 @@ from dotexport.narrowing.sinks import EVERY, READ, TAIL, sinks, sown
 from dotexport.narrowing.streams import held_out_windows
 from dotexport.storage import manifest
 
-CPU = torch.device("cpu")
 TEXT = TextOptions(source="embedded:calibration", samples=24, seqlen=64)
 
 
@@ -58,7 +57,7 @@ def resting(separator: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _found(model: Path) -> tuple[int, ...]:
     windows_NL = token_windows(model, TEXT)
-    return sinks(Checkpoint.open(model), windows_NL, dtype=torch.float32, device=CPU)
+    return sinks(Checkpoint.open(model), windows_NL)
 
 
 def test_only_what_is_massive_is_one(resting: Path, separator: int) -> None:
