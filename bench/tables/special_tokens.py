@@ -1,5 +1,7 @@
-"""The table of docs/results/special-tokens.md: what narrowed models make of special tokens, and of
-the text behind them."""
+"""A table of what narrowed models make of special tokens, and of the text behind them.
+
+    python -m dotexport.bench specials --model FOLDER --text FILE NARROWED/hf
+"""
 
 from __future__ import annotations
 
