@@ -1,7 +1,4 @@
-"""A table of what narrowed models make of special tokens, and of the text behind them.
-
-    python -m dotexport.bench specials --model FOLDER --text FILE NARROWED/hf
-"""
+"""A table of what narrowed models make of special tokens, and of the text behind them."""
 
 from __future__ import annotations
 
