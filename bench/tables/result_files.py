@@ -70,5 +70,5 @@ def _markdown(rows: Table) -> str:
 
 def _cell(value: Any) -> str:
     if not isinstance(value, float):
-        return str(value)
+        return str(value).replace("|", "\\|")
     return f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:.3f}"
