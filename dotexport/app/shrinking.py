@@ -139,7 +139,7 @@ def shrink(
         resting: tuple[int, ...] = ()
         if not decided.vocabulary_alone or options.heal is not None:
             progress("looking for tokens that attention rests on", 0, 1)
-            resting = sinks(source, windows_NL, workspace)
+            resting = sinks(source, windows_NL)
             workspace.given({"sinks": resting})
             seed, turn = options.narrow.seed, len(windows_NL)
             windows_NL = sown(windows_NL, resting, seed)

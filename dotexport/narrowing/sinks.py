@@ -22,7 +22,6 @@ from dotexport.models.loading import Loaded
 from dotexport.models.text_windows import read_tokenizer
 from dotexport.narrowing.run import REHEARSED_LENGTH
 from dotexport.narrowing.streams import held_out_windows
-from dotexport.storage.workspace import Workspace
 
 CONTEXT = 16  # tokens of text in front of one that is looked at
 MASSIVE = 16.0  # times the median length of the stream at these
@@ -31,19 +30,15 @@ BATCH = 128
 EVERY = 4  # one window in four has one
 # In the last fifth of what is read where windows are cut short: what follows has lost its past.
 TAIL, READ = 5, REHEARSED_LENGTH
-STEP = "sinks"  # its name in a workspace
 
 
-def sinks(
-    source: Checkpoint, windows_NL: Tensor, workspace: Workspace | None = None
-) -> tuple[int, ...]:
+def sinks(source: Checkpoint, windows_NL: Tensor) -> tuple[int, ...]:
     """Special tokens whose stream is massive behind some layer, though ordinary text precedes them.
 
     On the CPU: it is a pass over a few hundred tokens, for which no device should read the model.
 
     Args:
         windows_NL: ordinary text.
-        workspace: keeps what was found.
 
     Raises:
         CheckpointError: no tokenizer, or weights that are not whole.
@@ -53,9 +48,6 @@ def sinks(
     context_L = windows_NL[0, :CONTEXT]
     if not special or len(context_L) < CONTEXT:
         return ()
-    workspace = workspace or Workspace()
-    if kept := workspace.load(STEP):
-        return tuple(kept[0]["tokens"])
     # Each matrix is read once in a batch, so that no room for all of them is needed.
     loaded = Loaded(source, whole=False)
     found: list[int] = []
@@ -66,7 +58,6 @@ def sinks(
         ordinary_KB = lengths_KBL[:, :, 1:-1].median(dim=-1).values.clamp_min(1e-12)
         most_B = (lengths_KBL[:, :, -1] / ordinary_KB).amax(0)
         found += last_B[most_B >= MASSIVE].tolist()
-    workspace.save(STEP, {"tokens": found})
     return tuple(found)
 
 
