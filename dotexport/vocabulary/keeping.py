@@ -163,12 +163,14 @@ def _likely(counts_R: Counts, expected_R: NDArray[np.float64]) -> NDArray[np.flo
 
 def _counted(groups: Mapping[int, str], counts_R: Counts) -> dict[str, int]:
     """Why -> how many; what others need and the text uses too is used."""
-    named = [
-        ("used" if counts_R[number] else "ancestors" if group == "ancestors" else "expected")
-        if group in ("used", "ancestors")
-        else group
-        for number, group in groups.items()
-    ]
+
+    def named_by(number: int, group: str) -> str:
+        if group not in ("used", "ancestors"):
+            return group
+        unused = {"used": "expected", "ancestors": "ancestors"}
+        return "used" if counts_R[number] else unused[group]
+
+    named = [named_by(number, group) for number, group in groups.items()]
     order = ("always", "used", "expected", "ancestors", "filled", "empty rows")
     return {name: named.count(name) for name in order if name in named}
 

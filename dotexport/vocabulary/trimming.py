@@ -124,7 +124,7 @@ def choose_tokens(
         text,
         reading.rows,
         lambda read: progress("counting tokens", read, 0),
-        spread,
+        None if expect is None else spread,
     )
     asked = (reading.pieces, reading.ids, counts_R, always)
     choose = partial(keep, *asked, wanted=options.vocab)

@@ -25,8 +25,8 @@ class VocabularyOptions:
 
     vocab: int | None = option(
         None,
-        help="Tokens that stay, up to the next multiple of 64: those used most, beside bytes, "
-        "special tokens, the chat template's, and what merges need.",
+        help="Tokens that stay, up to the next multiple of 64: those used most, or expected there "
+        "by a decoder, beside bytes, special tokens, the chat template's, and what merges need.",
     )
     vocab_for: str | None = option(
         None,

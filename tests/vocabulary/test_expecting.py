@@ -87,7 +87,7 @@ def test_a_short_text_is_all_there_is(tokens: int, shape: tuple[int, int]) -> No
 
 
 def test_fewer_tokens_are_missing_in_text_that_was_not_counted(tmp_path: Path) -> None:
-    """A tenth of the text says little of rare tokens; all of it left out 0.8 times as many."""
+    """A tenth of the text uses few of the rare tokens that other text of its kind does."""
     some = tmp_path / "some.txt"
     text = "\n\n".join(documents("embedded:calibration"))
     some.write_text(text[: len(text) // 10], encoding="utf-8")
