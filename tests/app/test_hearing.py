@@ -16,8 +16,8 @@ from dotexport.app.hearing import is_for_users
 from .conftest import written
 
 STAGES = (
-    *("reading", "narrowing", "evaluating", "exporting", "preparing", "loading", "warming up"),
-    *("measuring", "measured", "healing", "choosing", "checking", "timing"),
+    *("reading", "looking", "narrowing", "evaluating", "exporting", "preparing", "loading"),
+    *("warming up", "measuring", "measured", "healing", "choosing", "checking", "timing"),
 )
 OURS = re.compile(
     rf"({'|'.join(STAGES)})\b.*"
