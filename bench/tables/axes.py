@@ -44,8 +44,9 @@ from dotexport.healing.healing_text import healing_text
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.text_options import TextOptions, parts_of
 from dotexport.models.text_windows import token_windows
+from dotexport.narrowing.calibration_text import CalibrationText
 from dotexport.narrowing.narrow_options import LocalOptions, NarrowOptions
-from dotexport.narrowing.sinks import sinks, sown
+from dotexport.narrowing.sinks import sinks
 from dotexport.sizes.budget import plan
 from dotexport.vocabulary.vocabulary_options import VocabularyOptions
 
@@ -218,14 +219,13 @@ shrink, the choice of layers and of sizes included. ShortGPT and ReplaceMe drop 
 depth alone, and see the same text.{later}"""
 
 
-def _kinds(model: Path, asked: ShrinkOptions) -> tuple[torch.Tensor, torch.Tensor]:
+def _fitted_text(model: Path, asked: ShrinkOptions) -> CalibrationText:
     """The windows that all are calibrated on: of the text, and as many of the second one, with the
     tokens that `shrink` sows in them."""
     first = replace(asked.text, samples=asked.text.samples // 2)
     second = replace(first, source=asked.other, every=1)
-    kinds = token_windows(model, first), token_windows(model, second)
-    seed, resting = asked.narrow.seed, sinks(Checkpoint.open(model), kinds[0])
-    return sown(kinds[0], resting, seed), sown(kinds[1], resting, seed, turn=len(kinds[0]))
+    text = CalibrationText(token_windows(model, first), token_windows(model, second))
+    return text.sown(sinks(Checkpoint.open(model), text.windows_NL), asked.narrow.seed)
 
 
 def _later_in_words(healed: int, heal_text: str | None, timed: str) -> str:
@@ -297,8 +297,7 @@ def _healed(
     if student.config["vocab_size"] != source.config["vocab_size"]:
         return {}
     options = HealOptions(steps=steps, batch=BATCH, text=heal_text, hidden_weight=0.0, every=steps)
-    windows_NL, other_NL = _kinds(judge.model, asked)
-    split = healing_text(windows_NL, judge.model, asked.text, options, other_NL=other_NL)
+    split = healing_text(_fitted_text(judge.model, asked), judge.model, asked.text, options)
     device = torch.device("cpu")
     started = time.perf_counter()
     found = heal(student, source, torch.eye(1), split, options, device=device)
@@ -332,7 +331,7 @@ def _rival(
     decided = plan(Checkpoint.open(model).config, SizeOptions(params=budget, axes=DEPTH))
     count = decided.before.num_layers - decided.after.num_layers
     started = time.perf_counter()
-    kinds = _kinds(model, asked)
+    kinds = _fitted_text(model, asked).kinds
     turns = [window_L for both in zip(*kinds, strict=False) for window_L in both]
     words = without_layers(name, model, folder, count, torch.stack(turns))
     return {

@@ -35,6 +35,7 @@ from dotexport.models.loading import load_float32
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.basis import Basis
+from dotexport.narrowing.calibration_text import CalibrationText
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.prepare import prepare
 from dotexport.outputs import summary
@@ -137,8 +138,8 @@ def _narrow_exactly(
 ) -> None:
     """Write OUT in float32 whatever the source is stored in: the question is the algebra."""
     out.mkdir()
-    windows_NL = token_windows(source.folder, text)
-    run = prepare(source, decided, out.parent, windows_NL, NarrowOptions(refit=False))
+    fitted = CalibrationText(token_windows(source.folder, text))
+    run = prepare(source, decided, out.parent, fitted, NarrowOptions(refit=False))
     specs = {n: replace(s, dtype=torch.float32) for n, s in run.writer.specs.items()}
     run.writer = CheckpointWriter(out, specs)
     run.run(basis)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from dotexport.models.checkpoint import Checkpoint, CheckpointWriter
 from dotexport.models.rope import in_all_words
 from dotexport.models.text_options import TextOptions
 from dotexport.narrowing.basis import whole
+from dotexport.narrowing.calibration_text import CalibrationText
 from dotexport.narrowing.closed_form import ClosedForm
 from dotexport.narrowing.judging import Cost
 from dotexport.narrowing.norm_statistics import Progress
@@ -35,45 +35,31 @@ def write_narrowed(
     source: Checkpoint,
     decided: Plan,
     folder: Path,
-    windows_NL: torch.Tensor,
-    other_NL: torch.Tensor | None,
+    text: CalibrationText,
     read: TextOptions,
     options: ShrinkOptions,
     device: torch.device,
     workspace: Workspace,
     progress: Progress,
     processes: Processes,
-    sinks: Sequence[int] = (),
 ) -> tuple[ClosedForm, dict[str, Any] | None]:
-    """Write FOLDER/hf: the closed form, and healing where that was asked for.
-
-    Args:
-        sinks: tokens that were sown in the windows, and are in other text to heal on.
-    """
+    """Write FOLDER/hf: the closed form, and healing where that was asked for."""
     alone = decided.vocabulary_alone
     decided = decided.on_kept_tokens
     if not alone:
-        texts = [kind_NL for kind_NL in (windows_NL, other_NL) if kind_NL is not None]
-        _warn_if_thin(texts, decided)
-    text = None
+        _warn_if_thin(text, decided)
+    healing = None
     if options.heal is not None:  # refuses what cannot be, before hours of narrowing
-        options.heal.settled(windows_NL.shape[1], processes.size)
-        text = healing_text(
-            windows_NL,
-            source.folder,
-            read,
-            options.heal,
-            other_NL=other_NL,
-            sinks=sinks,
-        )
+        options.heal.settled(text.length, processes.size)
+        healing = healing_text(text, source.folder, read, options.heal)
     if alone and isinstance(source, Trimmed):
         closed = _copied(source, decided, folder, options)
     else:
         closed = _closed_form(
-            *(source, decided, folder, windows_NL, other_NL, options, device, workspace, progress),
+            *(source, decided, folder, text, options, device, workspace, progress),
             processes,
         )
-    if text is None or options.heal is None:
+    if healing is None or options.heal is None:
         return closed, None
     writer = partial(
         CheckpointWriter,
@@ -82,7 +68,17 @@ def write_narrowed(
         max_shard_bytes=options.max_shard_bytes,
     )
     report = heal_into(
-        *(folder / "hf", source, closed, text, options.heal, writer, workspace, device, progress),
+        *(
+            folder / "hf",
+            source,
+            closed,
+            healing,
+            options.heal,
+            writer,
+            workspace,
+            device,
+            progress,
+        ),
         processes,
     )
     return closed, report
@@ -109,8 +105,7 @@ def _closed_form(
     source: Checkpoint,
     decided: Plan,
     folder: Path,
-    windows_NL: torch.Tensor,
-    other_NL: torch.Tensor | None,
+    text: CalibrationText,
     options: ShrinkOptions,
     device: torch.device,
     workspace: Workspace,
@@ -122,17 +117,16 @@ def _closed_form(
         source,
         decided,
         folder,
-        windows_NL,
+        text,
         options.narrow,
         device=device,
         max_shard_bytes=options.max_shard_bytes,
         progress=progress,
         workspace=workspace,
-        other_NL=other_NL,
         processes=processes,
     )
     asked = settled(options.narrow, source, device)
-    processes.tell(take_part, source, decided, windows_NL, other_NL, asked)
+    processes.tell(take_part, source, decided, text, asked)
     basis = run.run()
     run.writer.finish()
     E_DK = torch.from_numpy(basis.matrix_DK) * run.original.family.stream_gain(run.scale)
@@ -141,17 +135,17 @@ def _closed_form(
     return ClosedForm(E_DK, basis.as_dict(), tuple(run.costs), run.records, where, behind)
 
 
-def _warn_if_thin(texts: Sequence[torch.Tensor], decided: Plan) -> None:
+def _warn_if_thin(text: CalibrationText, decided: Plan) -> None:
     """Say when there is less text than a least-squares problem of this size asks for."""
     # Readers see the whole stream; a writer is fitted on the neurons that stay, that of an expert
     # on its share of the tokens.
     widest = max(decided.before.spaces["residual"], round(decided.after.fitted))
-    windows, tokens = sum(map(len, texts)), sum(windows_NL.numel() for windows_NL in texts)
-    if windows < 2 or tokens < 4 * widest:
+    tokens = len(text) * text.length
+    if len(text) < 2 or tokens < 4 * widest:
         logger.warning(
             "only %d windows with %d tokens of calibration text for layers up to %d wide; "
             "more text or --samples makes a better model",
-            windows,
+            len(text),
             tokens,
             widest,
         )

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from dotexport.app.resuming import CLOSER_CUTS, CUTS, HEALED_CUTS, Measure, remembered
 from dotexport.app.shrink_options import ShrinkOptions
@@ -23,6 +22,7 @@ from dotexport.healing.distil import heal
 from dotexport.healing.heal_options import HealOptions
 from dotexport.healing.healing_text import HealingText, split
 from dotexport.models.checkpoint import Checkpoint
+from dotexport.narrowing.calibration_text import CalibrationText
 from dotexport.narrowing.depth import Depths
 from dotexport.narrowing.prepare import prepare, rehearsals, rehearsed_tokens
 from dotexport.narrowing.run import CLOSER, REHEARSED_LENGTH
@@ -32,8 +32,7 @@ from dotexport.storage.workspace import Workspace
 
 def measures(
     source: Checkpoint,
-    windows_NL: Tensor,
-    other_NL: Tensor | None,
+    text: CalibrationText,
     options: ShrinkOptions,
     depths: Depths,
     folder: Path,
@@ -51,42 +50,39 @@ def measures(
     def kept(measure: Measure, step: str) -> Measure:
         return remembered(lambda p: measure(depths.settled(p).on_kept_tokens), workspace, step)
 
-    text = (source, windows_NL, options.narrow, depths.device, other_NL)
-    rehearse = rehearsals(*text, processes=processes)
+    rehearse = rehearsals(source, text, options.narrow, depths.device, processes=processes)
     first, closer = kept(rehearse, CUTS), kept(partial(rehearse, times=CLOSER), CLOSER_CUTS)
-    trial = options.heal.trial(windows_NL.shape[1]) if options.heal else None
+    trial = options.heal.trial(text.length) if options.heal else None
     if trial is None:
         return first, closer, None
-    asked = (source, windows_NL, options, trial, depths.device, folder, other_NL)
+    asked = (source, text, options, trial, depths.device, folder)
     return first, closer, kept(healed_rehearsals(*asked), HEALED_CUTS)
 
 
 def healed_rehearsals(
     source: Checkpoint,
-    windows_NL: Tensor,
+    text: CalibrationText,
     options: ShrinkOptions,
     trial: HealOptions,
     device: torch.device,
     scratch: Path,
-    other_NL: Tensor | None = None,
 ) -> Measure:
     """A function from a plan to its held-out divergence behind a short distillation, nats per
     token; what is narrowed for it lies in `scratch` meanwhile.
 
     Args:
+        text: both kinds are fitted and judged.
         trial: that distillation (HealOptions.trial).
-        other_NL: windows of another kind of text; both kinds are fitted and judged.
     """
-    kinds = [windows_NL] if other_NL is None else [windows_NL, other_NL]
-    splits = [split(text_NL[:, -REHEARSED_LENGTH:]) for text_NL in kinds]
+    splits = [split(kind_NL) for kind_NL in text.last(REHEARSED_LENGTH).kinds]
     train_NL, held_NL = (torch.cat(parts) for parts in zip(*splits, strict=True))
-    text = HealingText(train_NL, held_NL if len(held_NL) else train_NL)
-    tokens_of_each = train_NL.shape[1] * len(kinds)
+    healing = HealingText(train_NL, held_NL if len(held_NL) else train_NL)
+    tokens_of_each = train_NL.shape[1] * len(splits)
     cheap = replace(options.narrow, mlp="obs", heads="obs", local=None)
 
     def measure(planned: Plan) -> float:
         count = -(-rehearsed_tokens(planned.before.spaces["residual"]) // tokens_of_each)
-        fitted = [part_NL[: max(2, count)] for part_NL, _ in splits]
+        fitted = text.of([part_NL[: max(2, count)] for part_NL, _ in splits])
         with tempfile.TemporaryDirectory(dir=scratch, prefix=".rehearsal-") as place:
             folder = Path(place)
             (folder / "hf").mkdir()
@@ -94,11 +90,10 @@ def healed_rehearsals(
                 source,
                 planned,
                 folder,
-                fitted[0],
+                fitted,
                 cheap,
                 device=device,
                 max_shard_bytes=options.max_shard_bytes,
-                other_NL=fitted[1] if fitted[1:] else None,
             )
             basis = run.run()
             run.writer.finish()
@@ -106,7 +101,7 @@ def healed_rehearsals(
                 Checkpoint.open(folder / "hf"),
                 source,
                 torch.from_numpy(basis.matrix_DK),
-                text,
+                healing,
                 trial,
                 behind=planned.answered_layers,
                 device=device,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 
 from dotexport.app.shrink_options import ShrinkOptions
 from dotexport.axes.plan import Plan
+from dotexport.narrowing.calibration_text import CalibrationText
 from dotexport.narrowing.closed_form import ClosedForm
 from dotexport.narrowing.judging import Cost
 from dotexport.outputs import card
@@ -86,13 +87,10 @@ def describe(
     source: dict[str, Any],
     options: ShrinkOptions,
     shrunk: Shrunk,
-    windows_NL: torch.Tensor,
-    other_NL: torch.Tensor | None,
+    text: CalibrationText,
     own: Mapping[str, Any],
     closed: ClosedForm,
     passes: torch.dtype,
-    *,
-    sinks: Sequence[int],
 ) -> None:
     recipe = json.loads(json.dumps(asdict(options)))
     exact = (shrunk.vocabulary or {}).get("exact", False)
@@ -102,12 +100,12 @@ def describe(
         shrink=recipe | {"sha256": hashlib.sha256(json.dumps(recipe).encode()).hexdigest()},
         calibration={
             "source": options.text.source,
-            "windows": len(windows_NL),
-            "seqlen": windows_NL.shape[1],
-            "sha256": sha256_of(windows_NL),
-            **({"sinks": list(sinks)} if sinks else {}),
+            "windows": len(text.windows_NL),
+            "seqlen": text.length,
+            "sha256": sha256_of(text.windows_NL),
+            **({"sinks": list(text.sinks)} if text.sinks else {}),
             **({"own_text": {"file": OWN_TEXT, **own}} if own else {}),
-            **({} if other_NL is None else {"other": _second(options.other, other_NL)}),
+            **({"other": _second(options.other, *text.kinds[1:])} if text.kinds[1:] else {}),
         },
         sizes=shrunk.plan.as_dict(),
         kept_layers=shrunk.plan.kept_layers,

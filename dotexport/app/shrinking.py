@@ -33,13 +33,14 @@ from dotexport.models.layers import Stock
 from dotexport.models.origin import describe_source
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import token_windows
+from dotexport.narrowing.calibration_text import CalibrationText
 from dotexport.narrowing.depth import Depths
 from dotexport.narrowing.norm_statistics import Progress
 from dotexport.narrowing.prepare import (
     dtype_of_passes,
     pick_device,
 )
-from dotexport.narrowing.sinks import sinks, sown
+from dotexport.narrowing.sinks import sinks
 from dotexport.processes.processes import ALONE, Processes
 from dotexport.sizes.allocation import allocate
 from dotexport.sizes.beside_towers import beside_towers
@@ -124,38 +125,15 @@ def shrink(
             original, options, text, Path(scratch), where, passes, workspace, progress
         )
         decided = plan(config, sizes)
-        progress("reading the calibration text", 0, 1)
-        windows_NL = token_windows(source.folder, text)
-        workspace.given({"windows": sha256_of(windows_NL)})
-        allocation = None
-        other_NL = None
-        if not decided.vocabulary_alone or options.heal is not None:
-            other_NL = _other_windows(
-                original, source, text, windows_NL, options, folder, where, workspace, progress
-            )
-        if other_NL is not None:
-            windows_NL = windows_NL[: options.text.samples - len(other_NL)]
-        _check_share(windows_NL, other_NL, processes)
-        resting: tuple[int, ...] = ()
-        if not decided.vocabulary_alone or options.heal is not None:
-            progress("looking for tokens that attention rests on", 0, 1)
-            resting = sinks(source, windows_NL)
-            workspace.given({"sinks": resting})
-            seed, turn = options.narrow.seed, len(windows_NL)
-            windows_NL = sown(windows_NL, resting, seed)
-            other_NL = None if other_NL is None else sown(other_NL, resting, seed, turn=turn)
-        depths = Depths(
-            source,
-            windows_NL,
-            where,
-            passes,
-            progress,
-            workspace=workspace,
-            other_NL=other_NL,
+        fitted = _calibration_text(
+            *(original, source, text, decided, options, folder, where, workspace, progress),
+            processes,
         )
+        depths = Depths(source, fitted, where, passes, progress, workspace=workspace)
+        allocation = None
         if options.allocate == "measured" and sizes.budgeted and not decided.vocabulary_alone:
             first, closer, healed = measures(
-                source, windows_NL, other_NL, options, depths, folder, workspace, processes
+                source, fitted, options, depths, folder, workspace, processes
             )
             allocation = allocate(
                 config,
@@ -177,8 +155,8 @@ def shrink(
         decided = depths.settled(decided)
         steps_of(decided, workspace)
         closed, healing = write_narrowed(
-            *(source, decided, folder, windows_NL, other_NL, text, options, where, workspace),
-            *(progress, processes, resting),
+            *(source, decided, folder, fitted, text, options, where, workspace),
+            *(progress, processes),
         )
         _copy_companions(source, folder / "hf")
         seconds = time.perf_counter() - started
@@ -188,7 +166,7 @@ def shrink(
             closed.basis,
             closed.costs,
             seconds,
-            len(windows_NL) + (0 if other_NL is None else len(other_NL)),
+            len(fitted),
             closed.sites,
             allocation,
             healing,
@@ -203,14 +181,47 @@ def shrink(
         if recipe:
             write_text(folder / RECIPE, recipe)
             manifest.update(folder, recipe=hashlib.sha256(recipe.encode()).hexdigest())
-        describe(
-            *(folder, described, options, shrunk, windows_NL, other_NL, own, closed, passes),
-            sinks=resting,
-        )
+        describe(folder, described, options, shrunk, fitted, own, closed, passes)
         if isinstance(source, Trimmed):
             write_json(folder / "reports" / "vocabulary.json", {"original_ids": source.kept.ids})
     workspace.remove()
     return shrunk
+
+
+def _calibration_text(
+    original: Checkpoint,
+    source: Checkpoint,
+    text: TextOptions,
+    decided: Plan,
+    options: ShrinkOptions,
+    folder: Path,
+    device: torch.device,
+    workspace: Workspace,
+    progress: Progress,
+    processes: Processes,
+) -> CalibrationText:
+    """Windows of the text, and of a second one, with the tokens that attention rests on.
+
+    Raises:
+        UsageError: there is no window for some process.
+    """
+    progress("reading the calibration text", 0, 1)
+    windows_NL = token_windows(source.folder, text)
+    workspace.given({"windows": sha256_of(windows_NL)})
+    if decided.vocabulary_alone and options.heal is None:  # it is counted, and nothing is fitted
+        _check_share(len(windows_NL), processes)
+        return CalibrationText(windows_NL)
+    other_NL = _other_windows(
+        original, source, text, windows_NL, options, folder, device, workspace, progress
+    )
+    if other_NL is not None:
+        windows_NL = windows_NL[: options.text.samples - len(other_NL)]
+    found = CalibrationText(windows_NL, other_NL)
+    _check_share(len(found), processes)
+    progress("looking for tokens that attention rests on", 0, 1)
+    resting = sinks(source, windows_NL)
+    workspace.given({"sinks": resting})
+    return found.sown(resting, options.narrow.seed)
 
 
 def _other_windows(
@@ -270,14 +281,10 @@ def _on_kept_tokens(
     return source, {**source.config, "vocab_size": original.config["vocab_size"]}, sizes
 
 
-def _check_share(
-    windows_NL: torch.Tensor, other_NL: torch.Tensor | None, processes: Processes
-) -> None:
-    """Raises: UsageError: there is no window for some process."""
-    count = len(windows_NL) + (0 if other_NL is None else len(other_NL))
-    if count < processes.size:
+def _check_share(windows: int, processes: Processes) -> None:
+    if windows < processes.size:
         raise UsageError(
-            f"{processes.size} processes cannot share {count} windows of calibration text; give "
+            f"{processes.size} processes cannot share {windows} windows of calibration text; give "
             "more --samples (or more text), or start no more processes than there are windows"
         )
 

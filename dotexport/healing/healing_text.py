@@ -23,6 +23,7 @@ from dotexport.healing.healing_stream import Batches, Streamed
 from dotexport.models.documents import documents
 from dotexport.models.text_options import SELF, Part, TextOptions, parts_of
 from dotexport.models.text_windows import read_tokenizer, token_windows
+from dotexport.narrowing.calibration_text import CalibrationText
 from dotexport.narrowing.sinks import sown, sown_in_steps
 from dotexport.narrowing.streams import held_out_windows
 from dotexport.storage.manifest import sha256
@@ -96,44 +97,42 @@ def _files(part: Part) -> list[str]:
 
 
 def healing_text(
-    windows_NL: Tensor,
+    text: CalibrationText,
     model: Path,
-    text: TextOptions,
+    read: TextOptions,
     options: HealOptions,
-    *,
-    other_NL: Tensor | None = None,
-    sinks: Sequence[int] = (),
 ) -> HealingText:
     """The split that narrowing used too, and more windows of the same text, or other text, where
     asked for.
 
     Args:
-        other_NL: windows of another kind of text, which narrowing used beside the others.
-        sinks: tokens that both have had sown.
+        text: what narrowing used.
+        read: how its first kind was read.
 
     Raises:
         UsageError: fewer windows than calibration has.
         CalibrationError: other text that is not there, or that nothing reads.
     """
-    if options.samples is not None and options.samples < len(windows_NL):
+    count = len(text.windows_NL)
+    if options.samples is not None and options.samples < count:
         raise UsageError(
-            f"--heal-samples {options.samples} is less than the {len(windows_NL)} windows of "
+            f"--heal-samples {options.samples} is less than the {count} windows of "
             "calibration, which healing trains on too; give more, or fewer --samples"
         )
-    splits = [split(kind_NL) for kind_NL in (windows_NL, other_NL) if kind_NL is not None]
+    splits = [split(kind_NL) for kind_NL in text.kinds]
     train_NL, held_NL = (torch.cat(parts) for parts in zip(*splits, strict=True))
     if not len(held_NL):  # a single window is both: nothing can be held out of it
-        held_NL = windows_NL
+        held_NL = text.windows_NL
     if options.text is not None:
         for part in parts_of(options.text):
             if part.source != SELF:
                 next(documents(part.source), None)  # refused now, and not after hours
-        return HealingText(train_NL, held_NL, options.text, model, sinks)
-    if options.samples is not None and options.samples > len(windows_NL):
-        everything_NL = token_windows(model, replace(text, samples=options.samples))
-        more_NL = sown(everything_NL[len(windows_NL) :], sinks, seed=len(windows_NL))
+        return HealingText(train_NL, held_NL, options.text, model, text.sinks)
+    if options.samples is not None and options.samples > count:
+        everything_NL = token_windows(model, replace(read, samples=options.samples))
+        more_NL = sown(everything_NL[count:], text.sinks, seed=count)
         train_NL = torch.cat([train_NL, more_NL])
-    _warn_if_repeated(train_NL, text.source, options)
+    _warn_if_repeated(train_NL, read.source, options)
     return HealingText(train_NL, held_NL)
 
 

@@ -29,6 +29,7 @@ from dotexport.merging.refit import Moments, ridge_solve
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.layers import Layer, Stock
 from dotexport.models.shapes import Sizes
+from dotexport.narrowing.calibration_text import CalibrationText
 from dotexport.narrowing.context import context_weights
 from dotexport.narrowing.judging import Head, divergences
 from dotexport.narrowing.original import Original
@@ -52,22 +53,20 @@ class Depths:
     searched as far as it is asked for.
 
     Attributes:
-        windows_NL: calibration text; a part of it is looked at.
+        text: a part of it is looked at, as much of either kind.
         left: layers of the original, the first to leave first.
         divergences: held-out KL once each of them has left too, nats per token.
         workspace: keeps the search after every layer.
-        other_NL: text of another kind, of which as much is looked at.
     """
 
     source: Checkpoint
-    windows_NL: Tensor
+    text: CalibrationText
     device: torch.device
     passes: torch.dtype = torch.float32
     progress: Progress = lambda stage, done, total: None
     left: list[int] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
     workspace: Workspace = field(default_factory=Workspace)
-    other_NL: Tensor | None = None
     _costs: dict[int, float] = field(default_factory=dict)
     _made: Stack | None = None
 
@@ -129,7 +128,7 @@ class Depths:
             source, whole = carry(self.source, plan)
             stock = Stock.of(source.config, self.device, self.passes)
             original = Original(source, whole.family, whole.before, stock, self.device)
-            self._made = Stack(original, *_parts(self.windows_NL, self.other_NL))
+            self._made = Stack(original, *_parts(self.text))
         return self._made
 
 
@@ -143,17 +142,15 @@ def may_leave(kept: Sequence[int], before: Sizes) -> list[int]:
     ]
 
 
-def _parts(windows_NL: Tensor, other_NL: Tensor | None) -> tuple[Tensor, Tensor]:
+def _parts(text: CalibrationText) -> tuple[Tensor, Tensor]:
     """Windows to fit on, and windows to judge by, as many of either kind; a single one is both."""
-    kinds = [windows_NL] if other_NL is None else [windows_NL, other_NL]
+    short = text.last(LENGTH)
     fitted_NL, judged_NL = [], []
-    for kind_NL in kinds:
+    for kind_NL in short.kinds:
         held = held_out_windows(len(kind_NL))
-        short_NL = kind_NL[:, -LENGTH:]
-        length = short_NL.shape[1]
-        fitted = [n for n in range(len(short_NL)) if n not in held]
-        fitted_NL.append(short_NL[fitted[: -(-FITTED // (length * len(kinds)))]])
-        judged_NL.append(short_NL[sorted(held)[: -(-JUDGED // length)]])
+        fitted = [n for n in range(len(kind_NL)) if n not in held]
+        fitted_NL.append(kind_NL[fitted[: -(-FITTED // (short.length * len(short.kinds)))]])
+        judged_NL.append(kind_NL[sorted(held)[: -(-JUDGED // short.length)]])
     judged = torch.cat(judged_NL)
     return torch.cat(fitted_NL), judged if len(judged) else torch.cat(fitted_NL)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from dotexport.models.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
 from dotexport.models.layers import Stock
 from dotexport.models.shapes import shapes, slots
 from dotexport.narrowing.basis import check_basis
+from dotexport.narrowing.calibration_text import CalibrationText
 from dotexport.narrowing.context import context_weights
 from dotexport.narrowing.judging import JUDGED
 from dotexport.narrowing.narrow_options import AUTO, NarrowOptions
@@ -42,21 +43,18 @@ def prepare(
     source: Checkpoint,
     decided: Plan,
     folder: Path,
-    windows_NL: torch.Tensor,
+    text: CalibrationText,
     options: NarrowOptions,
     *,
     device: torch.device | None = None,
     max_shard_bytes: int = 4 << 30,
     progress: Progress = lambda stage, done, total: None,
     workspace: Workspace | None = None,
-    other_NL: torch.Tensor | None = None,
     processes: Processes = ALONE,
 ) -> Narrowing:
     """Everything a run needs, with config.json and empty weight files already in FOLDER/hf.
 
     Args:
-        other_NL: windows of another kind of text, as long as the others; a share of either kind
-            judges.
         processes: the first of those that share the windows; the others take part (`take_part`).
     """
     source, decided = carry(source, decided.of_layers(decided.kept_layers))
@@ -69,17 +67,16 @@ def prepare(
     for name in family.per_layer.unchanged if family.per_layer else ():
         writer.write(name, source.tensor(name))
     where = device or torch.device("cpu")
-    streams = _streams(decided, windows_NL, options, where, folder, other_NL, processes)
+    streams = _streams(decided, text, where, folder, processes)
     run = _assemble(source, decided, streams, writer, options, progress)
     return replace(run, workspace=workspace or Workspace())
 
 
 def rehearsals(
     source: Checkpoint,
-    windows_NL: torch.Tensor,
+    text: CalibrationText,
     options: NarrowOptions,
     device: torch.device,
-    other_NL: torch.Tensor | None = None,
     *,
     processes: Processes = ALONE,
 ) -> Callable[..., float]:
@@ -87,28 +84,21 @@ def rehearsals(
     its held-out divergence, from a closed form that writes nothing.
 
     It sees a part of the text, and takes the cheap way where there is one: PCA for a basis that
-    would be learned or searched, no transport, no healing.
-
-    Args:
-        other_NL: windows of another kind of text; the divergence is then the mean of both.
-
-    In the divergence tokens count by context (context.py).
+    would be learned or searched, no transport, no healing. The divergence is the mean of both kinds
+    of text, and in it tokens count by context (context.py).
     """
-    windows_NL = windows_NL[:, -REHEARSED_LENGTH:]
-    if other_NL is not None:
-        other_NL = other_NL[:, -REHEARSED_LENGTH:]
+    text = text.last(REHEARSED_LENGTH)
     tokens = rehearsed_tokens(source.config["hidden_size"])
     cheap = replace(settled(options, source, device), mlp="obs", heads="obs", local=None)
-    texts = [windows_NL] if other_NL is None else [windows_NL, other_NL]
     known: list[torch.Tensor] = []
 
     def measure(planned: Plan, times: int = 1) -> float:
-        fitted_on = -(-times * tokens // windows_NL.shape[1])
+        fitted_on = -(-times * tokens // text.length)
         rough = "pca" if carry(source, planned)[1].family.rotates else "select"
         basis = options.basis if options.basis in ("dot", "select") else rough
-        asked = (source, planned, windows_NL, other_NL, replace(cheap, basis=basis), fitted_on)
+        asked = (source, planned, text, replace(cheap, basis=basis), fitted_on)
         if not known:
-            known.append(_weights(source, planned, texts, cheap, device))
+            known.append(_weights(source, planned, text, cheap, device))
         processes.tell(take_part, *asked, known[0])
         return _rehearsed(processes, device, *asked, known[0]).divergence
 
@@ -118,7 +108,7 @@ def rehearsals(
 def _weights(
     source: Checkpoint,
     planned: Plan,
-    texts: Sequence[torch.Tensor],
+    text: CalibrationText,
     options: NarrowOptions,
     device: torch.device,
 ) -> torch.Tensor:
@@ -127,10 +117,10 @@ def _weights(
     stock = Stock.of(source.config, device, dtype_of_passes(source, options, device))
     original = Original(source, whole.family, whole.before, stock, device)
     found = []
-    for text_NL in texts:
-        judging = slice(-_judged(text_NL), None)
-        weights_NL = torch.ones(text_NL.shape)
-        weights_NL[judging] = context_weights(original, text_NL[judging])
+    for kind_NL in text.kinds:
+        judging = slice(-_judged(text), None)
+        weights_NL = torch.ones(kind_NL.shape)
+        weights_NL[judging] = context_weights(original, kind_NL[judging])
         found.append(weights_NL)
     return torch.cat(found)
 
@@ -139,7 +129,7 @@ def take_part(processes: Several, *asked: Any) -> None:
     """What other processes do while the first narrows with `prepare`, or rehearses that.
 
     Args:
-        asked: source, plan, windows of either kind, settled options, windows to fit on (all), how
+        asked: source, plan, text, settled options, windows to fit on (all), how
             much tokens count.
     """
     _rehearsed(processes, processes.device, *asked)
@@ -150,18 +140,17 @@ def _rehearsed(
     device: torch.device,
     source: Checkpoint,
     planned: Plan,
-    windows_NL: torch.Tensor,
-    other_NL: torch.Tensor | None,
+    text: CalibrationText,
     options: NarrowOptions,
     fitted_on: int | None = None,
     weights_NL: torch.Tensor | None = None,
 ) -> Narrowing:
     """A run that writes nothing."""
     carried, decided = carry(source, planned.of_layers(planned.kept_layers))
-    streams = _streams(decided, windows_NL, options, device, None, other_NL, processes)
+    streams = _streams(decided, text, device, None, processes)
     streams.weights_NL = weights_NL
     if fitted_on is not None:
-        streams = streams.some(fitted_on, _judged(windows_NL))
+        streams = streams.some(fitted_on, _judged(text))
     writer = Nowhere(tensor_specs(carried, decided))
     quiet: Progress = lambda stage, done, total: None  # noqa: E731
     run = _assemble(carried, decided, streams, writer, options, quiet)
@@ -169,9 +158,9 @@ def _rehearsed(
     return run
 
 
-def _judged(windows_NL: torch.Tensor) -> int:
+def _judged(text: CalibrationText) -> int:
     """How many windows of a kind judge a rehearsal, where it leaves so many."""
-    return -(-JUDGED // windows_NL.shape[1])
+    return -(-JUDGED // text.length)
 
 
 def rehearsed_tokens(hidden_size: int) -> int:
@@ -181,20 +170,18 @@ def rehearsed_tokens(hidden_size: int) -> int:
 
 def _streams(
     decided: Plan,
-    windows_NL: torch.Tensor,
-    options: NarrowOptions,
+    text: CalibrationText,
     device: torch.device,
     scratch: Path | None,
-    other_NL: torch.Tensor | None = None,
-    processes: Processes = ALONE,
+    processes: Processes,
 ) -> Streams:
     return Streams.allocate(
-        windows_NL,
+        text.windows_NL,
         decided.before.hidden_size,
         decided.after.hidden_size,
         device=device,
         scratch=scratch,
-        other_NL=other_NL,
+        other_NL=text.other_NL,
         processes=processes,
     )
 

@@ -21,6 +21,7 @@ from dotexport.healing.heal_options import HealOptions
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import token_windows
+from dotexport.narrowing.calibration_text import CalibrationText
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.sizes.budget import plan
 from dotexport.vocabulary.vocabulary_options import VocabularyOptions
@@ -58,10 +59,8 @@ def test_steps_of_a_trial_are_steps_of_distillation(tmp_path: Path) -> None:
     rough = replace(ASKED, narrow=NarrowOptions(refit=False))
     for rate in (1e-12, 2e-4):
         trial = HealOptions(steps=6, batch=4, every=6, rate=rate, precision="fp32")
-        both = windows_NL[:6], windows_NL[6:]
-        measure = healed_rehearsals(
-            source, both[0], rough, trial, torch.device("cpu"), tmp_path, both[1]
-        )
+        both = CalibrationText(windows_NL[:6], windows_NL[6:])
+        measure = healed_rehearsals(source, both, rough, trial, torch.device("cpu"), tmp_path)
         found.append(measure(decided))
     assert 0 < found[1] < 0.99 * found[0]
     assert names(tmp_path) == []

@@ -33,6 +33,7 @@ from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.loading import load_float32
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import token_windows
+from dotexport.narrowing.calibration_text import CalibrationText
 from dotexport.narrowing.narrow_options import LocalOptions, NarrowOptions
 from dotexport.narrowing.run import Narrowing
 from dotexport.narrowing.streams import held_out_windows
@@ -207,7 +208,7 @@ def test_held_out_windows_are_never_trained_on() -> None:
     windows_NL = token_windows(embedded.MODEL_DIR, TEXT)
     for samples in (None, 14):
         options = replace(STEPS, samples=samples)
-        text = healing_text(windows_NL, embedded.MODEL_DIR, TEXT, options)
+        text = healing_text(CalibrationText(windows_NL), embedded.MODEL_DIR, TEXT, options)
         seen = {tuple(row.tolist()) for row in text.train_NL}
         held = {tuple(windows_NL[n].tolist()) for n in held_out_windows(len(windows_NL))}
         assert held == {tuple(row.tolist()) for row in text.held_NL}
@@ -224,7 +225,7 @@ def test_text_that_is_read_again_and_again_is_said(
     text = TextOptions(source=source, samples=8, seqlen=64)
     for tokens, told in ((7 * 64 * 7, 0), (7 * 64 * 9, 1)):
         options = HealOptions(tokens=tokens, batch=1)
-        healing_text(windows_NL, Path("nowhere"), text, options)
+        healing_text(CalibrationText(windows_NL), Path("nowhere"), text, options)
         assert caplog.text.count("9 times") == told
     assert "--heal-text a.txt,self" in caplog.text
 
@@ -515,7 +516,7 @@ def test_fewer_windows_than_calibration_has_are_refused() -> None:
     windows_NL = torch.zeros(4, 8, dtype=torch.long)
     options = replace(STEPS, samples=3)
     with pytest.raises(UsageError, match="--heal-samples 3 is less than the 4 windows"):
-        healing_text(windows_NL, embedded.MODEL_DIR, TEXT, options)
+        healing_text(CalibrationText(windows_NL), embedded.MODEL_DIR, TEXT, options)
 
 
 def test_the_rate_rises_and_falls() -> None:

@@ -20,6 +20,7 @@ from dotexport.app.opening import open_source
 from dotexport.axes.plan import SizeOptions
 from dotexport.models.text_options import TextOptions
 from dotexport.narrowing.basis import Basis
+from dotexport.narrowing.calibration_text import CalibrationText
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.prepare import prepare
 from dotexport.narrowing.run import Narrowing
@@ -66,7 +67,9 @@ def narrowed(
     """In the axes that there are, so that nothing but what is named is narrower."""
     (out / "hf").mkdir(parents=True)
     source = open_source(model)
-    run = prepare(source, plan(source.config, SizeOptions(**sizes)), out, WINDOWS_NL, options)
+    run = prepare(
+        source, plan(source.config, SizeOptions(**sizes)), out, CalibrationText(WINDOWS_NL), options
+    )
     same_DD = np.eye(run.original.sizes.hidden_size)
     run.run(Basis(same_DD if basis_DK is None else basis_DK, "none", 1.0))
     run.writer.finish()

@@ -33,6 +33,7 @@ from dotexport.models.shapes import num_parameters, read_sizes
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.basis import Basis
+from dotexport.narrowing.calibration_text import CalibrationText
 from dotexport.narrowing.judging import Head
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.prepare import prepare
@@ -436,7 +437,10 @@ def test_full_width_in_any_basis_that_it_has_is_the_original(
     untied = replace(same, after=replace(same.after, tied=same.before.tied and not rotates))
     (tmp_path / "hf").mkdir()
     windows_NL = token_windows(source.folder, text_beside(tmp_path))
-    run = prepare(source, untied, tmp_path, windows_NL, NarrowOptions(refit=refit, local=None))
+    run = prepare(
+        *(source, untied, tmp_path, CalibrationText(windows_NL)),
+        NarrowOptions(refit=refit, local=None),
+    )
     width = same.before.hidden_size
     rng = np.random.default_rng(0)
     basis_DD = np.linalg.qr(rng.normal(size=(width, width)))[0]

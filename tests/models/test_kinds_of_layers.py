@@ -37,6 +37,7 @@ from dotexport.models.shapes import (
 )
 from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.basis import Basis
+from dotexport.narrowing.calibration_text import CalibrationText
 from dotexport.narrowing.depth import may_leave
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.prepare import prepare
@@ -81,7 +82,10 @@ def narrowed(
     decided = plan(source.config, sizes)
     (out / "hf").mkdir(parents=True)
     windows_NL = token_windows(folder, letters(out))
-    run = prepare(source, decided, out, windows_NL, NarrowOptions(refit=False, local=None))
+    run = prepare(
+        *(source, decided, out, CalibrationText(windows_NL)),
+        NarrowOptions(refit=False, local=None),
+    )
     if basis is None:
         basis = np.eye(decided.before.hidden_size)
     run.run(Basis(basis, "given", 1.0))

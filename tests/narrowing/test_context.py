@@ -13,6 +13,7 @@ from dotexport.axes.plan import Plan, SizeOptions
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.layers import Stock
 from dotexport.models.loading import load_float32
+from dotexport.narrowing.calibration_text import CalibrationText
 from dotexport.narrowing.context import BLOCK, context_weights
 from dotexport.narrowing.judging import Head, compared, divergences
 from dotexport.narrowing.narrow_options import NarrowOptions
@@ -111,7 +112,7 @@ def test_sizes_are_rehearsed_by_context(
             return found if value is None else torch.full_like(found, value)
 
         monkeypatch.setattr("dotexport.narrowing.prepare.context_weights", weights)
-        measure = rehearsals(source, windows(16, 4 * BLOCK), NarrowOptions(), CPU)
+        measure = rehearsals(source, CalibrationText(windows(16, 4 * BLOCK)), NarrowOptions(), CPU)
         first = measure(planned)
         assert measure(planned) == first
         return first

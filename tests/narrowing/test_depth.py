@@ -21,6 +21,7 @@ from dotexport.axes.plan import Plan, SizeOptions
 from dotexport.healing.heal_options import HealOptions
 from dotexport.merging.refit import Moments, ridge_solve
 from dotexport.models.text_options import TextOptions
+from dotexport.narrowing.calibration_text import CalibrationText
 from dotexport.narrowing.depth import RIDGE, Depths, Front, Stack
 from dotexport.narrowing.streams import inverse_rms
 from dotexport.sizes.budget import plan
@@ -32,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 def depths(model: Path) -> Depths:
-    return Depths(open_source(model), WINDOWS_NL, CPU)
+    return Depths(open_source(model), CalibrationText(WINDOWS_NL), CPU)
 
 
 def planned(model: Path, layers: int) -> Plan:

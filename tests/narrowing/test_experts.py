@@ -25,6 +25,7 @@ from dotexport.models.families import find_family
 from dotexport.models.families.qwen3_moe import QWEN3_MOE
 from dotexport.models.layers import Layer
 from dotexport.models.shapes import num_parameters, read_sizes
+from dotexport.narrowing.calibration_text import CalibrationText
 from dotexport.narrowing.experts import saliencies
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.original import embed
@@ -158,7 +159,11 @@ def test_saliencies_are_the_means_of_gate_times_size_over_the_tokens_of_an_exper
     source = open_source(model)
     (tmp_path / "hf").mkdir()
     run = prepare(
-        source, plan(source.config, SizeOptions(num_experts=E)), tmp_path, WINDOWS_NL, BARE
+        source,
+        plan(source.config, SizeOptions(num_experts=E)),
+        tmp_path,
+        CalibrationText(WINDOWS_NL),
+        BARE,
     )
     layer = run.original.layer(0)
     embed(run.original.embedding(), run.streams, run.streams.original_NLD)

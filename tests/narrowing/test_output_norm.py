@@ -25,6 +25,7 @@ from dotexport.models.shapes import Sizes
 from dotexport.models.text_options import SELF, TextOptions
 from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.basis import Basis
+from dotexport.narrowing.calibration_text import CalibrationText
 from dotexport.narrowing.narrow_options import LocalOptions, NarrowOptions
 from dotexport.narrowing.output_norm import Behind, FewerFeatures, merged, size
 from dotexport.narrowing.prepare import prepare
@@ -113,7 +114,10 @@ def test_axes_that_hold_nothing_leave_without_a_trace(
     decided = plan(source.config, SizeOptions(hidden_size=40))
     (tmp_path / "hf").mkdir()
     windows_NL = token_windows(source.folder, letters(tmp_path))
-    run = prepare(source, decided, tmp_path, windows_NL, NarrowOptions(refit=refit, local=None))
+    run = prepare(
+        *(source, decided, tmp_path, CalibrationText(windows_NL)),
+        NarrowOptions(refit=refit, local=None),
+    )
     run.run(Basis(np.eye(48)[:, :40], "those alive", 1.0))
     run.writer.finish()
     before, after = logits(source.folder), logits(tmp_path / "hf")

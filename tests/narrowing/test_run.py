@@ -25,6 +25,7 @@ from dotexport.models.origin import licence, model_name
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.basis import Basis
+from dotexport.narrowing.calibration_text import CalibrationText
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.prepare import prepare
 from dotexport.sizes.budget import plan
@@ -75,7 +76,7 @@ def test_full_width_in_any_rotation_is_the_original(
     text = TextOptions(source=str(words(tmp_path)), samples=8, seqlen=64)
     (tmp_path / "hf").mkdir()
     windows_NL = token_windows(source.folder, text)
-    run = prepare(source, untied, tmp_path, windows_NL, NarrowOptions(refit=refit))
+    run = prepare(source, untied, tmp_path, CalibrationText(windows_NL), NarrowOptions(refit=refit))
     # In float32 whatever the source is stored in: the question is the algebra, not the rounding.
     run.writer.specs = {n: replace(s, dtype=torch.float32) for n, s in run.writer.specs.items()}
     if model == "tied-bf16":
@@ -206,7 +207,7 @@ def test_a_tied_model_in_a_rotation_stays_tied_and_the_same(
     text = TextOptions(source=str(words(tmp_path)), samples=8, seqlen=64)
     (tmp_path / "hf").mkdir()
     windows_NL = token_windows(plain, text)
-    run = prepare(source, same, tmp_path, windows_NL, NarrowOptions(refit=refit))
+    run = prepare(source, same, tmp_path, CalibrationText(windows_NL), NarrowOptions(refit=refit))
     rotation_DD = np.linalg.qr(np.random.default_rng(0).normal(size=(48, 48)))[0]
     run.run(Basis(rotation_DD, "random rotation", 1.0))
     run.writer.finish()
@@ -363,7 +364,7 @@ def test_held_out_figures_are_those_of_the_models_on_the_held_out_windows(
     (tmp_path / "hf").mkdir()
     windows_NL = token_windows(source.folder, text)
     cut = plan(source.config, SizeOptions(hidden_size=40, intermediate_size=48))
-    run = prepare(source, cut, tmp_path, windows_NL, NarrowOptions(local=None))
+    run = prepare(source, cut, tmp_path, CalibrationText(windows_NL), NarrowOptions(local=None))
     run.run()
     run.writer.finish()
     held_BL = windows_NL[sorted(run.streams.held_out)]

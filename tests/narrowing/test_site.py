@@ -29,6 +29,7 @@ from dotexport.models.family import Sublayer
 from dotexport.models.layers import Layer, Stock
 from dotexport.models.shapes import Sizes
 from dotexport.narrowing.basis import Basis
+from dotexport.narrowing.calibration_text import CalibrationText
 from dotexport.narrowing.narrow_options import NarrowOptions
 from dotexport.narrowing.original import Original
 from dotexport.narrowing.prepare import prepare
@@ -313,7 +314,7 @@ def test_a_model_that_lives_in_half_of_its_width_narrows_to_it_exactly_without_a
     (tmp_path / "hf").mkdir()
     windows_NL = torch.randint(0, 90, (8, 24), generator=torch.Generator().manual_seed(1))
     chosen = plan(source.config, SizeOptions(hidden_size=24))
-    run = prepare(source, chosen, tmp_path, windows_NL, NarrowOptions(refit=False))
+    run = prepare(source, chosen, tmp_path, CalibrationText(windows_NL), NarrowOptions(refit=False))
     run.original = InHalf(**vars(run.original))
     run.run(Basis(InHalf.E_DK.double().numpy(), "its own", 1.0))
     goal_NLK = run.streams.original_NLD @ InHalf.E_DK

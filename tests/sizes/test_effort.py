@@ -27,6 +27,7 @@ from dotexport.healing.distil import heal
 from dotexport.healing.heal_options import HealOptions
 from dotexport.healing.healing_text import HealingText
 from dotexport.models.checkpoint import Checkpoint
+from dotexport.narrowing.calibration_text import CalibrationText
 from dotexport.narrowing.depth import Depths
 from dotexport.narrowing.narrow_options import LocalOptions, NarrowOptions
 from dotexport.narrowing.prepare import prepare
@@ -104,7 +105,7 @@ def test_products_of_a_run_are_those_that_are_counted(
     chosen = plan(source.config, SizeOptions(**CUTS[cut]))
     (tmp_path / "hf").mkdir()
     windows_NL = WINDOWS_NL[:samples, :seqlen]
-    run = prepare(source, chosen, tmp_path, windows_NL, NarrowOptions())
+    run = prepare(source, chosen, tmp_path, CalibrationText(windows_NL), NarrowOptions())
     # Of a fused attention torch's registry knows nothing on a CPU.
     with sdpa_kernel(SDPBackend.MATH), Counted() as counted:
         run.run()
@@ -124,7 +125,7 @@ def test_the_products_of_a_sublayer_are_those_of_its_matrices_and_half_of_all_sc
     """The unfused attention computes the half that no token sees, too."""
     source = open_source(tiny_llama("wide-heads"))
     chosen = plan(source.config, SizeOptions(intermediate_size=88))
-    run = prepare(source, chosen, tmp_path, WINDOWS_NL, NarrowOptions())
+    run = prepare(source, chosen, tmp_path, CalibrationText(WINDOWS_NL), NarrowOptions())
     stream_NLD = torch.randn(*WINDOWS_NL.shape, 48, generator=torch.Generator().manual_seed(0))
     layer = run.original.layer(0)
     for sublayer in chosen.family.sublayers:
@@ -145,7 +146,9 @@ def test_products_of_choosing_layers_are_those_that_are_counted(
     chosen = plan(source.config, SizeOptions(num_hidden_layers=layers))
     windows_NL = torch.randint(0, 90, (136, 64), generator=torch.Generator().manual_seed(0))
     with sdpa_kernel(SDPBackend.MATH), Counted() as counted:
-        Depths(source, windows_NL, torch.device("cpu"), other_NL=windows_NL.flip(0)).settled(chosen)
+        Depths(
+            source, CalibrationText(windows_NL, windows_NL.flip(0)), torch.device("cpu")
+        ).settled(chosen)
     expected = work_of_choosing_layers(chosen, 64)
     # An average of what lies behind a candidate; attention for half of what the unfused one does.
     in_float32 = expected.passes + expected.products
