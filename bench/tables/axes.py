@@ -43,7 +43,7 @@ from dotexport.healing.heal_options import HealOptions
 from dotexport.healing.healing_text import healing_text
 from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.text_options import TextOptions, parts_of
-from dotexport.models.text_windows import token_windows
+from dotexport.models.text_windows import spread, token_windows
 from dotexport.narrowing.calibration_text import CalibrationText
 from dotexport.narrowing.narrow_options import LocalOptions, NarrowOptions
 from dotexport.narrowing.sinks import sinks
@@ -138,7 +138,7 @@ def axes(
     ] = None,
     samples: int = 48,
     seqlen: int = 512,
-    every: Annotated[int, typer.Option(help="As shrink --every.")] = 1,
+    every: Annotated[int | None, typer.Option(help="As shrink --every.")] = None,
     windows: Annotated[int, typer.Option(help="Of each text, at its start.")] = 12,
     length: Annotated[int, typer.Option(help="Tokens of these windows.")] = 1024,
     lambada: Annotated[Path | None, typer.Option(help="LAMBADA's passages, JSON lines.")] = None,
@@ -196,7 +196,7 @@ def axes(
         model=model.name,
         samples=samples,
         seqlen=seqlen,
-        every=f" (one in {every} of the first)" if every > 1 else "",
+        every=f" (one in {every} of the first)" if every else "",
         windows=windows,
         length=length,
         healing="local healing" if local else "closed form alone, no healing",
@@ -223,8 +223,11 @@ def _fitted_text(model: Path, asked: ShrinkOptions) -> CalibrationText:
     """The windows that all are calibrated on: of the text, and as many of the second one, with the
     tokens that `shrink` sows in them."""
     first = replace(asked.text, samples=asked.text.samples // 2)
-    second = replace(first, source=asked.other, every=1)
-    text = CalibrationText(token_windows(model, first), token_windows(model, second))
+    second = replace(first, source=asked.other, every=None)
+    one_NL, other_NL = (
+        token_windows(model, spread(model, kind, kind.samples)) for kind in (first, second)
+    )
+    text = CalibrationText(one_NL, other_NL)
     return text.sown(sinks(Checkpoint.open(model), text.windows_NL), asked.narrow.seed)
 
 

@@ -84,7 +84,10 @@ def evaluate_into(
     sides = [] if dtype is None else sides_of(out, baseline, step.artifacts, where, dtype)
     rivals = _rivals(step.rivals, {side.name for side in sides}, where, dtype or step.dtype)
     read = (made.get("calibration") or {}).get("source"), (made.get("healing") or {}).get("text")
-    doubts = (one_source(text, step.text.source, out / OWN_TEXT) for text in read if text)
+    every = made.get("shrink", {}).get("text", {}).get("every") or 1
+    doubts = (
+        one_source(text, step.text.source, out / OWN_TEXT, every=every) for text in read if text
+    )
     doubt = next(filter(None, doubts), None)
     if doubt:
         logger.warning("%s", doubt)

@@ -102,6 +102,7 @@ def describe(
             "source": options.text.source,
             "windows": len(text.windows_NL),
             "seqlen": text.length,
+            **({"every": every} if (every := options.text.every or 1) > 1 else {}),
             "sha256": sha256_of(text.windows_NL),
             **({"sinks": list(text.sinks)} if text.sinks else {}),
             **({"own_text": {"file": OWN_TEXT, **own}} if own else {}),

@@ -25,14 +25,14 @@ from dotexport.app.shrink_record import OWN_TEXT, SECOND_TEXT, Shrunk, describe,
 from dotexport.axes.plan import Plan, SizeOptions, read_model
 from dotexport.errors import UsageError
 from dotexport.generation.own_text import write_own_text
-from dotexport.generation.second_text import second_text
+from dotexport.generation.second_text import is_other, second_text
 from dotexport.healing.compiling import check_compiler
 from dotexport.models.checkpoint import Checkpoint, stored_config
 from dotexport.models.finding import find_model
 from dotexport.models.layers import Stock
 from dotexport.models.origin import describe_source
 from dotexport.models.text_options import TextOptions
-from dotexport.models.text_windows import token_windows
+from dotexport.models.text_windows import spread, token_windows
 from dotexport.narrowing.calibration_text import CalibrationText
 from dotexport.narrowing.depth import Depths
 from dotexport.narrowing.norm_statistics import Progress
@@ -111,16 +111,22 @@ def shrink(
         if not resume:
             workspace.remove()
         stack.enter_context(workspace.told())
+        trained = (options.heal and options.heal.samples) or 0
         text, own = write_own_text(
             original,
             options.text,
-            max(options.text.samples, (options.heal and options.heal.samples) or 0),
+            max(options.text.samples, trained),
             folder / OWN_TEXT,
             seed=options.narrow.seed,
             device=where,
             workspace=workspace,
             progress=progress,
         )
+        count = options.text.samples
+        if is_other(options.other, text.source):  # half of the windows will be of it
+            count -= count // 2
+        text = spread(original.folder, text, max(count, trained))
+        options = replace(options, text=replace(options.text, every=text.every))
         source, config, sizes = _on_kept_tokens(
             original, options, text, Path(scratch), where, passes, workspace, progress
         )
@@ -254,7 +260,7 @@ def _other_windows(
     )
     if found is None:
         return None
-    other_NL = token_windows(source.folder, found)
+    other_NL = token_windows(source.folder, spread(source.folder, found, half))
     workspace.given({"second windows": sha256_of(other_NL)})
     return other_NL
 

@@ -88,7 +88,7 @@ def aligned_windows(
     more tokens than the context is cut.
     """
     length = window_length(model, options)
-    apart = options.every * length
+    apart = (options.every or 1) * length
     whole = _stream(original, candidate, options, (options.skip + options.samples) * apart)
     starts = range(options.skip * apart, len(whole.one_N) - length + 1, apart)
     context = int(read_config(model).get("max_position_embeddings") or length)

@@ -24,6 +24,12 @@ SHORTEST = 64  # slots of its rows: no more than the text needs
 STEP = "second-text"  # its name in a workspace
 
 
+def is_other(other: str, source: str) -> bool:
+    """Whether `--other` names text beside this source, and no part of it."""
+    named = {part.source for part in parts_of(other)} if other != NONE else set()
+    return bool(named) and not named & {part.source for part in parts_of(source)}
+
+
 def second_text(
     original: Checkpoint,
     text: TextOptions,
@@ -44,12 +50,12 @@ def second_text(
         file: takes what the original samples, where that is asked for.
         samples, seqlen: windows and their tokens, at most.
     """
-    if other == NONE or {p.source for p in parts_of(other)} & {
-        p.source for p in parts_of(text.source)
-    }:
+    if not is_other(other, text.source):
         return None
     length = min(window_length(original.folder, text), seqlen)
-    found = replace(text, source=other, samples=samples, seqlen=length, skip=0, every=1, own=None)
+    found = replace(
+        text, source=other, samples=samples, seqlen=length, skip=0, every=None, own=None
+    )
     if SELF not in {part.source for part in parts_of(other)}:
         return found
     if not fits(2 * original.num_parameters, device):  # sampling holds it in 16 bits

@@ -37,7 +37,8 @@ class TextOptions:
         seqlen: tokens per window; None is 2048, or the model's context if that is shorter.
         skip: windows left out at the start, so that one file can serve two disjoint purposes.
         every: of the windows of a source one in so many is taken, so that as many see more of a
-            text whose neighbouring windows are of one kind; not of what the original samples.
+            text whose neighbouring windows are of one kind; not of what the original samples. None:
+            calibration text is of all of it (`spread`), what judges is its first windows.
     """
 
     source: str = option(help=f"Text. {SOURCES}", flag="text")
@@ -46,8 +47,8 @@ class TextOptions:
         None, help="Tokens per window; default: 2048 or the model's context."
     )
     skip: int = option(0, help="Windows left out at the start of the text.")
-    every: int = option(
-        1,
+    every: int | None = option(
+        None,
         help="Of a long text take one window in so many: as many windows then see more of it.",
     )
     own: str | None = None

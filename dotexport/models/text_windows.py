@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 DOUBTFUL = 256
 # Characters to begin with, for each token that is wanted: more than text has, as a rule.
 CHARACTERS = 8
+APART = 16  # one window in so many, at most, where windows are of all of a text
 RENAMED = "TokenizersBackend"  # transformers 5 for PreTrainedTokenizerFast
 
 
@@ -62,6 +64,30 @@ def token_windows(model: Path, options: TextOptions) -> torch.Tensor:
     return torch.from_numpy(kept)
 
 
+def spread(model: Path, options: TextOptions, count: int) -> TextOptions:
+    """The same with `every` said: as far apart as lets `count` windows be of all of the text, or of
+    APART times as much of it as they are.
+
+    A text's first windows are of few articles, chapters or files. What is fitted on these is worse
+    on the others than it looks, by windows held out between them as well (docs/log.md).
+
+    Raises:
+        CalibrationError, CheckpointError, UsageError: as `token_windows`.
+    """
+    if options.every is not None:
+        return options
+    parts, wanted = parts_of(options.source), options.skip + count
+    taken = order_of([part.weight for part in parts], [wanted] * len(parts), wanted)
+    encode, seqlen = _encoder(model), window_length(model, options)
+    apart = [1 if all(part.source == SELF for part in parts) else APART]
+    for number, part in enumerate(parts):
+        share = sum(of == number for of, _ in taken)
+        if share and part.source != SELF:
+            found = _cut(part.source, options, encode, share * APART, seqlen)
+            apart.append(max(1, len(found) // share))
+    return replace(options, every=min(apart))
+
+
 Windows = NDArray[np.int64]
 
 
@@ -73,7 +99,7 @@ def _cut(
     seqlen: int,
 ) -> Windows:
     """The first windows of one source, one in `every`, `count` if it has so many."""
-    every = 1 if source == SELF else options.every
+    every = 1 if source == SELF else options.every or 1
     wanted = count * every * seqlen
     ids: list[int] = []
     for document in documents(source, options.own):

@@ -35,3 +35,11 @@ def test_data_sets_and_what_ships_inside_are_sources_too(tmp_path: Path) -> None
     assert one_source("embedded:calibration", "embedded:evaluation", tmp_path)
     assert one_source("wikitext:raw", "wikitext:words", tmp_path)
     assert one_source("wikitext:raw", "c4:en", tmp_path) is None
+
+
+def test_windows_of_all_of_one_file_are_told(folder: Path) -> None:
+    """Where the first were taken, those behind them are others."""
+    ours, own = f"{folder}/wiki/valid.txt", folder / "out/reports/self.jsonl"
+    assert "one window in 3" in str(one_source(ours, ours, own, every=3))
+    assert "one window" not in str(one_source(ours, ours, own))
+    assert "one window" not in str(one_source(ours, f"{folder}/wiki/test.txt", own, every=3))

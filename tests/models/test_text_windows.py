@@ -16,8 +16,10 @@ from dotexport.errors import CalibrationError, RuntimeMissingError, UsageError
 from dotexport.models.documents import documents
 from dotexport.models.text_options import Part, TextOptions, parts_of
 from dotexport.models.text_windows import (
+    APART,
     _encoder,
     encode_start,
+    spread,
     token_windows,
     window_length,
 )
@@ -281,6 +283,29 @@ def test_one_window_in_several_is_taken_of_each_source(model: Path, tmp_path: Pa
     assert (token_windows(model, own)[:, 0] - 3).tolist() == [10, 50, 14, 52, 18, 54]
     with pytest.raises(UsageError, match="every must be at least 1, not 0"):
         TextOptions(source="x", every=0)
+
+
+def test_calibration_text_is_of_all_of_a_source_or_of_much_of_it(
+    model: Path, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    one.write_text(words(*range(10, 50)))
+    two.write_text(words(*range(50, 80)))
+    options = TextOptions(source=str(one), seqlen=2, samples=6)
+
+    def apart(count: int, **changes: object) -> int | None:
+        return spread(model, replace(options, **changes), count).every
+
+    assert [apart(count) for count in (1, 3, 6, 20, 21)] == [APART, 6, 3, 1, 1]
+    assert apart(3, skip=2) == 4  # what is left out is of all of it too
+    assert apart(6, every=2) == 2
+    mixed = f"{one},{two}"
+    assert apart(6, source=mixed) == 15 // 3  # the shorter one decides
+    own = {"source": f"{one},self", "own": str(two)}
+    assert apart(6, **own) == 20 // 3
+    assert apart(6, source="self", own=str(two)) == 1
+    found = token_windows(model, spread(model, options, 6))
+    assert (found[:, 0] - 3).tolist() == [10, 16, 22, 28, 34, 40]
 
 
 def test_a_part_that_is_too_short_is_told_and_the_others_go_on(
