@@ -94,7 +94,8 @@ def tiny(text: Path, **changes: Any) -> ShrinkOptions:
 def test_healing_lowers_held_out_divergence(healed: Path, tmp_path: Path) -> None:
     """On the windows of both texts that healing never trains on, with the figures of `eval`."""
     half = TEXT.samples // 2
-    texts = TEXT, replace(TEXT, source=str(healed / "reports" / "second.jsonl"))
+    second = replace(TEXT, source=str(healed / "reports" / "second.jsonl"), every=1)
+    texts = replace(TEXT, every=manifest.read(healed)["calibration"]["every"]), second
     halves = [token_windows(embedded.MODEL_DIR, text)[:half] for text in texts]
     held_NL = torch.cat([kind_NL[sorted(held_out_windows(half))] for kind_NL in halves])
     shrink(embedded.MODEL_DIR, tmp_path / "plain", replace(ROUGH, heal=None))
