@@ -26,6 +26,25 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Of these, files share artifacts that take long to write: `--dist loadfile` takes each as one.
+SHARING = ("tests/targets", "tests/diffusion")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One process for all files of a folder that shares artifacts, so that none is made twice."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class BySharing(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = Path(super()._split_scope(nodeid))
+            return next((name for name in SHARING if file.is_relative_to(name)), str(file))
+
+    return BySharing(config, log)
+
+
 BASE = {
     "hidden_size": 48,
     "intermediate_size": 88,

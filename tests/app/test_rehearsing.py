@@ -22,7 +22,7 @@ from dotexport.models.checkpoint import Checkpoint
 from dotexport.models.text_options import TextOptions
 from dotexport.models.text_windows import token_windows
 from dotexport.narrowing.calibration_text import CalibrationText
-from dotexport.narrowing.narrow_options import NarrowOptions
+from dotexport.narrowing.narrow_options import LocalOptions, NarrowOptions
 from dotexport.sizes.budget import plan
 from dotexport.vocabulary.vocabulary_options import VocabularyOptions
 
@@ -40,7 +40,8 @@ def test_the_last_few_sizes_are_judged_behind_a_short_distillation(
 ) -> None:
     """On the tokens that stay, where some leave."""
     monkeypatch.setattr(heal_options, "TRIAL_TOKENS", (64, 128))
-    asked = replace(ASKED, vocabulary=VocabularyOptions(vocab=3000), other=NONE)
+    quick = NarrowOptions(local=LocalOptions(least_steps=1, passes=1e-9))
+    asked = replace(ASKED, vocabulary=VocabularyOptions(vocab=3000), other=NONE, narrow=quick)
     shrunk = shrink(MODEL_DIR, tmp_path / "out", asked)
     report = json.loads((tmp_path / "out/reports/shrink.json").read_text())
     checked = report["allocation"]["checked"]

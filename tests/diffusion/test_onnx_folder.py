@@ -25,10 +25,10 @@ pytest.importorskip("onnxscript", reason="needs the extra [diffusion]")
 Tiny = Callable[[str], Path]
 
 
-LARGE = [pytest.param(name, marks=pytest.mark.heavy) for name in ("sd3", "sdxl")]
+LARGE = [pytest.param(name, marks=pytest.mark.heavy) for name in ("pixart", "sd3", "sdxl")]
 
 
-@pytest.mark.parametrize("name", ["flux", "dit", "unet", "pixart", *LARGE])
+@pytest.mark.parametrize("name", ["flux", "dit", "unet", *LARGE])
 def test_a_pruned_pipeline_runs_in_onnx_runtime(name: str, exported: Callable[[str], Path]) -> None:
     out = exported(name)
     parity = manifest.read(out)["artifacts"]["onnx-fp32"]["parity"]

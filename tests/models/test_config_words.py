@@ -569,7 +569,7 @@ def _words(kind: str) -> Any:
 
 
 def _examples() -> int:
-    return int(os.environ.get("DOTEXPORT_FUZZ", "30"))
+    return int(os.environ.get("DOTEXPORT_FUZZ", "12"))
 
 
 # Read by the code of their relatives: Mistral, Llama, Qwen3 and Qwen3-MoE.

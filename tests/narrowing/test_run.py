@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from dotexport.narrowing.prepare import prepare
 from dotexport.sizes.budget import plan
 
 TinyLlama = Callable[[str], Path]
+heavy = partial(pytest.param, marks=pytest.mark.heavy)
 MODELS = ["wide-heads", "tied-bf16", "biased"]
 TOKENS_BL = torch.randint(0, 90, (2, 24), generator=torch.Generator().manual_seed(1))
 
@@ -327,14 +329,13 @@ def stories(assets: Path) -> tuple[Path, Path]:
 @pytest.mark.parametrize(
     ("sizes", "methods", "floor"),
     [
-        ({"hidden_size": 48, "tied": False}, {"basis": "select"}, 12.5),
+        heavy({"hidden_size": 48, "tied": False}, {"basis": "select"}, 12.5, id="select"),
         ({"hidden_size": 48, "tied": False}, {"basis": "dot"}, 12.0),
-        ({"hidden_size": 48, "tied": False}, {"basis": "pca"}, 10.2),
+        heavy({"hidden_size": 48, "tied": False}, {"basis": "pca"}, 10.2, id="pca"),
         ({"hidden_size": 48, "tied": False}, {"basis": "learned"}, 10.0),
-        ({"intermediate_size": 128}, {"mlp": "dot"}, 6.1),
+        heavy({"intermediate_size": 128}, {"mlp": "dot"}, 6.1, id="mlp128"),
         ({"intermediate_size": 96}, {"mlp": "dot"}, 9.1),
     ],
-    ids=["select", "dot", "pca", "learned", "mlp128", "mlp96"],
 )
 def test_a_trained_llama_keeps_its_perplexity_floor(
     sizes: dict[str, int],

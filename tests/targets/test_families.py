@@ -164,7 +164,10 @@ TWO_KINDS = (
 
 
 # Of those, the ones that take long and that another one is much like.
-HEAVY = ("gemma2", "gemma3", "granite", "gpt-oss", "qwen3-yarn")
+HEAVY = (
+    *("gemma2", "gemma3", "granite", "granite-moe", "gpt-oss", "gpt-oss-short"),
+    *("qwen3", "qwen3-yarn"),
+)
 
 
 @pytest.mark.parametrize(
