@@ -56,7 +56,8 @@ def costs_of(streams: Streams, theirs: Head, ours: Head) -> list[Cost]:
     Args:
         theirs, ours: of the original and of the narrowed model, whose streams have come to them.
     """
-    kinds = (streams.of_its_kind or {0}, streams.held_out & streams.other)
+    judges = streams.judging or streams.held_out or {0}
+    kinds = (judges - streams.other, judges & streams.other)
     judged = -(-JUDGED // streams.windows_NL.shape[1])
     return [_cost(streams, theirs, ours, sorted(some)[:judged]) for some in kinds if some]
 

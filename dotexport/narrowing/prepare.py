@@ -31,7 +31,7 @@ from dotexport.narrowing.run import (
     Nowhere,
     Writer,
 )
-from dotexport.narrowing.streams import Streams
+from dotexport.narrowing.streams import Streams, held_out_windows
 from dotexport.processes.processes import ALONE, Processes, Several
 from dotexport.storage.files import write_json
 from dotexport.storage.workspace import Workspace
@@ -118,7 +118,7 @@ def _weights(
     original = Original(source, whole.family, whole.before, stock, device)
     found = []
     for kind_NL in text.kinds:
-        judging = slice(-_judged(text), None)
+        judging = slice(-_judged(text) - len(held_out_windows(len(kind_NL))), None)
         weights_NL = torch.ones(kind_NL.shape)
         weights_NL[judging] = context_weights(original, kind_NL[judging])
         found.append(weights_NL)
@@ -159,7 +159,7 @@ def _rehearsed(
 
 
 def _judged(text: CalibrationText) -> int:
-    """How many windows of a kind judge a rehearsal, where it leaves so many."""
+    """How many windows of a kind a rehearsal does not fit on, where it leaves so many."""
     return -(-JUDGED // text.length)
 
 

@@ -30,7 +30,8 @@ from dotexport.processes.processes import ALONE, Processes
 
 TOKENS_PER_BATCH = 4096
 MEMORY_SHARE = 0.25
-KINDS = FITTED, HELD_OUT, OTHER = "fitted", "held out", "other"  # of windows
+# Kinds of windows.
+KINDS = FITTED, HELD_OUT, OTHER, JUDGING = "fitted", "held out", "other", "judging"
 Rows = slice
 Read = Callable[[Rows], tuple[Tensor, Tensor]]
 Step = Callable[[Tensor], Tensor]
@@ -47,6 +48,7 @@ class Streams:
         device: where batches are computed.
         drawn: what is the same in every layer, such as places that local healing draws.
         other: windows that are text of another kind.
+        judging: windows that do nothing but judge what came out; without, those held out do.
         processes: that share the windows.
         own: windows whose streams lie here, ascending: row n of a stream is that of `own[n]`.
         beside_original, beside_narrowed: what layers are given besides either stream.
@@ -61,6 +63,7 @@ class Streams:
     device: torch.device
     drawn: dict[Any, Any] = field(default_factory=dict)
     other: frozenset[int] = frozenset()
+    judging: frozenset[int] = frozenset()
     processes: Processes = ALONE
     weights_NL: Tensor | None = None
     share: InitVar[Sequence[int] | None] = None
@@ -109,23 +112,30 @@ class Streams:
         )
 
     def some(self, count: int, judged: int) -> Streams:
-        """Streams of their own over `count` windows to fit on, shared by the kinds.
+        """Streams of their own over `count` windows to fit on, shared by the kinds, and up to
+        `judged` of either kind besides: a quarter of these are held out, the others do nothing but
+        judge, since what was chosen on a window looks better there.
 
-        Of either kind up to `judged` others are held out, the furthest: few windows hold most of
-        what one cut loses and another does not.
+        The furthest, and many of them: few windows hold most of what one cut loses and another does
+        not. Where a kind has none left to judge, held-out ones judge for both.
         """
-        fitted = self._fitted(count)
-        held: list[int] = []
-        for kind in (set(range(len(self.windows_NL))) - self.other, self.other):
-            left = sorted(kind.difference(fitted)) if kind & self.held_out else []
-            held += left[-judged:]
-        chosen = sorted([*fitted, *held])
+        choosing = -(-judged // 4)
+        fitted, held, judging = self._fitted(count), set[int](), set[int]()
+        kinds = set(range(len(self.windows_NL))) - self.other, self.other
+        for kind in (kind for kind in kinds if kind & self.held_out):
+            held.update(sorted(kind & self.held_out)[-choosing:])
+            judging.update(
+                sorted(kind.difference(fitted, self.held_out))[-max(1, judged - choosing) :]
+            )
+        if not all(kind & judging for kind in kinds if kind & held):
+            judging = set()
+        chosen = sorted({*fitted, *held, *judging})
         windows_NL = self.windows_NL[chosen]
-        held_out, other = (
+        held_out, other, judges = (
             frozenset(n for n, window in enumerate(chosen) if window in kind)
-            for kind in (held, self.other)
+            for kind in (held, self.other, judging)
         )
-        own = dealt(len(chosen), held_out, other, self.processes)
+        own = dealt(len(chosen), held_out | judges, other, self.processes)
         shape = (len(own), windows_NL.shape[1])
         return Streams(
             windows_NL,
@@ -134,6 +144,7 @@ class Streams:
             held_out,
             self.device,
             other=other,
+            judging=judges,
             processes=self.processes,
             weights_NL=None if self.weights_NL is None else self.weights_NL[chosen],
             share=own,
@@ -200,8 +211,10 @@ class Streams:
         """
         sums: dict[str, Moments] = {}
         for rows in self.batches():
-            z_TI, t_TO = (part.flatten(0, 1) for part in read(rows))
             kind = self._kind(self.own[rows.start])
+            if kind == JUDGING:
+                continue
+            z_TI, t_TO = (part.flatten(0, 1) for part in read(rows))
             if kind not in sums:
                 sums[kind] = Moments.zeros(
                     z_TI.shape[1], t_TO.shape[1], metric_OO=metric_OO, device=self.device
@@ -220,7 +233,8 @@ class Streams:
     def _summed(self, sums: dict[str, Moments], metric_OO: Tensor | None) -> dict[str, Moments]:
         """Over all processes, of which some have no window of a kind, or none at all."""
         found = self.processes.agreed(lambda: tuple(sums[FITTED].cross_OI.shape))
-        kinds = dict.fromkeys(self._kind(window) for window in range(len(self.windows_NL)))
+        every = set(range(len(self.windows_NL))) - self.judging
+        kinds = dict.fromkeys(self._kind(window) for window in sorted(every))
         empty = partial(Moments.zeros, found[1], found[0], metric_OO=metric_OO, device=self.device)
         sums = {kind: sums.get(kind) or empty() for kind in kinds}
         for moments in sums.values():
@@ -228,6 +242,8 @@ class Streams:
         return sums
 
     def _kind(self, window: int) -> str:
+        if window in self.judging:
+            return JUDGING
         if window not in self.held_out:
             return FITTED
         return OTHER if window in self.other else HELD_OUT

@@ -114,16 +114,28 @@ def test_other_text_too_short_to_hold_any_out_is_fitted_on() -> None:
 
 
 def test_a_part_of_the_streams_has_windows_of_every_kind() -> None:
-    part = made(40, others=24).some(9, 6)
-    assert len(part.windows_NL) == 9 + 6 + 6
-    assert len(part.of_its_kind) == 6
+    part = made(40, others=24).some(9, 5)
+    assert len(part.of_its_kind) == len(part.other & part.held_out) == 2
+    assert len(part.judging - part.other) == len(part.judging & part.other) == 3
     assert all(bool((part.windows_NL[n] <= 0).all()) for n in part.other)
-    assert len(part.other & part.held_out) == 6
-    assert len(part.other - part.held_out) == 4
-    few = made(40, others=3).some(9, 6)  # one of them held out, and both others fitted on
-    assert (len(few.other), len(few.windows_NL)) == (3, 9 + 6 + 1)
-    single = made(40, others=1).some(9, 6)  # of which nothing can be held out
+    assert len(part.other - part.held_out - part.judging) == 4
+    assert len(part.windows_NL) == 9 + 4 + 6
+    few = made(40, others=3).some(9, 5)  # one of them held out, and both others fitted on
+    assert (len(few.other), len(few.windows_NL), len(few.judging)) == (3, 9 + 2 + 1, 0)
+    single = made(40, others=1).some(9, 5)  # of which nothing can be held out
     assert single.other - single.held_out == single.other
+    assert len(single.judging) == 3
+
+
+def test_windows_that_judge_are_neither_fitted_on_nor_choose() -> None:
+    part = made(40, others=24).some(9, 4)
+    part.narrowed_NLK.normal_()
+    part.original_NLD.normal_()
+    read = lambda rows: (part.narrowed(rows), part.original(rows))  # noqa: E731
+    before = [moments.inputs.full() for moments in part.moments(read)]
+    part.narrowed_NLK[sorted(part.judging)] += 1e6
+    for found, wanted in zip(part.moments(read), before, strict=True):
+        assert torch.equal(found.inputs.full(), wanted)
 
 
 def test_of_a_single_window_nothing_is_held_out_and_it_judges_itself() -> None:
@@ -165,26 +177,26 @@ def test_one_window_in_eight_is_held_out_behind_all_that_are_fitted(count: int) 
 
 
 @pytest.mark.parametrize(
-    ("asked", "fitted", "judged"), [(1, 1, 8), (4, 4, 8), (38, 38, 8), (40, 40, 8), (90, 42, 6)]
+    ("asked", "fitted", "judging"), [(1, 1, 6), (4, 4, 6), (38, 38, 4), (42, 42, 0), (90, 42, 0)]
 )
-def test_some_windows_keep_held_out_ones_apart_and_share_no_memory(
-    asked: int, fitted: int, judged: int
+def test_some_windows_keep_their_parts_apart_and_share_no_memory(
+    asked: int, fitted: int, judging: int
 ) -> None:
     """48 windows, 6 of them held out: those asked for to fit on, and the last of the others."""
     whole = made(48)
     kept = whole.original_NLD.clone()
     some = whole.some(asked, 8)
-    assert len(some.windows_NL) == fitted + judged
-    assert len(some.held_out) == judged
+    assert len(some.windows_NL) == fitted + judging + 2
     origin = [int(first) // L for first in some.windows_NL[:, 0]]  # tokens are numbered through
-    assert origin == sorted(set(origin))
+    assert origin == [*range(fitted), *range(42 - judging, 42), 46, 47]
     for window, source in enumerate(origin):
         assert torch.equal(some.windows_NL[window], whole.windows_NL[source])
-        assert (window in some.held_out) == (source >= 48 - judged)
+        assert (window in some.held_out) == (source >= 46)
+        assert (window in some.judging) == (42 - judging <= source < 42 and judging > 0)
     some.original_NLD.fill_(1.0)
     some.narrowed_NLK.fill_(1.0)
-    assert some.original_NLD.shape == (fitted + judged, L, D)
-    assert some.narrowed_NLK.shape == (fitted + judged, L, K)
+    assert some.original_NLD.shape == (fitted + judging + 2, L, D)
+    assert some.narrowed_NLK.shape == (fitted + judging + 2, L, K)
     assert torch.equal(whole.original_NLD, kept)
 
 
