@@ -202,7 +202,8 @@ def steps(width: int) -> list[int]:
 
 def multiples(grid: int, width: int) -> list[int]:
     """Those up to a width that are searched."""
-    return [size for size in range(grid, width + 1, grid) if size >= LEAST_SHARE * width]
+    least = -(-LEAST_SHARE * width // grid)
+    return list(range(max(1, int(least)) * grid, width + 1, grid))
 
 
 def off_grid(size: int, grain: int, *, of: str = "") -> str | None:

@@ -314,7 +314,8 @@ class SizeOptions:
     def finished(self, family: Family, sizes: Sizes) -> Sizes:
         """Sizes that were found, with what is asked of tables, their rows and biases besides."""
         after = sizes if self.tied is None else replace(sizes, tied=sizes.tied and self.tied)
-        after = replace(after, vocab_size=self.vocab_size or after.vocab_size)
+        if self.vocab_size:
+            after = replace(after, vocab_size=self.vocab_size)
         if not self.bias:
             return after
         return replace(after, biases=after.biases | find_carrier(family, after).bias_flags)

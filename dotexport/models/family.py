@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from dotexport.errors import UsageError
@@ -58,7 +59,7 @@ class Linear:
     in_: str
     bias: str | None = None
 
-    @property
+    @cached_property
     def outs(self) -> tuple[str, ...]:
         return tuple(self.out.split("+"))
 
@@ -151,17 +152,17 @@ class Sublayer:
     scaled_by: str | None = None
     shared: Shared | None = None
 
-    @property
+    @cached_property
     def all_readers(self) -> tuple[Linear, ...]:
         """Those of a shared expert among them."""
         return (*self.readers, *(self.shared.readers if self.shared else ()))
 
-    @property
+    @cached_property
     def writers(self) -> tuple[Linear, ...]:
         """That of a shared expert among them."""
         return (self.writer, *([self.shared.writer] if self.shared else ()))
 
-    @property
+    @cached_property
     def linears(self) -> tuple[Linear, ...]:
         """All readers, then all writers."""
         return (*self.all_readers, *self.writers)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from dotexport.errors import CheckpointError, UnsupportedModelError
@@ -28,7 +29,7 @@ from dotexport.models.families.qwen3_5_moe import QWEN3_5_MOE
 from dotexport.models.families.qwen3_moe import QWEN3_MOE
 from dotexport.models.families.seed_oss import SEED_OSS
 from dotexport.models.families.smollm3 import SMOLLM3
-from dotexport.models.family import Family, Linear
+from dotexport.models.family import ALWAYS, Family, Linear
 from dotexport.models.shapes import EXPERTS, Sizes
 
 TABLES = (
@@ -152,15 +153,26 @@ def find_carrier(family: Family, sizes: Sizes) -> Family:
 def _has_place_for(family: Family, carrier: Family, sizes: Sizes) -> bool:
     """Whether the carrier has layers that are made of the same spaces, one after another, and
     their biases."""
-    theirs = _outs(carrier.linears)
-    return all(_outs(family.linears_in(kind)) == theirs for kind in sizes.each_kind) and all(
-        theirs.bias is not None or not sizes.has_bias(linear)
-        for linear, theirs, _ in apart(family, carrier, sizes, sizes.each_kind)
-    )
+    return _holds(family, carrier, tuple(sizes.each_kind), sizes.biases)
 
 
-def _outs(linears: Iterable[Linear]) -> list[str]:
-    return [space for linear in linears for space in linear.outs]
+@cache
+def _holds(family: Family, carrier: Family, kinds: Sequence[str], biases: frozenset[str]) -> bool:
+    """The same: a search over sizes asks this thousands of times, and it hangs on few of them."""
+    in_any = [space for space, _ in _spaces(carrier.linears)]
+    for kind in kinds:
+        ours, theirs = _spaces(family.linears_in(kind)), _spaces(carrier.linears_in(kind))
+        biased = [linear.bias == ALWAYS or linear.bias in biases for _, linear in ours]
+        if [space for space, _ in ours] != in_any:
+            return False
+        if any(b and their.bias is None for b, (_, their) in zip(biased, theirs, strict=True)):
+            return False
+    return True
+
+
+def _spaces(linears: Iterable[Linear]) -> list[tuple[str, Linear]]:
+    """Each space of their rows, and which it is of."""
+    return [(space, linear) for linear in linears for space in linear.outs]
 
 
 def apart(
