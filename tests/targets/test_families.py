@@ -166,7 +166,7 @@ TWO_KINDS = (
 # Of those, the ones that take long and that another one is much like.
 HEAVY = (
     *("gemma2", "gemma3", "granite", "granite-moe", "gpt-oss", "gpt-oss-short"),
-    *("qwen3", "qwen3-yarn"),
+    *("phi3", "qwen2", "qwen3", "qwen3-yarn"),
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dotexport import embedded
 from dotexport.models.checkpoint import Checkpoint, read_config
+from dotexport.vocabulary import trimming
+from dotexport.vocabulary.expecting import Spread
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<tool>"]
 SIZE = 900
@@ -105,6 +107,12 @@ def write_tokenizer(folder: Path, kind: str) -> Path:
     generation = {"suppress_tokens": [301], "bad_words_ids": [[302, 303]], "pad_token_id": -1}
     (folder / "generation_config.json").write_text(json.dumps(generation))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def little_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which tokens the original expects: on 8 windows of 64, which takes seconds everywhere."""
+    monkeypatch.setattr(trimming, "Spread", partial(Spread, 8))
 
 
 @pytest.fixture(scope="session")
