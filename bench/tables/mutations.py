@@ -326,10 +326,17 @@ MUTATIONS = (
     ),
     mutation(
         "narrowing/local.py",
-        "torch.tensor([n for n in every if n not in held])",
+        "torch.tensor([n for n in every if n not in apart])",
         "torch.arange(count)",
         "Local healing trains on the windows that judge it.",
         "narrowing/test_local.py",
+    ),
+    mutation(
+        "narrowing/streams.py",
+        "            if kind == JUDGING:\n                continue\n",
+        "",
+        "Windows that judge a rehearsal are fitted on.",
+        "narrowing/test_streams.py",
     ),
     mutation(
         "narrowing/local.py",

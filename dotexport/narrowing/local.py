@@ -120,8 +120,8 @@ class _Batches:
     def __post_init__(self) -> None:
         count, self.length = self.streams.windows_NL.shape
         held, every = self.streams.held_out, range(count)
-        fitted = sorted(set(every) - held - self.streams.judging)
-        self.train = torch.tensor(fitted)
+        apart = held | self.streams.judging
+        self.train = torch.tensor([n for n in every if n not in apart])
         self.judged = held or frozenset(every)
         self.held = self._beside(torch.tensor(self.streams.places(self.judged), dtype=torch.long))
 
