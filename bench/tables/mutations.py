@@ -333,7 +333,7 @@ MUTATIONS = (
     ),
     mutation(
         "narrowing/streams.py",
-        "            if kind == JUDGING:\n                continue\n",
+        "        if window in self.judging:\n            return JUDGING\n",
         "",
         "Windows that judge a rehearsal are fitted on.",
         "narrowing/test_streams.py",
