@@ -333,8 +333,8 @@ MUTATIONS = (
     ),
     mutation(
         "narrowing/streams.py",
-        "        if window in self.judging:\n            return JUDGING\n",
-        "",
+        "return JUDGING if window in self.judging else FITTED",
+        "return FITTED",
         "Windows that judge a rehearsal are fitted on.",
         "narrowing/test_streams.py",
     ),

@@ -48,7 +48,8 @@ class Streams:
         device: where batches are computed.
         drawn: what is the same in every layer, such as places that local healing draws.
         other: windows that are text of another kind.
-        judging: windows that do nothing but judge what came out; without, those held out do.
+        judging: windows that judge what came out, and are not fitted on; without, those held out
+            do.
         processes: that share the windows.
         own: windows whose streams lie here, ascending: row n of a stream is that of `own[n]`.
         beside_original, beside_narrowed: what layers are given besides either stream.
@@ -117,18 +118,16 @@ class Streams:
         judge, since what was chosen on a window looks better there.
 
         The furthest, and many of them: few windows hold most of what one cut loses and another does
-        not. Where a kind has none left to judge, held-out ones judge for both.
+        not. So where there are not twice as many as are held out, these judge as well.
         """
         choosing = -(-judged // 4)
         fitted, held, judging = self._fitted(count), set[int](), set[int]()
         kinds = set(range(len(self.windows_NL))) - self.other, self.other
         for kind in (kind for kind in kinds if kind & self.held_out):
-            held.update(sorted(kind & self.held_out)[-choosing:])
-            judging.update(
-                sorted(kind.difference(fitted, self.held_out))[-max(1, judged - choosing) :]
-            )
-        if not all(kind & judging for kind in kinds if kind & held):
-            judging = set()
+            chosen_on = sorted(kind & self.held_out)[-choosing:]
+            left = sorted(kind.difference(fitted, self.held_out))[-max(1, judged - choosing) :]
+            held.update(chosen_on)
+            judging.update(left if len(left) >= 2 * len(chosen_on) else [*left, *chosen_on])
         chosen = sorted({*fitted, *held, *judging})
         windows_NL = self.windows_NL[chosen]
         held_out, other, judges = (
@@ -233,7 +232,7 @@ class Streams:
     def _summed(self, sums: dict[str, Moments], metric_OO: Tensor | None) -> dict[str, Moments]:
         """Over all processes, of which some have no window of a kind, or none at all."""
         found = self.processes.agreed(lambda: tuple(sums[FITTED].cross_OI.shape))
-        every = set(range(len(self.windows_NL))) - self.judging
+        every = set(range(len(self.windows_NL))) - (self.judging - self.held_out)
         kinds = dict.fromkeys(self._kind(window) for window in sorted(every))
         empty = partial(Moments.zeros, found[1], found[0], metric_OO=metric_OO, device=self.device)
         sums = {kind: sums.get(kind) or empty() for kind in kinds}
@@ -242,11 +241,9 @@ class Streams:
         return sums
 
     def _kind(self, window: int) -> str:
-        if window in self.judging:
-            return JUDGING
-        if window not in self.held_out:
-            return FITTED
-        return OTHER if window in self.other else HELD_OUT
+        if window in self.held_out:
+            return OTHER if window in self.other else HELD_OUT
+        return JUDGING if window in self.judging else FITTED
 
 
 def inverse_rms(stream_BLD: Tensor) -> Tensor:

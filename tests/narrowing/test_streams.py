@@ -114,17 +114,18 @@ def test_other_text_too_short_to_hold_any_out_is_fitted_on() -> None:
 
 
 def test_a_part_of_the_streams_has_windows_of_every_kind() -> None:
-    part = made(40, others=24).some(9, 5)
+    part = made(40, others=24).some(9, 8)
     assert len(part.of_its_kind) == len(part.other & part.held_out) == 2
-    assert len(part.judging - part.other) == len(part.judging & part.other) == 3
+    assert len(part.judging - part.other) == len(part.judging & part.other) == 6
     assert all(bool((part.windows_NL[n] <= 0).all()) for n in part.other)
     assert len(part.other - part.held_out - part.judging) == 4
-    assert len(part.windows_NL) == 9 + 4 + 6
-    few = made(40, others=3).some(9, 5)  # one of them held out, and both others fitted on
-    assert (len(few.other), len(few.windows_NL), len(few.judging)) == (3, 9 + 2 + 1, 0)
-    single = made(40, others=1).some(9, 5)  # of which nothing can be held out
+    assert len(part.windows_NL) == 9 + 4 + 12
+    few = made(40, others=3).some(9, 8)  # one of them held out, and both others fitted on
+    assert (len(few.other), len(few.windows_NL)) == (3, 9 + 2 + 6 + 1)
+    assert few.judging & few.other == few.held_out & few.other
+    single = made(40, others=1).some(9, 8)  # of which nothing can be held out
     assert single.other - single.held_out == single.other
-    assert len(single.judging) == 3
+    assert len(single.judging) == 6
 
 
 def test_windows_that_judge_are_neither_fitted_on_nor_choose() -> None:
@@ -177,7 +178,8 @@ def test_one_window_in_eight_is_held_out_behind_all_that_are_fitted(count: int) 
 
 
 @pytest.mark.parametrize(
-    ("asked", "fitted", "judging"), [(1, 1, 6), (4, 4, 6), (38, 38, 4), (42, 42, 0), (90, 42, 0)]
+    ("asked", "fitted", "judging"),
+    [(1, 1, 6), (4, 4, 6), (38, 38, 4), (39, 39, 3), (42, 42, 0), (90, 42, 0)],
 )
 def test_some_windows_keep_their_parts_apart_and_share_no_memory(
     asked: int, fitted: int, judging: int
@@ -192,7 +194,8 @@ def test_some_windows_keep_their_parts_apart_and_share_no_memory(
     for window, source in enumerate(origin):
         assert torch.equal(some.windows_NL[window], whole.windows_NL[source])
         assert (window in some.held_out) == (source >= 46)
-        assert (window in some.judging) == (42 - judging <= source < 42 and judging > 0)
+        alone = 42 - judging <= source < 42
+        assert (window in some.judging) == (alone or (source >= 46 and judging < 4))
     some.original_NLD.fill_(1.0)
     some.narrowed_NLK.fill_(1.0)
     assert some.original_NLD.shape == (fitted + judging + 2, L, D)
