@@ -39,11 +39,11 @@ from dotexport.narrowing.streams import Rows, Streams, inverse_rms
 def saliencies(layer: Layer, sublayer: Sublayer, streams: Streams) -> Tensor:
     """Of every expert the mean of gate times size of output over its tokens, (E,); 0 without any.
 
-    All windows count, as for the choice of neurons and KV groups.
+    All windows that may choose count, as for the choice of neurons and KV groups.
     """
     sums_E = torch.zeros(layer.num_experts, dtype=torch.float64, device=streams.device)
     counts_E = torch.zeros_like(sums_E)
-    for rows in streams.batches():
+    for rows in streams.choosing():
         normed_TD = layer.normalise(sublayer, streams.original(rows)).flatten(0, 1)
         routing = layer.route(sublayer, normed_TD)
         for expert in range(layer.num_experts):

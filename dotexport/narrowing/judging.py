@@ -57,7 +57,7 @@ def costs_of(streams: Streams, theirs: Head, ours: Head) -> list[Cost]:
         theirs, ours: of the original and of the narrowed model, whose streams have come to them.
     """
     judges = streams.judging or streams.held_out or {0}
-    kinds = (judges - streams.other, judges & streams.other)
+    kinds = (judges - streams.other or {0}, judges & streams.other)
     judged = -(-JUDGED // streams.windows_NL.shape[1])
     return [_cost(streams, theirs, ours, sorted(some)[:judged]) for some in kinds if some]
 

@@ -123,7 +123,7 @@ def _moment(streams: Streams, normalise: Callable[[Tensor], Tensor]) -> tuple[Te
     size = streams.original_NLD.shape[-1]
     moment_DD = torch.zeros(size, size, dtype=torch.float64, device=streams.device)
     peaks_D = torch.zeros(size, device=streams.device)
-    for rows in streams.batches():
+    for rows in streams.choosing():
         raw_BLD = streams.original(rows)
         magnitude_B = raw_BLD[:, :16].abs().flatten(1).median(1).values.clamp_min(1e-30)
         peaks_BD = raw_BLD.abs().amax(1) / magnitude_B[:, None]

@@ -230,7 +230,7 @@ class Site:
         weight_NK = self.student.tensor(f"{name}.weight").double()
         width = weight_NK.shape[1]
         total_KK = torch.zeros(width, width, dtype=torch.float64, device=weight_NK.device)
-        for rows in self.streams.batches():
+        for rows in self.streams.choosing():
             normed_BLK = self.student.normalise(self.sublayer, self.streams.narrowed(rows))
             total_KK += gram(normed_BLK.flatten(0, 1))
         self.streams.processes.sum(total_KK)
@@ -347,7 +347,7 @@ class Site:
                 choice.stays(linear.out),
                 self.student.stock.epsilon,
             )
-            for rows in self.streams.batches():
+            for rows in self.streams.choosing():
                 normed_BLK = self.student.normalise(self.sublayer, self.streams.narrowed(rows))
                 shorter.add(apply_linear(normed_BLK, weight, bias).flatten(0, 1))
             self.streams.processes.sum(shorter.both_S, shorter.own_S)

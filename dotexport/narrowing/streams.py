@@ -125,7 +125,7 @@ class Streams:
         kinds = set(range(len(self.windows_NL))) - self.other, self.other
         for kind in (kind for kind in kinds if kind & self.held_out):
             chosen_on = sorted(kind & self.held_out)[-choosing:]
-            left = sorted(kind.difference(fitted, self.held_out))[-max(1, judged - choosing) :]
+            left = sorted(kind.difference(fitted, chosen_on))[-max(1, judged - choosing) :]
             held.update(chosen_on)
             judging.update(left if len(left) >= 2 * len(chosen_on) else [*left, *chosen_on])
         chosen = sorted({*fitted, *held, *judging})
@@ -173,6 +173,11 @@ class Streams:
                 yield slice(start, end)
                 start = end
 
+    def choosing(self) -> Iterator[Rows]:
+        """Batches without the windows that do nothing but judge: what is fitted or chosen sees
+        these alone."""
+        return (rows for rows in self.batches() if self._kind(self.own[rows.start]) != JUDGING)
+
     def tokens(self, rows: Rows) -> Tensor:
         return self.windows_NL[list(self.own[rows])]
 
@@ -209,11 +214,9 @@ class Streams:
         of text count alike.
         """
         sums: dict[str, Moments] = {}
-        for rows in self.batches():
-            kind = self._kind(self.own[rows.start])
-            if kind == JUDGING:
-                continue
+        for rows in self.choosing():
             z_TI, t_TO = (part.flatten(0, 1) for part in read(rows))
+            kind = self._kind(self.own[rows.start])
             if kind not in sums:
                 sums[kind] = Moments.zeros(
                     z_TI.shape[1], t_TO.shape[1], metric_OO=metric_OO, device=self.device

@@ -16,6 +16,7 @@ from torch import Tensor
 from dotexport.errors import CheckpointError
 from dotexport.models.beside import Through
 from dotexport.narrowing import streams
+from dotexport.narrowing.norm_statistics import _moment
 from dotexport.narrowing.streams import Rows, Streams, held_out_windows, inverse_rms
 
 CPU = torch.device("cpu")
@@ -134,9 +135,21 @@ def test_windows_that_judge_are_neither_fitted_on_nor_choose() -> None:
     part.original_NLD.normal_()
     read = lambda rows: (part.narrowed(rows), part.original(rows))  # noqa: E731
     before = [moments.inputs.full() for moments in part.moments(read)]
-    part.narrowed_NLK[sorted(part.judging)] += 1e6
+    seen = {n for rows in part.choosing() for n in range(rows.start, rows.stop)}
+    assert seen == set(range(len(part.windows_NL))) - part.judging
+    basis = _moment(part, lambda x_BLD: x_BLD)[0]
+    for stream_NLX in (part.narrowed_NLK, part.original_NLD):
+        stream_NLX[sorted(part.judging)] *= torch.arange(1, 1 + stream_NLX.shape[-1])
+    assert torch.equal(_moment(part, lambda x_BLD: x_BLD)[0], basis)
     for found, wanted in zip(part.moments(read), before, strict=True):
         assert torch.equal(found.inputs.full(), wanted)
+
+
+def test_held_out_windows_that_choose_nothing_judge() -> None:
+    """All but the last two of six, where all others are fitted on."""
+    part = made(48).some(42, 8)
+    assert sorted(part.held_out) == [46, 47]
+    assert sorted(part.judging) == [42, 43, 44, 45]
 
 
 def test_of_a_single_window_nothing_is_held_out_and_it_judges_itself() -> None:
@@ -179,7 +192,7 @@ def test_one_window_in_eight_is_held_out_behind_all_that_are_fitted(count: int) 
 
 @pytest.mark.parametrize(
     ("asked", "fitted", "judging"),
-    [(1, 1, 6), (4, 4, 6), (38, 38, 4), (39, 39, 3), (42, 42, 0), (90, 42, 0)],
+    [(1, 1, 6), (4, 4, 6), (38, 38, 6), (40, 40, 6), (42, 42, 4), (90, 42, 4)],
 )
 def test_some_windows_keep_their_parts_apart_and_share_no_memory(
     asked: int, fitted: int, judging: int
@@ -190,12 +203,11 @@ def test_some_windows_keep_their_parts_apart_and_share_no_memory(
     some = whole.some(asked, 8)
     assert len(some.windows_NL) == fitted + judging + 2
     origin = [int(first) // L for first in some.windows_NL[:, 0]]  # tokens are numbered through
-    assert origin == [*range(fitted), *range(42 - judging, 42), 46, 47]
+    assert origin == [*range(fitted), *range(46 - judging, 48)]
     for window, source in enumerate(origin):
         assert torch.equal(some.windows_NL[window], whole.windows_NL[source])
         assert (window in some.held_out) == (source >= 46)
-        alone = 42 - judging <= source < 42
-        assert (window in some.judging) == (alone or (source >= 46 and judging < 4))
+        assert (window in some.judging) == (46 - judging <= source < 46)
     some.original_NLD.fill_(1.0)
     some.narrowed_NLK.fill_(1.0)
     assert some.original_NLD.shape == (fitted + judging + 2, L, D)
